@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from shared.cross_site import checked_hosts
-from shared.protocol import LoadCommand
+from shared.protocol import FIRST_INSTANCE, LoadCommand
 from shared.protocol.commands import WantedModel
 from shared.protocol.parallel import ParallelSettings
 from shared.settings import SettingsModel
@@ -158,6 +158,13 @@ class NeuronConfig(SettingsModel):
             if model.harness is not None and model.harness not in names:
                 raise ValueError(
                     f"default_models: {model.model_id}: harness {model.harness!r} is not among [[harnesses]]"
+                )
+        loads = [(model.model_id, model.instance or FIRST_INSTANCE) for model in self.default_models]
+        for model_id, instance in loads:
+            if loads.count((model_id, instance)) > 1:
+                raise ValueError(
+                    f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
+                    "of its own"
                 )
         for root in self.model_roots:
             if not root.is_absolute():

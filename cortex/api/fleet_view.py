@@ -17,7 +17,7 @@ from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.replica import ANY_NODE
+from cortex.routing.replica import ANY_NODE, ReplicaKey
 
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
@@ -53,7 +53,7 @@ class FleetView:
             "loads": [
                 {
                     "model": job.model_id,
-                    "node": job.node,
+                    **place(job.plan.key),
                     "started": job.started,
                     "reason": job.reason,
                     "because": job.why,
@@ -63,7 +63,7 @@ class FleetView:
                 for job in self._loader.jobs()
             ],
             "in_flight": [
-                {"model": key.model_id, "node": key.node, "count": count}
+                {"model": key.model_id, **place(key), "count": count}
                 for key, count in sorted(self._counts.all_in_flight().items())
             ],
             "waiting": [
@@ -112,6 +112,11 @@ class FleetView:
 
 
 FLEET_VIEW = web.AppKey("fleet_view", FleetView)
+
+
+def place(key: ReplicaKey) -> dict[str, str]:
+    """Where an engine is, for an answer. A neuron with one engine for each model has no names for them."""
+    return {"node": key.node, **({"instance": key.instance} if key.instance else {})}
 
 
 def _encoded(fields: dict[str, Any]) -> dict[str, msgspec.Raw]:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
+from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
@@ -106,7 +107,7 @@ def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str,
     view = engine.view
     choice = None if profile is None else profile.choice(view.variant) or profile
     estimate = view.vram_used_mb or (None if choice is None else choice.vram_mb)
-    location: dict[str, Any] = {"node": engine.node.name, "status": view.status, "vram_estimate_mb": estimate}
+    location: dict[str, Any] = {**place(engine.key), "status": view.status, "vram_estimate_mb": estimate}
     if view.variant is not None:
         location["variant"] = view.variant
     if view.parallel is not None:

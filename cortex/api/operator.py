@@ -11,6 +11,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.fleet_view import place
 from cortex.config.durations import MAX_SECS
 from cortex.control.decision import Refuse, Serve, decide
 from cortex.control.explain import after_unload
@@ -19,15 +20,15 @@ from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.loader import LoadJob
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.placement.feasibility import infeasible_reason
 from cortex.placement.refusal import no_such_model_error
 from cortex.routing.replica import ANY_NODE, ReplicaKey
-from shared.errors import Conflict, NotFound, ServiceError, Unavailable, UpstreamError, shortened
+from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError, shortened
 from shared.http import read_model
 from shared.protocol import ErrorCode, ModelStatus
-from shared.protocol.commands import ModelId
+from shared.protocol.commands import InstanceName, ModelId
 from shared.retry_after import NEURON_DOWN_SECS, until_retry
 from shared.tasks import timeout
 
@@ -38,16 +39,18 @@ Result = TypeVar("Result")
 
 
 class LoadAction(BaseModel):
-    """Body of `POST /fleet/load`. Without `node` the planner chooses."""
+    """Body of `POST /fleet/load`. Without `node` the planner chooses. `instance` names one of several engines of the
+    model on that node."""
 
     model_config = ConfigDict(extra="forbid")
     model: ModelId
     node: str | None = None
+    instance: InstanceName | None = None
 
 
 class UnloadAction(LoadAction):
-    """Body of `POST /fleet/unload`. Without `node`: from every node. `drain`: let requests in flight finish first.
-    `for_secs`: do not load it again before that time is over."""
+    """Body of `POST /fleet/unload`. Without `node`: from every node; without `instance`: all of the model's there.
+    `drain`: let requests in flight finish first. `for_secs`: do not load it again before that time is over."""
 
     drain: bool = True
     for_secs: float | None = Field(default=None, gt=0, le=MAX_SECS, allow_inf_nan=False)
@@ -58,32 +61,44 @@ async def load_model(request: web.Request) -> web.Response:
     app = request.app
     action = await read_model(request, LoadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
-    serving = _serving(app, model_id, action.node)
-    if app[STATE].end_holds(model_id, action.node):
+    _check_instance(app[FLEET].snapshot(), action)
+    serving = _serving(app, model_id, action)
+    if app[STATE].end_holds(app[LIVE].catalogue.requested(model_id).model_id, action.node):
         app[FLEET].notify()
     if serving is not None:
-        return web.json_response({"status": "loaded", "model": model_id, "node": serving})
+        return web.json_response({"status": "loaded", "model": model_id, **place(serving)})
     started = time.monotonic()
-    job = app[SCHEDULER].load(model_id, action.node)
-    key = job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action.node)
+    job = app[SCHEDULER].load(model_id, action.node, action.instance)
+    key = job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, "node": key.node}, status=202)
-    node = await app[SHUTDOWN].unless_begun(_until_loaded(app, key, job))
+        return web.json_response({"status": "loading", "model": model_id, **place(key)}, status=202)
+    key = await app[SHUTDOWN].unless_begun(_until_loaded(app, key, job))
     took = round(time.monotonic() - started, 3)
-    return web.json_response({"status": "loaded", "model": model_id, "node": node, "load_secs": took})
+    return web.json_response({"status": "loaded", "model": model_id, **place(key), "load_secs": took})
 
 
-def _coming(fleet: FleetSnapshot, model_id: str, node_name: str | None) -> ReplicaKey:
-    """The engine that another caller is loading, on this neuron if one is named."""
-    return next(
-        engine.key
-        for engine in fleet.engines(model_id)
-        if engine.view.coming and engine.node.healthy and node_name in (None, engine.node.name)
-    )
+def _check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
+    """Raises InvalidRequest if there can be no such instance."""
+    if action.instance is None:
+        return
+    if action.node is None:
+        raise InvalidRequest("each neuron names its own instances: give node too", param="node")
+    if not _usable_node(fleet, action.node).has_instances:
+        raise InvalidRequest(f"{action.node} has one engine for each model, leave instance out", param="instance")
 
 
-async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> str:
-    """Waits for our load of this engine, or for that of another caller. Returns where the model is loaded.
+def _is_meant(action: LoadAction, engine: EngineSnapshot) -> bool:
+    return action.node in (None, engine.node.name) and action.instance in (None, engine.instance)
+
+
+def _coming(fleet: FleetSnapshot, model_id: str, action: LoadAction) -> ReplicaKey:
+    """The engine that another caller is loading, where the action wants one."""
+    coming = (each for each in fleet.engines(model_id) if each.view.coming and each.node.healthy)
+    return next(engine.key for engine in coming if _is_meant(action, engine))
+
+
+async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> ReplicaKey:
+    """Waits for our load of this engine, or for that of another caller. Returns what is loaded.
 
     Raises:
         Unavailable: the load failed or timed out.
@@ -102,10 +117,11 @@ async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | No
     except NodeRemoved:
         raise _removed(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
-        backoff = app[SCHEDULER].view().backoff(model_id, node)
+        name = model_id if job is None else job.plan.requested.name
+        backoff = app[SCHEDULER].view().backoff(name, node)
         wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
-    return node
+    return key
 
 
 async def _until_begun(fleet: Fleet, model_id: str, name: str) -> ReplicaKey:
@@ -122,25 +138,30 @@ async def _until_begun(fleet: Fleet, model_id: str, name: str) -> ReplicaKey:
         raise LoadFailure(reason, BackoffCause.TEMPORARY) from None
 
 
-def _serving(app: web.Application, model_id: str, node_name: str | None) -> str | None:
-    """A neuron that has the model loaded (only the named one, if given); None if the model must be loaded.
+def _serving(app: web.Application, model_id: str, action: LoadAction) -> ReplicaKey | None:
+    """An engine of the model that is loaded where the action wants one; None if one must be loaded.
 
     Raises:
         ServiceError: the model cannot be loaded.
     """
     fleet, catalogue = app[FLEET].snapshot(), app[LIVE].catalogue
     profile = catalogue.profile(model_id)
-    if node_name is None:
+    if action.node is None:
         decision = decide(model_id, catalogue, fleet, app[COUNTS].in_flight)
         if isinstance(decision, Serve):
-            return decision.replicas[0].node
-        failed = any(node.healthy and node.has_status(model_id, ModelStatus.FAILED) for node in fleet.holders(model_id))
+            return decision.replicas[0]
+        failed = any(
+            each.node.healthy and each.view.known_status is ModelStatus.FAILED for each in fleet.engines(model_id)
+        )
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
-    node = _usable_node(fleet, node_name)
-    if node.is_loaded(model_id):
-        return node.name
+    node = _usable_node(fleet, action.node)
+    loaded = next(
+        (each for each in fleet.engines(model_id, node) if each.view.loaded and _is_meant(action, each)), None
+    )
+    if loaded is not None:
+        return loaded.key
     if profile is None:
         if model_id not in node.models:
             raise no_such_model_error(model_id, [profile.id for profile in catalogue.models], catalogue)
@@ -160,8 +181,14 @@ async def unload_model(request: web.Request) -> web.Response:
     scheduler, fleet = app[SCHEDULER], app[FLEET].snapshot()
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
+    _check_instance(fleet, action)
+    requested = app[LIVE].catalogue.requested(model_id)
+    if action.for_secs is not None and (action.instance is not None or requested.variant is not None):
+        what = "instance" if action.instance is not None else "variant"
+        raise InvalidRequest(f"for_secs holds back the model, not one {what}: leave one of them out", param="for_secs")
     if action.node is not None:
-        engines = list(_usable_node(fleet, action.node).engines(model_id))
+        node = _usable_node(fleet, action.node)
+        engines = [each for each in fleet.engines(model_id, node) if _is_meant(action, each)]
     else:
         engines = [
             engine
@@ -169,8 +196,7 @@ async def unload_model(request: web.Request) -> web.Response:
             if engine.node.healthy and engine.view.known_status is not ModelStatus.UNLOADED
         ]
     if not engines and (action.for_secs is None or not _is_known(app, model_id)):
-        where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
-        raise NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
+        raise _nothing_to_unload(fleet, model_id, action)
     hold = await _hold_back(app, model_id, action)
     unloads = (_unload(scheduler, engine.key, drain=action.drain) for engine in engines)
     errors = await app[SHUTDOWN].unless_begun(_all(unloads))
@@ -186,7 +212,18 @@ async def unload_model(request: web.Request) -> web.Response:
         )
     unloaded = list(dict.fromkeys(engine.node.name for engine in engines))
     answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
-    return web.json_response({**answer, **after_unload(model_id, scheduler.view()), **hold})
+    return web.json_response({**answer, **after_unload(requested.model_id, scheduler.view()), **hold})
+
+
+def _nothing_to_unload(fleet: FleetSnapshot, model_id: str, action: UnloadAction) -> NotFound:
+    where = "no healthy neuron has" if action.node is None else f"{action.node} does not have"
+    there = [] if action.node is None or action.instance is None else list(fleet.nodes[action.node].instances(model_id))
+    if there:
+        message = (
+            f"{action.node} has no instance {action.instance!r} of {shortened(model_id)!r}, only {', '.join(there)}"
+        )
+        return NotFound(message, code=ErrorCode.MODEL_NOT_FOUND, param="instance")
+    return NotFound(f"{where} {shortened(model_id)!r} loaded", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
 def _is_known(app: web.Application, model_id: str) -> bool:
@@ -214,7 +251,7 @@ async def _all(works: Iterable[Awaitable[Result]]) -> list[Result]:
 
 
 def _result(key: ReplicaKey, error: ServiceError | None) -> dict[str, Any]:
-    where = {"node": key.node, **({"instance": key.instance} if key.instance else {})}
+    where = place(key)
     if error is None:
         return {**where, "status": "unloaded"}
     return {**where, "status": "failed", "code": error.code, "error": error.message}

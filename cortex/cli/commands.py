@@ -56,6 +56,10 @@ On = Annotated[
     str | None,
     typer.Option("--on", metavar="NODE", help="The neuron. Default: cortex chooses.", autocompletion=_complete_node),
 ]
+Instance = Annotated[
+    str | None,
+    typer.Option("--instance", metavar="NAME", help="One of several engines of the model on the neuron of --on."),
+]
 Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -185,11 +189,13 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 
 
 @app.command()
-def load(model: Model, node: On = None, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+def load(
+    model: Model, node: On = None, instance: Instance = None, url: Url = DEFAULT_URL, as_json: Json = False
+) -> int:
     """Load a model and wait until it is ready."""
     from cortex.cli.tables import loaded_line
 
-    return _act(url, "/fleet/load", {"model": model, "node": node}, as_json, loaded_line)
+    return _act(url, "/fleet/load", {"model": model, "node": node, "instance": instance}, as_json, loaded_line)
 
 
 @app.command()
@@ -197,6 +203,7 @@ def unload(
     model: Model,
     *,
     node: On = None,
+    instance: Instance = None,
     drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
     duration: Annotated[
         str | None,
@@ -213,7 +220,8 @@ def unload(
         held = {} if duration is None else {"for_secs": parse_duration(duration)}
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--for") from error
-    return _act(url, "/fleet/unload", {"model": model, "node": node, "drain": drain, **held}, as_json, unloaded_line)
+    body = {"model": model, "node": node, "instance": instance, "drain": drain, **held}
+    return _act(url, "/fleet/unload", body, as_json, unloaded_line)
 
 
 @app.command()

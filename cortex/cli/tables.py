@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
 from cortex.config.durations import duration_text
+from cortex.routing.replica import ReplicaKey
 from shared.protocol import Parallelism
 from shared.tables import Coloured, table
 
@@ -20,7 +22,8 @@ def status_table(fleet: dict[str, Any]) -> str:
         state = "healthy" if node["healthy"] else _down(node)
         state += ", draining" if node["draining"] else ""
         colour = ("yellow" if node["draining"] else "green") if node["healthy"] else "red"
-        models = ", ".join(_model(model) for model in node["models"]) or "-"
+        engines = Counter(model["id"] for model in node["models"])
+        models = ", ".join(_model(model, named=engines[model["id"]] > 1) for model in node["models"]) or "-"
         devices = [_device(device) for device in node["devices"]] or ["-"]
         rows.append([node["name"], Coloured(state, colour), devices[0], models])
         rows += [["", "", device, ""] for device in devices[1:]]
@@ -46,12 +49,24 @@ def models_table(models: dict[str, Any]) -> str:
             entry["id"],
             _yes_or_no(entry["loaded"]),
             ", ".join(entry["feasible_on"]) or "-",
-            ", ".join(f"{place['node']} ({_status(place)})" for place in entry["locations"]) or "-",
+            _places(entry["locations"]) or "-",
             f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
         ]
         for entry in models["data"]
     ]
     return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
+
+
+def _places(locations: list[dict[str, Any]]) -> str:
+    """`beast (loaded), benjy (2 loaded, sleeping)`: the engines of each neuron by their status."""
+    found: dict[str, Counter[str]] = {}
+    for each in locations:
+        found.setdefault(each["node"], Counter())[_status(each)] += 1
+    texts = {
+        node: ", ".join(f"{count} {status}" if count > 1 else status for status, count in counts.items())
+        for node, counts in found.items()
+    }
+    return ", ".join(f"{node} ({text})" for node, text in texts.items())
 
 
 def explain_table(plan: dict[str, Any]) -> str:
@@ -87,13 +102,14 @@ def explain_table(plan: dict[str, Any]) -> str:
 def loaded_line(done: dict[str, Any]) -> str:
     """What `cortex load` prints."""
     took = f" in {done['load_secs']:.1f} s" if "load_secs" in done else ", already before"
-    return f"{done['model']} is loaded on {done['node']}{took}"
+    return f"{done['model']} is loaded on {_place(done)}{took}"
 
 
 def unloaded_line(done: dict[str, Any]) -> str:
     """What `cortex unload` prints: where, and what becomes of the model unless that is left to the next request."""
     model, held_until = done["model"], done.get("held_until")
-    text = f"{model} is unloaded from {', '.join(done['nodes'])}" if done["nodes"] else f"{model} is not loaded"
+    places = ", ".join(map(_place, done["results"]))
+    text = f"{model} is unloaded from {places}" if places else f"{model} is not loaded"
     if held_until is not None:
         until = datetime.fromtimestamp(held_until)  # noqa: DTZ006 - shown in local time
         text += f"\nit is held back until {until:%Y-%m-%d %H:%M:%S}; `cortex load {model}` ends that sooner"
@@ -158,14 +174,20 @@ def _device(device: dict[str, Any]) -> str:
     return f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
 
 
-def _model(model: dict[str, Any]) -> str:
-    status = _status(model)
+def _place(where: dict[str, Any]) -> str:
+    """`beast`, or `beast#1` for an instance that is not the first: as in cortex's log."""
+    return ReplicaKey("", where["node"], where.get("instance") or "").name
+
+
+def _model(model: dict[str, Any], *, named: bool) -> str:
+    """`named`: the neuron has several engines of the model, so each shows its instance."""
+    status, name = _status(model), f"{model['id']}#{model['instance']}" if named else model["id"]
     progress = model.get("progress") or {}
     split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
     if model["status"] == "loaded" or not progress.get("phase"):
-        return f"{model['id']} ({status}{split})"
+        return f"{name} ({status}{split})"
     shown = status.removeprefix("loading").removeprefix(", ")
-    return f"{model['id']} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
+    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
 
 
 def _status(place: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.control.wait_note import leaving_text
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
@@ -103,7 +103,7 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
 def _awaited(model_id: str, view: PlanningView, name: str, in_flight: InFlight) -> str:
     """What a load under way is doing, or waits for."""
     node = view.fleet.nodes[name]
-    progress = next((view.progress for view in node.instances(model_id).values() if view.coming), None)
+    progress = next((each.view.progress for each in view.fleet.engines(model_id, node) if each.view.coming), None)
     message = "" if progress is None else progress.message
     details = [text for text in (message, leaving_text(view.fleet, node, in_flight)) if text]
     return ": ".join(["being loaded there", *(["; ".join(details)] if details else [])])
@@ -216,6 +216,7 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
 
 def _pause_secs(model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot) -> float | None:
     """For how long the model is not loaded on the node after a failure, or because an operator holds it back."""
+    model_id = model_id if profile is None else profile.id
     backoff, held_until = view.backoff(model_id, node.name), view.held_until(model_id, node.name)
     ends = [] if backoff is None else [backoff.until]
     ends += [] if held_until is None else [held_until]
@@ -236,10 +237,11 @@ def _variant(profile: ModelProfile | None, verdict: NodeVerdict | None) -> dict[
     }
 
 
-def _status(node: NodeSnapshot, model_id: str) -> str | None:
+def _status(fleet: FleetSnapshot, node: NodeSnapshot, model_id: str) -> str | None:
     """The status of the model's engine there; of several, one that serves, else one that may serve soon."""
     views = sorted(
-        node.instances(model_id).values(), key=lambda view: (not view.loaded, not view.coming, not view.holds_devices)
+        (engine.view for engine in fleet.engines(model_id, node)),
+        key=lambda view: (not view.loaded, not view.coming, not view.holds_devices),
     )
     return views[0].status if views else None
 
@@ -253,7 +255,7 @@ def _node(
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
-        "status": _status(node, model_id),
+        "status": _status(view.fleet, node, model_id),
         "feasible": feasible,
         **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],

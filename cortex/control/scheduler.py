@@ -26,11 +26,10 @@ from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.node_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
-from cortex.placement.refusal import placement_error
+from cortex.placement.refusal import node_refusal_error, placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
-from shared.errors import Conflict
-from shared.protocol import ErrorCode, ModelStatus, ModelView
+from shared.protocol import ModelStatus, ModelView
 from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
@@ -199,14 +198,15 @@ class Scheduler:
             self._queue.notify(*self._live.catalogue.names_of(model_id))
         self._wake.set()
 
-    def load(self, model_id: str, node_name: str | None) -> LoadJob | None:
-        """An operator's load, on this neuron or the best one: started at once, despite a backoff and without waiting
-        for a schedule. None if another caller is already loading it there.
+    def load(self, model_id: str, node_name: str | None, instance: str | None = None) -> LoadJob | None:
+        """An operator's load, on this neuron or the best one, of this instance or any: started at once, despite a
+        backoff and without waiting for a schedule. None if another caller is already loading it there.
 
         Raises:
             ServiceError: it cannot be placed.
         """
-        self._backoffs.clear(self._live.catalogue.names_of(model_id))
+        requested = self._live.catalogue.requested(model_id)
+        self._backoffs.clear({requested.model_id, *self._live.catalogue.names_of(model_id)})
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -225,15 +225,14 @@ class Scheduler:
                 raise placement_error(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            if node.is_loading(model_id):
+            engines = view.fleet.engines(model_id, node)
+            if any(each.view.coming and instance in (None, each.instance) for each in engines):
                 return None
+            if instance is not None:
+                view = replace(view, named_instances={(requested.model_id, node_name): instance})
             verdict = plan_variant(view, profile, node)
             if verdict.plan is None:
-                raise Conflict(
-                    f"{node_name} cannot load {model_id!r} now: {verdict.reason}",
-                    code=ErrorCode.INSUFFICIENT_VRAM,
-                    param="node",
-                )
+                raise node_refusal_error(model_id, verdict)
             plan = verdict.plan
         return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 

@@ -17,6 +17,7 @@ from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loads.evictor import Evictor
+from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.control.resolver import Resolver
@@ -52,6 +53,7 @@ class ControlCore:
     loader: Loader
     scheduler: Scheduler
     resolver: Resolver
+    groups: GroupKeeper
 
     @property
     def config(self) -> CortexConfig:
@@ -69,12 +71,13 @@ class ControlCore:
         return {
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
+            "groups": self.groups.run,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
 
     async def close(self) -> None:
         """Ends its background tasks. The loops must have ended before."""
-        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close())
+        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close(), self.groups.close())
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,10 @@ def build(
         state=state,
         clock=clock,
     )
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver)
+    groups = GroupKeeper(neurons, clock=clock)
+    return ControlCore(
+        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups
+    )
 
 
 @contextlib.asynccontextmanager

@@ -172,11 +172,6 @@ class NodeSnapshot:
         """Whether an engine of the model here has one of these statuses."""
         return any(view.known_status in statuses for view in self.instances(model_id).values())
 
-    def devices_used_by(self, model_id: str) -> frozenset[int]:
-        """The devices that engines of the model hold or are starting on."""
-        held = (view for view in self.instances(model_id).values() if view.holds_devices)
-        return frozenset(index for view in held for index in view.devices)
-
 
 class EngineSnapshot(NamedTuple):
     """One engine on a node, as the node lists it."""
@@ -278,10 +273,11 @@ class FleetSnapshot:
         """The neurons that list the model, in any status."""
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
-    def engines(self, name: str) -> Iterator[EngineSnapshot]:
-        """The engines of the model on every neuron, in any status."""
+    def engines(self, name: str, node: NodeSnapshot | None = None) -> Iterator[EngineSnapshot]:
+        """The engines of the model on this neuron, by default on every one, in any status."""
         model_id, variant = self.catalogue.requested(name)
-        engines = (engine for node in self.holders(model_id) for engine in node.engines(model_id))
+        nodes = self.holders(model_id) if node is None else (node,)
+        engines = (engine for each in nodes for engine in each.engines(model_id))
         return engines if variant is None else (engine for engine in engines if engine.view.variant == variant)
 
     def names_for(self, key: ReplicaKey) -> tuple[str, ...]:

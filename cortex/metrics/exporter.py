@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
@@ -98,9 +99,17 @@ class _FleetGauges(Collector):
         for node in self._fleet.snapshot().nodes.values():
             healthy.add_metric([node.name], float(node.healthy))
         working = GaugeMetricFamily("cortex_requests_in_flight", "Requests at engines", labels=_LABELS)
+        engines = GaugeMetricFamily(
+            "cortex_instance_requests_in_flight", "Requests at each engine", labels=[*_LABELS, "engine"]
+        )
+        total: Counter[ModelOnNode] = Counter()
         for key, count in self._in_flight().items():
-            working.add_metric(key, count)
-        yield from (healthy, working)
+            total[key.model_id, key.node] += count
+            if key.instance:
+                engines.add_metric(key, count)
+        for place, count in total.items():
+            working.add_metric(place, count)
+        yield from (healthy, working, engines)
 
 
 def _family(name: str, text: str) -> HistogramMetricFamily:

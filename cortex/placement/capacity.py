@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from cortex.config.catalogue import ModelProfile
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import PlanningView
 from cortex.routing.replica import ReplicaKey
@@ -206,7 +207,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
     node, entry, key = engine.node, engine.view, engine.key
     profile = view.catalogue.profile(entry.id)
     choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
-    use = view.usage(key)
+    use = view.usage(serving_engine(view.fleet, engine).key)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING

@@ -10,6 +10,7 @@ from itertools import chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
 from cortex.config.settings import Rules
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus
@@ -80,6 +81,8 @@ class PlanningView:
     backoffs: Mapping[ModelOnNode, Backoff] = field(default_factory=dict)
     overloaded_since: Mapping[str, float] = field(default_factory=dict)
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
+    named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
+    """The instances that an operator has named for the next load."""
 
     def waiting_for(self, requested: RequestedModel) -> WaitingRequests | None:
         """The requests that wait for the model, or for this variant of it; None if none does."""
@@ -108,6 +111,7 @@ class PlanningView:
 
     def requests_on(self, engine: EngineSnapshot) -> int:
         """Requests on the engine from all clients: ours, and those in its node's last report that were not ours."""
+        engine = serving_engine(self.fleet, engine)
         usage = self.usage(engine.key)
         return usage.in_flight + max(0, engine.requests - max(usage.in_flight, usage.peak))
 
@@ -117,6 +121,9 @@ class PlanningView:
         model."""
         if not node.has_instances:
             return ""
+        named = self.named_instances.get((model_id, node.name))
+        if named is not None:
+            return named
         there = node.instances(model_id)
         taken = {
             each.instance for each in self.fleet.reservations if (each.model_id, each.node) == (model_id, node.name)

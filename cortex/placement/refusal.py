@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import feasible_choices, infeasible_reason
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
-from shared.errors import MAX_SHOWN_CHARS, NotFound, ServiceError, Unavailable, shortened
+from shared.errors import MAX_SHOWN_CHARS, Conflict, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
 
@@ -58,6 +58,12 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=MEMORY_TAKEN_SECS,
     )
+
+
+def node_refusal_error(model_id: str, verdict: NodeVerdict) -> Conflict:
+    """The error for an operator who wants the model on this node."""
+    message = f"{verdict.node} cannot load {model_id!r} now: {verdict.reason}"
+    return Conflict(message, code=ErrorCode.INSUFFICIENT_VRAM, param="node")
 
 
 def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:

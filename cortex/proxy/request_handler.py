@@ -255,7 +255,7 @@ class RequestHandler:
         assert isinstance(state, Sent)
         replica = state.replica
         with request_scope(self._request_id):
-            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.node, kind, reason)
+            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:

@@ -155,13 +155,13 @@ def untried(replicas: tuple[Replica, ...], failures: Sequence[Failure], current:
 def lost(replica: Replica, reason: str, engine_end: str | None) -> UpstreamError:
     """The error for an answer that began and whose engine was lost. `engine_end` is what the neuron says of it."""
     why = reason if engine_end is None else f"{reason}; {replica.node} reports: {engine_end}"
-    message = f"{replica.model_id!r} on {replica.node} was lost while it answered: {why}"
+    message = f"{replica.model_id!r} on {replica.name} was lost while it answered: {why}"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
 
 
 def stopped(replica: Replica) -> UpstreamError:
     """The error for an answer that began and that cortex cannot wait for, because it stops."""
-    message = f"the answer of {replica.model_id!r} on {replica.node} was cut off: cortex is stopping"
+    message = f"the answer of {replica.model_id!r} on {replica.name} was cut off: cortex is stopping"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
 
 

@@ -164,12 +164,14 @@ class ProtocolV1:
         return sorted(listed, key=lambda view: (first[view.id], _USE.get(view.status, _ENDPOINT_HELPS)))
 
     def health(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The answer of `/health` as known implementations read it: whole numbers, one entry for each model, and no
-        `activation` of ours, for which they have another type."""
+        """The answer of `/health` as known implementations read it: whole numbers and, once there is such a caller, one
+        entry for each model, and no `activation` of ours, for which they have another type."""
         devices = [_whole_figures(device) for device in figures["devices"]]
-        uptime_secs, models = int(figures["uptime_secs"]), _summed(figures["models"])
-        told = {**figures, "uptime_secs": uptime_secs, "devices": devices, "models": models}
-        return {name: value for name, value in told.items() if name != "activation" or not self._keys.v1_callers}
+        told = {**figures, "uptime_secs": int(figures["uptime_secs"]), "devices": devices}
+        if self._keys.v1_callers:
+            del told["activation"]
+            told["models"] = _summed(figures["models"])
+        return told
 
 
 def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:

@@ -130,9 +130,14 @@ async def endpoint(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     model_id, instance = request.match_info["model_id"], request.query.get("instance")
     if carries_keys(request):
-        return reply(_endpoint_of(request, services.registry.get(model_id, instance)))
-    with _saying_whose_fault():
-        return reply(_endpoint_of(request, await services.v1.until_usable(model_id, instance)))
+        model = services.registry.get(model_id, instance)
+    else:
+        with _saying_whose_fault():
+            model = await services.v1.until_usable(model_id, instance)
+    found = _endpoint_of(request, model)
+    if model.engine is not None:
+        model.engine.health.expect_request()
+    return reply(found)
 
 
 def _loaded(request: web.Request, model_id: str, instance: str | None) -> LoadReply:
@@ -159,7 +164,6 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     part = engine.spec.group
     if part is not None and not part.serves:
         raise failures.no_endpoint(model.key, part)
-    engine.health.expect_request()
     url = engine.url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # an invalid Host header

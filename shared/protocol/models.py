@@ -175,14 +175,20 @@ class ModelView(ModelFacts):
 
     @property
     def servable_now(self) -> bool:
-        """It is loaded, and its neuron does not say that it cannot answer now."""
-        return self.known_status is ModelStatus.LOADED and self.unservable_because is None
+        """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
+        serves = self.group is None or self.group.serves
+        return serves and self.known_status is ModelStatus.LOADED and self.unservable_because is None
 
     @property
     def coming(self) -> bool:
         """Its engine starts."""
         status = self.known_status
         return status is not None and status.coming
+
+    @property
+    def drains(self) -> bool:
+        """It takes no new requests, and ends after its present ones. Its status is `unloaded`."""
+        return self.state == "draining"
 
     @property
     def holds_devices(self) -> bool:

@@ -76,6 +76,7 @@ CORTEX_METRICS = {
     "cortex_time_to_first_byte_seconds": {"model", "node"},
     "cortex_cold_start_seconds": {"model", "node"},
     "cortex_requests_in_flight": {"model", "node"},
+    "cortex_instance_requests_in_flight": {"model", "node", "engine"},
     "cortex_node_healthy": {"node"},
     "cortex_tokens_total": {"model", "node", "kind"},
 }
@@ -134,7 +135,7 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
     fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {replica_key("m", "beast"): 1}, lambda: [counters])
+    metrics = Metrics(fleet, lambda: {replica_key("m", "beast", "1"): 1}, lambda: [counters])
     counters.request("m", "beast", 200, 1.0, 0.1)
     counters.error("m", "beast", "code")
     counters.tokens("m", "beast", prompt=1, completion=1, cached=0)

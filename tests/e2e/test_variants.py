@@ -208,6 +208,30 @@ async def test_a_variant_is_loaded_beside_another_on_one_host(fleet: Fleet) -> N
     assert {tuple(engine["devices"]) for engine in beast["models"]} == {(0,), (1,)}
 
 
+async def test_operators_load_and_unload_one_variant(fleet: Fleet) -> None:
+    """By the name that a request would use. What is held back is the whole model."""
+
+    async def act(action: str, status: int, **body: Any) -> dict[str, Any]:
+        async with fleet.session.post(f"{fleet.cortex.url}/fleet/{action}", json=body) as response:
+            answer: dict[str, Any] = await response.json()
+            assert response.status == status, answer
+            return answer
+
+    assert (await act("load", 200, model=f"{MODEL}@fp8"))["node"] == "beast"
+    assert (await act("load", 200, model=f"{MODEL}@awq", node="beast"))["instance"] == "1"
+    assert (await act("load", 200, model=f"{MODEL}@fp8"))["instance"] == "0"
+    assert await fleet.variants() == [("beast", "awq"), ("beast", "fp8")]
+    refused = await act("load", 409, model=f"{MODEL}@fp8", node="quadbrat")
+    assert "needs 1 device with compute capability 8.9" in refused["error"]["message"]
+    assert "has the variants fp8, awq" in (await act("load", 404, model=f"{MODEL}@int4"))["error"]["message"]
+    held = await act("unload", 400, model=f"{MODEL}@fp8", for_secs=60)
+    assert "not one variant" in held["error"]["message"]
+    assert [each["instance"] for each in (await act("unload", 200, model=f"{MODEL}@fp8"))["results"]] == ["0"]
+    assert await fleet.variants() == [("beast", "awq")]
+    assert (await act("unload", 404, model=f"{MODEL}@fp8"))["error"]["code"] == "model_not_found"
+    assert (await act("unload", 200, model=MODEL))["nodes"] == ["beast"]
+
+
 async def test_an_evicted_variant_is_replaced_by_what_fits(fleet: Fleet) -> None:
     """The 3060 holds AWQ or the other model, not both: each is evicted for the other and comes back."""
     assert (await fleet.ask(f"{MODEL}@awq"))[0] == "quadbrat"

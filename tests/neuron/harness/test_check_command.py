@@ -32,6 +32,10 @@ def check(tmp_path: Path, text: str) -> int:
             "[[default_models]]\nmodel_id = 'm'\ntensor_parallel = 2\nparallel = { tensor = 4 }",
             "default_models[0].tensor_parallel: 2, but parallel.tensor is 4: remove one, or make them equal",
         ),
+        (
+            "[[default_models]]\nmodel_id = 'm'\n[[default_models]]\nmodel_id = 'm'\ninstance = '0'",
+            "default_models: m: listed twice with instance '0': give each entry an instance of its own",
+        ),
         ("[harness.vllm]\nextra_args = ['--enable-expert-parallel']", "--enable-expert-parallel is set by neuron"),
         ("[simulate]\ndevices = ['RTX 1']", "RTX 1"),
         ("host = '0.0.0.0'", "host = '0.0.0.0': refusing to listen on 0.0.0.0 without a token"),

@@ -23,6 +23,7 @@ from tests.neuron.neurons import (
     toml_config,
     until,
 )
+from tests.neuron.v1_cortex import v1_cortex
 
 MODEL = "Qwen/Qwen3-8B"
 EIGHT = [str(number) for number in range(8)]
@@ -90,10 +91,14 @@ async def test_eight_engines_on_eight_devices(host: Neuron, mark: str) -> None:
 
 
 async def test_unload_of_one(host: Neuron) -> None:
-    """An unloaded instance leaves the list while another is in it; the last one stays, with its spec."""
+    """An unloaded instance leaves the list while another is in it, and its files are removed; the last one stays, with
+    its spec."""
     await load(host, "0", "1")
+    engines = host.state_dir / "engines"
+    assert len(await asyncio.to_thread(os.listdir, engines)) == 2
     await unload(host, "0")
     assert list(await entries(host)) == ["1"]
+    await until(lambda: len(list(engines.iterdir())) == 1)
     gone = await host.call("POST", "/models/unload", json={"model_id": MODEL, "instance": "0"})
     assert (gone.status, gone.error["code"]) == (404, "model_not_found")
     assert gone.error["message"] == f"the model {MODEL!r} has no instance '0' here (instance: 1)"
@@ -319,3 +324,26 @@ async def test_engines_that_are_left_are_adopted(tmp_path: Path, mark: str) -> N
         await unload(second)
         assert await second.stop() == 0
     assert not marked_engines(mark)
+
+
+async def test_host_without_devices(tmp_path: Path, mark: str) -> None:
+    """Any number of instances run there."""
+    async with neuron_here(config_of(tmp_path / "state", simulate={"devices": []})) as neuron:
+        await load(neuron, "0", "1")
+        assert [entry["devices"] for entry in (await entries(neuron)).values()] == [[], []]
+        await unload(neuron)
+
+
+async def test_displacement_takes_one_instance(tmp_path: Path, mark: str) -> None:
+    """For a protocol v1 caller's model the instance ends that has been idle for longest; the others serve on."""
+    config = config_of(tmp_path / "state", simulate={"devices": ["H100"] * 2}, engine_keys="never")
+    async with neuron_here(config) as neuron, v1_cortex(neuron) as cortex:
+        assert (await neuron.load("other", vram_mb=70_000)).status == 200
+        await neuron.unload("other")
+        await load(neuron, "0", devices=[1])
+        await load(neuron, "1", devices=[0])
+        await cortex.forward(MODEL, to=(await entries(neuron))["0"]["endpoint"]["url"])
+        await until(lambda: [each.ended for each in neuron.registry.activity()] == [1, 0])
+        await cortex.forward("other")
+        assert {name: entry["status"] for name, entry in (await entries(neuron)).items()} == {"0": "loaded"}
+        assert (await neuron.model("other"))["devices"] == [0]
