@@ -83,10 +83,8 @@ class RequestHandler:
         self._state: Resolving | Sent | None = None
         self._name = self._model_id = ""
         # Metric labels: only names that exist, so clients cannot create time series.
-        self._label = UNKNOWN
-        self._node = UNKNOWN
-        self._cold = False
-        self._attempts = 0
+        self._label = self._node = UNKNOWN
+        self._cold, self._attempts = False, 0
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
         self._waited = 0.0  # seconds spent waiting for the control
@@ -111,11 +109,9 @@ class RequestHandler:
         self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
     def _route(self, name: str, model_id: str) -> None:
-        """Sends the request to an engine with the model, or asks the control for one. `name` is the id, or
-        `id@variant` for an engine of that variant only."""
+        """Sends it to an engine of the model `name`, an id or `id@variant`, or asks the control for one."""
         control = self._context.control
-        self._name = name
-        self._model_id = model_id
+        self._name, self._model_id = name, model_id
         replicas = control.table.get(name, ())
         if not replicas and control.knows(name):
             self._label = model_id
@@ -372,8 +368,7 @@ class RequestHandler:
 
     def _account(self, status: int, relay: Relay | None) -> None:
         """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any."""
-        context, request = self._context, self._request
-        model, node = self._label, self._node
+        context, request, model, node = self._context, self._request, self._label, self._node
         took = monotonic() - request.received
         sent, more = 0, ""
         first_byte_secs: float | None = None
