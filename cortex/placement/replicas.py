@@ -122,7 +122,7 @@ def _over_idle(
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:
     """Replicas idle for too long, least recently used first, down to the minimum."""
-    if profile.id in view.waiting:
+    if any(name in view.waiting for name in view.catalogue.names_of(profile.id)):
         return
     serving = view.fleet.serving(profile.id)
     idle = sorted((view.now - _last_used_at(view, engine.key), engine.key) for engine in serving)[::-1]
