@@ -308,7 +308,7 @@ class Scheduler:
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
         name = job.plan.requested.name
-        self._backoffs.record_failure(name, job.node, cause, str(failure), permanent=failure.permanent)
+        self._backoffs.record_failure(name, failure.node or job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""

@@ -5,7 +5,24 @@ from __future__ import annotations
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.node_plan import LoadPlan
-from shared.protocol import LoadCommand
+from shared.protocol import GroupPart, LoadCommand, Parallelism
+
+
+def part_command(
+    plan: LoadPlan, whole: Parallelism, profile: ModelProfile, node: NodeSnapshot, group: GroupPart
+) -> LoadCommand:
+    """The command for one part of an engine that spans several neurons; `plan` is that of the part, `whole` says how
+    the engine is split."""
+    command = load_command(plan, profile, node)
+    share = profile.device_share_mb
+    return command.model_copy(
+        update={
+            "group": group,
+            "tensor_parallel": whole.tensor if whole.tensor > 1 else None,
+            "parallel": Parallelism.model_validate(whole.model_dump()),
+            "vram_mb": share * len(plan.devices) if share else None,
+        }
+    )
 
 
 def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:

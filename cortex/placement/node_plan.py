@@ -8,9 +8,8 @@ connected devices; the name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
 
@@ -55,7 +54,7 @@ from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
-from shared.protocol import ModelStatus
+from shared.protocol import ModelStatus, Parallelism
 
 
 class Fit(IntEnum):
@@ -77,6 +76,9 @@ class LoadPlan:
     `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
     the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
     that has one for each model. `starts` are those of other engines that the neuron finishes first.
+
+    With `parts` the engine spans several nodes: this is the plan of the part that takes the requests, `parts` are those
+    of the others by rank, `whole` says how it is split. Evictions, spare memory and waits are those of all together.
     """
 
     model_id: str
@@ -93,7 +95,14 @@ class LoadPlan:
     wakes: bool = False
     instance: str = ""
     starts: Starts = NO_STARTS
+    parts: tuple[LoadPlan, ...] = ()
+    whole: Parallelism | None = None
     rank: tuple[object, ...] = field(default=(), compare=False)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of its parts, by rank."""
+        return self.node, *(part.node for part in self.parts)
 
     @property
     def key(self) -> ReplicaKey:
@@ -102,15 +111,13 @@ class LoadPlan:
 
     @property
     def reason(self) -> str:
-        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
+        span = "" if self.whole is None else f"spans {len(self.nodes)} neurons ({self.whole}), "
+        return f"{' + '.join(self.nodes)}: {'' if self.variant is None else f'{self.variant} '}{span}{self.fit_reason}"
 
     @property
     def fit_reason(self) -> str:
         """How it fits on its node, and what it waits for there, for people."""
-        if not self.starts.models:
-            return self._fit_reason
-        names, secs = ", ".join(self.starts.models), math.ceil(self.starts.remaining_secs)
-        return f"{self._fit_reason}; starts after {names} on the same device, in about {secs} s"
+        return f"{self._fit_reason}; {self.starts.reason}" if self.starts.models else self._fit_reason
 
     @property
     def _fit_reason(self) -> str:
@@ -133,8 +140,13 @@ class LoadPlan:
         return RequestedModel(self.model_id, self.variant)
 
     @property
+    def reservations(self) -> tuple[Reservation, ...]:
+        """What is reserved for all parts while the plan is carried out."""
+        return self.reservation, *(replace(part.reservation, serves=False) for part in self.parts)
+
+    @property
     def reservation(self) -> Reservation:
-        """The memory reserved while the plan is carried out."""
+        """What is reserved on its own node."""
         return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 

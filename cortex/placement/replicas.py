@@ -113,7 +113,8 @@ def _over_idle(
             continue
         found.append((plan, why))
         view = after_start(view, plan)
-        if plan.eviction_plan.evictions:  # what it leaves of a model may protect others of it elsewhere
+        # What evictions leave of a model may protect others of it elsewhere.
+        if plan.eviction_plan.evictions or plan.parts:
             verdicts = {}
         else:
             verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])
