@@ -139,4 +139,4 @@ class GroupLoads:
 
 
 def _failed(model_id: str, node: str, reason: str, cause: BackoffCause) -> LoadFailure:
-    return LoadFailure(f"loading {model_id!r} failed: {reason}", cause, node=node)
+    return LoadFailure(f"loading {model_id!r} on {node} failed: {reason}", cause, node=node)
