@@ -205,11 +205,10 @@ class ModelProfile(SettingsModel):
 
     @model_validator(mode="after")
     def _can_span(self, info: ValidationInfo) -> ModelProfile:
-        if not self.span_nodes or info.context is _OF_A_VARIANT:
-            return self
-        if all(choice.device_count < 2 for choice in self.choices):
+        spans = self.span_nodes and info.context is not _OF_A_VARIANT
+        if spans and all(choice.device_count < 2 for choice in self.choices):
             raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
-        if any(choice.parallelism.data > 1 for choice in self.choices):
+        if spans and any(choice.parallelism.data > 1 for choice in self.choices):
             raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
         return self
 
@@ -259,9 +258,8 @@ class ModelProfile(SettingsModel):
     def part(self, parallel: Parallelism) -> ModelProfile:
         """What one host holds of it, split over that host's devices in this way."""
         own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
-        split = {"parallel": parallel.model_dump(), "min_devices": parallel.tensor}
         memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
-        found = ModelProfile.model_validate({**own, **split, **memory})
+        found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
         found._variant, found._place = self._variant, self._place
         return found
 
