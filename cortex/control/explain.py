@@ -15,7 +15,7 @@ from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import feasible_choices, possible_nodes
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import held_back_error, placement_error
 from cortex.placement.replicas import reconcile_replicas

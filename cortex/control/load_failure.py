@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortex.control.load_backoff import BackoffCause
 from cortex.fleet.neuron_client import NeuronRefused
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from shared.protocol import ErrorCode, ModelView
 
 _TEMPORARY = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)

@@ -24,7 +24,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import node_refusal_error, placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas

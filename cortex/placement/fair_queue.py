@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError

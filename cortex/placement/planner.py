@@ -19,7 +19,8 @@ from cortex.placement.feasibility import (
 )
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.placement.instances import has_room, instances_on
-from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
+from cortex.placement.load_plan import Fit, LoadPlan
+from cortex.placement.node_plan import Rejection, plan_on_node
 from cortex.placement.spans import Span, spans_of
 from shared.protocol import ModelStatus
 

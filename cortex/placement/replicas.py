@@ -11,7 +11,7 @@ from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
 from cortex.placement.instances import coming
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
 

@@ -15,8 +15,7 @@ from cortex.control.loads.neurons import NeuronAccess
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.state import NodeRemoved
 from cortex.fleet.unless_down import unless_down
-from cortex.placement.load_command import part_command
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan, part_command
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import GroupPart, GroupPeer, ListenReply, ReachCommand
 from shared.tasks import cancel_all

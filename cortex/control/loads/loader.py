@@ -25,8 +25,7 @@ from cortex.fleet.unless_down import unless_down
 from cortex.metrics.exporter import Metrics
 from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.feasibility import is_feasible_elsewhere
-from cortex.placement.load_command import load_command
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan, load_command
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout

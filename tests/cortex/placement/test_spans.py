@@ -13,8 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.fair_queue import after_start, schedule_loads
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.inputs import Backoff
-from cortex.placement.load_command import part_command
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan, part_command
 from cortex.placement.planner import all_verdicts, best_plan
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import reconcile_replicas
