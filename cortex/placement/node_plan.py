@@ -240,6 +240,8 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
     tensor group needs fast paths."""
     memory, share, starts, layout = candidate.memory, candidate.share, candidate.starts, candidate.layout
     parallel = candidate.profile.parallelism
+    if parallel.devices == 1:
+        return layout.best_single(devices, {index: each.rank for index, each in starts.items()}, share)
 
     def rank(before: tuple[int, ...], group: tuple[int, ...]) -> tuple[object, ...]:
         return (
