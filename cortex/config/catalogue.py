@@ -63,6 +63,11 @@ class RequestedModel(NamedTuple):
         """The id, with the variant if there is one, as in `id@variant`."""
         return self.model_id if self.variant is None else f"{self.model_id}@{self.variant}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in requests that an engine of it serves: the id, and `id@variant`."""
+        return (self.model_id,) if self.variant is None else (self.model_id, self.name)
+
 
 class TokenLimit(SettingsModel):
     """Limits reported to clients, in tokens."""
@@ -217,6 +222,12 @@ class ModelProfile(SettingsModel):
     def _of_variants(self) -> tuple[ModelProfile, ...]:
         return tuple(self._with(variant, place) for place, variant in enumerate(self.variants))
 
+    @property
+    def variants_text(self) -> str:
+        """The names of its variants, for people."""
+        names = ", ".join(str(each.name) for each in self.variants)
+        return f"{self.id!r} has the variants {names}" if names else f"{self.id!r} has no variants"
+
     def choice(self, variant: str | None) -> ModelProfile | None:
         """The profile of the variant; for a model without variants itself. None if there is none of that name."""
         return next((each for each in self.choices if each.variant == variant), None)
@@ -294,8 +305,8 @@ class Catalogue(SettingsModel):
             if alias in self._variants:
                 raise ValueError(f"aliases: {alias!r} is also a variant of {self._variants[alias].id!r}")
             if self.profile(target) is None:
-                known = self.variants_meant_by(target)
-                hint = f" (it has the variants {', '.join(known)})" if known else ""
+                meant = self.model_meant_by(target)
+                hint = "" if meant is None else f" ({meant.variants_text})"
                 raise ValueError(f"aliases: {alias!r} points to {target!r}, which is not in this catalogue{hint}")
         return self
 
@@ -340,16 +351,22 @@ class Catalogue(SettingsModel):
         variants = () if profile is None or not profile.variants else profile.choices
         return model_id, *(choice.requested.name for choice in variants)
 
-    def variants_meant_by(self, name: str) -> tuple[str, ...]:
-        """For `id@something`: the names of the variants of that model. Empty for any other name."""
+    @property
+    def has_variants(self) -> bool:
+        return bool(self._variants)
+
+    def model_meant_by(self, name: str) -> ModelProfile | None:
+        """The model for `id@something` or `alias@something`, whatever its variants; None for any other name."""
         prefix, _, wanted = name.rpartition("@")
-        profile = self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
-        return () if profile is None else tuple(str(each.name) for each in profile.variants)
+        return self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
 
     def resolve(self, name: str) -> str:
         """The id, or `id@variant`, for a name that may be an alias."""
         found = self.renamed.get(name)
         return name if found is None else found.name
+
+
+NO_MODELS = Catalogue()
 
 
 def load_catalogue(path: Path) -> Catalogue:

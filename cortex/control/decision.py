@@ -51,7 +51,7 @@ _LOADABLE = (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
 
 
 def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> Decision:
-    """What a request for `model_id` (an id, not an alias) needs now."""
+    """What a request for `model_id` (an id or `id@variant`, not an alias) needs now."""
     engines = fleet.serving(model_id)
     if engines:
         return Serve(_least_busy(engines, in_flight))

@@ -30,8 +30,10 @@ from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
+from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
 
@@ -112,6 +114,7 @@ def build(
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = Demand(counts, clock=clock)
+    fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
@@ -119,6 +122,8 @@ def build(
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    live.changes.subscribe(lambda: fleet.use_variants(VariantLabels(live.catalogue, inferred_variant)))
+    live.changes.subscribe(routes.publish)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -167,7 +172,6 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)

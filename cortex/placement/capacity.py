@@ -62,6 +62,7 @@ class ResidentModel:
     reload_secs: float
     cost: float
     asleep: bool = False
+    variant: str | None = None
     spare_replicas: int | None = None
     """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
     None: any number."""
@@ -229,6 +230,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         reload_secs=secs,
         cost=secs * view.demand.get(entry.id, 0.0),
         asleep=asleep,
+        variant=entry.variant,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )

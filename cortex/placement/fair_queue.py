@@ -41,17 +41,15 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
     reserved: dict[str, str] = {}  # node -> the starving model it is reserved for
     queued = [model_id for model_id in view.waiting if not is_served_or_loading(view, model_id)]
     for model_id in sorted(queued, key=partial(_fair_order, view)):
+        if view.fleet.reservation_of(model_id) is not None:
+            continue  # one for another name of the model has just been planned
         profile = view.profile(model_id)
         verdicts = () if profile is None else candidate_verdicts(view, profile)
         found = [_unless_reserved(reserved, verdict) for verdict in verdicts]
         plan = best_plan(found)
         if plan is None:
             if any(verdict.temporary for verdict in found):
-                recheck_at += [
-                    backoff.until
-                    for (m, _), backoff in view.backoffs.items()
-                    if m == model_id and backoff.until > view.now
-                ]
+                recheck_at += [backoff.until for backoff in view.backoffs_of(model_id)]
                 wait_reasons[model_id] = "; ".join(f"{each.node} {each.reason}" for each in found if each.temporary)
                 if _is_starving(view, model_id):
                     reserved.setdefault(min(each.node for each in found if each.temporary), model_id)

@@ -26,6 +26,11 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     return "; ".join(f"{variant} {reason}" for variant, reason in reasons.items())
 
 
+def feasible_choices(profile: ModelProfile, node: NodeSnapshot) -> list[ModelProfile]:
+    """The variants that the node can hold, in the catalogue's order; without variants the model itself."""
+    return [choice for choice in profile.choices if _infeasible_reason(choice, node) is None]
+
+
 def oversize_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why a feasible node could not hold the model in one of its `choices` even if it were empty, by the catalogue's
     figures; None when it could."""
@@ -82,7 +87,7 @@ def reports_variants(node: NodeSnapshot) -> bool:
 def inferred_variant(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """The variant that a node has which does not report it: the first that it can hold, as it gets no other one. None
     for a model without variants, or if there is no such variant."""
-    feasible = [choice for choice in profile.choices if _infeasible_reason(choice, node) is None]
+    feasible = feasible_choices(profile, node)
     feasible.sort(key=lambda choice: oversize_reason(choice, node) is not None)
     return feasible[0].variant if feasible else None
 

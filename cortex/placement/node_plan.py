@@ -158,6 +158,7 @@ class _Candidate:
     view: PlanningView
     profile: ModelProfile
     node: NodeSnapshot
+    only_variant: bool
     instance: str
     others: int
     share: int
@@ -180,6 +181,10 @@ class _Candidate:
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.device_count, **limit)
 
+    def may_replace(self, resident: ResidentModel) -> bool:
+        """Whether an engine of the same model may be evicted: it is of another variant, which will not do."""
+        return self.only_variant and not resident.asleep and resident.variant != self.profile.variant
+
     def fits_when_empty(self, indices: tuple[int, ...]) -> bool:
         """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
         return reports_bookable_memory(self.node) and all(
@@ -192,10 +197,12 @@ class _Candidate:
         return {i: needed_mb[i] - self.memory[i].free_mb for i in indices if self.memory[i].free_mb < needed_mb[i]}
 
 
-def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
+def plan_on_node(
+    view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool = False
+) -> LoadPlan | Rejection:
     """The best a feasible node can do for the model in one of its `choices`, or why it can do nothing now. Ignores
-    health."""
-    candidate = _candidate(view, profile, node)
+    health. `only_variant`: no other one will do, so engines of other variants are as those of other models."""
+    candidate = _candidate(view, profile, node, only_variant=only_variant)
     memory, needed_mb = candidate.memory, candidate.needed_mb
     if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
         return _plan(candidate, candidate.asleep_on, Fit.AWAKE, wakes=True)
@@ -211,21 +218,20 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     return _after_eviction(candidate)
 
 
-def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
+def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    here = instances_on(view, profile.id, node)
+    here = instances_on(view, profile.id, node, profile.variant if only_variant else None)
     eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
-    instance = view.instance_to_load(profile.id, node)
+    instance = view.instance_to_load(profile.id, node, profile.variant)
     waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(
-        view, profile, node, instance, here.count, share, memory, needed_mb, waking, eligible, starts, layout
-    )
+    candidate = partial(_Candidate, view, profile, node, only_variant, instance, here.count, share, memory)
+    return candidate(needed_mb, waking, eligible, starts, layout)
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -234,6 +240,8 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
     tensor group needs fast paths."""
     memory, share, starts, layout = candidate.memory, candidate.share, candidate.starts, candidate.layout
     parallel = candidate.profile.parallelism
+    if parallel.devices == 1:
+        return layout.best_single(devices, {index: each.rank for index, each in starts.items()}, share)
 
     def rank(before: tuple[int, ...], group: tuple[int, ...]) -> tuple[object, ...]:
         return (
@@ -251,10 +259,10 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     view, model_id = candidate.view, candidate.profile.id
-    waiting = view.waiting.get(model_id)
+    waiting = view.waiting_for(candidate.profile.requested)
     since = view.now if waiting is None else waiting.since
     residents = resident_models(view, candidate.node)
-    others = [each for each in residents if each.key.model_id != model_id]
+    others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )

@@ -66,6 +66,7 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     """
     if profile.variant is None and not profile.variants:
         return _verdict(node, plan_on_node(view, profile, node))
+    only = profile.variant is not None
     awake = _awake(view, profile, node)
     if awake is not None:
         return _verdict(node, awake)
@@ -73,7 +74,7 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     for choice in sorted(profile.choices, key=lambda each: oversize_reason(each, node) is not None):
         unsuitable = _unsuitable_reason(view, choice, node)
         pause = _backoff(view, choice.requested.name, node.name)
-        result = Rejection(unsuitable) if unsuitable is not None else pause or plan_on_node(view, choice, node)
+        result = Rejection(unsuitable) if unsuitable is not None else pause or _planned(view, choice, node, only)
         found.append((choice, result))
         if result.temporary if isinstance(result, Rejection) else result.fit is not Fit.TOO_LARGE:
             break
@@ -89,6 +90,18 @@ def plan_variant(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     return replace(_verdict(node, result), passed_over=tuple(passed_over))
 
 
+def _planned(view: PlanningView, choice: ModelProfile, node: NodeSnapshot, only: bool) -> LoadPlan | Rejection:
+    """`only`: no other variant will do. If there is no free memory apart from the model's other engines, it shares
+    their devices, or takes the place of other variants."""
+    apart = plan_on_node(view, choice, node)
+    if not only or (isinstance(apart, LoadPlan) and apart.fit <= Fit.OVER_SLEEPERS):
+        return apart
+    beside = plan_on_node(view, choice, node, only_variant=True)
+    if isinstance(apart, LoadPlan) and isinstance(beside, LoadPlan):
+        return min(apart, beside, key=lambda plan: plan.rank)
+    return apart if isinstance(apart, LoadPlan) else beside
+
+
 def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
     if isinstance(found, Rejection):
         return NodeVerdict(node.name, None, found.reason, found.temporary)
@@ -97,14 +110,15 @@ def _verdict(node: NodeSnapshot, found: LoadPlan | Rejection) -> NodeVerdict:
 
 def _awake(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | None:
     """The plan that wakes the variant that sleeps on the node, if there is one and its memory is available."""
-    entry = node.view(profile.id, view.instance_to_load(profile.id, node))
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING:
-        return None
-    choice = profile.choice(entry.variant)
-    if choice is None or _backoff(view, choice.requested.name, node.name) is not None:
-        return None
-    plan = plan_on_node(view, choice, node)
-    return plan if isinstance(plan, LoadPlan) and plan.fit is Fit.AWAKE else None
+    asleep = {
+        entry.variant for entry in node.instances(profile.id).values() if entry.known_status is ModelStatus.SLEEPING
+    }
+    for choice in profile.choices:
+        if choice.variant in asleep and _backoff(view, choice.requested.name, node.name) is None:
+            plan = plan_on_node(view, choice, node)
+            if isinstance(plan, LoadPlan) and plan.fit is Fit.AWAKE:
+                return plan
+    return None
 
 
 def _unsuitable_reason(view: PlanningView, choice: ModelProfile, node: NodeSnapshot) -> str | None:
@@ -138,7 +152,7 @@ def _rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) ->
 
 
 def _temporary_rejection(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> Rejection | None:
-    here = instances_on(view, profile.id, node)
+    here = instances_on(view, profile.id, node, profile.variant)
     return _pause(view, profile.id, node.name) if has_room(profile, node, here) else _occupied(view, profile, node)
 
 

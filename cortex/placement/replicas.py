@@ -122,12 +122,13 @@ def _over_idle(
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:
     """Replicas idle for too long, least recently used first, down to the minimum."""
-    if profile.id in view.waiting:
+    if any(name in view.waiting for name in view.catalogue.names_of(profile.id)):
         return
     serving = view.fleet.serving(profile.id)
     idle = sorted((view.now - _last_used_at(view, engine.key), engine.key) for engine in serving)[::-1]
     left = len(serving)
     working = {engine.key: view.requests_on(engine) for engine in serving}
+    total, surplus_secs = sum(working.values()), _surplus_idle_secs(view, serving)
     for idle_secs, key in idle:
         if left <= profile.replicas.min or working[key]:
             continue
@@ -135,22 +136,22 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
         if ttl is not None and idle_secs >= ttl:
             left -= 1
             yield ReplicaRemoval(*key, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
-        elif left > profile.replicas.max and idle_secs >= _surplus_idle_secs(view, profile, serving):
+        elif left > profile.replicas.max and idle_secs >= surplus_secs:
             why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
             left -= 1
             yield ReplicaRemoval(*key, False, why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
-            if sum(working.values()) > view.rules.replica_target * (left - 1):
+            if total > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
             yield ReplicaRemoval(*key, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
 
-def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[EngineSnapshot]) -> float:
+def _surplus_idle_secs(view: PlanningView, serving: Iterable[EngineSnapshot]) -> float:
     """How long a replica above the maximum must be idle to be removed. Requests spread over all replicas: once all have
     been there for `scale_down_secs`, a pause is enough. Before that, a neuron that goes down and comes back again and
     again would cause a load each time."""
-    newest = max(view.usage(engine.key).loaded_at for engine in serving)
+    newest = max((view.usage(engine.key).loaded_at for engine in serving), default=0.0)
     settled = view.now - newest >= view.rules.scale_down_secs
     return min(view.rules.pause_secs, view.rules.scale_down_secs) if settled else view.rules.scale_down_secs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
@@ -41,10 +42,11 @@ def view(
 ) -> PlanningView:
     """`usages` are by model id and node name, with an instance where there are several. `waiting` and
     `overloaded_secs` are seconds by model: for how long requests wait, or the load has been too high."""
+    catalogue = Catalogue(models=models)
     return PlanningView(
         now=now,
-        catalogue=Catalogue(models=models),
-        fleet=where,
+        catalogue=catalogue,
+        fleet=replace(where, catalogue=catalogue),
         rules=rules or RULES,
         waiting={model_id: WaitingRequests(1, now - secs) for model_id, secs in (waiting or {}).items()},
         usages={replica_key(*key): usage for key, usage in (usages or {}).items()},

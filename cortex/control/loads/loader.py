@@ -101,9 +101,12 @@ class Loader:
     def jobs(self) -> list[LoadJob]:
         return list(self._jobs.values())
 
-    def job(self, model_id: str) -> LoadJob | None:
-        """The load of this model that is under way, if any."""
-        return next((job for job in self._jobs.values() if job.model_id == model_id), None)
+    def job(self, name: str) -> LoadJob | None:
+        """The load of this model, or of the variant of `id@variant`, that is under way, if any."""
+        requested = self._live.catalogue.requested(name)
+        return next(
+            (job for job in self._jobs.values() if requested in (job.plan.requested, (job.model_id, None))), None
+        )
 
     def start(
         self,
@@ -229,7 +232,13 @@ class Loader:
         took = self._clock() - started
         # Without the wait for another engine's last requests: the next exchange need not be as slow.
         self._state.set_load_secs(plan.requested.name, plan.node, self._clock() - started_at)
-        self._fleet.loaded(plan.key, harness=command.harness, devices=plan.devices, endpoint=reply.endpoint)
+        self._fleet.loaded(
+            plan.key,
+            harness=command.harness,
+            devices=plan.devices,
+            variant=plan.variant,
+            endpoint=reply.endpoint,
+        )
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
@@ -239,7 +248,8 @@ class Loader:
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
         status, devices = ModelStatus.LOADING.value, list(plan.devices)
-        view = ModelView(id=plan.model_id, instance=plan.instance or None, status=status, devices=devices)
+        instance = plan.instance or None
+        view = ModelView(id=plan.model_id, instance=instance, variant=plan.variant, status=status, devices=devices)
         self._fleet.update_model(plan.node, view)
 
     async def until_loaded(self, key: ReplicaKey) -> float | None:
