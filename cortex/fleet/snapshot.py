@@ -46,7 +46,7 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 @dataclass(frozen=True)
 class Reservation:
     """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
-    devices."""
+    devices. `serves` False: it is a part of an engine that spans several nodes, and takes no requests."""
 
     model_id: str
     node: str
@@ -54,6 +54,7 @@ class Reservation:
     device_share_mb: int
     instance: str = ""
     variant: str | None = None
+    serves: bool = True
 
     @property
     def key(self) -> ReplicaKey:
@@ -312,7 +313,11 @@ class FleetSnapshot:
         if not self.reservations:
             return None
         model_id, variant = self.catalogue.requested(name)
-        ours = (each for each in self.reservations if each.model_id == model_id and variant in (None, each.variant))
+        ours = (
+            each
+            for each in self.reservations
+            if each.serves and each.model_id == model_id and variant in (None, each.variant)
+        )
         return next(ours, None)
 
     @property
@@ -320,6 +325,6 @@ class FleetSnapshot:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def with_load(self, reservation: Reservation, evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
+    def with_load(self, reservations: Iterable[Reservation], evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
         """The fleet after this load and its evictions have started."""
-        return replace(self, reservations=(*self.reservations, reservation), evicting=self.evicting.union(evicting))
+        return replace(self, reservations=(*self.reservations, *reservations), evicting=self.evicting.union(evicting))
