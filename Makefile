@@ -44,18 +44,18 @@ test: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.environment
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests.lanes)
 
 # Tests that run through compiled modules; the rest is the same as in `make test`.
 COMPILED_TESTS := $(addprefix tests/cortex/,http proxy metrics workers \
-	$(addprefix control/test_,failover.py replicas.py shutdown.py))
+	$(addprefix control/test_,dead_core.py failover.py replicas.py shutdown.py))
 
 # In a copy: a compiled module in the checkout would hide its source.
 test-compiled: $(DEV_STAMP)
 	rm -rf build/compiled
 	CORTEX_COMPILE=yes $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
 	cp -r tests benchmarks deploy docs pyproject.toml *.md LICENSE models.example.toml Makefile build/compiled
-	cd build/compiled && $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(or $(ARGS),$(COMPILED_TESTS))
+	cd build/compiled && $(abspath $(BIN))/python -m $(if $(ARGS),pytest -p no:cacheprovider $(ARGS),tests.lanes $(COMPILED_TESTS))
 
 wheel: $(RUN_STAMP)
 	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -68,15 +68,19 @@ def model_entry(
     created: int,
     length: int | None,
 ) -> dict[str, Any] | None:
-    """One entry of the list, None if the model cannot be used. `created` is Unix time, `length` the context length that
-    the model's engine gives, None if unknown."""
-    profile = catalogue.profile(model_id)
+    """One entry of the list, for an id or `id@variant`; None if the model cannot be used. `created` is Unix time,
+    `length` the context length that the model's engine gives, None if unknown."""
+    profile, variant = catalogue.profile(model_id), catalogue.requested(model_id).variant
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
-    present = [node for node in fleet.holders(model_id) if node.healthy]
-    loaded = any(node.is_loaded(model_id) for node in present)
+    present = [
+        engine
+        for engine in fleet.engines(catalogue.requested(model_id).model_id)
+        if engine.node.healthy and variant in (None, engine.view.variant)
+    ]
+    loaded = any(engine.view.loaded for engine in present)
     if not feasible_on and not loaded:
         return None
-    told = told_facts(view for node in present for view in node.instances(model_id).values())
+    told = told_facts(engine.view for engine in present)
     told_limit = told.pop("limit", {})
     limit = told_limit if profile is None or profile.limit is None else {**told_limit, **_given(profile.limit)}
     return {
@@ -86,21 +90,26 @@ def model_entry(
         "owned_by": OWNER,
         "loaded": loaded,
         "feasible_on": feasible_on,
-        "locations": [_location(profile, engine) for node in present for engine in node.engines(model_id)],
+        "locations": [_location(profile, engine) for engine in present],
         "limit": limit or None,
         "max_model_len": length or limit.get("context"),
         "harness": None if profile is None else profile.harness,
         "quant": None if profile is None else profile.quant,
         "pinned_on": [] if profile is None else list(profile.pinned_on),
         **({} if profile is None or profile.parallel is None else {"parallel": profile.parallel.model_dump()}),
+        **({} if profile is None or not profile.variants else {"variants": [each.name for each in profile.variants]}),
+        **({} if variant is None or profile is None else {"variant": variant, "variant_of": profile.id}),
         **told,
     }
 
 
 def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str, Any]:
     view = engine.view
-    estimate = view.vram_used_mb or (None if profile is None else profile.vram_mb)
+    choice = None if profile is None else profile.choice(view.variant) or profile
+    estimate = view.vram_used_mb or (None if choice is None else choice.vram_mb)
     location: dict[str, Any] = {**place(engine.key), "status": view.status, "vram_estimate_mb": estimate}
+    if view.variant is not None:
+        location["variant"] = view.variant
     if view.parallel is not None:
         location["parallel"] = view.parallel.model_dump()
     if view.unservable_because is not None:
@@ -133,8 +142,9 @@ class ModelList:
         self._fleet = FleetSnapshot()
         self._created = 0
         self._lengths: Mapping[str, int] = _NO_LENGTHS
-        self._aliases: dict[str, list[str]] = {}
-        self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its aliases, if listed
+        self._aliases: dict[str, list[str]] = {}  # of an id or `id@variant`
+        self._others: dict[str, list[str]] = {}  # by id: the listed names of its variants, then aliases
+        self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its other names, if listed
         self._codex: dict[str, list[bytes]] = {}  # likewise, in Codex's shape
         self._names: list[str] = []
         self._blocks: list[tuple[list[Piece], bytes]] = []  # each with its pieces
@@ -154,7 +164,7 @@ class ModelList:
         model_id = self._catalogue.resolve(name)
         entry = self._entry(model_id)
         if entry is None:
-            raise no_such_model_error(name, self.names)
+            raise no_such_model_error(name, self.names, self._catalogue)
         return entry if name == model_id else _alias(name, model_id, entry)
 
     def blocks(
@@ -166,7 +176,7 @@ class ModelList:
         if catalogue is not self._catalogue or created != self._created:
             before, self._answer = FleetSnapshot(), None
             self._catalogue, self._created = catalogue, created
-            self._pieces, self._codex, self._aliases = {}, {}, {}
+            self._pieces, self._codex, self._aliases, self._others = {}, {}, {}, {}
             for alias, target in catalogue.aliases.items():
                 self._aliases.setdefault(target, []).append(alias)
         if self._answer is None or fleet is not before or lengths is not self._lengths:
@@ -188,7 +198,7 @@ class ModelList:
         found: set[str] = set()
         for profile in self._catalogue.models:
             names, pieces = self._feasibility.nodes(profile, self._fleet), self._pieces.get(profile.id)
-            if pieces is None or not names:
+            if pieces is None or not names or profile.variants:
                 found.add(profile.id)
             elif pieces[0][1] is not names:
                 self._pieces[profile.id] = [(opening, names, rest) for opening, _, rest in pieces]
@@ -202,13 +212,19 @@ class ModelList:
             self._fleet,
             self._feasibility,
             created=self._created,
-            length=self._lengths.get(model_id),
+            length=self._lengths.get(self._catalogue.requested(model_id).model_id),
         )
 
     def _make(self, model_id: str) -> None:
         entry = self._entry(model_id)
         if entry is not None:
-            entries = [entry, *(_alias(alias, model_id, entry) for alias in self._aliases.get(model_id, ()))]
+            variants = {name: self._entry(name) for name in self._catalogue.names_of(model_id)[1:]}
+            named = {model_id: entry, **{name: each for name, each in variants.items() if each is not None}}
+            aliases = [
+                _alias(alias, name, each) for name, each in named.items() for alias in self._aliases.get(name, ())
+            ]
+            entries = [*named.values(), *aliases]
+            self._others[model_id] = [each["id"] for each in entries[1:]]
             self._pieces[model_id] = [_piece(each) for each in entries]
             self._codex[model_id] = [json.dumps(codex_model(each)).encode() for each in entries]
         else:
@@ -216,14 +232,14 @@ class ModelList:
             self._codex.pop(model_id, None)
 
     def _joined(self) -> tuple[bytes, ...]:
-        """Catalogue models, then those that only neurons know, then aliases. Unchanged blocks are kept."""
+        """Catalogue models, then those that only neurons know, then variants and aliases. Unchanged blocks are kept."""
         catalogue = self._catalogue
         order = [profile.id for profile in catalogue.models]
         order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
         listed = [model_id for model_id in order if model_id in self._pieces]
-        aliases = [(model_id, place) for model_id in listed for place in range(1, len(self._pieces[model_id]))]
-        self._names = [*listed, *(self._aliases[model_id][place - 1] for model_id, place in aliases)]
-        places = [*((model_id, 0) for model_id in listed), *aliases]
+        others = [(model_id, place) for model_id in listed for place in range(1, len(self._pieces[model_id]))]
+        self._names = [*listed, *(self._others[model_id][place - 1] for model_id, place in others)]
+        places = [*((model_id, 0) for model_id in listed), *others]
         entries = [self._pieces[model_id][place] for model_id, place in places]
         codex = [self._codex[model_id][place] for model_id, place in places]
         before, self._blocks = self._blocks, []

@@ -63,7 +63,7 @@ async def load_model(request: web.Request) -> web.Response:
     model_id = app[LIVE].catalogue.resolve(action.model)
     _check_instance(app[FLEET].snapshot(), action)
     serving = _serving(app, model_id, action)
-    if app[STATE].end_holds(model_id, action.node):
+    if app[STATE].end_holds(app[LIVE].catalogue.requested(model_id).model_id, action.node):
         app[FLEET].notify()
     if serving is not None:
         return web.json_response({"status": "loaded", "model": model_id, **place(serving)})
@@ -117,7 +117,8 @@ async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | No
     except NodeRemoved:
         raise _removed(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
-        backoff = app[SCHEDULER].view().backoff(model_id, node)
+        name = model_id if job is None else job.plan.requested.name
+        backoff = app[SCHEDULER].view().backoff(name, node)
         wait = NEURON_DOWN_SECS if backoff is None else until_retry(backoff.until, time.monotonic())
         raise Unavailable(str(error), code=ErrorCode.COLD_LOAD_FAILED, retry_after=wait) from error
     return key
@@ -149,17 +150,21 @@ def _serving(app: web.Application, model_id: str, action: LoadAction) -> Replica
         decision = decide(model_id, catalogue, fleet, app[COUNTS].in_flight)
         if isinstance(decision, Serve):
             return decision.replicas[0]
-        failed = any(node.healthy and node.has_status(model_id, ModelStatus.FAILED) for node in fleet.holders(model_id))
+        failed = any(
+            each.node.healthy and each.view.known_status is ModelStatus.FAILED for each in fleet.engines(model_id)
+        )
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
     node = _usable_node(fleet, action.node)
-    loaded = next((each for each in node.engines(model_id) if each.view.loaded and _is_meant(action, each)), None)
+    loaded = next(
+        (each for each in fleet.engines(model_id, node) if each.view.loaded and _is_meant(action, each)), None
+    )
     if loaded is not None:
         return loaded.key
     if profile is None:
         if model_id not in node.models:
-            raise no_such_model_error(model_id, [profile.id for profile in catalogue.models])
+            raise no_such_model_error(model_id, [profile.id for profile in catalogue.models], catalogue)
         return None
     reason = infeasible_reason(profile, node)
     if reason is not None:
@@ -177,10 +182,13 @@ async def unload_model(request: web.Request) -> web.Response:
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
     _check_instance(fleet, action)
-    if action.instance is not None and action.for_secs is not None:
-        raise InvalidRequest("for_secs holds back the model, not one instance: leave one of them out", param="for_secs")
+    requested = app[LIVE].catalogue.requested(model_id)
+    if action.for_secs is not None and (action.instance is not None or requested.variant is not None):
+        what = "instance" if action.instance is not None else "variant"
+        raise InvalidRequest(f"for_secs holds back the model, not one {what}: leave one of them out", param="for_secs")
     if action.node is not None:
-        engines = [each for each in _usable_node(fleet, action.node).engines(model_id) if _is_meant(action, each)]
+        node = _usable_node(fleet, action.node)
+        engines = [each for each in fleet.engines(model_id, node) if _is_meant(action, each)]
     else:
         engines = [
             engine
@@ -204,7 +212,7 @@ async def unload_model(request: web.Request) -> web.Response:
         )
     unloaded = list(dict.fromkeys(engine.node.name for engine in engines))
     answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
-    return web.json_response({**answer, **after_unload(model_id, scheduler.view()), **hold})
+    return web.json_response({**answer, **after_unload(requested.model_id, scheduler.view()), **hold})
 
 
 def _nothing_to_unload(fleet: FleetSnapshot, model_id: str, action: UnloadAction) -> NotFound:

@@ -61,7 +61,7 @@ def _places(locations: list[dict[str, Any]]) -> str:
     """`beast (loaded), benjy (2 loaded, sleeping)`: the engines of each neuron by their status."""
     found: dict[str, Counter[str]] = {}
     for each in locations:
-        found.setdefault(each["node"], Counter())[each["status"]] += 1
+        found.setdefault(each["node"], Counter())[_status(each)] += 1
     texts = {
         node: ", ".join(f"{count} {status}" if count > 1 else status for status, count in counts.items())
         for node, counts in found.items()
@@ -73,13 +73,15 @@ def explain_table(plan: dict[str, Any]) -> str:
     decision = plan["decision"]
     where = f" on {decision['node']}" if "node" in decision else ""
     devices = f", devices {decision['devices']}" if decision.get("devices") else ""
+    with_variants = any("variant" in node for node in plan["nodes"])
     rows = [
         [
             node["node"],
             _yes_or_no(node["feasible"]),
             node["status"] or "-",
+            *([node["variant"] or "-"] if with_variants else []),
             " ".join(map(str, node["devices"])) or "-",
-            _reason(node, decision["reason"]),
+            "; ".join([_reason(node, decision["reason"]), *_passed_over(node)]),
         ]
         for node in plan["nodes"]
     ]
@@ -92,7 +94,8 @@ def explain_table(plan: dict[str, Any]) -> str:
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
     head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
-    text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", "DEVICES", "REASON"], *rows])
+    variant = ["VARIANT"] if with_variants else []
+    text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
 
 
@@ -125,6 +128,11 @@ def draining_line(done: dict[str, Any]) -> str:
             f"`cortex resume {node}` ends this"
         )
     return f"{text}\nwarning: {done['warning']}" if "warning" in done else text
+
+
+def _passed_over(node: dict[str, Any]) -> list[str]:
+    """The better variants of a model that its node does not get."""
+    return [f"not {better['variant']}: {better['reason']}" for better in node.get("passed_over", ())]
 
 
 def _pauses(nodes: list[dict[str, Any]]) -> list[str]:
@@ -173,12 +181,18 @@ def _place(where: dict[str, Any]) -> str:
 
 def _model(model: dict[str, Any], *, named: bool) -> str:
     """`named`: the neuron has several engines of the model, so each shows its instance."""
-    status, name = model["status"], f"{model['id']}#{model['instance']}" if named else model["id"]
+    status, name = _status(model), f"{model['id']}#{model['instance']}" if named else model["id"]
     progress = model.get("progress") or {}
     split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
-    if status == "loaded" or not progress.get("phase"):
+    if model["status"] == "loaded" or not progress.get("phase"):
         return f"{name} ({status}{split})"
-    return f"{name} ({'' if status == 'loading' else status + ', '}{_progress(progress)}{split})"
+    shown = status.removeprefix("loading").removeprefix(", ")
+    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
+
+
+def _status(place: dict[str, Any]) -> str:
+    """The status of a model on a node, with its variant if it has one."""
+    return ", ".join(filter(None, (place["status"], place.get("variant"))))
 
 
 def _progress(progress: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import (
     BeforeValidator,
@@ -63,6 +63,11 @@ class RequestedModel(NamedTuple):
         """The id, with the variant if there is one, as in `id@variant`."""
         return self.model_id if self.variant is None else f"{self.model_id}@{self.variant}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in requests that an engine of it serves: the id, and `id@variant`."""
+        return (self.model_id,) if self.variant is None else (self.model_id, self.name)
+
 
 class TokenLimit(SettingsModel):
     """Limits reported to clients, in tokens."""
@@ -112,6 +117,10 @@ def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> P
     return value
 
 
+_OF_A_VARIANT: Final = {"variant": True}
+"""Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
+
+
 class Variant(SettingsModel):
     """One of several ways to run a model. None: as the model's own entry says. `name` defaults to `quant`, or else to
     its number from 1."""
@@ -144,6 +153,7 @@ class ModelProfile(SettingsModel):
     vram_mb: int | None = Field(default=None, gt=0)
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
+    span_nodes: bool = False
     min_device_vram_mb: int | None = Field(default=None, gt=0)
     min_compute_capability: ComputeCapability | None = None
     pinned_on: tuple[str, ...] = ()
@@ -193,6 +203,15 @@ class ModelProfile(SettingsModel):
             seen.add(each.name)
         return value
 
+    @model_validator(mode="after")
+    def _can_span(self, info: ValidationInfo) -> ModelProfile:
+        spans = self.span_nodes and info.context is not _OF_A_VARIANT
+        if spans and all(choice.device_count < 2 for choice in self.choices):
+            raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
+        if spans and any(choice.parallelism.data > 1 for choice in self.choices):
+            raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
+        return self
+
     @property
     def variant(self) -> str | None:
         """The name of the variant that this is one of the `choices` for; None for a model itself."""
@@ -217,6 +236,12 @@ class ModelProfile(SettingsModel):
     def _of_variants(self) -> tuple[ModelProfile, ...]:
         return tuple(self._with(variant, place) for place, variant in enumerate(self.variants))
 
+    @property
+    def variants_text(self) -> str:
+        """The names of its variants, for people."""
+        names = ", ".join(str(each.name) for each in self.variants)
+        return f"{self.id!r} has the variants {names}" if names else f"{self.id!r} has no variants"
+
     def choice(self, variant: str | None) -> ModelProfile | None:
         """The profile of the variant; for a model without variants itself. None if there is none of that name."""
         return next((each for each in self.choices if each.variant == variant), None)
@@ -226,8 +251,16 @@ class ModelProfile(SettingsModel):
         own = self.model_dump(exclude_none=True, exclude={"variants"})
         if not given.keys().isdisjoint(("parallel", "min_devices")):
             own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
-        found = ModelProfile.model_validate({**own, **given})
+        found = ModelProfile.model_validate({**own, **given}, context=_OF_A_VARIANT)
         found._variant, found._place = variant.name, place
+        return found
+
+    def part(self, parallel: Parallelism) -> ModelProfile:
+        """What one host holds of it, split over that host's devices in this way."""
+        own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
+        memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
+        found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
+        found._variant, found._place = self._variant, self._place
         return found
 
     @cached_property
@@ -294,8 +327,8 @@ class Catalogue(SettingsModel):
             if alias in self._variants:
                 raise ValueError(f"aliases: {alias!r} is also a variant of {self._variants[alias].id!r}")
             if self.profile(target) is None:
-                known = self.variants_meant_by(target)
-                hint = f" (it has the variants {', '.join(known)})" if known else ""
+                meant = self.model_meant_by(target)
+                hint = "" if meant is None else f" ({meant.variants_text})"
                 raise ValueError(f"aliases: {alias!r} points to {target!r}, which is not in this catalogue{hint}")
         return self
 
@@ -340,16 +373,22 @@ class Catalogue(SettingsModel):
         variants = () if profile is None or not profile.variants else profile.choices
         return model_id, *(choice.requested.name for choice in variants)
 
-    def variants_meant_by(self, name: str) -> tuple[str, ...]:
-        """For `id@something`: the names of the variants of that model. Empty for any other name."""
+    @property
+    def has_variants(self) -> bool:
+        return bool(self._variants)
+
+    def model_meant_by(self, name: str) -> ModelProfile | None:
+        """The model for `id@something` or `alias@something`, whatever its variants; None for any other name."""
         prefix, _, wanted = name.rpartition("@")
-        profile = self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
-        return () if profile is None else tuple(str(each.name) for each in profile.variants)
+        return self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
 
     def resolve(self, name: str) -> str:
         """The id, or `id@variant`, for a name that may be an alias."""
         found = self.renamed.get(name)
         return name if found is None else found.name
+
+
+NO_MODELS = Catalogue()
 
 
 def load_catalogue(path: Path) -> Catalogue:

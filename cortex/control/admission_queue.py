@@ -97,23 +97,26 @@ class AdmissionQueue:
         if not queue.tickets:
             del self._queues[ticket.model_id]
 
-    def count(self, model_id: str) -> int:
-        queue = self._queues.get(model_id)
-        return 0 if queue is None else len(queue.tickets)
+    def count(self, *models: str) -> int:
+        """How many requests wait for these models."""
+        queues = map(self._queues.get, models)
+        return sum(0 if queue is None else len(queue.tickets) for queue in queues)
 
-    def first_request_id(self, model_id: str) -> str | None:
-        """The id of the request that has waited longest for the model; None when no request waits."""
-        queue = self._queues.get(model_id)
-        return None if queue is None else next(iter(queue.tickets)).request_id
+    def first_request_id(self, *models: str) -> str | None:
+        """The id of the request that has waited longest for one of these models; None when no request waits."""
+        queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
+        first = min(queues, key=lambda queue: queue.since, default=None)
+        return None if first is None else next(iter(first.tickets)).request_id
 
     @property
     def models(self) -> Iterable[str]:
         """Models that requests wait for."""
         return self._queues.keys()
 
-    def notify(self, model_id: str) -> None:
-        """Something changed for the model: wakes every request that waits for it."""
-        self._notify(model_id, None)
+    def notify(self, *models: str) -> None:
+        """Something changed for these models: wakes every request that waits for one of them."""
+        for model in models:
+            self._notify(model, None)
 
     def notify_first(self, model_id: str, count: int = 1) -> None:
         """There is room for some requests at the model: wakes those that have waited longest."""

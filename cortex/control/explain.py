@@ -9,13 +9,13 @@ from typing import Any
 from cortex.config.catalogue import TOOLS_HINT, ModelProfile
 from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.control.wait_note import leaving_text
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
-from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.feasibility import feasible_choices, possible_nodes
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import held_back_error, placement_error
 from cortex.placement.replicas import reconcile_replicas
@@ -47,6 +47,7 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
     profile = view.profile(model_id)
     found = [] if profile is None else all_verdicts(view, profile)
     by_node = {verdict.node: verdict for verdict in found}
+    possible = {node.name for node in ([] if profile is None else possible_nodes(profile, view.fleet))}
     return {
         "model": model_id,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
@@ -54,7 +55,10 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         "hints": []
         if profile is None or not profile.refuses_tools
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
-        "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
+        "nodes": [
+            _node(model_id, profile, view, node, by_node.get(node.name), possible=node.name in possible)
+            for node in view.fleet.nodes.values()
+        ],
     }
 
 
@@ -103,7 +107,7 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
 def _awaited(model_id: str, view: PlanningView, name: str, in_flight: InFlight) -> str:
     """What a load under way is doing, or waits for."""
     node = view.fleet.nodes[name]
-    progress = next((view.progress for view in node.instances(model_id).values() if view.coming), None)
+    progress = next((each.view.progress for each in view.fleet.engines(model_id, node) if each.view.coming), None)
     message = "" if progress is None else progress.message
     details = [text for text in (message, leaving_text(view.fleet, node, in_flight)) if text]
     return ": ".join(["being loaded there", *(["; ".join(details)] if details else [])])
@@ -126,11 +130,13 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
         return {
             "action": "load",
             "node": plan.node,
+            **({} if plan.variant is None else {"variant": plan.variant}),
             "reason": f"{plan.reason}; {because}" if because else plan.reason,
             "devices": list(plan.devices),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
-            **_split(view.profile(model_id), plan),
+            **_split(_choice(view, plan), plan),
+            **_parts(plan),
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
@@ -140,9 +146,23 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
     return _refused(placement_error(view, model_id, found))
 
 
+def _parts(plan: LoadPlan) -> dict[str, Any]:
+    """For an engine that spans several neurons, its parts by rank."""
+    every = (plan, *plan.parts) if plan.parts else ()
+    return {"parts": [{"node": part.node, "devices": list(part.devices)} for part in every]} if every else {}
+
+
+def _choice(view: PlanningView, plan: LoadPlan) -> ModelProfile | None:
+    """The model as the plan loads it: in one of its variants."""
+    profile = view.profile(plan.model_id)
+    return None if profile is None else profile.choice(plan.variant)
+
+
 def _split(profile: ModelProfile | None, plan: LoadPlan) -> dict[str, Any]:
     """How the model is split over the plan's devices; `parallel` only where the tensor-parallel size does not say
     all."""
+    if plan.whole is not None:
+        return {"tensor_parallel": plan.whole.tensor, "parallel": plan.whole.model_dump()}
     if profile is None or profile.parallelism.tensor_only:
         return {"tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None}
     return {"tensor_parallel": profile.tensor_parallel, "parallel": profile.parallelism.model_dump()}
@@ -193,7 +213,7 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     )
     if len(plan.devices) == 1:
         return free + busy
-    profile = view.profile(plan.model_id)
+    profile = _choice(view, plan)
     split = None if profile is None else profile.parallelism
     tensor = len(plan.devices) if split is None or split.tensor_only else split.tensor
     groups = tensor_groups(plan.devices, tensor)
@@ -207,33 +227,55 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     return f"{free}; {what} by {'an unknown path' if worst is None else worst.value}{busy}"
 
 
-def _pause_secs(model_id: str, view: PlanningView, node: str) -> float | None:
+def _pause_secs(model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot) -> float | None:
     """For how long the model is not loaded on the node after a failure, or because an operator holds it back."""
-    backoff, held_until = view.backoff(model_id, node), view.held_until(model_id, node)
+    model_id = model_id if profile is None else profile.id
+    backoff, held_until = view.backoff(model_id, node.name), view.held_until(model_id, node.name)
     ends = [] if backoff is None else [backoff.until]
     ends += [] if held_until is None else [held_until]
+    names = [] if profile is None else [each.requested.name for each in feasible_choices(profile, node)]
+    of_variants = [view.backoff(name, node.name) for name in names]
+    failed = [each.until for each in of_variants if each is not None]
+    ends += [min(failed)] if failed and len(failed) == len(names) else []
     return round(max(ends) - view.now, 1) if ends else None
 
 
-def _status(node: NodeSnapshot, model_id: str) -> str | None:
+def _variant(profile: ModelProfile | None, verdict: NodeVerdict | None) -> dict[str, Any]:
+    """For a model with variants: the one that the node would get, and the better ones with the reasons against them."""
+    if profile is None or verdict is None or (profile.variant is None and not profile.variants):
+        return {}
+    return {
+        "variant": None if verdict.plan is None else verdict.plan.variant,
+        "passed_over": [{"variant": variant, "reason": reason} for variant, reason in verdict.passed_over],
+    }
+
+
+def _status(fleet: FleetSnapshot, node: NodeSnapshot, model_id: str) -> str | None:
     """The status of the model's engine there; of several, one that serves, else one that may serve soon."""
     views = sorted(
-        node.instances(model_id).values(), key=lambda view: (not view.loaded, not view.coming, not view.holds_devices)
+        (engine.view for engine in fleet.engines(model_id, node)),
+        key=lambda view: (not view.loaded, not view.coming, not view.holds_devices),
     )
     return views[0].status if views else None
 
 
 def _node(
-    model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot, verdict: NodeVerdict | None
+    model_id: str,
+    profile: ModelProfile | None,
+    view: PlanningView,
+    node: NodeSnapshot,
+    verdict: NodeVerdict | None,
+    *,
+    possible: bool,
 ) -> dict[str, Any]:
     plan = None if verdict is None else verdict.plan
-    feasible = profile is not None and node.discovery is not None and infeasible_reason(profile, node) is None
     return {
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
-        "status": _status(node, model_id),
-        "feasible": feasible,
+        "status": _status(view.fleet, node, model_id),
+        "feasible": possible and node.discovery is not None,
+        **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),
         "devices_because": None if plan is None else _why_devices(view, plan),
@@ -241,6 +283,6 @@ def _node(
         "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
         "evict": [] if plan is None else [each.resident.key.model_id for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
-        "retry_in_secs": _pause_secs(model_id, view, node.name),
+        "retry_in_secs": _pause_secs(model_id, profile, view, node),
         "reason": "not in the catalogue" if verdict is None else verdict.reason,
     }

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from cortex.config.catalogue import RequestedModel
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Await, Place, Refuse, Serve, decide
@@ -81,8 +82,8 @@ class Resolver:
         self._limits = RequestLimits()
 
     @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._live.catalogue.aliases
+    def aliases(self) -> Mapping[str, RequestedModel]:
+        return self._live.catalogue.renamed
 
     @property
     def down(self) -> Collection[str]:
@@ -93,7 +94,7 @@ class Resolver:
         return self._state.response_owners
 
     def knows(self, model_id: str) -> bool:
-        """True for models of the catalogue."""
+        """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
@@ -116,7 +117,7 @@ class Resolver:
         if key not in self._serving_keys(key.model_id):
             return None
         with contextlib.suppress(UpstreamError):
-            return await self._routes.replica(key)
+            return await self._routes.replica(key, key.model_id)
         return None
 
     async def engine_end(self, replica: Replica) -> str | None:
@@ -138,11 +139,12 @@ class Resolver:
         return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
-        return not self._queue.count(replica.model_id) and self._limits.take(replica)
+        return not self._queue.count(*self._names_for(replica.key)) and self._limits.take(replica)
 
     def release(self, replica: Replica, count: int = 1) -> None:
         self._limits.release(replica, count)
-        self._queue.notify_first(replica.model_id, count)
+        for name in self._live.catalogue.names_of(replica.model_id):
+            self._queue.notify_first(name, count)
 
     def tell_owner(self, response_id: str, replica: Replica) -> None:
         self._state.add_response(response_id, replica)
@@ -169,7 +171,7 @@ class Resolver:
         if self._shutdown.begun:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
-        self._demand.record_request(model_id)
+        self._demand.record_request(self._live.catalogue.requested(model_id).model_id)
         with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
             cold = False
             while True:
@@ -210,7 +212,7 @@ class Resolver:
                     if not left:
                         return None
                     with self._choosing(left[0]):
-                        replica = await self._routes.replica(left[0])
+                        replica = await self._routes.replica(left[0], model_id)
                     if replica is not None and self._is_failed_one(replica, failures):
                         lost.add(replica.key)
                         continue
@@ -231,7 +233,7 @@ class Resolver:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
         engine = self._fleet.snapshot().engine(key)
         limit = None if engine is None else engine.limit
-        if limit is not None and not queued and self._queue.count(key.model_id):
+        if limit is not None and not queued and self._queue.count(*self._names_for(key)):
             return False
         return self._limits.has_room(key, limit)
 
@@ -260,13 +262,16 @@ class Resolver:
             for failure in failures
         )
 
+    def _names_for(self, key: ReplicaKey) -> tuple[str, ...]:
+        return self._fleet.snapshot().names_for(key)
+
     def _serving_keys(self, model_id: str) -> set[ReplicaKey]:
         return {engine.key for engine in self._fleet.snapshot().serving(model_id)}
 
     def _is_elsewhere(self, replica: Replica) -> bool:
         """The engine has another URL by now: it was started again."""
-        table = self.table.get(replica.model_id, ())
-        return any(each.key == replica.key and each.url != replica.url for each in table)
+        tables = [self.table.get(name, ()) for name in self._names_for(replica.key)]
+        return any(each.key == replica.key and each.url != replica.url for table in tables for each in table)
 
     def _took_too_long(self, model_id: str) -> ServiceError:
         if self._fleet.snapshot().serving(model_id):

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class RouteTable:
-    """Owns `table`, from model id to replicas. `changes` announces a model and all its replicas; an empty tuple means:
-    ask the control."""
+    """Owns `table`, from the name of a model (an id or `id@variant`) to replicas. `changes` announces a name and its
+    replicas; an empty tuple means: ask the control."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class RouteTable:
         """Announces the URL of an engine that gets no requests any more. An idle connection to it would make it look
         busy to a neuron that knows no more of its engine's requests than its connections."""
 
-    async def replica(self, key: ReplicaKey) -> Replica | None:
-        """This engine and where it answers. None and errors as `Endpoints.fetch`."""
-        model_id = key.model_id
-        self._wanted.add(model_id)
-        if model_id not in self.table:
-            self.publish([model_id])  # asks for the endpoints of all its replicas, not only of this one
+    async def replica(self, key: ReplicaKey, name: str) -> Replica | None:
+        """This engine, for a request that names the model so, and where it answers. None and errors as
+        `Endpoints.fetch`."""
+        self._wanted.add(name)
+        if name not in self.table:
+            self.publish([name])  # asks for the endpoints of all its replicas, not only of this one
         fleet = self._fleet.snapshot()
         endpoint = self._endpoints.known(fleet, key) if key.node in fleet.nodes else None
         if endpoint is None:
@@ -77,23 +77,29 @@ class RouteTable:
         """Brings the table up to date with the fleet, for these models that have been requested (default: all). Asks
         for the endpoints that are not known, so that requests need not wait for them."""
         fleet = self._fleet.snapshot()
-        for model_id in list(self._wanted) if models is None else self._wanted.intersection(models):
-            self._endpoints.forget_unloaded(fleet, model_id)
-            for engine in fleet.serving(model_id):
+        for name in list(self._wanted) if models is None else self._wanted_names(fleet, models):
+            self._endpoints.forget_unloaded(fleet, fleet.catalogue.requested(name).model_id)
+            for engine in fleet.serving(name):
                 if self._endpoints.known(fleet, engine.key) is None:
                     _ = self._fetch(engine.key)
-            self._update(model_id, fleet)
+            self._update(name, fleet)
 
-    def _update(self, model_id: str, fleet: FleetSnapshot) -> None:
-        replicas, before = self._replicas(model_id, fleet), self.table.get(model_id, ())
+    def _wanted_names(self, fleet: FleetSnapshot, models: Iterable[str]) -> set[str]:
+        """Of these models, the names that were requested, with those of their variants."""
+        if fleet.catalogue.has_variants:
+            models = {name for model in models for name in fleet.catalogue.names_of(model)}
+        return self._wanted.intersection(models)
+
+    def _update(self, name: str, fleet: FleetSnapshot) -> None:
+        replicas, before = self._replicas(name, fleet), self.table.get(name, ())
         if replicas == before:
             return
         if replicas:
-            self.table[model_id] = replicas
+            self.table[name] = replicas
         else:
-            del self.table[model_id]
-        self.changes.announce(model_id, replicas)
-        serving = {engine.key for engine in fleet.serving(model_id)}
+            del self.table[name]
+        self.changes.announce(name, replicas)
+        serving = {engine.key for engine in fleet.serving(name)}
         for replica in before:
             if replica.key not in serving:
                 self.retired.announce(replica.url)
@@ -101,10 +107,10 @@ class RouteTable:
     async def close(self) -> None:
         await self._tasks.close()
 
-    def _replicas(self, model_id: str, fleet: FleetSnapshot) -> tuple[Replica, ...]:
+    def _replicas(self, name: str, fleet: FleetSnapshot) -> tuple[Replica, ...]:
         """All replicas of a model, or none while an endpoint is unknown: a partial list would leave the others idle."""
         replicas: list[Replica] = []
-        for engine in fleet.serving(model_id):
+        for engine in fleet.serving(name):
             known = self._endpoints.known(fleet, engine.key)
             if known is None:
                 return ()
@@ -127,7 +133,9 @@ class RouteTable:
             log.info("%s", error.message)
             return error
         if endpoint is not None:
-            self._update(key.model_id, self._fleet.snapshot())
+            fleet = self._fleet.snapshot()
+            for name in self._wanted_names(fleet, [key.model_id]):
+                self._update(name, fleet)
         return endpoint
 
     def _as_replica(self, key: ReplicaKey, endpoint: Endpoint, fleet: FleetSnapshot) -> Replica:

@@ -24,7 +24,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import node_refusal_error, placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
@@ -133,7 +133,7 @@ class Scheduler:
             return
         self._schedule = schedule = self._policy.schedule_loads(self.view())
         for plan in schedule.loads:
-            with request_scope(self._queue.first_request_id(plan.model_id)):
+            with request_scope(self._queue.first_request_id(*plan.requested.names)):
                 self._start(plan, "requests wait for it")
         for model_id, error in schedule.rejected.items():
             self._queue.refuse(model_id, error)
@@ -195,7 +195,7 @@ class Scheduler:
                 self._track_foreign_load(engine)
                 if engine.view.loaded:
                     self._record_size(engine.view)
-            self._queue.notify(model_id)
+            self._queue.notify(*self._live.catalogue.names_of(model_id))
         self._wake.set()
 
     def load(self, model_id: str, node_name: str | None, instance: str | None = None) -> LoadJob | None:
@@ -205,7 +205,8 @@ class Scheduler:
         Raises:
             ServiceError: it cannot be placed.
         """
-        self._backoffs.clear(self._live.catalogue.names_of(model_id))
+        requested = self._live.catalogue.requested(model_id)
+        self._backoffs.clear({requested.model_id, *self._live.catalogue.names_of(model_id)})
         view = self.view()
         view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
         profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
@@ -224,10 +225,11 @@ class Scheduler:
                 raise placement_error(view, model_id, found)
         else:
             node = view.fleet.nodes[node_name]
-            if any(entry.coming and instance in (None, name) for name, entry in node.instances(model_id).items()):
+            engines = view.fleet.engines(model_id, node)
+            if any(each.view.coming and instance in (None, each.instance) for each in engines):
                 return None
             if instance is not None:
-                view = replace(view, named_instances={(model_id, node_name): instance})
+                view = replace(view, named_instances={(requested.model_id, node_name): instance})
             verdict = plan_variant(view, profile, node)
             if verdict.plan is None:
                 raise node_refusal_error(model_id, verdict)
@@ -258,7 +260,7 @@ class Scheduler:
                 return False
             if job.needed:
                 return True
-            if not self._queue.count(plan.model_id):
+            if not self._queue.count(*plan.requested.names):
                 return False
             if self._clock() - checked_at < BETTER_PLACE_SECS:
                 return True
@@ -284,7 +286,7 @@ class Scheduler:
         reservations = tuple(each for each in view.fleet.reservations if each.key != plan.key)
         fleet = replace(view.fleet, reservations=reservations, evicting=view.fleet.evicting.difference(evicting))
         view = replace(view, fleet=fleet)
-        profile = view.profile(plan.model_id)
+        profile = view.profile(plan.model_id if self._queue.count(plan.model_id) else plan.requested.name)
         other = None if profile is None else best_plan(candidate_verdicts(view, profile))
         return other is not None and not other.eviction_plan.busy and other.ready_at <= view.now
 
@@ -297,7 +299,7 @@ class Scheduler:
             elif any(engine.key == job.plan.key for engine in self._fleet.snapshot().serving(job.model_id)):
                 self._backoffs.record_success(job.plan.requested, job.node)
         finally:
-            self._queue.notify(job.model_id)
+            self._queue.notify(*job.plan.requested.names)
             self._wake.set()
 
     def _note_failure(self, job: LoadJob, failure: LoadFailure) -> None:
@@ -308,7 +310,7 @@ class Scheduler:
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
         name = job.plan.requested.name
-        self._backoffs.record_failure(name, job.node, cause, str(failure), permanent=failure.permanent)
+        self._backoffs.record_failure(name, failure.node or job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""

@@ -17,6 +17,7 @@ from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loads.evictor import Evictor
+from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.control.resolver import Resolver
@@ -29,8 +30,10 @@ from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
+from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
 
@@ -50,6 +53,7 @@ class ControlCore:
     loader: Loader
     scheduler: Scheduler
     resolver: Resolver
+    groups: GroupKeeper
 
     @property
     def config(self) -> CortexConfig:
@@ -67,12 +71,13 @@ class ControlCore:
         return {
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
+            "groups": self.groups.run,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
 
     async def close(self) -> None:
         """Ends its background tasks. The loops must have ended before."""
-        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close())
+        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close(), self.groups.close())
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def build(
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = Demand(counts, clock=clock)
+    fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
@@ -116,6 +122,8 @@ def build(
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    live.changes.subscribe(lambda: fleet.use_variants(VariantLabels(live.catalogue, inferred_variant)))
+    live.changes.subscribe(routes.publish)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -146,7 +154,10 @@ def build(
         state=state,
         clock=clock,
     )
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver)
+    groups = GroupKeeper(neurons, clock=clock)
+    return ControlCore(
+        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups
+    )
 
 
 @contextlib.asynccontextmanager
@@ -161,7 +172,6 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    live.changes.subscribe(fleet.notify)
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)

@@ -65,6 +65,7 @@ class NeuronPoller:
         self._polling: asyncio.Future[None] | None = None
         self._missed_at = float("-inf")
         self._instance: str | None = None  # of the process that the known discovery describes
+        self._devices: frozenset[int] = frozenset()  # that answered when the discovery was requested
         # The known discovery came from here, and not from a watch of another endpoint before.
         self._discovery_known = False
         self._stopped = False
@@ -167,13 +168,16 @@ class NeuronPoller:
             self._fleet.record_miss(self.name, reason)
 
     async def _request_state(self) -> None:
-        """Requests health, models unless events report them, and discovery once per process and after recovery."""
+        """Requests health, models unless events report them, and discovery once per process, after recovery, and when
+        a device is lost or comes back."""
         started = self._clock()
         if self._stopped:
             return
         node = self._fleet.node(self.name)
         health = await self._client.health()
-        changed = not self._discovery_known or not node.healthy or health.instance_id != self._instance
+        devices = frozenset(device.index for device in health.devices)
+        known = self._discovery_known and (health.instance_id, devices) == (self._instance, self._devices)
+        changed = not known or not node.healthy
         models: Sequence[ModelView] | None = None
         if self._models_due(health) or changed:
             self._polls_without_models = 0
@@ -181,7 +185,7 @@ class NeuronPoller:
         discovery: Discovery | None = None
         if changed:
             discovery = await self._client.discovery()
-            self._instance = discovery.instance_id or health.instance_id
+            self._instance, self._devices = discovery.instance_id or health.instance_id, devices
         if self._stopped:
             return
         self._discovery_known = True

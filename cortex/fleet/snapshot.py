@@ -8,6 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
+from cortex.config.catalogue import NO_MODELS, Catalogue
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import (
     Device,
@@ -45,7 +46,7 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 @dataclass(frozen=True)
 class Reservation:
     """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
-    devices."""
+    devices. `serves` False: it is a part of an engine that spans several nodes, and takes no requests."""
 
     model_id: str
     node: str
@@ -53,6 +54,7 @@ class Reservation:
     device_share_mb: int
     instance: str = ""
     variant: str | None = None
+    serves: bool = True
 
     @property
     def key(self) -> ReplicaKey:
@@ -131,7 +133,7 @@ class NodeSnapshot:
 
     def every_engine(self) -> Iterator[EngineSnapshot]:
         """Every engine that the neuron lists, in any status."""
-        return (EngineSnapshot(self, view) for view in self.views)
+        return (engine for model_id in self.models for engine in self.engines(model_id))
 
     def instances(self, model_id: str) -> Instances:
         """The engines of the model that the neuron lists, in any status."""
@@ -141,9 +143,10 @@ class NodeSnapshot:
         """What the neuron says of one engine; None if it does not list it."""
         return self.instances(model_id).get(instance)
 
-    def engines(self, model_id: str) -> Iterator[EngineSnapshot]:
+    def engines(self, model_id: str) -> list[EngineSnapshot]:
         """The engines of the model here, in any status."""
-        return (EngineSnapshot(self, view) for view in self.instances(model_id).values())
+        there = self.instances(model_id).items()
+        return [EngineSnapshot(self, view, ReplicaKey(model_id, self.name, instance)) for instance, view in there]
 
     def engine_version(self, model_id: str, instance: str) -> object:
         """Differs for another engine of this name; None if it is not listed. An entry without `since` (protocol v1) may
@@ -177,19 +180,17 @@ class EngineSnapshot(NamedTuple):
 
     node: NodeSnapshot
     view: ModelView
+    key: ReplicaKey
 
     @property
     def instance(self) -> str:
-        return instance_of(self.view)
-
-    @property
-    def key(self) -> ReplicaKey:
-        return ReplicaKey(self.view.id, self.node.name, instance_of(self.view))
+        return self.key.instance
 
     @property
     def activity(self) -> ModelActivity | None:
         """Its requests by the node's last report."""
-        return self.node.activity.get((self.view.id, instance_of(self.view)))
+        model_id, _, instance = self.key
+        return self.node.activity.get((model_id, instance))
 
     @property
     def requests(self) -> int:
@@ -233,7 +234,7 @@ def _moved(model_id: str, before: NodeSnapshot, after: NodeSnapshot) -> bool:
         old = older[instance]
         if old is new and new.since is not None:
             continue
-        if (old.status, old.servable) != (new.status, new.servable):
+        if (old.status, old.servable, old.variant) != (new.status, new.servable, new.variant):
             return True
         if before.engine_version(model_id, instance) != after.engine_version(model_id, instance):
             return True
@@ -250,6 +251,9 @@ class FleetSnapshot:
     index: Mapping[str, tuple[str, ...]] | None = None  # model id -> names of its holders; None: found when asked for
     topology: object = None
     """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
+    catalogue: Catalogue = field(default=NO_MODELS, compare=False)
+    """Says what `id@variant` stands for. Where a method takes the name of a model, that is an id or such a name, which
+    means the engines of that variant."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
@@ -269,44 +273,58 @@ class FleetSnapshot:
         """The neurons that list the model, in any status."""
         return tuple(self.nodes[name] for name in self._holders.get(model_id, ()))
 
-    def engines(self, model_id: str) -> Iterator[EngineSnapshot]:
-        """The engines of the model on every neuron, in any status."""
-        return (engine for node in self.holders(model_id) for engine in node.engines(model_id))
+    def engines(self, name: str, node: NodeSnapshot | None = None) -> Iterator[EngineSnapshot]:
+        """The engines of the model on this neuron, by default on every one, in any status."""
+        model_id, variant = self.catalogue.requested(name)
+        nodes = self.holders(model_id) if node is None else (node,)
+        engines = (engine for each in nodes for engine in each.engines(model_id))
+        return engines if variant is None else (engine for engine in engines if engine.view.variant == variant)
+
+    def names_for(self, key: ReplicaKey) -> tuple[str, ...]:
+        """The names of models that this engine serves requests for."""
+        engine = self.engine(key)
+        return self.catalogue.running(key.model_id, None if engine is None else engine.view.variant).names
 
     def engine(self, key: ReplicaKey) -> EngineSnapshot | None:
         """This engine; None if its neuron does not list it."""
         node = self.nodes.get(key.node)
         view = None if node is None else node.view(key.model_id, key.instance)
-        return None if node is None or view is None else EngineSnapshot(node, view)
+        return None if node is None or view is None else EngineSnapshot(node, view, key)
 
-    def serving(self, model_id: str) -> list[EngineSnapshot]:
+    def serving(self, name: str) -> list[EngineSnapshot]:
         """The engines that may get a request for the model now. Those on a draining node get none while another can
         serve; otherwise they still answer. One that is being evicted gets none."""
         loaded = [
             engine
-            for node in self.holders(model_id)
-            if node.healthy
-            for engine in node.engines(model_id)
-            if engine.view.servable_now and not (self.evicting and engine.key in self.evicting)
+            for engine in self.engines(name)
+            if engine.node.healthy and engine.view.servable_now and engine.key not in self.evicting
         ]
         return [engine for engine in loaded if not engine.node.draining] or loaded
 
-    def loading_on(self, model_id: str) -> EngineSnapshot | None:
+    def loading_on(self, name: str) -> EngineSnapshot | None:
         """An engine of the model that a healthy neuron is loading."""
-        for engine in self.engines(model_id):
+        for engine in self.engines(name):
             if engine.node.healthy and engine.view.coming:
                 return engine
         return None
 
-    def reservation_of(self, model_id: str) -> Reservation | None:
+    def reservation_of(self, name: str) -> Reservation | None:
         """The reservation of the load of the model in progress, if any."""
-        return next((each for each in self.reservations if each.model_id == model_id), None)
+        if not self.reservations:
+            return None
+        model_id, variant = self.catalogue.requested(name)
+        ours = (
+            each
+            for each in self.reservations
+            if each.serves and each.model_id == model_id and variant in (None, each.variant)
+        )
+        return next(ours, None)
 
     @property
     def listed_models(self) -> list[str]:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def with_load(self, reservation: Reservation, evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
+    def with_load(self, reservations: Iterable[Reservation], evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
         """The fleet after this load and its evictions have started."""
-        return replace(self, reservations=(*self.reservations, reservation), evicting=self.evicting.union(evicting))
+        return replace(self, reservations=(*self.reservations, *reservations), evicting=self.evicting.union(evicting))

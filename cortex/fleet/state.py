@@ -22,6 +22,7 @@ from cortex.fleet.snapshot import (
     instance_of,
     with_different_routes,
 )
+from cortex.fleet.variant_labels import VariantLabels
 from cortex.routing.replica import ReplicaKey
 from cortex.subscribers import Subscribers
 from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, NeuronHealth
@@ -71,6 +72,7 @@ class Fleet:
         self._nodes = {name: NodeSnapshot(name, endpoint, draining=name in drained) for name, endpoint in nodes}
         self._unhealthy_after = unhealthy_after
         self._clock = clock
+        self._labels = VariantLabels()
         self._reservations: list[Reservation] = []
         self._evicting: frozenset[ReplicaKey] = frozenset()
         # When something other than a poll last reported an engine, by node and engine. A poll that began before that is
@@ -106,6 +108,7 @@ class Fleet:
                 self._evicting,
                 index=self._holders,
                 topology=self._topology,
+                catalogue=self._labels.catalogue,
             )
         return self._snapshot
 
@@ -185,6 +188,13 @@ class Fleet:
         self._mark_changed()
         self._notify_routes({model_id for name in left for model_id in before[name].models})
 
+    def use_variants(self, labels: VariantLabels) -> None:
+        """From now on these say which variants there are."""
+        self._labels = labels
+        for node in list(self._nodes.values()):
+            self._replace(labels.on_all(node))
+        self._mark_changed()
+
     def notify(self) -> None:
         """Wakes the followers: something that is shown together with the fleet has changed."""
         self._mark_changed()
@@ -206,7 +216,7 @@ class Fleet:
             return
         if discovery is None or discovery == node.discovery:
             discovery = node.discovery
-        known = node.models if models is None else self._merged(node, models, started)
+        known = node.models if models is None else self._merged(node, models, started, discovery)
         self._unseen.discard(name)
         answered = node.healthy and not node.misses and node.last_error is None
         same = health is node.health and known is node.models and discovery is node.discovery
@@ -229,12 +239,16 @@ class Fleet:
             )
         )
 
-    def _merged(self, node: NodeSnapshot, models: Iterable[ModelView], started: float) -> Mapping[str, Instances]:
+    def _merged(
+        self, node: NodeSnapshot, models: Iterable[ModelView], started: float, discovery: Discovery | None
+    ) -> Mapping[str, Instances]:
         """The engines of a poll, except those with newer reports."""
         reported = self._reported_at[node.name] = {
             name: when for name, when in self._reported_at[node.name].items() if when > started
         }
-        merged = by_instance(view for view in models if (view.id, instance_of(view)) not in reported)
+        now = node if discovery is node.discovery else replace(node, discovery=discovery)
+        views = (self._labels.on(view, now) for view in models)
+        merged = by_instance(view for view in views if (view.id, instance_of(view)) not in reported)
         for model_id, instance in reported:
             known = node.view(model_id, instance)
             if known is not None:
@@ -264,7 +278,7 @@ class Fleet:
         node = self._nodes.get(name)
         if node is None:
             return
-        instance = instance_of(view)
+        instance, view = instance_of(view), self._labels.on(view, node)
         self._reported_at[name][view.id, instance] = self._clock()
         if node.view(view.id, instance) != view:
             there = {**node.instances(view.id), instance: view}
@@ -290,6 +304,7 @@ class Fleet:
         *,
         harness: str | None,
         devices: Iterable[int],
+        variant: str | None = None,
         endpoint: EndpointReply | None = None,
     ) -> None:
         """Records a finished load: the engine counts as loaded before the next poll."""
@@ -306,6 +321,7 @@ class Fleet:
             ModelView(
                 id=model_id,
                 instance=instance or None,
+                variant=variant,
                 harness=harness,
                 status=ModelStatus.LOADED.value,
                 devices=list(devices),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from cortex.config.catalogue import ModelProfile
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import NO_ARRIVALS, PlanningView
 from cortex.routing.replica import ReplicaKey
@@ -66,6 +67,7 @@ class ResidentModel:
     reload_secs: float
     cost: float
     asleep: bool = False
+    variant: str | None = None
     spare_replicas: int | None = None
     """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
     None: any number."""
@@ -210,7 +212,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
     node, entry, key = engine.node, engine.view, engine.key
     profile = view.catalogue.profile(entry.id)
     choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
-    use = view.usage(key)
+    use = view.usage(serving_engine(view.fleet, engine).key)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
@@ -233,6 +235,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         reload_secs=secs,
         cost=_eviction_cost(view, engine, secs),
         asleep=asleep,
+        variant=entry.variant,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )

@@ -25,9 +25,14 @@ MAX_EVICTION_SETS = 70
 def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
     """Devices with at least the profile's minimum memory and compute capability; on a feasible node there are enough
     of them."""
-    floor, capability = profile.min_device_vram_mb or 0, as_version(profile.min_compute_capability)
-    large = [device for device in node.devices if device.vram_total_mb >= floor]
-    return [device for device in large if as_version(device.compute_capability) >= capability] if capability else large
+    floor, capability = profile.min_device_vram_mb, profile.min_compute_capability
+    found = node.devices
+    if floor is not None:
+        found = [device for device in found if device.vram_total_mb >= floor]
+    if capability is not None:
+        lowest = as_version(capability)
+        found = [device for device in found if as_version(device.compute_capability) >= lowest]
+    return found
 
 
 def as_version(capability: str | None) -> tuple[int, ...]:
@@ -97,6 +102,18 @@ class DeviceLayout:
         worst = max(paths, default=SINGLE_DEVICE)
         cards = {self.cards[index] for index in chain(others, *listed)}
         return worst.link_class, worst.negated_nvlinks, len(cards), worst.rank
+
+    def best_single(
+        self, devices: Iterable[int], waits: Mapping[int, int], device_share_mb: int
+    ) -> tuple[int, ...] | None:
+        """The best set of one device, by wait, fit and packing. For itself, because it is the usual case and many nodes
+        are looked at."""
+        sign, engines, cut = 1 if device_share_mb else -1, self.engines, self._total_weights
+        ranks = (
+            (waits.get(i, 0), sign * self.memory[i].in_steps, engines.get(i, 0), cut.get(i, 0), i) for i in devices
+        )
+        best = min(ranks, default=None)
+        return None if best is None else best[-1:]
 
     def packing(self, indices: tuple[int, ...]) -> tuple[int, int]:
         """How well the devices fill up a node; smaller is better: first the engines on them, then the weights of the

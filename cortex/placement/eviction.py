@@ -144,7 +144,7 @@ def assess_eviction(
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
     recently_loaded = view.now < residency_ends_at and not resident.asleep
-    requested = resident.key.model_id in view.waiting
+    requested = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant)) is not None
     if resident.in_flight or requested:
         if requested:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
             patient_until = max(patient_until, view.now + HANDOVER_SECS)

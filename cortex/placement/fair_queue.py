@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError
@@ -42,17 +42,15 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
     reserved: dict[str, str] = {}  # node -> the starving model it is reserved for
     queued = [model_id for model_id in view.waiting if not is_served_or_loading(view, model_id)]
     for model_id in sorted(queued, key=partial(_fair_order, view)):
+        if view.fleet.reservation_of(model_id) is not None:
+            continue  # one for another name of the model has just been planned
         profile = view.profile(model_id)
         verdicts = () if profile is None else candidate_verdicts(view, profile)
         found = [_unless_reserved(reserved, verdict) for verdict in verdicts]
         plan = best_plan(found)
         if plan is None:
             if any(verdict.temporary for verdict in found):
-                recheck_at += [
-                    backoff.until
-                    for (m, _), backoff in view.backoffs.items()
-                    if m == model_id and backoff.until > view.now
-                ]
+                recheck_at += [backoff.until for backoff in view.backoffs_of(model_id)]
                 wait_reasons[model_id] = "; ".join(f"{each.node} {each.reason}" for each in found if each.temporary)
                 if _is_starving(view, model_id):
                     reserved.setdefault(min(each.node for each in found if each.temporary), model_id)
@@ -73,7 +71,7 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
 def after_start(view: PlanningView, plan: LoadPlan) -> PlanningView:
     """The view once this plan has started."""
     evicting = [each.resident.key for each in plan.eviction_plan.evictions]
-    return replace(view, fleet=view.fleet.with_load(plan.reservation, evicting))
+    return replace(view, fleet=view.fleet.with_load(plan.reservations, evicting))
 
 
 def is_served_or_loading(view: PlanningView, model_id: str) -> bool:
@@ -92,9 +90,11 @@ def _is_starving(view: PlanningView, model_id: str) -> bool:
 
 def _unless_reserved(reserved: Mapping[str, str], verdict: NodeVerdict) -> NodeVerdict:
     """Excludes a node that is reserved for a starving model."""
-    if verdict.node not in reserved or (verdict.plan is None and not verdict.temporary):
+    nodes = (verdict.node,) if verdict.plan is None else verdict.plan.nodes
+    taken = next((node for node in nodes if node in reserved), None)
+    if taken is None or (verdict.plan is None and not verdict.temporary):
         return verdict
-    return NodeVerdict(verdict.node, None, f"is reserved for {reserved[verdict.node]}", temporary=True)
+    return NodeVerdict(verdict.node, None, f"is reserved for {reserved[taken]}", temporary=True)
 
 
 def _fair_order(view: PlanningView, model_id: str) -> tuple[object, ...]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile
+from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
 from cortex.config.settings import Rules
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus
@@ -127,6 +128,16 @@ class PlanningView:
     named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
     """The instances that an operator has named for the next load."""
 
+    def waiting_for(self, requested: RequestedModel) -> WaitingRequests | None:
+        """The requests that wait for the model, or for this variant of it; None if none does."""
+        if not self.waiting:
+            return None
+        names = {requested.model_id, requested.name}
+        found = [waiting for name in names if (waiting := self.waiting.get(name)) is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        return WaitingRequests(sum(each.count for each in found), min(each.since for each in found))
+
     @cached_property
     def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:
         return {}
@@ -144,12 +155,14 @@ class PlanningView:
 
     def requests_on(self, engine: EngineSnapshot) -> int:
         """Requests on the engine from all clients: ours, and those in its node's last report that were not ours."""
+        engine = serving_engine(self.fleet, engine)
         usage = self.usage(engine.key)
         return usage.in_flight + max(0, engine.requests - max(usage.in_flight, usage.peak))
 
-    def instance_to_load(self, model_id: str, node: NodeSnapshot) -> str:
-        """How the next load of the model on the node names its engine: as one that sleeps there, else the lowest number
-        that no engine there uses; "" on a node that has one engine for each model."""
+    def instance_to_load(self, model_id: str, node: NodeSnapshot, variant: str | None = None) -> str:
+        """How the next load of the model, in this variant if it has any, names its engine on the node: as one that
+        sleeps there, else the lowest number that no engine there uses; "" on a node that has one engine for each
+        model."""
         if not node.has_instances:
             return ""
         named = self.named_instances.get((model_id, node.name))
@@ -161,7 +174,9 @@ class PlanningView:
         }
         taken |= {name for name, entry in there.items() if entry.loaded or entry.coming or entry.state == DRAINING}
         taken |= {key.instance for key in self.fleet.evicting if key[:2] == (model_id, node.name)}
-        asleep = (name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING)
+        asleep = [name for name, entry in there.items() if entry.known_status is ModelStatus.SLEEPING]
+        if variant is not None:  # another variant keeps its name
+            taken |= {name for name in asleep if there[name].variant != variant}
         return next(name for name in chain(asleep, map(str, count())) if name not in taken)
 
     def backoff(self, model_id: str, node: str) -> Backoff | None:
@@ -171,6 +186,12 @@ class PlanningView:
             if backoff is not None and backoff.until > self.now:
                 return backoff
         return None
+
+    def backoffs_of(self, name: str) -> list[Backoff]:
+        """The backoffs that currently forbid loading the model, or a variant that a request for this name may get."""
+        profile = self.catalogue.profile(name)
+        names = {name} if profile is None else {profile.id, *(each.requested.name for each in profile.choices)}
+        return [each for (model, _), each in self.backoffs.items() if model in names and each.until > self.now]
 
     def held_until(self, model_id: str, node: str) -> float | None:
         """When the operator's hold that currently forbids loading the model there ends, if there is one."""

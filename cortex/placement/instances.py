@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
@@ -24,18 +25,23 @@ class InstancesOnNode:
 _NONE = InstancesOnNode()
 
 
-def instances_on(view: PlanningView, model_id: str, node: NodeSnapshot) -> InstancesOnNode:
-    """Those that the node lists, and those that we are about to load there."""
+def instances_on(view: PlanningView, model_id: str, node: NodeSnapshot, only: str | None = None) -> InstancesOnNode:
+    """Those that the node lists, and those that we are about to load there. `only`: for an engine of this variant and
+    no other; it may share the devices of other variants, or take their place."""
     reserved = {
-        each.key: each.devices
+        each.key: (each.variant, each.devices)
         for each in view.fleet.reservations
         if each.node == node.name and each.model_id == model_id
     }
     if not reserved and model_id not in node.models:
         return _NONE
-    listed = {each.key: tuple(each.view.devices) for each in node.engines(model_id) if _is_active(view, each)}
-    devices = {index for group in (*reserved.values(), *listed.values()) for index in group}
-    return InstancesOnNode(len(reserved.keys() | listed.keys()), frozenset(devices))
+    listed = {
+        each.key: (each.view.variant, tuple(each.view.devices))
+        for each in node.engines(model_id)
+        if _is_active(view, each)
+    }
+    apart = (held for variant, held in (*reserved.values(), *listed.values()) if only in (None, variant))
+    return InstancesOnNode(len(reserved.keys() | listed.keys()), frozenset(chain.from_iterable(apart)))
 
 
 def _is_active(view: PlanningView, engine: EngineSnapshot) -> bool:
@@ -62,9 +68,11 @@ def _has_devices(choice: ModelProfile, node: NodeSnapshot, here: InstancesOnNode
 def coming(view: PlanningView, model_id: str) -> set[ReplicaKey]:
     """The instances that are being loaded, or that a neuron that is not drained is restarting. One whose device is lost
     does not come back there."""
-    starting = {each.key for each in view.fleet.reservations if each.model_id == model_id}
+    starting = {each.key for each in view.fleet.reservations if each.model_id == model_id and each.serves}
     for engine in view.fleet.engines(model_id):
         node = engine.node
+        if engine.view.group is not None and not engine.view.group.serves:
+            continue
         if engine.view.coming and node.healthy and not node.draining and engine.key not in view.fleet.evicting:
             usable = {device.index for device in node.devices}
             if usable.issuperset(engine.view.devices):

@@ -8,14 +8,12 @@ connected devices; the name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import partial
 
-from cortex.config.catalogue import ModelProfile, RequestedModel
-from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import (
     DeviceCapacity,
     ResidentModel,
@@ -52,90 +50,10 @@ from cortex.placement.eviction import (
 )
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.instances import instances_on, sleeping_instance
-from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
-from cortex.routing.replica import ReplicaKey
+from cortex.placement.load_plan import Fit, LoadPlan
+from cortex.placement.starts import Starts, longest, starts_by_device
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
 from shared.protocol import ModelStatus
-
-
-class Fit(IntEnum):
-    """How a model fits on a node, best first."""
-
-    AWAKE = 0  # sleeps there and its memory is still available
-    NOW = 1  # fits in free memory
-    OVER_SLEEPERS = 2  # fits, but uses memory that sleeping models there would need
-    AFTER_EVICTION = 3
-    TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
-
-    `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
-    until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
-    `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
-    the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
-    that has one for each model. `starts` are those of other engines that the neuron finishes first.
-    """
-
-    model_id: str
-    node: str
-    devices: tuple[int, ...]
-    device_share_mb: int
-    fit: Fit
-    spare_mb: int
-    reserve_mb: int
-    variant: str | None = None
-    eviction_plan: EvictionPlan = NO_EVICTIONS
-    ready_at: float = float("-inf")
-    expected_secs: float | None = None
-    wakes: bool = False
-    instance: str = ""
-    starts: Starts = NO_STARTS
-    rank: tuple[object, ...] = field(default=(), compare=False)
-
-    @property
-    def key(self) -> ReplicaKey:
-        """Of the engine to load."""
-        return ReplicaKey(self.model_id, self.node, self.instance)
-
-    @property
-    def reason(self) -> str:
-        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
-
-    @property
-    def fit_reason(self) -> str:
-        """How it fits on its node, and what it waits for there, for people."""
-        if not self.starts.models:
-            return self._fit_reason
-        names, secs = ", ".join(self.starts.models), math.ceil(self.starts.remaining_secs)
-        return f"{self._fit_reason}; starts after {names} on the same device, in about {secs} s"
-
-    @property
-    def _fit_reason(self) -> str:
-        if self.fit is Fit.AWAKE:
-            return "asleep there, can be woken"
-        if self.fit is Fit.NOW:
-            return f"fits now with {self.spare_mb} MiB to spare"
-        if self.fit is Fit.OVER_SLEEPERS:
-            return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
-        names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
-        if self.fit is Fit.AFTER_EVICTION:
-            return f"fits after evicting {names}"
-        after = f" even after evicting {names}" if names else ""
-        missing = f"{-self.spare_mb} MiB more than available{after}"
-        return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
-
-    @property
-    def requested(self) -> RequestedModel:
-        """The model, or the variant of it that is loaded."""
-        return RequestedModel(self.model_id, self.variant)
-
-    @property
-    def reservation(self) -> Reservation:
-        """The memory reserved while the plan is carried out."""
-        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 
 @dataclass(frozen=True)
@@ -158,6 +76,7 @@ class _Candidate:
     view: PlanningView
     profile: ModelProfile
     node: NodeSnapshot
+    only_variant: bool
     instance: str
     others: int
     share: int
@@ -180,6 +99,10 @@ class _Candidate:
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
         return device_sets(devices, self.profile.device_count, **limit)
 
+    def may_replace(self, resident: ResidentModel) -> bool:
+        """Whether an engine of the same model may be evicted: it is of another variant, which will not do."""
+        return self.only_variant and not resident.asleep and resident.variant != self.profile.variant
+
     def fits_when_empty(self, indices: tuple[int, ...]) -> bool:
         """Whether it would fit on these devices if they were empty, on a node that reports bookable memory."""
         return reports_bookable_memory(self.node) and all(
@@ -192,10 +115,12 @@ class _Candidate:
         return {i: needed_mb[i] - self.memory[i].free_mb for i in indices if self.memory[i].free_mb < needed_mb[i]}
 
 
-def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> LoadPlan | Rejection:
+def plan_on_node(
+    view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool = False
+) -> LoadPlan | Rejection:
     """The best a feasible node can do for the model in one of its `choices`, or why it can do nothing now. Ignores
-    health."""
-    candidate = _candidate(view, profile, node)
+    health. `only_variant`: no other one will do, so engines of other variants are as those of other models."""
+    candidate = _candidate(view, profile, node, only_variant=only_variant)
     memory, needed_mb = candidate.memory, candidate.needed_mb
     if candidate.wake_mb and not candidate.missing_mb(candidate.asleep_on, wakes=True):
         return _plan(candidate, candidate.asleep_on, Fit.AWAKE, wakes=True)
@@ -211,21 +136,20 @@ def plan_on_node(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) 
     return _after_eviction(candidate)
 
 
-def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot) -> _Candidate:
+def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
-    here = instances_on(view, profile.id, node)
+    here = instances_on(view, profile.id, node, profile.variant if only_variant else None)
     eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
-    instance = view.instance_to_load(profile.id, node)
+    instance = view.instance_to_load(profile.id, node, profile.variant)
     waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
-    return _Candidate(
-        view, profile, node, instance, here.count, share, memory, needed_mb, waking, eligible, starts, layout
-    )
+    candidate = partial(_Candidate, view, profile, node, only_variant, instance, here.count, share, memory)
+    return candidate(needed_mb, waking, eligible, starts, layout)
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -234,6 +158,8 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
     tensor group needs fast paths."""
     memory, share, starts, layout = candidate.memory, candidate.share, candidate.starts, candidate.layout
     parallel = candidate.profile.parallelism
+    if parallel.devices == 1:
+        return layout.best_single(devices, {index: each.rank for index, each in starts.items()}, share)
 
     def rank(before: tuple[int, ...], group: tuple[int, ...]) -> tuple[object, ...]:
         return (
@@ -251,9 +177,9 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     view, model_id = candidate.view, candidate.profile.id
-    waiting = view.waiting.get(model_id, WaitingRequests(1, view.now))
+    waiting = view.waiting_for(candidate.profile.requested) or WaitingRequests(1, view.now)
     residents = resident_models(view, candidate.node)
-    others = [each for each in residents if each.key.model_id != model_id]
+    others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )

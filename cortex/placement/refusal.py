@@ -10,7 +10,7 @@ from typing import Final
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.feasibility import infeasible_reason
+from cortex.placement.feasibility import feasible_choices, infeasible_reason, possible_nodes
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
 from shared.errors import MAX_SHOWN_CHARS, Conflict, NotFound, ServiceError, Unavailable, shortened
@@ -24,9 +24,7 @@ MAX_COMPARED: Final = 300
 def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdict]) -> ServiceError:
     """Why no node takes the model, given the verdict on each."""
     profile, fleet = view.catalogue.profile(model_id), view.fleet
-    backoffs = [
-        backoff for (model, _), backoff in view.backoffs.items() if model == model_id and backoff.until > view.now
-    ]
+    backoffs = view.backoffs_of(model_id)
     held = held_back_error(view, model_id)
     if held is not None or (profile is None and not backoffs):
         return held or unknown_model_error(model_id, view.catalogue, fleet)
@@ -34,7 +32,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         return no_healthy_neurons_error(fleet)
     possible = list(fleet.nodes.values())
     if profile is not None:
-        possible = [node for node in possible if infeasible_reason(profile, node) is None]
+        possible = possible_nodes(profile, fleet)
         if not possible:
             return _infeasible(profile, fleet)
     if backoffs:
@@ -43,9 +41,10 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
             first.reason,
             code=ErrorCode.COLD_LOAD_FAILED,
             retry_after=until_retry(first.until, view.now),
-            permanent=_fails_everywhere(model_id, possible, view),
+            permanent=bool(possible) and all(_fails_on(node, model_id, view) for node in possible),
         )
     names = {node.name for node in possible}
+    profile_spans = profile is not None and profile.span_nodes
     present = [node for node in possible if node.healthy and node.discovery is not None and not node.draining]
     if not present:
         away = "; ".join(f"{node.name}: {_absence(node)}" for node in possible)
@@ -54,8 +53,10 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
             code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=NEURON_DOWN_SECS,
         )
-    reasons = "; ".join(f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names)
-    return _unservable(model_id, possible) or Unavailable(
+    reasons = "; ".join(
+        f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names or profile_spans
+    )
+    return _unservable(profile.id if profile is not None else model_id, possible) or Unavailable(
         f"not enough memory for the model {model_id!r} now ({reasons})",
         code=ErrorCode.INSUFFICIENT_VRAM,
         retry_after=MEMORY_TAKEN_SECS,
@@ -73,12 +74,8 @@ def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:
     profile = view.profile(model_id)
     if profile is None:
         return None
-    usable = [
-        node
-        for node in view.fleet.nodes.values()
-        if node.healthy and not node.draining and infeasible_reason(profile, node) is None
-    ]
-    ends = [until for node in usable if (until := view.held_until(model_id, node.name)) is not None]
+    usable = [node for node in possible_nodes(profile, view.fleet) if node.healthy and not node.draining]
+    ends = [until for node in usable if (until := view.held_until(profile.id, node.name)) is not None]
     if not ends or len(ends) < len(usable):
         return None
     left = min(ends) - view.now
@@ -90,15 +87,20 @@ def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:
     )
 
 
-def _fails_everywhere(model_id: str, possible: Sequence[NodeSnapshot], view: PlanningView) -> bool:
-    """True if the model failed on every node that may hold it, and would fail again."""
-    found = [view.backoff(model_id, node.name) for node in possible]
-    return bool(found) and all(backoff is not None and backoff.permanent for backoff in found)
+def _fails_on(node: NodeSnapshot, model_id: str, view: PlanningView) -> bool:
+    """True if the model failed on the node in every form that the node may hold, and would fail again."""
+    profile = view.catalogue.profile(model_id)
+    forms = [] if profile is None else [each.requested.name for each in feasible_choices(profile, node)]
+    failed = [view.backoff(name, node.name) for name in forms]
+    of_all = view.backoff(model_id if profile is None else profile.id, node.name)
+    return any(
+        found and all(backoff is not None and backoff.permanent for backoff in found) for found in (failed, [of_all])
+    )
 
 
 def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
-    for node, view in fleet.engines(model_id):
+    for node, view, _ in fleet.engines(model_id):
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",
@@ -120,13 +122,15 @@ def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapsho
     if not fleet.healthy and any(node.discovery is None for node in fleet.nodes.values()):
         return no_healthy_neurons_error(fleet)  # a neuron that has never answered may have the model
     names = [*(profile.id for profile in catalogue.models), *catalogue.aliases, *fleet.listed_models]
-    return no_such_model_error(model_id, names)
+    return no_such_model_error(model_id, names, catalogue)
 
 
-def no_such_model_error(model_id: str, names: Iterable[str]) -> NotFound:
+def no_such_model_error(model_id: str, names: Iterable[str], catalogue: Catalogue) -> NotFound:
     """The error for a name that is not among the `names` of models, with those it may have meant."""
-    close = _close_names(model_id, islice(names, MAX_COMPARED))
+    meant = catalogue.model_meant_by(model_id)
+    close = [] if meant is not None else _close_names(model_id, islice(names, MAX_COMPARED))
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    hint = hint if meant is None else f": {meant.variants_text}."
     message = f"the model {shortened(model_id)!r} does not exist{hint} GET /v1/models lists all models"
     return NotFound(message, code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
@@ -171,7 +175,9 @@ def no_healthy_neurons_error(fleet: FleetSnapshot) -> ServiceError:
 def _infeasible(profile: ModelProfile, fleet: FleetSnapshot) -> ServiceError:
     reasons = "; ".join(f"{node.name}: {infeasible_reason(profile, node)}" for node in fleet.nodes.values())
     return NotFound(
-        f"no neuron can hold the model {profile.id!r} ({reasons})", code=ErrorCode.NO_FEASIBLE_NEURON, param="model"
+        f"no neuron can hold the model {profile.requested.name!r} ({reasons})",
+        code=ErrorCode.NO_FEASIBLE_NEURON,
+        param="model",
     )
 
 

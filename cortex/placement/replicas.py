@@ -11,7 +11,7 @@ from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
 from cortex.placement.instances import coming
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
 
@@ -113,7 +113,8 @@ def _over_idle(
             continue
         found.append((plan, why))
         view = after_start(view, plan)
-        if plan.eviction_plan.evictions:  # what it leaves of a model may protect others of it elsewhere
+        # What evictions leave of a model may protect others of it elsewhere.
+        if plan.eviction_plan.evictions or plan.parts:
             verdicts = {}
         else:
             verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])
@@ -126,12 +127,13 @@ def _evicts_only_idle(plan: LoadPlan, now: float) -> bool:
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:
     """Replicas idle for too long, least recently used first, down to the minimum."""
-    if profile.id in view.waiting:
+    if any(name in view.waiting for name in view.catalogue.names_of(profile.id)):
         return
     serving = view.fleet.serving(profile.id)
     idle = sorted((view.now - _last_used_at(view, engine.key), engine.key) for engine in serving)[::-1]
     left = len(serving)
     working = {engine.key: view.requests_on(engine) for engine in serving}
+    total, surplus_secs = sum(working.values()), _surplus_idle_secs(view, serving)
     for idle_secs, key in idle:
         if left <= profile.replicas.min or working[key]:
             continue
@@ -139,22 +141,22 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
         if ttl is not None and idle_secs >= ttl:
             left -= 1
             yield ReplicaRemoval(*key, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
-        elif left > profile.replicas.max and idle_secs >= _surplus_idle_secs(view, profile, serving):
+        elif left > profile.replicas.max and idle_secs >= surplus_secs:
             why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
             left -= 1
             yield ReplicaRemoval(*key, False, why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
-            if sum(working.values()) > view.rules.replica_target * (left - 1):
+            if total > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
             yield ReplicaRemoval(*key, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
 
-def _surplus_idle_secs(view: PlanningView, profile: ModelProfile, serving: Iterable[EngineSnapshot]) -> float:
+def _surplus_idle_secs(view: PlanningView, serving: Iterable[EngineSnapshot]) -> float:
     """How long a replica above the maximum must be idle to be removed. Requests spread over all replicas: once all have
     been there for `scale_down_secs`, a pause is enough. Before that, a neuron that goes down and comes back again and
     again would cause a load each time."""
-    newest = max(view.usage(engine.key).loaded_at for engine in serving)
+    newest = max((view.usage(engine.key).loaded_at for engine in serving), default=0.0)
     settled = view.now - newest >= view.rules.scale_down_secs
     return min(view.rules.pause_secs, view.rules.scale_down_secs) if settled else view.rules.scale_down_secs
 

@@ -66,6 +66,7 @@ class RequestHandler:
         "_keep_alive",
         "_label",
         "_model_id",
+        "_name",
         "_node",
         "_request",
         "_request_id",
@@ -80,12 +81,10 @@ class RequestHandler:
         self._request_id = make_request_id(request.request_id)
         self._caller = caller
         self._state: Resolving | Sent | None = None
-        self._model_id = ""
+        self._name = self._model_id = ""
         # Metric labels: only names that exist, so clients cannot create time series.
-        self._label = UNKNOWN
-        self._node = UNKNOWN
-        self._cold = False
-        self._attempts = 0
+        self._label = self._node = UNKNOWN
+        self._cold, self._attempts = False, 0
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
         self._waited = 0.0  # seconds spent waiting for the control
@@ -98,21 +97,23 @@ class RequestHandler:
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
-        model_id = control.aliases.get(field.model, field.model)
-        if model_id != field.model:
-            request.body = field.replaced(request.body, model_id)
-        self._route(model_id)
+        requested = control.aliases.get(field.model)
+        if requested is None:
+            self._route(field.model, field.model)
+        else:
+            request.body = field.replaced(request.body, requested.model_id)
+            self._route(requested.name, requested.model_id)
 
     def _refuse_unnamed(self, error: ServiceError) -> None:
         """The body names no model, for this reason. On an unknown path the path is probably wrong."""
         self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
-    def _route(self, model_id: str) -> None:
-        """Sends the request to an engine with the model, or asks the control for one."""
+    def _route(self, name: str, model_id: str) -> None:
+        """Sends it to an engine of the model `name`, an id or `id@variant`, or asks the control for one."""
         control = self._context.control
-        self._model_id = model_id
-        replicas = control.table.get(model_id, ())
-        if not replicas and control.knows(model_id):
+        self._name, self._model_id = name, model_id
+        replicas = control.table.get(name, ())
+        if not replicas and control.knows(name):
             self._label = model_id
         self._send_to_one_of(replicas)
 
@@ -163,7 +164,7 @@ class RequestHandler:
             return
         sent.spoke_at = now
         if relay.status:
-            relay.answer.break_silence(f"{self._model_id} on {self._node} is working")
+            relay.answer.break_silence(f"{self._name} on {self._node} is working")
         elif self._keep_alive is None and not sent.plain:
             keep_alive = self._new_keep_alive(cold=False)
             keep_alive.sent_to = self._node
@@ -176,7 +177,7 @@ class RequestHandler:
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
         if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
-            self._refuse(unreachable(self._model_id, self._failures))
+            self._refuse(unreachable(self._name, self._failures))
             return
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
         self._send_to_one_of(self._untried() if kind == "timeout" else ())
@@ -241,7 +242,7 @@ class RequestHandler:
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
-        replicas = self._context.control.table.get(self._model_id, ())
+        replicas = self._context.control.table.get(self._name, ())
         return untried(replicas, self._failures, self._state.replica if isinstance(self._state, Sent) else None)
 
     def _fail(self, reason: str, kind: FailureKind) -> None:
@@ -266,7 +267,7 @@ class RequestHandler:
     def _resolve(self) -> None:
         context, request = self._context, self._request
         if self._keep_alive is None and request.path in (ALWAYS_JSON if context.keep_alive.whitespace else STREAMED):
-            self._keep_alive = self._new_keep_alive(cold=self._model_id not in context.control.table)
+            self._keep_alive = self._new_keep_alive(cold=self._name not in context.control.table)
             self._keep_alive.begin_later()
         self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
@@ -276,7 +277,7 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.control.resolve(self._model_id, self._failures)
+            route = await self._context.control.resolve(self._name, self._failures)
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
@@ -297,7 +298,7 @@ class RequestHandler:
     def _new_keep_alive(self, *, cold: bool) -> KeepAliveStream:
         note, policy = self._context.control.note, self._context.keep_alive
         return KeepAliveStream(
-            self._client, self._request, self._request_id, self._model_id, note=note, policy=policy, cold=cold
+            self._client, self._request, self._request_id, self._name, note=note, policy=policy, cold=cold
         )
 
     def _stop_keep_alive(self) -> None:
@@ -367,8 +368,7 @@ class RequestHandler:
 
     def _account(self, status: int, relay: Relay | None) -> None:
         """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any."""
-        context, request = self._context, self._request
-        model, node = self._label, self._node
+        context, request, model, node = self._context, self._request, self._label, self._node
         took = monotonic() - request.received
         sent, more = 0, ""
         first_byte_secs: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from cortex.config.catalogue import RequestedModel
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 
@@ -13,10 +14,11 @@ class Control(Protocol):
     """The control of a cortex, as its workers see it: in the same process or at the other end of a channel."""
 
     table: dict[str, tuple[Replica, ...]]
-    """Model id to the replicas that can be used without asking the control."""
+    """Model id or `id@variant` to the replicas that can be used without asking the control."""
 
     @property
-    def aliases(self) -> Mapping[str, str]: ...
+    def aliases(self) -> Mapping[str, RequestedModel]:
+        """The names of models that engines do not know, `id@variant` included."""
 
     @property
     def down(self) -> Collection[str]:
@@ -29,7 +31,8 @@ class Control(Protocol):
     def knows(self, model_id: str) -> bool: ...
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
-        """Waits until the model can be served. `failures` are the replicas that this request has tried.
+        """Waits until the model, or the variant of `id@variant`, can be served. `failures` are the replicas that this
+        request has tried.
 
         Raises:
             ServiceError: the request cannot be served.

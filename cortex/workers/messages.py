@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from cortex.config.catalogue import RequestedModel
 from cortex.metrics.counters import Counters
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
@@ -21,7 +22,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
     config: str  # CortexConfig as JSON
     models: list[str]
-    aliases: dict[str, str]
+    aliases: dict[str, RequestedModel]
     table: dict[str, tuple[Replica, ...]]
     control_host: str
     down: list[str]  # neurons
@@ -42,10 +43,10 @@ class EngineRetired(msgspec.Struct, frozen=True, tag=True):
 
 
 class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
-    """The catalogue's ids and aliases from now on."""
+    """The catalogue's names of models and variants, and its aliases, from now on."""
 
     models: list[str]
-    aliases: dict[str, str]
+    aliases: dict[str, RequestedModel]
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
+from cortex.config.catalogue import RequestedModel
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
@@ -134,9 +135,10 @@ class Supervisor:
         for worker in self._workers.values():
             worker.send(DownChanged(list(self._fleet.down)))
 
-    def _catalogue(self) -> tuple[list[str], dict[str, str]]:
+    def _catalogue(self) -> tuple[list[str], dict[str, RequestedModel]]:
         catalogue = self._live.catalogue
-        return [profile.id for profile in catalogue.models], dict(catalogue.aliases)
+        names = [name for profile in catalogue.models for name in catalogue.names_of(profile.id)]
+        return names, dict(catalogue.renamed)
 
     async def _keep_running(self, number: int) -> None:
         pause = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aiohttp import web
 
@@ -15,6 +15,7 @@ from shared.tasks import cancel_all
 
 KEEP_ALIVE_SECS = 15.0
 _PAUSE_SECS = 0.25
+_ALL_LINES = 10_000
 
 
 def outputs_of(models: Sequence[InstanceState]) -> dict[str, EngineOutput]:
@@ -33,21 +34,20 @@ async def last_lines(model_id: str, outputs: Mapping[str, EngineOutput], tail: i
 
 
 async def stream_lines(
-    request: web.Request, outputs: Mapping[str, EngineOutput], tail: int, closing: asyncio.Event
+    request: web.Request, outputs: Callable[[], Mapping[str, EngineOutput]], tail: int, closing: asyncio.Event
 ) -> web.StreamResponse:
     """Server-sent events, a line in each: of each engine the last `tail` in memory, then each line that comes, until
-    all engines are gone, `closing` is set, or the client leaves."""
+    all engines are gone, `closing` is set, or the client leaves. Includes engines that start meanwhile."""
     response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
     stream = _LineStream(response, closing)
-    tasks = [
-        asyncio.create_task(stream.follow(output, tail, prefix), name=f"follow {output.file.path}")
-        for prefix, output in outputs.items()
-    ]
     try:
-        await asyncio.gather(*tasks)
+        stream.follow(outputs(), tail)
+        while stream.goes_on:
+            await stream.proceed(_PAUSE_SECS)
+            stream.follow(outputs(), _ALL_LINES)
     finally:
-        await cancel_all(tasks)
+        await stream.close()
     return response
 
 
@@ -57,14 +57,41 @@ class _LineStream:
     def __init__(self, response: web.StreamResponse, closing: asyncio.Event) -> None:
         self._response = response
         self._closing = closing
+        self._prefixes: dict[EngineOutput, str] = {}
+        self._tasks: dict[EngineOutput, asyncio.Task[None]] = {}
         self._written = time.monotonic()
         self._writing = asyncio.Lock()
 
-    async def follow(self, output: EngineOutput, tail: int, prefix: str) -> None:
+    @property
+    def goes_on(self) -> bool:
+        return not all(task.done() for task in self._tasks.values())
+
+    def follow(self, outputs: Mapping[str, EngineOutput], tail: int) -> None:
+        """Follows the outputs too, each from its last `tail` lines on; after the end of all earlier ones nothing."""
+        self._prefixes.update({output: prefix for prefix, output in outputs.items()})
+        if not self._tasks or not all(output.closed for output in self._tasks):
+            for output in outputs.values():
+                if output not in self._tasks:
+                    work = self._follow(output, tail)
+                    self._tasks[output] = asyncio.create_task(work, name=f"follow {output.file.path}")
+
+    async def proceed(self, secs: float) -> None:
+        """Waits for `secs`, or for the end of an engine. Raises ConnectionError: the client has left."""
+        running = [task for task in self._tasks.values() if not task.done()]
+        await asyncio.wait(running, timeout=secs, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            if task.done():
+                task.result()
+
+    async def close(self) -> None:
+        await cancel_all(list(self._tasks.values()))
+
+    async def _follow(self, output: EngineOutput, tail: int) -> None:
         with output.listening() as listener:
             lines: list[str] | None = await listener.start(tail)
             while lines is not None and not self._closing.is_set():
                 if lines:
+                    prefix = self._prefixes[output]
                     await self._write("".join(f"data: {prefix}{line}\n\n" for line in lines).encode())
                 elif time.monotonic() - self._written >= KEEP_ALIVE_SECS:
                     await self._write(KEEP_ALIVE_COMMENT)

@@ -14,6 +14,7 @@ from neuron import errors as failures
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.logs import last_lines, outputs_of, stream_lines
 from neuron.api.protocol_v1 import carries_keys, plain_id
+from neuron.engine.output import EngineOutput
 from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
 from neuron.lifecycle.instance_state import InstanceState
@@ -173,13 +174,20 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
 
 async def logs(request: web.Request) -> web.StreamResponse:
     model_id, instance = request.match_info["model_id"], request.query.get("instance")
-    outputs = outputs_of(request.app[SERVICES].registry.instances(model_id, instance))
+    registry = request.app[SERVICES].registry
+    models = registry.instances(model_id, instance)
     text = request.query.get("tail", str(DEFAULT_TAIL))
     if len(text) > len(str(MAX_TAIL)) or not text.isascii() or not text.isdigit() or not 0 <= int(text) <= MAX_TAIL:
         raise InvalidRequest(f"tail: must be an integer from 0 to {MAX_TAIL}, got {text!r}", param="tail")
     if not _flag(request, "follow", default=False):
-        return await last_lines(model_id, outputs, int(text))
-    return await stream_lines(request, outputs, int(text), request.app[CLOSING])
+        return await last_lines(model_id, outputs_of(models), int(text))
+
+    def present() -> dict[str, EngineOutput]:
+        with contextlib.suppress(NotFound):  # the instance has left the list
+            return outputs_of(registry.instances(model_id, instance))
+        return {}
+
+    return await stream_lines(request, present, int(text), request.app[CLOSING])
 
 
 async def metrics(request: web.Request) -> web.Response:

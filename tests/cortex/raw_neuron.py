@@ -24,6 +24,7 @@ class RawNeuron:
         self.models: dict[str, dict[str, Any]] = {}
         self.instance: str | None = "one"
         self.active: list[str] = []  # models in the health answer
+        self.answering_devices = [0]  # of two at most; the others are lost
         self.streams: list[Wire] = []
         self.streaming = asyncio.Event()
         self._started = time.monotonic()
@@ -63,7 +64,8 @@ class RawNeuron:
 
     def page(self, path: str) -> bytes:
         """The usual answer, as JSON."""
-        devices = [{"index": 0, "vram_used_mb": 1000, "vram_free_mb": 23000, "utilization_pct": 1, "temp_c": 40}]
+        figures = {"vram_used_mb": 1000, "vram_free_mb": 23000, "utilization_pct": 1, "temp_c": 40}
+        devices = [{"index": index, **figures} for index in self.answering_devices]
         pages: dict[str, Any] = {
             "/health": {
                 "uptime_secs": round(time.monotonic() - self._started, 3),
@@ -74,7 +76,15 @@ class RawNeuron:
             "/models": list(self.models.values()),
             "/discovery": {
                 "hostname": self.name,
-                "devices": [{"index": 0, "name": "GPU", "vram_total_mb": 24000}],
+                "devices": [
+                    {
+                        "index": index,
+                        "name": "GPU",
+                        "vram_total_mb": 24000,
+                        "lost": None if index in self.answering_devices else "it fell off the bus",
+                    }
+                    for index in range(max(self.answering_devices) + 1)
+                ],
                 "harnesses": ["vllm"],
                 "instance_id": self.instance,
             },

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Arrivals, Backoff, PlanningView, ReplicaUsage, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
 from cortex.routing.replica import ModelOnNode
 from tests.cortex.fleets import replica_key
@@ -46,10 +47,11 @@ def view(
 ) -> PlanningView:
     """`usages` are by model id and node name, with an instance where there are several. `waiting` and
     `overloaded_secs` are seconds by model: for how long requests wait, or the load has been too high."""
+    catalogue = Catalogue(models=models)
     return PlanningView(
         now=now,
-        catalogue=Catalogue(models=models),
-        fleet=where,
+        catalogue=catalogue,
+        fleet=replace(where, catalogue=catalogue),
         rules=rules or RULES,
         waiting={model_id: WaitingRequests(1, now - secs) for model_id, secs in (waiting or {}).items()},
         usages={replica_key(*key): usage for key, usage in (usages or {}).items()},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 from cortex.config.live import LiveConfig
 from cortex.control.loads.neurons import NeuronAccess
+from cortex.fleet.groups import group_with
 from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.unless_down import unless_down
@@ -64,10 +65,49 @@ class Evictor:
         """Drains an engine, as long as `patient`, and unloads it or puts it to sleep. Only the scheduler and
         its loads call this. The caller marks it as `evicting` before and clears that afterwards.
 
+        All parts of an engine that spans several neurons go together, once the one that takes the requests is drained.
+
         Raises:
             NoLongerNeeded: the model stays. NeuronRefused, NeuronUnreachable: the neuron did not evict it. NodeRemoved,
             CommandAbandoned: not known whether it is gone.
         """
+        first, *others = self._parts(key)
+        if first == key:
+            await self._evict(key, method="unload" if others else method, still_needed=still_needed, patient=patient)
+        else:
+            with self._no_new_requests(first):
+                await self._evict(first, method="unload", still_needed=still_needed, patient=patient)
+        # Rank 0 has no requests any more, and the others have none of their own.
+        await asyncio.gather(*(self._unload(part, drain_secs=0) for part in others))
+
+    @contextlib.contextmanager
+    def _no_new_requests(self, key: ReplicaKey) -> Iterator[None]:
+        if key in self._fleet.snapshot().evicting:
+            yield
+            return
+        self._fleet.begin_eviction(key)
+        try:
+            yield
+        finally:
+            self._fleet.end_eviction(key)
+
+    def _parts(self, key: ReplicaKey) -> list[ReplicaKey]:
+        """The running parts of the engine on healthy neurons, the one that takes the requests first; the engine alone
+        if it has no other."""
+        fleet = self._fleet.snapshot()
+        engine = fleet.engine(key)
+        group = None if engine is None else group_with(fleet, engine)
+        running = [] if group is None else [part.key for part in group.running if part.node.healthy]
+        return running or [key]
+
+    async def _evict(
+        self,
+        key: ReplicaKey,
+        *,
+        method: EvictionMethod,
+        still_needed: Callable[[], bool],
+        patient: Callable[[], bool],
+    ) -> None:
         node = key.node
         await self._settle_routes()
         while self._counts.in_flight(key) and patient():

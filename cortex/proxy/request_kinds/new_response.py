@@ -37,30 +37,34 @@ class NewResponse(TranslatableRequest):
             return False
         return super().refused(status, refusal)
 
-    def _route(self, model_id: str) -> None:
-        only_one = len(self._context.control.table.get(model_id, ())) == 1
+    def _route(self, name: str, model_id: str) -> None:
+        only_one = len(self._context.control.table.get(name, ())) == 1
         previous = None if only_one else previous_response_id(self._request.body)
         if previous is None or previous.startswith(UNSTORED):
-            super()._route(model_id)
+            super()._route(name, model_id)
             return
         maker = self._context.published_maker(previous)
         if maker is None:
-            self._state = Resolving(self._spawn(self._find_maker(previous, model_id), "maker for"))
+            self._state = Resolving(self._spawn(self._find_maker(previous, name, model_id), "maker for"))
         else:
-            self._continue(maker, model_id)
+            self._continue(maker, name, model_id)
 
-    async def _find_maker(self, previous: str, model_id: str) -> None:
+    async def _find_maker(self, previous: str, name: str, model_id: str) -> None:
         maker = await self._context.find_maker(previous)
         self._resolved()
-        self._continue(maker, model_id)
+        self._continue(maker, name, model_id)
 
-    def _continue(self, maker: Replica | None, model_id: str) -> None:
+    def _continue(self, maker: Replica | None, name: str, model_id: str) -> None:
         """Without the engine that made the previous response, any other says that it does not have it."""
-        if maker is None or maker.model_id != model_id:
-            super()._route(model_id)
+        other_variant = name != model_id and maker is not None and not self._is_among(name, maker)
+        if maker is None or maker.model_id != model_id or other_variant:
+            super()._route(name, model_id)
             return
-        self._model_id, self._continues = model_id, True
+        self._name, self._model_id, self._continues = name, model_id, True
         self._send(msgspec.structs.replace(maker, limit=None), compared=False)
+
+    def _is_among(self, name: str, maker: Replica) -> bool:
+        return any(each.url == maker.url for each in self._context.control.table.get(name, ()))
 
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         relay = super()._new_relay(replica, address, head, answer)

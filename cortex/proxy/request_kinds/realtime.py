@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlencode
 
+from cortex.config.catalogue import RequestedModel
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.upgrade import UpgradeAnswer
 from cortex.proxy.request_handler import RequestHandler
@@ -24,11 +25,11 @@ class RealtimeRequest(RequestHandler):
             self._refuse(InvalidRequest("the query must name the model: /v1/realtime?model=MODEL", param="model"))
             return
         request.upgrading = True
-        model_id = self._context.control.aliases.get(model, model)
-        if model_id != dict(given).get("model"):
+        requested = self._context.control.aliases.get(model) or RequestedModel(model)
+        if requested.model_id != dict(given).get("model"):
             rest = [(name, value) for name, value in given if name != "model"]
-            request.target = path + b"?" + urlencode([*rest, ("model", model_id)]).encode()
-        self._route(model_id)
+            request.target = path + b"?" + urlencode([*rest, ("model", requested.model_id)]).encode()
+        self._route(requested.name, requested.model_id)
 
     def _new_answer(self, extra: bytes) -> Answer:
         return UpgradeAnswer(self._client, self._request, extra=extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cortex.config.catalogue import RequestedModel
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.body.model_field import MissingModel
@@ -28,10 +29,10 @@ class SpooledUpload(RequestHandler):
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
-        model_id = self._context.control.aliases.get(model, model)
-        if model_id != named:
-            self._form.use_model(model_id)
-        self._route(model_id)
+        requested = self._context.control.aliases.get(model) or RequestedModel(model)
+        if requested.model_id != named:
+            self._form.use_model(requested.model_id)
+        self._route(requested.name, requested.model_id)
 
     def _named_model(self) -> tuple[str, str | None]:
         """The model to use, and the one that the form names."""

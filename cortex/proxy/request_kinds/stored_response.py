@@ -69,7 +69,7 @@ class StoredResponse(RequestHandler):
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
-        self._model_id = replica.model_id
+        self._name = self._model_id = replica.model_id
         self._send(msgspec.structs.replace(replica, limit=None), compared=False)
 
     def _unstored(self) -> NotFound:

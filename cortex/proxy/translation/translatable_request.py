@@ -84,7 +84,7 @@ class TranslatableRequest(RequestHandler):
     def _refuse_translation(self, replica: Replica, error: ServiceError) -> None:
         """The replica can only answer a translated request, and this one cannot be translated: another may do."""
         context, path, now = self._context, self._request.path, monotonic()
-        others = untried(context.control.table.get(self._model_id, ()), self._failures, replica)
+        others = untried(context.control.table.get(self._name, ()), self._failures, replica)
         able = tuple(other for other in others if not context.missing_paths.lacks(other, path, now))
         if able and not self._diverted:  # once: with limits, the control may name this replica again and again
             self._diverted = True

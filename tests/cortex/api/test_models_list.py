@@ -11,6 +11,7 @@ import pytest
 
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.neuron.neurons import until
 
 SMALL = {"id": "org/small", "vram_mb": 4000}
 LARGE = {
@@ -99,6 +100,50 @@ async def test_aliases_are_listed_like_their_model(start_cortex: StartCortex, be
     assert set(entries) == {"org/small", "small"}
     assert entries["small"] == {**entries["org/small"], "id": "small", "alias_of": "org/small"}
     assert "alias_of" not in entries["org/small"]
+
+
+async def test_variants_are_listed(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
+    """A client that only offers listed models can insist on a variant. Each location has its variant; of a neuron that
+    does not report it, the first that the neuron can hold. A variant that no neuron can hold is not listed."""
+    model = {
+        "id": "org/m",
+        "variants": [
+            {"quant": "fp8", "vram_mb": 27000, "min_device_vram_mb": 30000},
+            {"quant": "awq", "vram_mb": 9000},
+            {"name": "huge", "min_devices": 8},
+        ],
+    }
+    beast.models["org/m"] = "loaded"
+    benjy.models["org/m"] = "loaded"
+    aliases = {"m": "org/m", "exact": "org/m@fp8", "never": "org/m@huge"}
+    cortex = await start_cortex([beast, benjy], [model, SMALL], aliases=aliases)
+    entries = await listed(cortex)
+    assert list(entries) == ["org/m", "org/small", "org/m@fp8", "org/m@awq", "m", "exact"]
+    assert (entries["org/m"]["variants"], entries["org/m"]["feasible_on"]) == (
+        ["fp8", "awq", "huge"],
+        ["beast", "benjy"],
+    )
+    assert {place["node"]: place["variant"] for place in entries["org/m"]["locations"]} == {
+        "beast": "fp8",
+        "benjy": "awq",
+    }
+    assert "variants" not in entries["org/small"]
+    fp8 = entries["org/m@fp8"]
+    assert (fp8["variant"], fp8["variant_of"], fp8["feasible_on"], fp8["quant"]) == ("fp8", "org/m", ["beast"], "fp8")
+    assert [place["node"] for place in fp8["locations"]] == ["beast"]
+    assert entries["exact"] == {**fp8, "id": "exact", "alias_of": "org/m@fp8"}
+    async with cortex.http.get(f"{cortex.url}/v1/models/org/m@awq") as response:
+        assert await response.json() == entries["org/m@awq"]
+    async with cortex.http.get(f"{cortex.url}/v1/models/org/m@int4") as response:
+        assert response.status == 404
+        assert "'org/m' has the variants fp8, awq, huge" in (await response.json())["error"]["message"]
+    beast.models["org/m"] = "unloaded"
+
+    async def unloaded() -> bool:
+        return not (await listed(cortex))["org/m@fp8"]["loaded"]
+
+    await until(unloaded)
+    assert (await listed(cortex))["org/m"]["loaded"]
 
 
 async def test_neuron_that_is_down(start_cortex: StartCortex, benjy: V1Neuron, beast: V1Neuron) -> None:

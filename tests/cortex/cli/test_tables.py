@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.cli.tables import explain_table, status_table
+from cortex.cli.tables import explain_table, models_table, status_table
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,25 @@ def test_explain_says_until_when_a_model_is_not_loaded() -> None:
     text = explain_table({"model": "m", "decision": decision, "nodes": nodes})
     assert re.search(r"\n  not loaded on a, b until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, for another 5 min\n", text)
     assert re.search(r"\n  not loaded on d until .*, for another 2 h\n", text)
+
+
+def test_variants_in_the_tables() -> None:
+    """Where a model has variants, each engine's is shown, and why a node does not get a better one."""
+    place = {"status": "loaded", "variant": "awq"}
+    node = {"name": "n", "healthy": True, "draining": False, "devices": []}
+    models = [
+        {"id": "m", **place},
+        {"id": "o", "status": "loading", "variant": "fp8", "progress": {"phase": "starting"}},
+    ]
+    assert "m (loaded, awq), o (fp8, starting)" in status_table({"nodes": [{**node, "models": models}], "loads": []})
+    entry = {"id": "m", "loaded": True, "feasible_on": ["n"], "locations": [{"node": "n", **place}]}
+    assert "n (loaded, awq)" in models_table({"data": [entry]})
+    nodes: list[dict[str, Any]] = [
+        {"node": name, "feasible": True, "status": None, "devices": [0], "reason": "fits", "variant": variant}
+        for name, variant in (("a", "fp8"), ("b", "awq"), ("c", None))
+    ]
+    nodes[1]["passed_over"] = [{"variant": "fp8", "reason": "needs more"}]
+    text = explain_table({"model": "m", "decision": {"action": "load", "reason": "a: fp8 fits"}, "nodes": nodes})
+    rows = [line.split() for line in text.splitlines()[-3:]]
+    assert [row[3] for row in rows] == ["fp8", "awq", "-"]
+    assert "fits; not fp8: needs more" in text

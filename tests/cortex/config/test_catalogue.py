@@ -161,8 +161,11 @@ def test_names_of_variants(tmp_path: Path) -> None:
     assert awq is not None
     assert (awq.id, awq.variant, awq.requested.name) == ("a", "awq", "a@awq")
     assert catalogue.profile("a@int4") is None
-    assert catalogue.variants_meant_by("a@int4") == catalogue.variants_meant_by("x@int4") == ("fp8", "awq")
-    assert catalogue.variants_meant_by("b@x") == catalogue.variants_meant_by("@fp8") == ()
+    meant = catalogue.model_meant_by("a@int4")
+    assert meant is catalogue.model_meant_by("x@int4") is catalogue.profile("a")
+    assert meant is not None
+    assert meant.variants_text == "'a' has the variants fp8, awq"
+    assert [catalogue.model_meant_by(name) for name in ("b@x", "@fp8", "a@", "a")] == [None] * 4
 
 
 def test_aliases(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_aliases(tmp_path: Path) -> None:
         (f"{TWO}quant = 'awq'\n[aliases]\n'a@awq' = 'a'", "aliases: 'a@awq' is also a variant of 'a'"),
         (
             f"{TWO}quant = 'awq'\n[aliases]\nx = 'a@int4'",
-            "aliases: 'x' points to 'a@int4', which is not in this catalogue (it has the variants fp8, awq)",
+            "aliases: 'x' points to 'a@int4', which is not in this catalogue ('a' has the variants fp8, awq)",
         ),
     ],
 )

@@ -133,6 +133,19 @@ async def test_a_restarted_neuron_is_polled_in_full(neuron: RawNeuron, start_cor
     assert {"/models", "/discovery"} <= set(neuron.asked[begun:])
 
 
+async def test_a_lost_device_is_noticed(neuron: RawNeuron, start_cortex: StartCortex) -> None:
+    """The health lacks it: cortex asks for the discovery again, once, and does not place models there."""
+    neuron.answering_devices = [0, 1]
+    cortex = await start_cortex([neuron], [])
+    await in_step(neuron)
+    for left in ([1], [0, 1]):
+        neuron.answering_devices = left
+        await until(lambda: [device.index for device in node(cortex).devices] == neuron.answering_devices)
+    polls = neuron.asked.count("/health")
+    await until(lambda: neuron.asked.count("/health") > polls + 2)
+    assert neuron.asked.count("/discovery") == 3
+
+
 async def test_an_event_during_a_poll_is_not_undone_by_its_older_answer(
     neuron: RawNeuron, start_cortex: StartCortex
 ) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
+from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason
 from cortex.placement.inputs import Backoff, PlanningView
-from cortex.placement.load_command import load_command
-from cortex.placement.node_plan import Fit, LoadPlan, plan_on_node
+from cortex.placement.load_plan import Fit, LoadPlan, load_command
+from cortex.placement.node_plan import plan_on_node
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan, candidate_verdicts, plan_variant
-from tests.cortex.fleets import On, fleet, host, with_entry
+from cortex.placement.refusal import unknown_model_error
+from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, profile, used, view
 
 FP8 = {"quant": "fp8", "vram_mb": 14000, "min_compute_capability": "8.9", "args": ["--kv-cache-dtype", "fp8"]}
@@ -47,7 +49,9 @@ def verdicts(moment: PlanningView, model: ModelProfile = MODEL) -> dict[str, Nod
 
 def labelled(entry: NodeSnapshot, variant: str | None, model_id: str = "m") -> NodeSnapshot:
     """The node, reporting this variant of the model."""
-    return with_entry(entry, entry.models[model_id][""].model_copy(update={"variant": variant}))
+    [told] = entry.models[model_id].values()
+    told = told.model_copy(update={"variant": variant, "instance": "0"})
+    return replace(entry, models={**entry.models, model_id: {"0": told}})
 
 
 def plan_of(verdict: NodeVerdict) -> LoadPlan:
@@ -244,3 +248,57 @@ def test_the_variant_is_what_a_plain_loop_finds(seed: int) -> None:
         place = next(each.place for each in model.choices if each.variant == expected)
         assert [name for name, _ in found.passed_over] == [f"v{number}" for number in range(place)]
         assert all(reason for _, reason in found.passed_over)
+
+
+def test_a_variant_is_loaded_beside_another_one_or_in_its_place() -> None:
+    """On a node with several instances, for a request that insists on it. Not for a request for the model."""
+    fp8, awq = MODEL.choices
+    node = labelled(with_capability(host("n", 24000, models={"m": On(14000)}), "12.0"), "fp8")
+    moment = view(fleet(node), MODEL, usages={("m", "n", "0"): used(0, idle=500, age=1000)})
+    plan = plan_of(verdicts(moment, awq)["n"])
+    assert (plan.variant, plan.instance, plan.fit, plan.devices) == ("awq", "1", Fit.NOW, (0,))
+    assert verdicts(moment, fp8)["n"].reason == verdicts(moment)["n"].reason == "already serves it"
+    full = labelled(with_capability(host("n", 16000, models={"m": On(14000)}), "12.0"), "fp8")
+    moment = view(fleet(full), MODEL, usages={("m", "n", "0"): used(0, idle=500, age=1000)})
+    plan = plan_of(verdicts(moment, awq)["n"])
+    assert (plan.variant, plan.fit) == ("awq", Fit.AFTER_EVICTION)
+    assert [each.resident.key for each in plan.eviction_plan.evictions] == [("m", "n", "0")]
+    pinned = profile(variants=[{**FP8, "pinned_on": ["n"]}, AWQ])
+    refused = verdicts(view(fleet(full), pinned), pinned.choices[1])["n"]
+    assert refused.plan is None
+    assert "m stays (pinned on n)" in refused.reason
+
+
+def test_requests_for_a_model_and_for_its_variants_share_loads() -> None:
+    """A request for the model waits for any load of it, one for a variant only for that variant's."""
+    where = fleet(beast(), quadbrat())
+    both = schedule_loads(view(where, MODEL, waiting={"m@awq": 2.0, "m": 1.0}))
+    assert [plan.requested.name for plan in both.loads] == ["m@awq"]
+    apart = schedule_loads(view(where, MODEL, waiting={"m@awq": 1.0, "m": 2.0}))
+    assert [(plan.requested.name, plan.node) for plan in apart.loads] == [("m@fp8", "beast"), ("m@awq", "quadbrat")]
+    serving = labelled(quadbrat({"m": On(8000)}), "awq")
+    moment = view(fleet(beast(), serving), MODEL, waiting={"m": 1.0, "m@awq": 1.0, "m@fp8": 1.0})
+    assert [(plan.requested.name, plan.node) for plan in schedule_loads(moment).loads] == [("m@fp8", "beast")]
+    assert moment.fleet.serving("m@fp8") == []
+    assert [engine.node.name for engine in moment.fleet.serving("m@awq")] == ["quadbrat"]
+
+
+def test_a_refusal_names_the_variant() -> None:
+    """Why no node can hold it, and what a failed load of one variant means for a request."""
+    only = fleet(quadbrat())
+    error = schedule_loads(view(only, MODEL, waiting={"m@fp8": 1.0})).rejected["m@fp8"]
+    assert (error.status, error.code) == (404, "no_feasible_neuron")
+    assert "no neuron can hold the model 'm@fp8'" in error.message
+    for permanent in (True, False):
+        failed = {("m@awq", "quadbrat"): Backoff(NOW + 5, "bad weights", permanent=permanent)}
+        rejected = schedule_loads(view(only, MODEL, waiting={"m": 1.0, "m@awq": 1.0}, backoffs=failed)).rejected
+        for name in ("m", "m@awq"):
+            assert (rejected[name].code, rejected[name].message) == ("cold_load_failed", "bad weights")
+            assert rejected[name].permanent == permanent
+    held = view(only, MODEL, waiting={"m@awq": 1.0}, holds={("m", "*"): NOW + 60})
+    assert "an operator has unloaded" in schedule_loads(held).rejected["m@awq"].message
+    catalogue = held.catalogue
+    error = unknown_model_error("m@int4", catalogue, only)
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert "'m@int4' does not exist: 'm' has the variants fp8, awq." in error.message
+    assert "'n' has no variants." in unknown_model_error("n@x", Catalogue(models=(profile(id="n"),)), only).message

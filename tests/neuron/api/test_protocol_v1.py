@@ -27,10 +27,10 @@ ONE_CARD = {"devices": ["RTX 5090"]}
 
 @contextlib.asynccontextmanager
 async def answering(
-    neuron: Neuron, model: str, url: str, key: str | None = None
+    neuron: Neuron, model: str, url: str, key: str | None = None, *, tokens: int = 400
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """An answer of two seconds that has begun."""
-    body = {"model": model, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    """An answer of two seconds that has begun; more `tokens` take longer."""
+    body = {"model": model, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     async with (
         aiohttp.ClientSession(headers=headers) as session,
@@ -311,7 +311,7 @@ async def test_several_instances(mark: str, tmp_path: Path) -> None:
         for url in urls:
             await cortex.forward(A, to=url)
         assert (await neuron.call("POST", "/models/sleep", json={"model_id": A, "instance": "2"})).status == 200
-        await neuron.load(A, "--load-secs", "3", wait=False, instance="3", devices=[0])
+        await neuron.load(A, "--load-secs", "60", wait=False, instance="3", devices=[0])
         listed = [each for each in (await cortex.call("GET", "/models")).body if each["id"] == A]
         assert [each["instance"] for each in listed] == ["3", "2", "0", "1"]
         assert len({await cortex.route(A) for _ in range(4)}) == 2
@@ -331,7 +331,7 @@ async def test_an_idle_instance_starts_without_its_key(mark: str, tmp_path: Path
     """Of several instances with a key the idle one starts again without it, and the others keep theirs."""
     async with neuron_here(config(tmp_path, vram_mb=5000)) as neuron, v1_cortex(neuron) as cortex:
         loaded = [(await neuron.load(A, instance=each, devices=[0])).body for each in ("0", "1")]
-        async with answering(neuron, A, loaded[0]["url"], loaded[0]["api_key"]) as stream:
+        async with answering(neuron, A, loaded[0]["url"], loaded[0]["api_key"], tokens=1000) as stream:
             await cortex.forward(A)
             assert "[DONE]" in await stream.text()
         keys = {each["instance"]: each["endpoint"]["api_key"] for each in (await neuron.call("GET", "/models")).body}

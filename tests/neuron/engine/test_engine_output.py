@@ -367,7 +367,7 @@ async def serving_logs(
 ) -> AsyncIterator[aiohttp.ClientSession]:
     async def logs(request: web.Request) -> web.StreamResponse:
         if "follow" in request.query:
-            return await stream_lines(request, outputs, int(request.query["tail"]), closing)
+            return await stream_lines(request, lambda: outputs, int(request.query["tail"]), closing)
         return await last_lines("m", outputs, int(request.query["tail"]))
 
     app = web.Application()

@@ -150,6 +150,25 @@ async def test_logs_of_one_and_of_all(host: Neuron) -> None:
     assert {line[:4] for line in lines} == {"[0] ", "[1] "}
 
 
+async def test_followed_logs_include_engines_that_start(host: Neuron) -> None:
+    """A stream of all logs goes on with an instance that starts again after a crash, and with one that is new."""
+    await load(host, "0", "1")
+    async with host.session.get(f"{host.base}/models/{MODEL}/logs?follow=true&tail=0") as stream:
+
+        async def until_ready(instance: str) -> None:
+            while True:
+                line = (await asyncio.wait_for(stream.content.readline(), 20)).decode()
+                if line.startswith(f"data: [{instance}] ") and "Application startup complete" in line:
+                    return
+
+        os.kill((await entries(host))["1"]["pid"], signal.SIGKILL)
+        await until_ready("1")
+        await load(host, "2")
+        await until_ready("2")
+        await unload(host)
+        assert await asyncio.wait_for(stream.content.read(), 20)
+
+
 async def test_sleep_and_wake_of_one_and_of_all(host: Neuron) -> None:
     """One named instance sleeps and wakes while the others serve; without a name all do."""
     await load(host, "0", "1", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -303,3 +304,18 @@ async def test_automatic_spare_yields_its_memory_to_a_sleeping_engine(
         assert answer.status == 200, answer.body
         assert not psutil.pid_exists(spare["pid"])
         assert (await neuron.call("GET", "/health")).body["spares"] == []
+
+
+async def test_one_of_several_instances_takes_the_spare(mark: str, tmp_path: Path) -> None:
+    """Of instances that are loaded at once one becomes the spare and the others start plainly; all serve."""
+    config = config_of(tmp_path / "state", sim=SPARE, simulate={"devices": ["H100"] * 4})
+    async with neuron_here(config) as neuron:
+        assert (await neuron.load("a", instance="0")).status == 200
+        spare = await spare_of(neuron)
+        loads = [neuron.load("a", instance=instance) for instance in ("1", "2", "3")]
+        assert [answer.status for answer in await asyncio.gather(*loads)] == [200] * 3
+        pids = [entry["pid"] for entry in (await neuron.call("GET", "/models")).body]
+        assert len(set(pids)) == 4
+        assert spare["pid"] in pids[1:]
+        assert (await spare_of(neuron))["pid"] not in pids
+    assert not marked_processes(mark)

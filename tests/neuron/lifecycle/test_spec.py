@@ -155,7 +155,6 @@ def test_accepted_arguments(args: list[str]) -> None:
         ["-sc.method", "custom_class"],
         ["--spec-method", "custom_class"],
         ["--spec-method=custom_class"],
-        ["--master-addr", "203.0.113.1"],
         ["--data-parallel-address=203.0.113.1"],
         ["-dpa", "203.0.113.1"],
         ["--a-flag-of-tomorrow", '{"plugin": "evil.Plugin"}'],

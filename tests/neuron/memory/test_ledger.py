@@ -495,6 +495,54 @@ def test_memory_is_never_promised_twice(seed: int) -> None:
     assert not any(found.booked_mb for found in model.ledger.capacities(model.topology, model.health()))
 
 
+# --- instances of one model
+
+
+def instance(name: str, **fields: Any) -> EngineSpec:
+    return spec(model_id="org/several", instance=name, **fields)
+
+
+def book_instance(ledger: Ledger, number: int, **fields: Any) -> tuple[int, ...]:
+    """Books 2000 MiB for the instance that is named as its booking."""
+    wanted = instance(str(number), **fields)
+    choice = ledger.book(number, wanted, MemoryRequirement(2000), TWO, measured(TWO))
+    return tuple(device.index for device in choice.devices)
+
+
+def test_no_device_is_chosen_for_two_instances() -> None:
+    """The error names the instance that holds each device and what to do. A load that names the device gets it, and so
+    does another model."""
+    ledger = Ledger()
+    assert {book_instance(ledger, 1), book_instance(ledger, 2)} == {(0,), (1,)}
+    ledger.shrink_to_sleep(1, {0: 100})
+    with pytest.raises(InsufficientVram) as refused:
+        book_instance(ledger, 3)
+    for name in ("1", "2"):
+        assert f"it holds instance {name} of this model: name the device in the load to share it" in str(refused.value)
+    assert "permanent" not in refused.value.extra
+    assert book_instance(ledger, 4, devices=(0,)) == (0,)
+    assert book(ledger, 5, 2000, TWO) != []
+    with pytest.raises(InsufficientVram):
+        book_instance(ledger, 6, tensor_parallel=2)
+
+
+def test_device_of_a_stopping_instance_is_chosen_last() -> None:
+    """It is chosen only if no other is left, and then the start waits; not if the load names it, nor for the same
+    instance elsewhere."""
+    ledger = Ledger()
+    assert book_instance(ledger, 1, devices=(0,)) == (0,)
+    ledger.mark_stopping(1)
+    assert book(ledger, 2, 25_000, TWO, devices=(1,)) == [1]  # makes device 1 the tighter fit for nothing
+    assert book_instance(ledger, 3) == (1,)
+    assert ledger.counts_on(3, TWO, measured(TWO)) == ()
+    assert book_instance(ledger, 4) == (0,)
+    assert ledger.counts_on(4, TWO, measured(TWO)) == ("org/several instance 1",)
+    assert book_instance(ledger, 5, devices=(0,)) == (0,)
+    assert ledger.counts_on(5, TWO, measured(TWO)) == ()
+    ledger.release(1)
+    assert ledger.counts_on(4, TWO, measured(TWO)) == ()
+
+
 # --- displacing others
 
 

@@ -1,0 +1,37 @@
+"""`make test` runs directories of tests side by side: none is left out, and a failure is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.lanes import LONGEST, TOGETHER, directories, main
+
+
+def test_every_test_file_is_run_once() -> None:
+    files = [file for found in directories(["tests"]).values() for file in found]
+    assert sorted(files) == sorted(path.as_posix() for path in Path("tests").rglob("test_*.py"))
+
+
+def test_named_directories_exist() -> None:
+    assert [name for name in (*LONGEST, *TOGETHER) if not Path(name).is_dir()] == []
+
+
+def test_files_and_directories_can_be_chosen() -> None:
+    chosen = directories(["tests/contract/test_lanes.py", "tests/e2e/chaos", "tests/e2e"])
+    assert next(iter(chosen)) == "tests/e2e"
+    assert chosen["tests/contract"] == ["tests/contract/test_lanes.py"]
+    assert "tests/e2e/chaos/test_chaos.py" in chosen["tests/e2e/chaos"]
+
+
+@pytest.mark.parametrize(("second", "status"), [("pass", 0), ("assert False", 1)])
+def test_one_failure_fails_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], second: str, status: int) -> None:
+    """The outputs of both directories are shown, and failures again at the end."""
+    for name, body in (("one", "pass"), ("two", second)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"test_{name}.py").write_text(f"def test_{name}() -> None:\n    {body}\n", "utf-8")
+    assert main([str(tmp_path)]) == status
+    out = capfd.readouterr().out
+    assert all(f"##### {tmp_path}/{name}, " in out for name in ("one", "two"))
+    assert out.count("FAILED ") == 2 * status

@@ -1,0 +1,1 @@
+"""Engines that span two neurons, behind a cortex: real neurons, simulated engines."""

@@ -1,0 +1,128 @@
+"""`python -m tests.lanes [PATH …]`: runs the tests below these paths, two directories at a time.
+
+Most tests wait for processes and timers, so one pytest leaves more than half of two cores idle. Each directory is a
+pytest process of its own, whose output appears when it ends. The tests do not share ports, state or names, so any two
+directories can run at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+LANES: Final = 2
+NO_TESTS: Final = 5
+"""pytest's exit status if it has found none."""
+
+END_SECS: Final = 20
+"""How long an interrupted pytest may take to end the processes of its tests."""
+
+LONGEST: Final = ("tests/e2e_vllm", "tests/cortex/proxy", "tests/neuron/lifecycle", "tests/e2e", "tests/clients")
+"""They start first, so that no lane is left with a long one at the end."""
+
+TOGETHER: Final = ("tests/clients",)
+"""Their subdirectories share fixtures of the session."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A directory whose tests have ended. `status` is pytest's."""
+
+    directory: str
+    status: int
+    secs: float
+    output: str
+
+    @property
+    def failed(self) -> bool:
+        return self.status not in (0, NO_TESTS)
+
+
+def directories(paths: Sequence[str]) -> dict[str, list[str]]:
+    """The test files below `paths`, by directory, in the order in which they start."""
+    files: set[Path] = set()
+    for path in map(Path, paths):
+        files |= {path} if path.is_file() else set(path.rglob("test_*.py"))
+    found: dict[str, list[str]] = {}
+    for file in sorted(files):
+        parent = file.parent.as_posix()
+        directory = next((whole for whole in TOGETHER if f"{parent}/".startswith(f"{whole}/")), parent)
+        found.setdefault(directory, []).append(file.as_posix())
+    first = [name for name in LONGEST if name in found]
+    return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
+
+
+class Lanes:
+    """Runs pytest for each directory. The lanes take the next directory whenever they are free."""
+
+    def __init__(self, waiting: dict[str, list[str]]) -> None:
+        self.ran: list[Ran] = []
+        self._waiting = list(waiting.items())
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Returns when all directories have been run. Ends its processes if it is interrupted."""
+        lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(LANES)]
+        try:
+            for lane in lanes:
+                lane.start()
+            for lane in lanes:
+                lane.join()
+        finally:
+            with self._lock:
+                self._waiting.clear()
+                left = list(self._running)
+            for process in left:
+                process.send_signal(signal.SIGINT)
+            for process in left:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(END_SECS)
+
+    def _lane(self) -> None:
+        while True:
+            # Not a pipe: a process that a test left would keep it open.
+            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+                with self._lock:
+                    if not self._waiting:
+                        return
+                    directory, files = self._waiting.pop(0)
+                    started = time.monotonic()
+                    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                    )
+                    self._running.add(process)
+                status = process.wait()
+                output.seek(0)
+                ran = Ran(directory, status, time.monotonic() - started, output.read())
+            with self._lock:
+                self._running.discard(process)
+                self.ran.append(ran)
+                print(f"\n##### {directory}, {ran.secs:.0f} s\n{ran.output}", flush=True)
+
+
+def main(paths: Sequence[str]) -> int:
+    lanes = Lanes(directories(paths or ["tests"]))
+    lanes.run()
+    for ran in sorted(lanes.ran, key=lambda each: -each.secs):
+        print(f"{ran.secs:6.0f} s  {ran.directory}: {ran.output.rstrip().rpartition(chr(10))[2].strip('= ')}")
+    for ran in lanes.ran:
+        if ran.failed:
+            lines = [line for line in ran.output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+            print(f"\n{ran.directory} failed ({ran.status}):", *lines, sep="\n")
+    return int(any(ran.failed for ran in lanes.ran))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
