@@ -100,7 +100,7 @@ def _fails_on(node: NodeSnapshot, model_id: str, view: PlanningView) -> bool:
 
 def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
-    for node, view in fleet.engines(model_id):
+    for node, view, _ in fleet.engines(model_id):
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",
