@@ -11,7 +11,7 @@ from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
 from cortex.placement.instances import coming
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
 
@@ -113,7 +113,8 @@ def _over_idle(
             continue
         found.append((plan, why))
         view = after_start(view, plan)
-        if plan.eviction_plan.evictions:  # what it leaves of a model may protect others of it elsewhere
+        # What evictions leave of a model may protect others of it elsewhere.
+        if plan.eviction_plan.evictions or plan.parts:
             verdicts = {}
         else:
             verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])

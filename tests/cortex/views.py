@@ -10,7 +10,7 @@ from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
 from cortex.routing.replica import ModelOnNode
 from tests.cortex.fleets import replica_key

@@ -9,7 +9,7 @@ import pytest
 from cortex.control.loads.loader import LoadJob
 from cortex.control.wait_note import leaving_text, waiting_note
 from cortex.fleet.snapshot import by_instance
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.routing.replica import Failure, FailureKind, WaitNote, given_up, untried_first
 from shared.protocol import ModelView, Progress
 from tests.cortex.fleets import BEAST, BENJY, fleet, replica, replica_key

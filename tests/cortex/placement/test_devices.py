@@ -9,7 +9,7 @@ import pytest
 
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.devices import MAX_DEVICE_SETS, device_sets
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from shared.protocol import LinkKind
 from tests.cortex.fleets import BEAST, On, fleet, host, node
 from tests.cortex.views import evicted, plan_for, profile, view

@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, free_enough, plan_evictions
 from cortex.placement.inputs import ReplicaUsage
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from tests.cortex.fleets import On, fleet, host, replica_key
 from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view
 

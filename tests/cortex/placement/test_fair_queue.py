@@ -12,7 +12,7 @@ from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from tests.cortex.fleets import On, fleet, host, replica_key
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 

@@ -13,7 +13,7 @@ from cortex.placement.capacity import device_memory, reports_bookable_memory
 from cortex.placement.eviction import Eviction
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import all_verdicts
 from cortex.placement.replicas import reconcile_replicas
 from shared.protocol import ModelStatus

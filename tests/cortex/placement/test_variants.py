@@ -15,8 +15,8 @@ from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason
 from cortex.placement.inputs import Backoff, PlanningView
-from cortex.placement.load_command import load_command
-from cortex.placement.node_plan import Fit, LoadPlan, plan_on_node
+from cortex.placement.load_plan import Fit, LoadPlan, load_command
+from cortex.placement.node_plan import plan_on_node
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import unknown_model_error
 from tests.cortex.fleets import On, fleet, host
