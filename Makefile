@@ -48,7 +48,7 @@ test: $(DEV_STAMP)
 
 # Tests that run through compiled modules; the rest is the same as in `make test`.
 COMPILED_TESTS := $(addprefix tests/cortex/,http proxy metrics workers \
-	$(addprefix control/test_,failover.py replicas.py shutdown.py))
+	$(addprefix control/test_,dead_core.py failover.py replicas.py shutdown.py))
 
 # In a copy: a compiled module in the checkout would hide its source.
 test-compiled: $(DEV_STAMP)
