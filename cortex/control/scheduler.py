@@ -103,7 +103,7 @@ class Scheduler:
             rules=self._live.config.placement.rules(),
             usages=self._demand.usages(),
             waiting=self._queue.waiting(),
-            demand=self._demand.per_minute(),
+            arrivals=self._demand.arrivals(),
             load_secs=self._loader.load_secs,
             observed_share_mb=self._observed_share_mb,
             backoffs=self._backoffs.current(),

@@ -1,6 +1,7 @@
 """What to load now for the waiting models, in fair order. Pure.
 
-Models that share memory take turns. Among equal priorities the longest wait goes first. A model that has waited for
+Models that share memory take turns. Among equal priorities, the model whose requests have waited longest, all together,
+goes first. A model that has waited for
 `starvation_secs` goes before all others, and the memory it waits for is reserved for it. One load serves every request
 that waits for the model, so ABCABC becomes AABBCC.
 """
@@ -97,5 +98,7 @@ def _unless_reserved(reserved: Mapping[str, str], verdict: NodeVerdict) -> NodeV
 
 
 def _fair_order(view: PlanningView, model_id: str) -> tuple[object, ...]:
-    starving = _is_starving(view, model_id)
-    return not starving, 0 if starving else -view.priority(model_id), view.waiting[model_id].since, model_id
+    waiting = view.waiting[model_id]
+    if _is_starving(view, model_id):
+        return False, 0, waiting.since, model_id
+    return True, -view.priority(model_id), -waiting.waited_secs(view.now), waiting.since, model_id

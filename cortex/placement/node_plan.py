@@ -48,7 +48,7 @@ from cortex.placement.eviction import (
     plan_evictions_each,
     protection_reason,
 )
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.starts import Starts, longest, starts_by_device
@@ -177,15 +177,14 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     view, model_id = candidate.view, candidate.profile.id
-    waiting = view.waiting_for(candidate.profile.requested)
-    since = view.now if waiting is None else waiting.since
+    waiting = view.waiting_for(candidate.profile.requested) or WaitingRequests(1, view.now)
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
-    assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
+    assess = partial(assess_eviction, view, waiting=waiting, priority=priority, load_secs=load_secs)
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
     own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]

@@ -61,7 +61,7 @@ async def test_a_killed_part_is_planned_again(start_cortex: StartCortex, hosts: 
     for lost in (1, 0):
         assert (await chat(cortex))[0] == 200
         os.killpg((await hosts[lost].neuron.model("org/wide"))["pid"], signal.SIGKILL)
-        await until(lambda: not marked_engines(mark), 5)
+        await until(lambda: not marked_engines(mark))
     assert (await chat(cortex))[0] == 200
 
 
@@ -88,7 +88,7 @@ async def test_it_survives_a_restart_of_a_neuron_by_coming_back_whole(
             cortex = await start_cortex([first, second], models())
             assert await chat(cortex) == (200, "a")
             port = int(second.url.rpartition(":")[2])
-        await until(lambda: not marked_engines(mark), 5)
+        await until(lambda: not marked_engines(mark))
         async with running_host(tmp_path, "b", port=port) as second:
             await cortex.until(lambda: len(cortex.parts.fleet.snapshot().healthy) == 2)
             assert await chat(cortex) == (200, "a")
