@@ -369,7 +369,7 @@ async def test_displacement_takes_one_instance(tmp_path: Path, mark: str) -> Non
 
 
 async def test_callers_do_not_all_go_to_one_idle_engine(host: Neuron) -> None:
-    """Between two samples of the engines' requests, those who were told an endpoint count as its requests."""
+    """Between two samples of the engines' requests, callers that were told an endpoint count as its requests."""
     await load(host, "0", "1", args=["--tokens-per-sec", "5"])
     endpoint = (await host.call("GET", f"/models/{MODEL}/endpoint?instance=0")).body
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 10_000, "stream": True}
