@@ -235,3 +235,20 @@ async def test_stored_responses_go_to_their_instance(cortex: RunningCortex, host
     for response_id in made:
         async with cortex.http.get(f"{cortex.url}/v1/responses/{response_id}") as response:
             assert (await response.json())["id"] == response_id
+
+
+async def test_a_host_that_fails_as_a_whole_costs_one_attempt(start_cortex: StartCortex, host: InstancesNeuron) -> None:
+    """Its engines are most of the model's replicas. A request is sent to three engines at most, so the second one is on
+    another neuron."""
+
+    async def drop(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        raise asyncio.CancelledError
+
+    for engine in host.engines.values():
+        engine.answer = drop
+    async with InstancesNeuron("other", "0").running() as other:
+        cortex = await start_cortex([host, other], CATALOGUE)
+        await cortex.until(lambda: len(cortex.parts.fleet.snapshot().serving(MODEL)) == 9)
+        assert [await ask(cortex, f"conversation {number}") for number in range(20)] == [200] * 20

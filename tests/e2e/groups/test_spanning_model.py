@@ -47,6 +47,9 @@ async def test_a_chat_loads_the_model_over_two_neurons(start_cortex: StartCortex
     assert decision["parallel"] == {"tensor": 2, "pipeline": 2, "data": 1, "expert": False}
     assert await chat(cortex) == (200, "a")
     assert [await chat(cortex) for _ in range(3)] == [(200, "a")] * 3
+    async with cortex.http.get(f"{cortex.url}/v1/models") as answer:
+        [entry] = (await answer.json())["data"]
+    assert {each["node"]: each["group"]["rank"] for each in entry["locations"]} == {"a": 0, "b": 1}
     for rank, host in enumerate(hosts):
         entry = await host.neuron.model("org/wide")
         assert (entry["status"], entry["group"]["rank"], entry["devices"]) == ("loaded", rank, [0, 1])
@@ -61,7 +64,7 @@ async def test_a_killed_part_is_planned_again(start_cortex: StartCortex, hosts: 
     for lost in (1, 0):
         assert (await chat(cortex))[0] == 200
         os.killpg((await hosts[lost].neuron.model("org/wide"))["pid"], signal.SIGKILL)
-        await until(lambda: not marked_engines(mark), 5)
+        await until(lambda: not marked_engines(mark))
     assert (await chat(cortex))[0] == 200
 
 
@@ -88,7 +91,7 @@ async def test_it_survives_a_restart_of_a_neuron_by_coming_back_whole(
             cortex = await start_cortex([first, second], models())
             assert await chat(cortex) == (200, "a")
             port = int(second.url.rpartition(":")[2])
-        await until(lambda: not marked_engines(mark), 5)
+        await until(lambda: not marked_engines(mark))
         async with running_host(tmp_path, "b", port=port) as second:
             await cortex.until(lambda: len(cortex.parts.fleet.snapshot().healthy) == 2)
             assert await chat(cortex) == (200, "a")
