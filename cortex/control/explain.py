@@ -53,7 +53,7 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
         "hints": []
-        if profile is None or not profile.refuses_tools
+        if profile is None or not any(choice.refuses_tools for choice in profile.choices)
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
         "nodes": [
             _node(model_id, profile, view, node, by_node.get(node.name), possible=node.name in possible)
