@@ -64,6 +64,11 @@ class Backoffs:
         if cause is BackoffCause.MODEL:
             key = model_id, ANY_NODE
         now, before = self._clock(), self._failures.get(key, _NONE)
+        if before.backoff.until > now and before.backoff.temporary == (cause is BackoffCause.TEMPORARY):
+            # Instances that load side by side fail side by side, which counts once.
+            backoff = replace(before.backoff, reason=reason, permanent=before.backoff.permanent or permanent)
+            self._failures[key] = replace(before, backoff=backoff, at=now)
+            return
         if cause is BackoffCause.TEMPORARY and before.temporary < MAX_TEMPORARY:
             backoff = Backoff(now + TEMPORARY_SECS, reason, temporary=True)
             self._failures[key] = replace(before, backoff=backoff, temporary=before.temporary + 1, at=now)

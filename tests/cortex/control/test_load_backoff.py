@@ -108,6 +108,19 @@ def test_a_temporary_failure_is_retried_soon_without_an_error(backoffs: Backoffs
     assert (backoff.until - clock.now, backoff.temporary) == (10, False)
 
 
+@pytest.mark.parametrize(("cause", "pauses"), [(BackoffCause.TEMPORARY, [1, 1]), (BackoffCause.NODE, [10, 20])])
+def test_instances_that_fail_together_count_once(
+    backoffs: Backoffs, clock: Clock, cause: BackoffCause, pauses: list[float]
+) -> None:
+    """Eight loads of one model meet the same restart of their neuron, or the same broken host."""
+    for pause in pauses:
+        for number in range(8):
+            backoffs.record_failure("m", "a", cause, f"no {number}")
+        backoff = backoffs.current()["m", "a"]
+        assert (backoff.until - clock.now, backoff.reason) == (pause, "no 7")
+        clock.now = backoff.until
+
+
 def test_temporary_failures_do_not_count_with_others(backoffs: Backoffs, clock: Clock) -> None:
     """Temporary failures and others are counted separately."""
     assert _pauses(backoffs, clock, [BackoffCause.TEMPORARY, BackoffCause.TEMPORARY, BackoffCause.NODE]) == [1, 1, 10]
