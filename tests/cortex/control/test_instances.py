@@ -235,3 +235,57 @@ async def test_stored_responses_go_to_their_instance(cortex: RunningCortex, host
     for response_id in made:
         async with cortex.http.get(f"{cortex.url}/v1/responses/{response_id}") as response:
             assert (await response.json())["id"] == response_id
+
+
+async def test_a_stored_response_is_found_after_an_upgrade_of_its_neuron(start_cortex: StartCortex) -> None:
+    """The engine that the upgraded neuron adopts is the first instance, and had no name before."""
+
+    def earlier(answer: Any) -> Any:
+        if isinstance(answer, list):
+            return [{k: v for k, v in entry.items() if k != "instance"} for entry in answer]
+        return {k: v for k, v in answer.items() if k != "instances"}
+
+    async def make(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"id": "resp_1", "model": MODEL, "object": "response"})
+
+    async with InstancesNeuron("box", "0").running() as host:
+        host.engines["0"].answer = make
+        host.rewrite = earlier
+        cortex = await start_cortex([host], CATALOGUE)
+        async with cortex.http.post(f"{cortex.url}/v1/responses", json={"model": MODEL, "input": "hi"}) as response:
+            assert response.status == 200
+        host.rewrite = None
+        host.process = "box-2"
+        await cortex.until(lambda: cortex.parts.fleet.node("box").view(MODEL, "0") is not None)
+        for _ in range(2):  # by the control, then by the route table
+            async with cortex.http.get(f"{cortex.url}/v1/responses/resp_1") as response:
+                assert response.status == 200
+            await cortex.until(lambda: instances(cortex) == {"0"})
+
+
+@pytest.mark.parametrize("name", [MODEL, f"{MODEL}@fp8"])
+async def test_a_request_waits_until_the_end_of_its_only_engine_is_noticed(
+    start_cortex: StartCortex, name: str
+) -> None:
+    """A stopping engine closes its port before its neuron reports the end. Then the model is loaded again."""
+    async with InstancesNeuron("box", "0").running() as host:
+        host.variant, engine = "fp8", host.engines["0"]
+
+        async def drop(request: web.Request) -> web.StreamResponse:
+            asyncio.get_running_loop().call_later(0.2, end)
+            assert request.transport is not None
+            request.transport.abort()
+            raise asyncio.CancelledError
+
+        def end() -> None:
+            host.statuses["0"], engine.answer = "failed", answer
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            return web.json_response({"model": MODEL})
+
+        engine.answer = drop
+        cortex = await start_cortex([host], [{**CATALOGUE[0], "variants": [{"name": "fp8"}]}])
+        body = json.dumps({"model": name, "input": "hi"})
+        async with cortex.http.post(f"{cortex.url}/v1/embeddings", data=body) as response:
+            assert response.status == 200, await response.text()
+        assert [load["instance"] for load in host.loads] == ["0"]
