@@ -90,7 +90,7 @@ class ContextLengths:
         for model_id in models:
             serving = {engine.key for engine in fleet.serving(model_id)}
             for engine in fleet.engines(model_id):
-                key, (node, view) = engine.key, engine
+                node, view, key = engine
                 if key not in serving:
                     self._asked.pop(key, None)
                     continue

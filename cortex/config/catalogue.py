@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import (
     BeforeValidator,
@@ -117,6 +117,10 @@ def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> P
     return value
 
 
+_OF_A_VARIANT: Final = {"variant": True}
+"""Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
+
+
 class Variant(SettingsModel):
     """One of several ways to run a model. None: as the model's own entry says. `name` defaults to `quant`, or else to
     its number from 1."""
@@ -149,6 +153,7 @@ class ModelProfile(SettingsModel):
     vram_mb: int | None = Field(default=None, gt=0)
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
+    span_nodes: bool = False
     min_device_vram_mb: int | None = Field(default=None, gt=0)
     min_compute_capability: ComputeCapability | None = None
     pinned_on: tuple[str, ...] = ()
@@ -198,6 +203,15 @@ class ModelProfile(SettingsModel):
             seen.add(each.name)
         return value
 
+    @model_validator(mode="after")
+    def _can_span(self, info: ValidationInfo) -> ModelProfile:
+        spans = self.span_nodes and info.context is not _OF_A_VARIANT
+        if spans and all(choice.device_count < 2 for choice in self.choices):
+            raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
+        if spans and any(choice.parallelism.data > 1 for choice in self.choices):
+            raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
+        return self
+
     @property
     def variant(self) -> str | None:
         """The name of the variant that this is one of the `choices` for; None for a model itself."""
@@ -237,8 +251,16 @@ class ModelProfile(SettingsModel):
         own = self.model_dump(exclude_none=True, exclude={"variants"})
         if not given.keys().isdisjoint(("parallel", "min_devices")):
             own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
-        found = ModelProfile.model_validate({**own, **given})
+        found = ModelProfile.model_validate({**own, **given}, context=_OF_A_VARIANT)
         found._variant, found._place = variant.name, place
+        return found
+
+    def part(self, parallel: Parallelism) -> ModelProfile:
+        """What one host holds of it, split over that host's devices in this way."""
+        own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
+        memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
+        found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
+        found._variant, found._place = self._variant, self._place
         return found
 
     @cached_property

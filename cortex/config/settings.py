@@ -75,13 +75,12 @@ class Rules:
     min_residency_secs: float = 15.0
     """A model stays loaded at least this long, unless no other eviction frees enough memory."""
     patience_secs: float = 300.0
-    """After this wait, or sooner when a reload is quick (see `cortex.placement.eviction`), a busy model that has had
-    its minimum residency is drained and evicted."""
+    """After this wait, or sooner when that means less waiting (see `cortex.placement.eviction`), a busy model that has
+    had its minimum residency is drained and evicted."""
     starvation_secs: float = 300.0
     """After this wait a model goes first, whatever the priorities."""
     pause_secs: float = 10.0
-    """Upper limit of the time after its last request during which a model still counts as in use; twice that while
-    another model waits for its memory."""
+    """Upper limit of the time after its last request during which a model still counts as in use."""
     replica_target: int = 8
     """Requests per replica above which another replica is worth a load."""
     scale_up_secs: float = 5.0

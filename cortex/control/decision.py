@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.refusal import unknown_model_error
-from cortex.routing.choice import beyond_ours, work
+from cortex.routing.choice import beyond_ours
 from cortex.routing.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
@@ -72,12 +72,16 @@ def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:
 
 
 def _least_busy(engines: list[EngineSnapshot], in_flight: InFlight) -> tuple[ReplicaKey, ...]:
-    """In the order in which a worker chooses for a request without a key. Only workers measure engines' speed."""
-
-    def order(engine: EngineSnapshot) -> tuple[float, str]:
-        outstanding, activity = in_flight(engine.key), engine.activity
+    """In the order in which a worker chooses for a request without a key. Only workers measure engines' speed, so the
+    outstanding requests decide, then the names."""
+    if len(engines) == 1:
+        return (engines[0].key,)
+    found: list[tuple[int, ReplicaKey]] = []
+    for node, _, key in engines:
+        outstanding = in_flight(key)
+        activity = node.activity.get((key.model_id, key.instance))
         if activity is not None:
             outstanding += beyond_ours(activity.in_flight, activity.queue_depth, outstanding)
-        return work(outstanding, 1.0), engine.key.name
-
-    return tuple(engine.key for engine in sorted(engines, key=order))
+        found.append((outstanding, key))
+    found.sort()
+    return tuple([key for _, key in found])

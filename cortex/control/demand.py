@@ -1,19 +1,17 @@
-"""Demand: when each model was last used, and how often it was requested recently."""
+"""Demand: when each model was last used, and when its last requests arrived."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cortex.fleet.snapshot import FleetSnapshot, instance_of
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import ReplicaUsage
+from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
 
-MEMORY_SECS = 600.0
-"""Request counts decay with this time constant."""
 SAMPLE_SECS = 1.0
 REPORT_AGE_SECS = 5.0
 """How long an engine's report may still show, or lack, a request of ours that has ended: a poll of the neuron, which
@@ -60,13 +58,18 @@ class Demand:
         self._own: dict[ReplicaKey, _OwnRequests] = {}
         self._last_used: dict[ReplicaKey, float] = {}
         self._loaded_at: dict[str, dict[ReplicaKey, float]] = {}  # by model
-        self._rates: dict[str, tuple[float, float]] = {}  # model -> requests a second, at that time
+        self._arrivals: dict[str, deque[float]] = {}  # by model
+        self._admitted: Counter[str] = Counter()  # recorded when they began to wait, and not begun yet
         self._overloaded_since: dict[str, float] = {}
 
     def record_request(self, model_id: str, count: int = 1) -> None:
         """A request for a model arrived, whether or not it could be served at once."""
-        now = self._clock()
-        self._rates[model_id] = self._rate(model_id, now) + count / MEMORY_SECS, now
+        times = self._arrivals.setdefault(model_id, deque(maxlen=MAX_ARRIVALS))
+        times.extend([self._clock()] * min(count, MAX_ARRIVALS))
+
+    def record_admission(self, model_id: str) -> None:
+        """A recorded request has waited and begins now: its beginning is not another arrival."""
+        self._admitted[model_id] += 1
 
     def sample(self, fleet: FleetSnapshot, *, replica_target: int) -> None:
         """Adds what the workers and the engines have counted since the last sample."""
@@ -109,10 +112,9 @@ class Demand:
             for key in loaded_at.keys() | in_flight.keys()
         }
 
-    def per_minute(self) -> dict[str, float]:
-        """Recent requests per minute, by model."""
-        now = self._clock()
-        return {model_id: 60 * self._rate(model_id, now) for model_id in self._rates}
+    def arrivals(self) -> dict[str, Arrivals]:
+        """When the last requests for each model arrived."""
+        return {model_id: Arrivals(tuple(times)) for model_id, times in self._arrivals.items()}
 
     @property
     def overloaded_since(self) -> Mapping[str, float]:
@@ -126,7 +128,9 @@ class Demand:
             more = count - self._begun.get(key, 0)
             if more > 0:
                 self._last_used[key] = now
-                self.record_request(key.model_id, more)
+                waited = min(more, self._admitted[key.model_id])
+                self._admitted[key.model_id] -= waited
+                self.record_request(key.model_id, more - waited)
         in_flight = self._counts.all_in_flight()
         for key in begun.keys() | in_flight.keys() | self._own.keys():
             more = max(0, begun.get(key, 0) - self._begun.get(key, 0))
@@ -134,10 +138,6 @@ class Demand:
         self._begun = begun
         self._last_used.update(dict.fromkeys(in_flight, now))
         return in_flight
-
-    def _rate(self, model_id: str, now: float) -> float:
-        rate, at = self._rates.get(model_id, (0.0, now))
-        return rate * math.exp(-(now - at) / MEMORY_SECS)
 
     def _update_overload(
         self, fleet: FleetSnapshot, in_flight: Mapping[ReplicaKey, int], target: int, now: float

@@ -13,9 +13,9 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
-from cortex.placement.feasibility import feasible_choices, infeasible_reason
+from cortex.placement.feasibility import feasible_choices, possible_nodes
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import held_back_error, placement_error
 from cortex.placement.replicas import reconcile_replicas
@@ -47,14 +47,18 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
     profile = view.profile(model_id)
     found = [] if profile is None else all_verdicts(view, profile)
     by_node = {verdict.node: verdict for verdict in found}
+    possible = {node.name for node in ([] if profile is None else possible_nodes(profile, view.fleet))}
     return {
         "model": model_id,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
         "hints": []
-        if profile is None or not profile.refuses_tools
+        if profile is None or not any(choice.refuses_tools for choice in profile.choices)
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
-        "nodes": [_node(model_id, profile, view, node, by_node.get(node.name)) for node in view.fleet.nodes.values()],
+        "nodes": [
+            _node(model_id, profile, view, node, by_node.get(node.name), possible=node.name in possible)
+            for node in view.fleet.nodes.values()
+        ],
     }
 
 
@@ -132,6 +136,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
             **_split(_choice(view, plan), plan),
+            **_parts(plan),
             "begins_in_secs": round(max(0.0, plan.ready_at - view.now, plan.starts.remaining_secs), 1),
             **_load_details(view, plan),
         }
@@ -139,6 +144,12 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
     if reasons:
         return {"action": "wait", "reason": "; ".join(reasons)}
     return _refused(placement_error(view, model_id, found))
+
+
+def _parts(plan: LoadPlan) -> dict[str, Any]:
+    """For an engine that spans several neurons, its parts by rank."""
+    every = (plan, *plan.parts) if plan.parts else ()
+    return {"parts": [{"node": part.node, "devices": list(part.devices)} for part in every]} if every else {}
 
 
 def _choice(view: PlanningView, plan: LoadPlan) -> ModelProfile | None:
@@ -150,6 +161,8 @@ def _choice(view: PlanningView, plan: LoadPlan) -> ModelProfile | None:
 def _split(profile: ModelProfile | None, plan: LoadPlan) -> dict[str, Any]:
     """How the model is split over the plan's devices; `parallel` only where the tensor-parallel size does not say
     all."""
+    if plan.whole is not None:
+        return {"tensor_parallel": plan.whole.tensor, "parallel": plan.whole.model_dump()}
     if profile is None or profile.parallelism.tensor_only:
         return {"tensor_parallel": len(plan.devices) if len(plan.devices) > 1 else None}
     return {"tensor_parallel": profile.tensor_parallel, "parallel": profile.parallelism.model_dump()}
@@ -247,16 +260,21 @@ def _status(fleet: FleetSnapshot, node: NodeSnapshot, model_id: str) -> str | No
 
 
 def _node(
-    model_id: str, profile: ModelProfile | None, view: PlanningView, node: NodeSnapshot, verdict: NodeVerdict | None
+    model_id: str,
+    profile: ModelProfile | None,
+    view: PlanningView,
+    node: NodeSnapshot,
+    verdict: NodeVerdict | None,
+    *,
+    possible: bool,
 ) -> dict[str, Any]:
     plan = None if verdict is None else verdict.plan
-    feasible = profile is not None and node.discovery is not None and infeasible_reason(profile, node) is None
     return {
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
         "status": _status(view.fleet, node, model_id),
-        "feasible": feasible,
+        "feasible": possible and node.discovery is not None,
         **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],
         "devices": [] if plan is None else list(plan.devices),

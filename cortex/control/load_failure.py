@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cortex.control.load_backoff import BackoffCause
 from cortex.fleet.neuron_client import NeuronRefused
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from shared.protocol import ErrorCode, ModelView
 
 _TEMPORARY = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
@@ -12,7 +12,8 @@ _TEMPORARY = (ErrorCode.NEURON_STOPPING, ErrorCode.LOAD_CANCELLED)
 
 class LoadFailure(Exception):
     """A load that failed. `no_memory`: the neuron lacked memory; `needed_mb` is what it would have booked on each
-    device, if it said so. `permanent`: another load there would fail too."""
+    device, if it said so. `permanent`: another load there would fail too. `node`: where, of an engine that spans
+    several."""
 
     def __init__(
         self,
@@ -22,8 +23,10 @@ class LoadFailure(Exception):
         no_memory: bool = False,
         needed_mb: int | None = None,
         permanent: bool = False,
+        node: str | None = None,
     ) -> None:
         super().__init__(reason)
+        self.node = node
         self.cause = cause
         self.no_memory = no_memory
         self.needed_mb = needed_mb

@@ -24,7 +24,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import PlanningView, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import node_refusal_error, placement_error
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
@@ -103,7 +103,7 @@ class Scheduler:
             rules=self._live.config.placement.rules(),
             usages=self._demand.usages(),
             waiting=self._queue.waiting(),
-            demand=self._demand.per_minute(),
+            arrivals=self._demand.arrivals(),
             load_secs=self._loader.load_secs,
             observed_share_mb=self._observed_share_mb,
             backoffs=self._backoffs.current(),
@@ -310,7 +310,7 @@ class Scheduler:
             if self._plan_changed(job):  # another load took the memory first, as the current figures show
                 cause = BackoffCause.TEMPORARY
         name = job.plan.requested.name
-        self._backoffs.record_failure(name, job.node, cause, str(failure), permanent=failure.permanent)
+        self._backoffs.record_failure(name, failure.node or job.node, cause, str(failure), permanent=failure.permanent)
 
     def _plan_changed(self, job: LoadJob) -> bool:
         """Whether the planner would now choose something other than what the neuron refused."""

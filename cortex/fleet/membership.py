@@ -12,7 +12,7 @@ from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet
 from cortex.upstream.pool import EnginePool
-from shared.protocol import EndpointReply, LoadCommand, LoadReply
+from shared.protocol import EndpointReply, ListenReply, LoadCommand, LoadReply, ReachCommand, ReachReply
 from shared.tasks import TaskSet, cancel_all, keep_running
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ class NeuronCommands(Protocol):
     async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None: ...
 
     async def endpoint(self, model_id: str, instance: str) -> EndpointReply: ...
+
+    async def listen_for_group(self, group: str) -> ListenReply: ...
+
+    async def reach_group(self, command: ReachCommand) -> ReachReply: ...
 
 
 class Refreshable(Protocol):

@@ -27,11 +27,14 @@ from shared.protocol import (
     EndpointReply,
     LeaseCommand,
     LeaseReply,
+    ListenReply,
     LoadCommand,
     LoadReply,
     ModelStatus,
     ModelView,
     NeuronHealth,
+    ReachCommand,
+    ReachReply,
     SleepCommand,
     UnloadCommand,
     first_problem,
@@ -41,6 +44,7 @@ from shared.request_ids import current_request_id
 from shared.tasks import timeout
 
 ENDPOINT_TIMEOUT_SECS = 5.0
+GROUP_TIMEOUT_SECS = 10.0
 EVENT_SILENCE_SECS = 30.0
 """A neuron sends a comment every 15 s on `/events`: after two to four times that without data, the connection is
 dead."""
@@ -194,6 +198,20 @@ class NeuronClient:
     async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None:
         """Returns when the engine sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
         await self._command("/models/sleep", SleepCommand(model_id=model_id, instance=instance or None), timeout_secs)
+
+    async def listen_for_group(self, group: str) -> ListenReply:
+        """Has the neuron listen for the other neurons of the group. Raises as `load`."""
+        path = "/groups/listen"
+        answer = await self._call("POST", path, json_body={"group": group}, timeout_secs=GROUP_TIMEOUT_SECS)
+        return self._valid(path, ListenReply, answer)
+
+    async def reach_group(self, command: ReachCommand) -> ReachReply:
+        """Has the neuron connect to the other neurons of a group. Raises as `load`."""
+        path = "/groups/reach"
+        answer = await self._call(
+            "POST", path, json_body=command.model_dump(mode="json"), timeout_secs=GROUP_TIMEOUT_SECS
+        )
+        return self._valid(path, ReachReply, answer)
 
     async def lease(self, command: LeaseCommand, *, timeout_secs: float) -> LeaseReply:
         """Takes, renews or ends a lease on a load. Raises as `load`; NeuronRefused also if the neuron has no leases."""

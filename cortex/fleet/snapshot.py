@@ -46,7 +46,7 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 @dataclass(frozen=True)
 class Reservation:
     """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
-    devices."""
+    devices. `serves` False: it is a part of an engine that spans several nodes, and takes no requests."""
 
     model_id: str
     node: str
@@ -54,6 +54,7 @@ class Reservation:
     device_share_mb: int
     instance: str = ""
     variant: str | None = None
+    serves: bool = True
 
     @property
     def key(self) -> ReplicaKey:
@@ -132,7 +133,7 @@ class NodeSnapshot:
 
     def every_engine(self) -> Iterator[EngineSnapshot]:
         """Every engine that the neuron lists, in any status."""
-        return (EngineSnapshot(self, view) for view in self.views)
+        return (engine for model_id in self.models for engine in self.engines(model_id))
 
     def instances(self, model_id: str) -> Instances:
         """The engines of the model that the neuron lists, in any status."""
@@ -142,9 +143,10 @@ class NodeSnapshot:
         """What the neuron says of one engine; None if it does not list it."""
         return self.instances(model_id).get(instance)
 
-    def engines(self, model_id: str) -> Iterator[EngineSnapshot]:
+    def engines(self, model_id: str) -> list[EngineSnapshot]:
         """The engines of the model here, in any status."""
-        return (EngineSnapshot(self, view) for view in self.instances(model_id).values())
+        there = self.instances(model_id).items()
+        return [EngineSnapshot(self, view, ReplicaKey(model_id, self.name, instance)) for instance, view in there]
 
     def engine_version(self, model_id: str, instance: str) -> object:
         """Differs for another engine of this name; None if it is not listed. An entry without `since` (protocol v1) may
@@ -178,19 +180,17 @@ class EngineSnapshot(NamedTuple):
 
     node: NodeSnapshot
     view: ModelView
+    key: ReplicaKey
 
     @property
     def instance(self) -> str:
-        return instance_of(self.view)
-
-    @property
-    def key(self) -> ReplicaKey:
-        return ReplicaKey(self.view.id, self.node.name, instance_of(self.view))
+        return self.key.instance
 
     @property
     def activity(self) -> ModelActivity | None:
         """Its requests by the node's last report."""
-        return self.node.activity.get((self.view.id, instance_of(self.view)))
+        model_id, _, instance = self.key
+        return self.node.activity.get((model_id, instance))
 
     @property
     def requests(self) -> int:
@@ -289,7 +289,7 @@ class FleetSnapshot:
         """This engine; None if its neuron does not list it."""
         node = self.nodes.get(key.node)
         view = None if node is None else node.view(key.model_id, key.instance)
-        return None if node is None or view is None else EngineSnapshot(node, view)
+        return None if node is None or view is None else EngineSnapshot(node, view, key)
 
     def serving(self, name: str) -> list[EngineSnapshot]:
         """The engines that may get a request for the model now. Those on a draining node get none while another can
@@ -297,8 +297,7 @@ class FleetSnapshot:
         loaded = [
             engine
             for engine in self.engines(name)
-            if engine.node.healthy
-            if engine.view.servable_now and not (self.evicting and engine.key in self.evicting)
+            if engine.node.healthy and engine.view.servable_now and engine.key not in self.evicting
         ]
         return [engine for engine in loaded if not engine.node.draining] or loaded
 
@@ -314,7 +313,11 @@ class FleetSnapshot:
         if not self.reservations:
             return None
         model_id, variant = self.catalogue.requested(name)
-        ours = (each for each in self.reservations if each.model_id == model_id and variant in (None, each.variant))
+        ours = (
+            each
+            for each in self.reservations
+            if each.serves and each.model_id == model_id and variant in (None, each.variant)
+        )
         return next(ours, None)
 
     @property
@@ -322,6 +325,6 @@ class FleetSnapshot:
         """Every model that some neuron lists."""
         return list(self._holders)
 
-    def with_load(self, reservation: Reservation, evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
+    def with_load(self, reservations: Iterable[Reservation], evicting: Iterable[ReplicaKey]) -> FleetSnapshot:
         """The fleet after this load and its evictions have started."""
-        return replace(self, reservations=(*self.reservations, reservation), evicting=self.evicting.union(evicting))
+        return replace(self, reservations=(*self.reservations, *reservations), evicting=self.evicting.union(evicting))

@@ -10,7 +10,7 @@ from statistics import median
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import NO_ARRIVALS, PlanningView
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import in_memory_steps
 from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
@@ -21,6 +21,11 @@ UNCOUNTED_MEMORY_MB = 1 << 30
 LOAD_SECS_BASE = 5.0
 LOAD_SECS_PER_MB = 0.002
 """Estimated cost of a load that was never measured: roughly reading the weights from disk."""
+
+PAUSE_LOADS = 0.25
+SOON_LOADS = 0.5
+"""In units of the time its reload takes: a model that has been idle for t is requested again within `SOON_LOADS` with
+probability SOON_LOADS / (SOON_LOADS + PAUSE_LOADS + t): the longer a pause has lasted, the longer it will."""
 
 _HOLDING = (ModelStatus.LOADED, ModelStatus.SLEEPING)
 
@@ -48,8 +53,8 @@ class DeviceCapacity:
 class ResidentModel:
     """A model that may be evicted from a node. It frees `frees_mb` on each of its `devices`.
 
-    `protected` says why no model may evict it; None when some may. `cost` is the expected cost of evicting it: reload
-    seconds times requests per minute.
+    `protected` says why no model may evict it; None when some may. `cost` is what evicting it is expected to
+    cost, in seconds that requests will wait.
     """
 
     key: ReplicaKey
@@ -228,12 +233,23 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         last_used=use.last_used,
         loaded_at=use.loaded_at,
         reload_secs=secs,
-        cost=secs * view.demand.get(entry.id, 0.0),
+        cost=_eviction_cost(view, engine, secs),
         asleep=asleep,
         variant=entry.variant,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )
+
+
+def _eviction_cost(view: PlanningView, engine: EngineSnapshot, reload_secs: float) -> float:
+    """The request-seconds of waiting to expect from evicting it: how likely it is to be requested again soon, times how
+    long requests would then wait. A replica among several costs its share."""
+    model_id, arrivals = engine.key.model_id, view.arrivals.get(engine.key.model_id, NO_ARRIVALS)
+    likely = 1.0
+    if reload_secs and not view.requests_on(engine):
+        idle_secs = max(0.0, view.now - max(view.usage(engine.key).last_used, arrivals.last))
+        likely = SOON_LOADS * reload_secs / ((SOON_LOADS + PAUSE_LOADS) * reload_secs + idle_secs)
+    return likely * arrivals.cold_start_wait(view.now, reload_secs) / max(1, len(view.replicas(model_id)))
 
 
 def _spare_replicas(view: PlanningView, profile: ModelProfile, key: ReplicaKey) -> int | None:

@@ -1,9 +1,12 @@
 """Which models are evicted for which. Pure.
 
 Only models with the newcomer's `residency_priority` or a lower one, and never one that is pinned to the node. Idle
-models go before busy ones, busy ones before recently loaded ones; among equals the cheapest goes first, measured as
-reload seconds times recent demand. When there are too many sets to compare, models are taken in order of cost per MiB
-freed.
+models go before busy ones, busy ones before recently loaded ones; among equals the cheapest goes first, measured as the
+waiting that requests would then have. When there are too many sets to compare, models are taken in order of cost per
+MiB freed.
+
+A model that is likely to be used again stays until the newcomer's requests have waited as long as its own would have to
+(ski rental: rent until the rent paid reaches the price).
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from cortex.placement.capacity import ResidentModel
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.routing.replica import ReplicaKey
 
 MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
-PATIENCE_SWAPS = 4.0
-"""A model in use is left alone for this multiple of the time to swap it out and back in, up to `patience_secs`."""
+COST_FACTOR = 2.0
+"""A model that is evicted and requested again evicts another in turn: its eviction counts this many times."""
 PAUSE_SWAPS = 0.05
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
@@ -76,7 +79,7 @@ class EvictionPlan:
 
     def waits_because(self, now: float) -> str:
         """Why it does not start yet, in words; "" when it can."""
-        return "; ".join(_wait_reason(each) for each in self.evictions if each.ready_at > now)
+        return "; ".join(_wait_reason(each, now) for each in self.evictions if each.ready_at > now)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -93,12 +96,14 @@ class EvictionPlan:
 NO_EVICTIONS = EvictionPlan()
 
 
-def _wait_reason(eviction: Eviction) -> str:
-    model_id, count = eviction.resident.key.model_id, eviction.resident.in_flight
+def _wait_reason(eviction: Eviction, now: float) -> str:
+    resident = eviction.resident
+    model_id, count = resident.key.model_id, resident.in_flight
     if count:
         return f"{model_id} has {count} request{'' if count == 1 else 's'}"
-    was = "loaded" if eviction.eviction_class is EvictionClass.RECENTLY_LOADED else "used"
-    return f"{model_id} was {was} a moment ago"
+    if eviction.eviction_class is EvictionClass.RECENTLY_LOADED:
+        return f"{model_id} was loaded a moment ago"
+    return f"{model_id} was used {max(0.0, now - resident.last_used):.0f} s ago and may be again soon"
 
 
 def protection_reason(resident: ResidentModel, priority: int) -> str | None:
@@ -121,14 +126,19 @@ def evictable_residents(residents: Iterable[ResidentModel], priority: int) -> li
     ]
 
 
-def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float, load_secs: float) -> Eviction:
-    """What evicting this resident takes, for a model that has waited since `since` and loads in `load_secs`.
+def assess_eviction(
+    view: PlanningView, resident: ResidentModel, *, waiting: WaitingRequests, priority: int, load_secs: float
+) -> Eviction:
+    """What evicting this resident takes, for a model of this priority with these waiting requests that loads in
+    `load_secs`.
 
-    The longer swapping out and back in takes, the longer a model in use is left alone, so that most of the time is
-    spent on answers rather than loads.
+    It waits until its requests have waited for longer, all together, than the eviction is expected to cost beyond the
+    load itself, but at most `patience_secs`. So a request that comes alone does not stop a model that many use, and
+    many requests soon get the memory of one that few use. An idle model of a lower priority goes at once.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
-    patient_until = since + min(rules.patience_secs, PATIENCE_SWAPS * swap_secs)
+    worth = COST_FACTOR * resident.cost - load_secs - waiting.waited_secs(view.now)
+    patient_until = min(waiting.since + rules.patience_secs, view.now + max(0.0, worth) / waiting.count)
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
     own = None if profile is None else profile.min_residency_secs
@@ -144,11 +154,11 @@ def assess_eviction(view: PlanningView, resident: ResidentModel, *, since: float
     if recently_loaded:
         # In the gap between sequential requests, or right after its load, it does not count as idle yet.
         quiet_at = max(resident.last_used, resident.loaded_at) + pause
-        return Eviction(resident, EvictionClass.RECENTLY_LOADED, min(quiet_at, residency_ends_at))
-    gap_at = resident.last_used + pause
-    if view.now < gap_at and not resident.asleep:  # after a long enough wait, it may be evicted between requests
-        return Eviction(resident, EvictionClass.BUSY, min(gap_at, since + 2 * pause))
-    return Eviction(resident, EvictionClass.IDLE, view.now)
+        return Eviction(resident, EvictionClass.RECENTLY_LOADED, max(min(quiet_at, residency_ends_at), patient_until))
+    in_pause = view.now < resident.last_used + pause and not resident.asleep
+    if in_pause:
+        return Eviction(resident, EvictionClass.BUSY, patient_until)
+    return Eviction(resident, EvictionClass.IDLE, view.now if resident.priority < priority else patient_until)
 
 
 def plan_evictions_each(

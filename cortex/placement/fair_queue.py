@@ -1,6 +1,7 @@
 """What to load now for the waiting models, in fair order. Pure.
 
-Models that share memory take turns. Among equal priorities the longest wait goes first. A model that has waited for
+Models that share memory take turns. Among equal priorities, the model whose requests have waited longest, all together,
+goes first. A model that has waited for
 `starvation_secs` goes before all others, and the memory it waits for is reserved for it. One load serves every request
 that waits for the model, so ABCABC becomes AABBCC.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts
 from cortex.placement.refusal import placement_error
 from shared.errors import ServiceError
@@ -70,7 +71,7 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
 def after_start(view: PlanningView, plan: LoadPlan) -> PlanningView:
     """The view once this plan has started."""
     evicting = [each.resident.key for each in plan.eviction_plan.evictions]
-    return replace(view, fleet=view.fleet.with_load(plan.reservation, evicting))
+    return replace(view, fleet=view.fleet.with_load(plan.reservations, evicting))
 
 
 def is_served_or_loading(view: PlanningView, model_id: str) -> bool:
@@ -89,11 +90,15 @@ def _is_starving(view: PlanningView, model_id: str) -> bool:
 
 def _unless_reserved(reserved: Mapping[str, str], verdict: NodeVerdict) -> NodeVerdict:
     """Excludes a node that is reserved for a starving model."""
-    if verdict.node not in reserved or (verdict.plan is None and not verdict.temporary):
+    nodes = (verdict.node,) if verdict.plan is None else verdict.plan.nodes
+    taken = next((node for node in nodes if node in reserved), None)
+    if taken is None or (verdict.plan is None and not verdict.temporary):
         return verdict
-    return NodeVerdict(verdict.node, None, f"is reserved for {reserved[verdict.node]}", temporary=True)
+    return NodeVerdict(verdict.node, None, f"is reserved for {reserved[taken]}", temporary=True)
 
 
 def _fair_order(view: PlanningView, model_id: str) -> tuple[object, ...]:
-    starving = _is_starving(view, model_id)
-    return not starving, 0 if starving else -view.priority(model_id), view.waiting[model_id].since, model_id
+    waiting = view.waiting[model_id]
+    if _is_starving(view, model_id):
+        return False, 0, waiting.since, model_id
+    return True, -view.priority(model_id), -waiting.waited_secs(view.now), waiting.since, model_id

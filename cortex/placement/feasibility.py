@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.devices import as_version, eligible_devices
-from shared.protocol import Discovery
+from cortex.placement.spans import spans_of
+from shared.protocol import Discovery, Parallelism
 
 
 def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
@@ -97,6 +99,22 @@ def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
     return node.discovery is not None and infeasible_reason(profile, node) is None
 
 
+def can_hold_part(part: ModelProfile, node: NodeSnapshot) -> bool:
+    """True when the node's topology is known and can hold this part of an engine that spans several nodes."""
+    return node.discovery is not None and node.discovery.groups and is_feasible(part, node)
+
+
+def possible_nodes(profile: ModelProfile, fleet: FleetSnapshot) -> list[NodeSnapshot]:
+    """The nodes that can hold the model, alone or with others, or whose topology is not known yet."""
+    nodes = list(fleet.nodes.values())
+    found = {node.name for node in nodes if infeasible_reason(profile, node) is None}
+    for span in (span for choice in profile.choices for span in spans_of(choice)):
+        together = {node.name for node in nodes if can_hold_part(span.part, node)}
+        if len(together) >= span.hosts:
+            found |= together
+    return [node for node in nodes if node.name in found]
+
+
 def is_feasible_elsewhere(profile: ModelProfile | None, fleet: FleetSnapshot, name: str) -> bool:
     """True when a usable node other than this one can hold the model. False for a model outside the catalogue."""
     return profile is not None and any(
@@ -110,6 +128,7 @@ class _Topology(NamedTuple):
 
     harnesses: frozenset[str]
     knows_parallel: bool
+    knows_groups: bool
     devices: tuple[tuple[int, tuple[int, ...]], ...]  # memory and compute capability of the usable ones, ascending
 
 
@@ -121,6 +140,8 @@ class _Requirement(NamedTuple):
     tensor_only: bool
     min_device_vram_mb: int | None
     min_compute_capability: str | None
+    spanned: Parallelism | None  # with `span_nodes`: how it is split over all hosts
+    explicit: bool  # the model says that itself
 
 
 _Question: TypeAlias = tuple[tuple[_Requirement, tuple[str, ...]], ...]
@@ -185,10 +206,26 @@ class FeasibilityCache:
         for (requirement, pinned_on), choice in zip(key, profile.choices, strict=True):
             names = [name for name in pinned_on if name in self._position] if pinned_on else self._position
             found = [name for name in names if self._holds(requirement, choice, name)]
+            if choice.span_nodes:
+                found = sorted({*found, *self._together(choice, names)}, key=self._position.__getitem__)
             if len(key) == 1 and not pinned_on:
                 return tuple(found)  # in order already
             holders.update(found)
         return tuple(sorted(holders, key=self._position.__getitem__))
+
+    def _together(self, choice: ModelProfile, names: Iterable[str]) -> set[str]:
+        """Those that can hold a part of it, where there are enough of them."""
+        found: set[str] = set()
+        for span in spans_of(choice):
+            requirement = _requirement(span.part)
+            able = {name for name in names if self._knows_groups(name) and self._holds(requirement, span.part, name)}
+            if len(able) >= span.hosts:
+                found |= able
+        return found
+
+    def _knows_groups(self, name: str) -> bool:
+        topology = self._topologies[name]
+        return topology is not None and topology.knows_groups
 
     def _holds(self, requirement: _Requirement, choice: ModelProfile, name: str) -> bool:
         topology = self._topologies[name]
@@ -209,6 +246,8 @@ def _requirement(profile: ModelProfile) -> _Requirement:
         profile.parallelism.tensor_only,
         profile.min_device_vram_mb,
         profile.min_compute_capability,
+        profile.parallelism if profile.span_nodes else None,
+        profile.span_nodes and profile.parallel is not None,
     )
 
 
@@ -216,4 +255,6 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
     if node.discovery is None:
         return None
     devices = tuple(sorted((each.vram_total_mb, as_version(each.compute_capability)) for each in node.devices))
-    return _Topology(frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), devices)
+    return _Topology(
+        frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), node.discovery.groups, devices
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain, count
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
 from cortex.config.settings import Rules
@@ -39,12 +40,55 @@ UNUSED = ReplicaUsage()
 DEFAULT_RULES = Rules()
 
 
+MAX_ARRIVALS = 32
+"""How many of a model's last arrivals are kept."""
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """When the last requests for a model arrived, at most `MAX_ARRIVALS`, in order, on the clock of
+    `PlanningView.now`."""
+
+    times: tuple[float, ...] = ()
+
+    @property
+    def last(self) -> float:
+        """-inf without any."""
+        return self.times[-1] if self.times else -math.inf
+
+    def cold_start_wait(self, now: float, load_secs: float) -> float:
+        """How long requests would wait for a load of `load_secs`, all together, in seconds: the first one for all of
+        it, those that follow for the rest. From what followed earlier arrivals; more when requests arrive fast now."""
+        complete = bisect_right(self.times, now - load_secs)
+        recent = len(self.times) - complete
+        return max(_mean_cold_start_wait(self.times, complete, load_secs), load_secs * (recent + 1) / 2)
+
+
+@lru_cache(maxsize=4096)
+def _mean_cold_start_wait(times: tuple[float, ...], complete: int, load_secs: float) -> float:
+    """Over loads that started at each of the first `complete` arrivals, and two without other requests."""
+    total, end, until = 2 * load_secs, 0, list(accumulate(times, initial=0.0))
+    for index in range(complete):
+        loaded_at = times[index] + load_secs
+        while end < len(times) and times[end] < loaded_at:
+            end += 1
+        total += (end - index) * loaded_at - (until[end] - until[index])
+    return total / (complete + 2)
+
+
+NO_ARRIVALS = Arrivals()
+
+
 @dataclass(frozen=True)
 class WaitingRequests:
     """Requests waiting for a model: how many, and when the first one arrived."""
 
     count: int
     since: float
+
+    def waited_secs(self, now: float) -> float:
+        """How long they have waited, all together, as if they had arrived evenly."""
+        return (now - self.since) * (self.count + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +106,7 @@ class Backoff:
 class PlanningView:
     """The state at one moment, as the planner's input. `now` is in seconds, on the clock that all times here share.
 
-    `demand` is recent requests per minute. `load_secs` is how long loads took, by model and node. `observed_share_mb`
+    `arrivals` are by model. `load_secs` is how long loads took, by model and node. `observed_share_mb`
     is what neurons booked per device for models without a size in the catalogue. In both a variant of a model counts
     as a model of its own, named `id@variant`; in `backoffs` and `waiting` it may. `overloaded_since` is when a model's
     replicas began to exceed `Rules.replica_target` requests each. `holds` is until when operators hold models back. A
@@ -75,7 +119,7 @@ class PlanningView:
     rules: Rules = DEFAULT_RULES
     usages: Mapping[ReplicaKey, ReplicaUsage] = field(default_factory=dict)
     waiting: Mapping[str, WaitingRequests] = field(default_factory=dict)
-    demand: Mapping[str, float] = field(default_factory=dict)
+    arrivals: Mapping[str, Arrivals] = field(default_factory=dict)
     load_secs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     observed_share_mb: Mapping[str, int] = field(default_factory=dict)
     backoffs: Mapping[ModelOnNode, Backoff] = field(default_factory=dict)

@@ -68,9 +68,11 @@ def _has_devices(choice: ModelProfile, node: NodeSnapshot, here: InstancesOnNode
 def coming(view: PlanningView, model_id: str) -> set[ReplicaKey]:
     """The instances that are being loaded, or that a neuron that is not drained is restarting. One whose device is lost
     does not come back there."""
-    starting = {each.key for each in view.fleet.reservations if each.model_id == model_id}
+    starting = {each.key for each in view.fleet.reservations if each.model_id == model_id and each.serves}
     for engine in view.fleet.engines(model_id):
         node = engine.node
+        if engine.view.group is not None and not engine.view.group.serves:
+            continue
         if engine.view.coming and node.healthy and not node.draining and engine.key not in view.fleet.evicting:
             usable = {device.index for device in node.devices}
             if usable.issuperset(engine.view.devices):

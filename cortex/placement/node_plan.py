@@ -8,14 +8,12 @@ connected devices; the name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import partial
 
-from cortex.config.catalogue import ModelProfile, RequestedModel
-from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.config.catalogue import ModelProfile
+from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import (
     DeviceCapacity,
     ResidentModel,
@@ -50,92 +48,12 @@ from cortex.placement.eviction import (
     plan_evictions_each,
     protection_reason,
 )
-from cortex.placement.inputs import PlanningView
+from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.placement.instances import instances_on, sleeping_instance
-from cortex.placement.starts import NO_STARTS, Starts, longest, starts_by_device
-from cortex.routing.replica import ReplicaKey
+from cortex.placement.load_plan import Fit, LoadPlan
+from cortex.placement.starts import Starts, longest, starts_by_device
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
 from shared.protocol import ModelStatus
-
-
-class Fit(IntEnum):
-    """How a model fits on a node, best first."""
-
-    AWAKE = 0  # sleeps there and its memory is still available
-    NOW = 1  # fits in free memory
-    OVER_SLEEPERS = 2  # fits, but uses memory that sleeping models there would need
-    AFTER_EVICTION = 3
-    TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
-
-    `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
-    until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
-    `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
-    the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
-    that has one for each model. `starts` are those of other engines that the neuron finishes first.
-    """
-
-    model_id: str
-    node: str
-    devices: tuple[int, ...]
-    device_share_mb: int
-    fit: Fit
-    spare_mb: int
-    reserve_mb: int
-    variant: str | None = None
-    eviction_plan: EvictionPlan = NO_EVICTIONS
-    ready_at: float = float("-inf")
-    expected_secs: float | None = None
-    wakes: bool = False
-    instance: str = ""
-    starts: Starts = NO_STARTS
-    rank: tuple[object, ...] = field(default=(), compare=False)
-
-    @property
-    def key(self) -> ReplicaKey:
-        """Of the engine to load."""
-        return ReplicaKey(self.model_id, self.node, self.instance)
-
-    @property
-    def reason(self) -> str:
-        return f"{self.node}: {'' if self.variant is None else f'{self.variant} '}{self.fit_reason}"
-
-    @property
-    def fit_reason(self) -> str:
-        """How it fits on its node, and what it waits for there, for people."""
-        if not self.starts.models:
-            return self._fit_reason
-        names, secs = ", ".join(self.starts.models), math.ceil(self.starts.remaining_secs)
-        return f"{self._fit_reason}; starts after {names} on the same device, in about {secs} s"
-
-    @property
-    def _fit_reason(self) -> str:
-        if self.fit is Fit.AWAKE:
-            return "asleep there, can be woken"
-        if self.fit is Fit.NOW:
-            return f"fits now with {self.spare_mb} MiB to spare"
-        if self.fit is Fit.OVER_SLEEPERS:
-            return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
-        names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
-        if self.fit is Fit.AFTER_EVICTION:
-            return f"fits after evicting {names}"
-        after = f" even after evicting {names}" if names else ""
-        missing = f"{-self.spare_mb} MiB more than available{after}"
-        return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
-
-    @property
-    def requested(self) -> RequestedModel:
-        """The model, or the variant of it that is loaded."""
-        return RequestedModel(self.model_id, self.variant)
-
-    @property
-    def reservation(self) -> Reservation:
-        """The memory reserved while the plan is carried out."""
-        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
 
 
 @dataclass(frozen=True)
@@ -259,15 +177,14 @@ def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] 
 
 def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     view, model_id = candidate.view, candidate.profile.id
-    waiting = view.waiting_for(candidate.profile.requested)
-    since = view.now if waiting is None else waiting.since
+    waiting = view.waiting_for(candidate.profile.requested) or WaitingRequests(1, view.now)
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
     )
-    assess = partial(assess_eviction, view, since=since, load_secs=load_secs)
     priority = candidate.profile.residency_priority
+    assess = partial(assess_eviction, view, waiting=waiting, priority=priority, load_secs=load_secs)
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
     own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]

@@ -7,13 +7,25 @@ from dataclasses import dataclass, replace
 
 from cortex.config.catalogue import ModelProfile
 from cortex.config.durations import duration_text
-from cortex.fleet.snapshot import NodeSnapshot
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
-from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason, reports_variants
+from cortex.placement.eviction import EvictionPlan
+from cortex.placement.feasibility import (
+    can_hold_part,
+    infeasible_reason,
+    inferred_variant,
+    oversize_reason,
+    reports_variants,
+)
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.placement.instances import has_room, instances_on
-from cortex.placement.node_plan import Fit, LoadPlan, Rejection, plan_on_node
+from cortex.placement.load_plan import Fit, LoadPlan
+from cortex.placement.node_plan import Rejection, plan_on_node
+from cortex.placement.spans import Span, spans_of
 from shared.protocol import ModelStatus
+
+_BEFORE_THE_NEXT_FIT = 0.5
+"""An engine on one node goes before one over several that fits equally well."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +43,69 @@ class NodeVerdict:
 def candidate_verdicts(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
     """What the most promising nodes could do for the model; every node when none of those can do anything."""
     found = [evaluate_node(view, profile, node) for node in candidate_nodes(view, profile)]
+    found += _over_several(view, profile)
     promising = any(each.temporary or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
-    return found if promising or len(found) == len(view.fleet.nodes) else all_verdicts(view, profile)
+    return found if promising or len(found) >= len(view.fleet.nodes) else all_verdicts(view, profile)
 
 
 def all_verdicts(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
-    """What each node of the fleet could do for a first or additional replica of the model."""
-    return [evaluate_node(view, profile, node) for node in view.fleet.nodes.values()]
+    """What each node of the fleet could do for a first or additional replica of the model, and several together."""
+    alone = [evaluate_node(view, profile, node) for node in view.fleet.nodes.values()]
+    return alone + _over_several(view, profile)
+
+
+def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
+    """What several nodes could do together for a model with `span_nodes`: one verdict, or none if no nodes could ever.
+    The best variant counts, and of that the best way to spread it for which there are nodes."""
+    waiting: list[NodeVerdict] = []
+    for span in (span for choice in profile.choices for span in spans_of(choice)):
+        nodes = [node for node in view.fleet.nodes.values() if can_hold_part(span.part, node)]
+        if len(nodes) < span.hosts:
+            continue
+        found = [evaluate_node(view, span.part, node) for node in nodes]
+        plan = _group_plan(view.fleet, span, (each.plan for each in found if each.plan is not None))
+        if plan is not None:
+            return [NodeVerdict(" + ".join(plan.nodes), plan, plan.fit_reason)]
+        reasons = "; ".join(f"{each.node} {each.reason}" for each in found if each.plan is None)
+        why = f"{span.hosts} neurons with equal cards are needed for {span.whole}: {reasons or 'the cards differ'}"
+        waiting.append(NodeVerdict("together", None, why, temporary=any(each.temporary for each in found)))
+    return sorted(waiting, key=lambda each: not each.temporary)[:1]
+
+
+def _group_plan(fleet: FleetSnapshot, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:
+    """The best group of the nodes that could take a part now, given the plan on each; None if there are too few with
+    equal cards. The slowest card sets the pace of all."""
+    by_cards: dict[tuple[tuple[str, int], ...], list[LoadPlan]] = {}
+    for part in parts:
+        if part.fit is not Fit.TOO_LARGE and not part.wakes:
+            by_cards.setdefault(_cards(fleet, part), []).append(part)
+    groups = (sorted(alike, key=lambda part: part.rank)[: span.hosts] for alike in by_cards.values())
+    whole = [_together(span, group) for group in groups if len(group) == span.hosts]
+    return min(whole, key=lambda plan: plan.rank, default=None)
+
+
+def _cards(fleet: FleetSnapshot, part: LoadPlan) -> tuple[tuple[str, int], ...]:
+    devices = {device.index: (device.name, device.vram_total_mb) for device in fleet.nodes[part.node].devices}
+    return tuple(sorted(devices[index] for index in part.devices))
+
+
+def _together(span: Span, parts: list[LoadPlan]) -> LoadPlan:
+    """The plan of the whole engine; the part that fits best takes the requests."""
+    first, *others = parts
+    evictions = EvictionPlan(tuple(each for part in parts for each in part.eviction_plan.evictions))
+    worst = max(parts, key=lambda part: part.rank)
+    starts = max((part.starts for part in parts), key=lambda each: (each.rank, each.remaining_secs))
+    return replace(
+        first,
+        fit=worst.fit,
+        spare_mb=sum(part.spare_mb for part in parts),
+        eviction_plan=evictions,
+        ready_at=max(part.ready_at for part in parts),
+        starts=starts,
+        parts=tuple(others),
+        whole=span.whole,
+        rank=(worst.fit + _BEFORE_THE_NEXT_FIT, evictions.order, *(part.rank for part in parts)),
+    )
 
 
 def best_plan(found: Iterable[NodeVerdict]) -> LoadPlan | None:

@@ -10,7 +10,7 @@ from typing import Final
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.durations import duration_text
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
-from cortex.placement.feasibility import feasible_choices, infeasible_reason
+from cortex.placement.feasibility import feasible_choices, infeasible_reason, possible_nodes
 from cortex.placement.inputs import PlanningView
 from cortex.placement.planner import NodeVerdict
 from shared.errors import MAX_SHOWN_CHARS, Conflict, NotFound, ServiceError, Unavailable, shortened
@@ -32,7 +32,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
         return no_healthy_neurons_error(fleet)
     possible = list(fleet.nodes.values())
     if profile is not None:
-        possible = [node for node in possible if infeasible_reason(profile, node) is None]
+        possible = possible_nodes(profile, fleet)
         if not possible:
             return _infeasible(profile, fleet)
     if backoffs:
@@ -44,6 +44,7 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
             permanent=bool(possible) and all(_fails_on(node, model_id, view) for node in possible),
         )
     names = {node.name for node in possible}
+    profile_spans = profile is not None and profile.span_nodes
     present = [node for node in possible if node.healthy and node.discovery is not None and not node.draining]
     if not present:
         away = "; ".join(f"{node.name}: {_absence(node)}" for node in possible)
@@ -52,7 +53,9 @@ def placement_error(view: PlanningView, model_id: str, found: Sequence[NodeVerdi
             code=ErrorCode.NEURON_UNAVAILABLE,
             retry_after=NEURON_DOWN_SECS,
         )
-    reasons = "; ".join(f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names)
+    reasons = "; ".join(
+        f"{verdict.node}: {verdict.reason}" for verdict in found if verdict.node in names or profile_spans
+    )
     return _unservable(profile.id if profile is not None else model_id, possible) or Unavailable(
         f"not enough memory for the model {model_id!r} now ({reasons})",
         code=ErrorCode.INSUFFICIENT_VRAM,
@@ -71,11 +74,7 @@ def held_back_error(view: PlanningView, model_id: str) -> ServiceError | None:
     profile = view.profile(model_id)
     if profile is None:
         return None
-    usable = [
-        node
-        for node in view.fleet.nodes.values()
-        if node.healthy and not node.draining and infeasible_reason(profile, node) is None
-    ]
+    usable = [node for node in possible_nodes(profile, view.fleet) if node.healthy and not node.draining]
     ends = [until for node in usable if (until := view.held_until(profile.id, node.name)) is not None]
     if not ends or len(ends) < len(usable):
         return None
@@ -101,7 +100,7 @@ def _fails_on(node: NodeSnapshot, model_id: str, view: PlanningView) -> bool:
 
 def unknown_model_error(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServiceError:
     """The error for a model that is neither in the catalogue nor servable on a healthy neuron."""
-    for node, view in fleet.engines(model_id):
+    for node, view, _ in fleet.engines(model_id):
         if not node.healthy:
             return Unavailable(
                 f"the model {model_id!r} is on {node.name}, which is {_absence(node)}",

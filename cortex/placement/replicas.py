@@ -11,7 +11,7 @@ from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import PlanningView
 from cortex.placement.instances import coming
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
 
@@ -98,7 +98,7 @@ def _over_idle(
     view: PlanningView, profile: ModelProfile, why: str, *, count: int = 1, worst: Fit = Fit.AFTER_EVICTION
 ) -> list[tuple[LoadPlan, str]]:
     """The best places for up to `count` replicas, each after those before it, that evict only idle models: none in use,
-    none recently loaded."""
+    none recently loaded, none likely to be used soon."""
     found: list[tuple[LoadPlan, str]] = []
     verdicts: dict[str, NodeVerdict] = {}
     while len(found) < count:
@@ -106,18 +106,23 @@ def _over_idle(
         if not known:
             verdicts = {verdict.node: verdict for verdict in candidate_verdicts(view, profile)}
         plan = best_plan(verdicts.values())
-        if plan is None or plan.fit > worst or plan.eviction_plan.eviction_class is not EvictionClass.IDLE:
+        if plan is None or plan.fit > worst or not _evicts_only_idle(plan, view.now):
             if not known:
                 break
             verdicts = {}  # other candidates of a large fleet may still do
             continue
         found.append((plan, why))
         view = after_start(view, plan)
-        if plan.eviction_plan.evictions:  # what it leaves of a model may protect others of it elsewhere
+        # What evictions leave of a model may protect others of it elsewhere.
+        if plan.eviction_plan.evictions or plan.parts:
             verdicts = {}
         else:
             verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])
     return found
+
+
+def _evicts_only_idle(plan: LoadPlan, now: float) -> bool:
+    return plan.eviction_plan.eviction_class is EvictionClass.IDLE and plan.ready_at <= now
 
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:

@@ -31,6 +31,11 @@ class Starts:
         """0 without a start, higher for a longer wait."""
         return max(1, math.ceil(self.remaining_secs / WAIT_STEP_SECS)) if self.models else 0
 
+    @property
+    def reason(self) -> str:
+        """What an engine there waits for, for people."""
+        return f"starts after {', '.join(self.models)} on the same device, in about {math.ceil(self.remaining_secs)} s"
+
 
 NO_STARTS = Starts()
 

@@ -139,17 +139,21 @@ def failure_of(
 
 
 def untried_first(keys: Sequence[ReplicaKey], failures: Sequence[Failure]) -> list[ReplicaKey]:
-    """The replicas in their order, but those that this request has tried come last."""
+    """The replicas in their order, but those that this request has tried come last, and before them those on the same
+    nodes: a host may have failed as a whole, and a request is sent to few engines."""
     tried = {failure.replica.key for failure in failures}
-    return sorted(keys, key=lambda key: key in tried)
+    nodes = {key.node for key in tried}
+    return sorted(keys, key=lambda key: (key in tried, key.node in nodes))
 
 
 def untried(replicas: tuple[Replica, ...], failures: Sequence[Failure], current: Replica | None) -> tuple[Replica, ...]:
-    """The replicas except `current` and those that failed."""
+    """The replicas except `current` and those that failed; only those on other nodes, if there are any."""
     tried = {failure.replica.key for failure in failures}
     if current is not None:
         tried.add(current.key)
-    return tuple(replica for replica in replicas if replica.key not in tried)
+    nodes = {key.node for key in tried}
+    left = tuple(replica for replica in replicas if replica.key not in tried)
+    return tuple(replica for replica in left if replica.node not in nodes) or left
 
 
 def lost(replica: Replica, reason: str, engine_end: str | None) -> UpstreamError:

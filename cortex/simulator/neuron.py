@@ -15,11 +15,14 @@ from shared.protocol import (
     Discovery,
     EndpointReply,
     ErrorCode,
+    ListenReply,
     LoadCommand,
     LoadReply,
     ModelStatus,
     ModelView,
     NeuronHealth,
+    ReachCommand,
+    ReachReply,
 )
 
 OnMemory = Callable[[int], None]
@@ -87,6 +90,14 @@ class SimulatedNeuron:
 
     async def endpoint(self, model_id: str, instance: str) -> EndpointReply:
         return EndpointReply(url=f"http://{self.node.name}")
+
+    async def listen_for_group(self, group: str) -> ListenReply:
+        """Always refuses: its discovery says that it has no groups."""
+        raise NeuronRefused(404, "simulated engines do not span neurons", ErrorCode.NOT_FOUND)
+
+    async def reach_group(self, command: ReachCommand) -> ReachReply:
+        """As `listen_for_group`."""
+        raise NeuronRefused(404, "simulated engines do not span neurons", ErrorCode.NOT_FOUND)
 
     async def refresh(self) -> None:
         """Does nothing: every change has been reported already."""

@@ -13,7 +13,7 @@ from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, fir
 from cortex.placement.fair_queue import LoadSchedule, after_start, is_served_or_loading
 from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import all_verdicts
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import ReplicaChanges

@@ -20,7 +20,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
 from cortex.routing.replica import ReplicaKey
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest

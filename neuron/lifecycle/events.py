@@ -41,13 +41,12 @@ class EventSubscriber:
         return None if self.dropped else await self._queue.get()
 
     def put(self, event: Event) -> None:
-        if not self.dropped and self._queue.qsize() >= QUEUE_LIMIT:
-            self.close()
-        elif not self.dropped:
+        self.dropped = self.dropped or self._queue.qsize() >= QUEUE_LIMIT
+        if not self.dropped:
             self._queue.put_nowait(event)
 
     def close(self) -> None:
-        self.dropped = True
+        """The listener gets the events that are queued, and no more."""
         with contextlib.suppress(asyncio.QueueFull):
             self._queue.put_nowait(None)
 

@@ -341,8 +341,9 @@ class Registry:
             if not supervisor.is_unloaded or len(known) == 1 or self._stopping:
                 continue
             del known[instance]
-            if supervisor.model.proven_spec is not None:
-                self._specs[model_id] = supervisor.model.proven_spec
+            proven = supervisor.model.proven_spec
+            if proven is not None and proven.group is None:
+                self._specs[model_id] = proven
             directory = supervisor.remove()
             if directory is not None:
                 _ = self._tasks.spawn(asyncio.to_thread(directory.remove), name=f"remove {directory.path}")

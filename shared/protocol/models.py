@@ -27,15 +27,15 @@ class ModelStatus(str, Enum):
     @classmethod
     def known(cls, text: str) -> ModelStatus | None:
         """The status named `text` in any case, or None if unknown."""
-        try:
-            return cls(text.strip().lower())
-        except ValueError:
-            return None
+        return _STATUSES.get(text) or _STATUSES.get(text.strip().lower())
 
     @property
     def coming(self) -> bool:
         """True while the engine starts: requests wait, and cortex does not place the model elsewhere."""
         return self in (ModelStatus.LOADING, ModelStatus.RELOADING, ModelStatus.RECOVERING)
+
+
+_STATUSES = {status.value: status for status in ModelStatus}  # faster than the enumeration's own lookup
 
 
 class Progress(WireModel):
@@ -177,7 +177,7 @@ class ModelView(ModelFacts):
     def servable_now(self) -> bool:
         """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
         serves = self.group is None or self.group.serves
-        return serves and self.known_status is ModelStatus.LOADED and self.unservable_because is None
+        return serves and self.loaded and (self.servable is None or self.servable.ok)
 
     @property
     def coming(self) -> bool:

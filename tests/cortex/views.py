@@ -9,8 +9,8 @@ from typing import Any
 from cortex.config.catalogue import Catalogue, ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
-from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.inputs import Arrivals, Backoff, PlanningView, ReplicaUsage, WaitingRequests
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
 from cortex.routing.replica import ModelOnNode
 from tests.cortex.fleets import replica_key
@@ -27,6 +27,11 @@ def profile(**fields: Any) -> ModelProfile:
 def used(working: int = 0, *, idle: float = 500.0, age: float = 1000.0) -> ReplicaUsage:
     """`idle` seconds since the last request, `age` since the load."""
     return ReplicaUsage(working, NOW - idle, NOW - age)
+
+
+def asked(*secs_ago: float) -> Arrivals:
+    """Requests that arrived so many seconds ago, the oldest first."""
+    return Arrivals(tuple(NOW - secs for secs in secs_ago))
 
 
 def view(

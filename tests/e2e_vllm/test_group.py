@@ -17,7 +17,7 @@ from tests.neuron.neurons import config_of, marked_processes, neuron_here
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-def on_core(core: int, directory: Path, vllm: RealVllm) -> NeuronConfig:
+def on_core(core: int, directory: Path, vllm: RealVllm, *, devices: int = 2) -> NeuronConfig:
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
     harness = {
         "command": vllm.command,
@@ -27,7 +27,8 @@ def on_core(core: int, directory: Path, vllm: RealVllm) -> NeuronConfig:
         "env": env,
         "spare": False,
     }
-    return config_of(directory / str(core), harnesses=[{"name": "vllm"}], harness={"vllm": harness})
+    simulate = {"devices": ["RTX 5090"] * devices}
+    return config_of(directory / str(core), harnesses=[{"name": "vllm"}], harness={"vllm": harness}, simulate=simulate)
 
 
 async def test_two_neurons_run_one_vllm(mark: str, real_vllm: RealVllm, tmp_path: Path) -> None:

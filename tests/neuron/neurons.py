@@ -154,9 +154,9 @@ def config_of(state_dir: Path, **changes: Any) -> NeuronConfig:
 
 
 @contextlib.asynccontextmanager
-async def neuron_here(config: NeuronConfig) -> AsyncIterator[Neuron]:
+async def neuron_here(config: NeuronConfig, *, port: int = 0) -> AsyncIterator[Neuron]:
     """Serves a neuron in this process, through the same code as in production."""
-    sock = bind("127.0.0.1", 0)
+    sock = bind("127.0.0.1", port)
     app = build_app(config, port=sock.getsockname()[1])
     site = Site(app, sock)
     headers = {"Authorization": f"Bearer {config.bearer_token}"} if config.bearer_token is not None else {}

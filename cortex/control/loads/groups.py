@@ -22,6 +22,8 @@ BEGIN_SECS = 15.0
 """How long all parts of a group may take to be listed, from the first: a neuron may wait for its GPUs' figures."""
 RETRY_SECS = 2.0
 """Pause before a part that could not be unloaded is tried again, and between two looks at incomplete groups."""
+_LOOK_SECS = 0.2
+"""Pause between two looks: in a large fleet something changes all the time."""
 _UNLOAD_SECS = 60.0
 
 
@@ -46,6 +48,7 @@ class GroupKeeper:
                 with contextlib.suppress(asyncio.TimeoutError):
                     async with timeout(RETRY_SECS if pending else None):
                         pending |= await changes.next()
+                await asyncio.sleep(_LOOK_SECS)
 
     async def close(self) -> None:
         await self._tasks.close()

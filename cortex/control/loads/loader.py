@@ -14,6 +14,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.control.loads.evictor import Evictor, NoLongerNeeded
+from cortex.control.loads.group_loads import GroupLoads
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
@@ -24,8 +25,7 @@ from cortex.fleet.unless_down import unless_down
 from cortex.metrics.exporter import Metrics
 from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.feasibility import is_feasible_elsewhere
-from cortex.placement.load_command import load_command
-from cortex.placement.node_plan import LoadPlan
+from cortex.placement.load_plan import LoadPlan, load_command
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
@@ -85,6 +85,7 @@ class Loader:
         self._state = state
         self._leases = leases
         self._clock = clock
+        self._groups = GroupLoads(neurons, live)
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
 
@@ -125,7 +126,8 @@ class Loader:
             return self._jobs[key]
         job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
         lease = self._lease(job)
-        self._fleet.reserve(plan.reservation)
+        for reservation in plan.reservations:
+            self._fleet.reserve(reservation)
         for each in plan.eviction_plan.evictions:
             self._fleet.begin_eviction(each.resident.key)
         run = self._run(job, lease, still_needed, done)
@@ -173,7 +175,8 @@ class Loader:
         finally:
             for each in job.plan.eviction_plan.evictions:
                 self._fleet.end_eviction(each.resident.key)
-            self._fleet.release(job.plan.reservation)
+            for reservation in job.plan.reservations:
+                self._fleet.release(reservation)
             del self._jobs[job.plan.key]
         done(job, failure)
         return failure
@@ -193,7 +196,20 @@ class Loader:
             job.phase = f"evicting {', '.join(key.model_id for key in evicting)} before loading"
         async with self._evictor.evicting(evicting, still_needed):
             job.phase = "loading"
-            await self._load(job)
+            await (self._load_parts(job) if plan.parts else self._load(job))
+
+    async def _load_parts(self, job: LoadJob) -> None:
+        """Loads an engine that spans several neurons."""
+        plan = job.plan
+        job.loading_since = started = self._clock()
+        profile = self._live.catalogue.profile(plan.requested.name)
+        if profile is None:
+            raise LoadFailure(f"{plan.model_id!r} left the catalogue", BackoffCause.TEMPORARY)
+        await self._groups.load(plan, profile, self.until_loaded)
+        took = self._clock() - started
+        self._state.set_load_secs(plan.requested.name, plan.node, took)
+        self._metrics.cold_start(plan.model_id, plan.node, took)
+        log.info("loaded %s on %s in %.1f s", plan.model_id, ", ".join(plan.nodes), took)
 
     async def _load(self, job: LoadJob) -> None:
         plan, started = job.plan, self._clock()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.cli.tables import explain_table, models_table, status_table
+from cortex.cli.tables import explain_table, loaded_line, models_table, status_table, unloaded_line
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,30 @@ def test_progress_in_the_table(status: str, progress: dict[str, Any] | None, sai
     model = {"id": "m", "status": status, "progress": progress}
     node = {"name": "n", "healthy": True, "draining": False, "models": [model], "devices": []}
     assert said in status_table({"nodes": [node], "loads": []})
+
+
+def test_instances_in_the_tables() -> None:
+    """Each has its name where the neuron has several; one that is alone looks as before."""
+    engines: list[dict[str, Any]] = [
+        {"id": "m", "instance": "0", "status": "loaded"},
+        {"id": "m", "instance": "1", "status": "sleeping"},
+        {"id": "o", "instance": "0", "status": "loaded"},
+    ]
+    node = {"name": "n", "healthy": True, "draining": False, "models": engines, "devices": []}
+    assert "m#0 (loaded), m#1 (sleeping), o (loaded)" in status_table({"nodes": [node], "loads": []})
+    locations = [
+        {"node": node, "status": status} for node, status in (("a", "loaded"), ("a", "loaded"), ("b", "failed"))
+    ]
+    entry = {"id": "m", "loaded": True, "feasible_on": ["a", "b"], "locations": locations}
+    assert "a (2 loaded), b (failed)" in models_table({"data": [entry]})
+
+
+def test_an_operator_is_told_which_instance() -> None:
+    """As `node#instance`, except for the only or first one."""
+    assert loaded_line({"model": "m", "node": "n", "instance": "2"}) == "m is loaded on n#2, already before"
+    assert loaded_line({"model": "m", "node": "n", "instance": "0"}) == "m is loaded on n, already before"
+    results = [{"node": "n", "instance": "1", "status": "unloaded"}, {"node": "old", "status": "unloaded"}]
+    assert unloaded_line({"model": "m", "nodes": ["n", "old"], "results": results}) == "m is unloaded from n#1, old"
 
 
 def test_explain_does_not_repeat_itself() -> None:

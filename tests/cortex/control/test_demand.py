@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import pytest
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.demand import MEMORY_SECS, REPORT_AGE_SECS, Demand
+from cortex.control.demand import REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import PlanningView, ReplicaUsage
+from cortex.placement.inputs import MAX_ARRIVALS, PlanningView, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host, replica_key
@@ -92,10 +92,35 @@ def test_a_request_between_two_samples_is_counted(demand: Demand, counts: CountT
 def test_each_request_is_counted_once_over_many_samples(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     worker = attached(counts)
     for _ in range(3):
+        clock.now += 1
         worker.serve(times=2)
         demand.usages()
         sample(demand)
-    assert demand.per_minute()["m"] == pytest.approx(6 * 60 / MEMORY_SECS)
+    assert demand.arrivals()["m"].times == (1001, 1001, 1002, 1002, 1003, 1003)
+
+
+def test_a_request_that_waited_arrived_when_it_began_to_wait(
+    demand: Demand, counts: CountTotals, clock: Moment
+) -> None:
+    """It does not count again when it begins: a load that serves ten waiting requests is not a burst of ten."""
+    worker = attached(counts)
+    demand.record_request("m")
+    clock.now += 40
+    demand.record_admission("m")
+    worker.serve()
+    sample(demand)
+    assert demand.arrivals()["m"].times == (1000,)
+    clock.now += 10
+    worker.serve()
+    sample(demand)
+    assert demand.arrivals()["m"].times == (1000, 1050)
+
+
+def test_only_the_last_arrivals_are_kept(demand: Demand, counts: CountTotals, clock: Moment) -> None:
+    demand.record_request("m", 5)
+    clock.now += 1
+    demand.record_request("m", 10 * MAX_ARRIVALS)
+    assert demand.arrivals()["m"].times == (1001,) * MAX_ARRIVALS
 
 
 def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotals, clock: Moment) -> None:
@@ -108,7 +133,7 @@ def test_demand_survives_the_exit_of_a_worker(demand: Demand, counts: CountTotal
     attached(counts).serve(times=3)
     other.serve()
     sample(demand)
-    assert demand.per_minute()["m"] == pytest.approx(9 * 60 / MEMORY_SECS)
+    assert len(demand.arrivals()["m"].times) == 9
 
 
 def test_a_load_is_as_old_as_the_status(demand: Demand, clock: Moment) -> None:

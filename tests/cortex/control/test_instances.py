@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.fleets import replica_key
+from tests.cortex.fleets import replica, replica_key
 from tests.cortex.instances_neuron import MODEL, InstancesNeuron
 
 EIGHT = tuple(map(str, range(8)))
@@ -237,30 +237,19 @@ async def test_stored_responses_go_to_their_instance(cortex: RunningCortex, host
             assert (await response.json())["id"] == response_id
 
 
-async def test_a_stored_response_is_found_after_an_upgrade_of_its_neuron(start_cortex: StartCortex) -> None:
-    """The engine that the upgraded neuron adopts is the first instance, and had no name before."""
+async def test_a_stored_response_is_found_after_an_upgrade(cortex: RunningCortex, host: InstancesNeuron) -> None:
+    """The state file of an earlier version has no instance: the engine is the first one now, for workers and for the
+    control."""
 
-    def earlier(answer: Any) -> Any:
-        if isinstance(answer, list):
-            return [{k: v for k, v in entry.items() if k != "instance"} for entry in answer]
-        return {k: v for k, v in answer.items() if k != "instances"}
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"id": "resp_1"})
 
-    async def make(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"id": "resp_1", "model": MODEL, "object": "response"})
-
-    async with InstancesNeuron("box", "0").running() as host:
-        host.engines["0"].answer = make
-        host.rewrite = earlier
-        cortex = await start_cortex([host], CATALOGUE)
-        async with cortex.http.post(f"{cortex.url}/v1/responses", json={"model": MODEL, "input": "hi"}) as response:
-            assert response.status == 200
-        host.rewrite = None
-        host.process = "box-2"
-        await cortex.until(lambda: cortex.parts.fleet.node("box").view(MODEL, "0") is not None)
-        for _ in range(2):  # by the control, then by the route table
-            async with cortex.http.get(f"{cortex.url}/v1/responses/resp_1") as response:
-                assert response.status == 200
-            await cortex.until(lambda: instances(cortex) == {"0"})
+    host.engines["0"].answer = answer
+    cortex.parts.resolver.response_owners.add("resp_1", replica(MODEL, "box", url=""))
+    assert await page(cortex, "/v1/responses/resp_1") == {"id": "resp_1"}
+    maker = await cortex.parts.resolver.engine(replica_key(MODEL, "box"))
+    assert maker is not None
+    assert maker.instance == "0"
 
 
 @pytest.mark.parametrize("name", [MODEL, f"{MODEL}@fp8"])
@@ -289,3 +278,20 @@ async def test_a_request_waits_until_the_end_of_its_only_engine_is_noticed(
         async with cortex.http.post(f"{cortex.url}/v1/embeddings", data=body) as response:
             assert response.status == 200, await response.text()
         assert [load["instance"] for load in host.loads] == ["0"]
+
+
+async def test_a_host_that_fails_as_a_whole_costs_one_attempt(start_cortex: StartCortex, host: InstancesNeuron) -> None:
+    """Its engines are most of the model's replicas. A request is sent to three engines at most, so the second one is on
+    another neuron."""
+
+    async def drop(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        raise asyncio.CancelledError
+
+    for engine in host.engines.values():
+        engine.answer = drop
+    async with InstancesNeuron("other", "0").running() as other:
+        cortex = await start_cortex([host, other], CATALOGUE)
+        await cortex.until(lambda: len(cortex.parts.fleet.snapshot().serving(MODEL)) == 9)
+        assert [await ask(cortex, f"conversation {number}") for number in range(20)] == [200] * 20

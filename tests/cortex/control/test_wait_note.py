@@ -9,8 +9,8 @@ import pytest
 from cortex.control.loads.loader import LoadJob
 from cortex.control.wait_note import leaving_text, waiting_note
 from cortex.fleet.snapshot import by_instance
-from cortex.placement.node_plan import Fit, LoadPlan
-from cortex.routing.replica import Failure, FailureKind, WaitNote, given_up, untried_first
+from cortex.placement.load_plan import Fit, LoadPlan
+from cortex.routing.replica import Failure, FailureKind, WaitNote, given_up, untried, untried_first
 from shared.protocol import ModelView, Progress
 from tests.cortex.fleets import BEAST, BENJY, fleet, replica, replica_key
 
@@ -75,10 +75,16 @@ def test_given_up(failures: list[Failure], expected: set[str]) -> None:
 
 
 def test_untried_first() -> None:
-    """Replicas that were not tried come first, otherwise in their old order."""
+    """Replicas that were not tried come first, those of other nodes before those of a tried one's."""
     keys = [replica_key(MODEL, node) for node in "abcd"]
     left = untried_first(keys, [failure("a", "status"), failure("c", "reset")])
     assert [key.node for key in left] == ["b", "d", "a", "c"]
+    keys = [replica_key(MODEL, *place) for place in (("a", "0"), ("a", "1"), ("b", "0"))]
+    tried = Failure(replica=replica(MODEL, "a", "http://x", "0"), reason="", kind="refused")
+    assert [key.name for key in untried_first(keys, [tried])] == ["b", "a#1", "a"]
+    replicas = tuple(replica(MODEL, key.node, "http://x", key.instance) for key in keys)
+    assert [each.name for each in untried(replicas, [], replicas[0])] == ["b"]
+    assert [each.name for each in untried(replicas[:2], [tried], None)] == ["a#1"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import Backoff, PlanningView
 from shared.protocol import LinkKind
 from tests.cortex.fleets import On, fleet, host
-from tests.cortex.views import NOW, profile, used, view
+from tests.cortex.views import NOW, asked, profile, used, view
 
 SIZES = (8000, 12000, 24000, 32000, 80000)
 
@@ -39,7 +39,7 @@ def random_view(seed: int) -> PlanningView:
             )
             for _ in range(random.choice((0, 1, 3)))
         },
-        demand={each.id: random.random() * 10 for each in models if random.random() < 0.7},
+        arrivals={each.id: asked(*sorted((random.uniform(0, 900) for _ in range(9)), reverse=True)) for each in models},
         load_secs={each.id: {"n0": random.uniform(1, 90)} for each in models if random.random() < 0.5},
         observed_share_mb={each.id: 7000 for each in models if each.vram_mb is None and random.random() < 0.5},
     )

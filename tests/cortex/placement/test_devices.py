@@ -9,10 +9,10 @@ import pytest
 
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.devices import MAX_DEVICE_SETS, device_sets
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from shared.protocol import LinkKind
 from tests.cortex.fleets import BEAST, On, fleet, host, node
-from tests.cortex.views import evicted, plan_for, profile, view
+from tests.cortex.views import asked, evicted, plan_for, profile, view
 
 QUAD = {(0, 1): LinkKind.SYS, (0, 3): LinkKind.NVLINK, (1, 2): LinkKind.PHB}
 
@@ -67,7 +67,7 @@ def test_shares_are_rounded_up() -> None:
 def test_only_models_on_the_needed_devices_are_evicted() -> None:
     """Only models on the chosen device are evicted."""
     where = host("n", *[24000] * 3, models={"a": On(20000), "b": On(20000, (1,)), "c": On(20000, (2,))})
-    plan = plan_for(view(fleet(where), profile(vram_mb=20000), demand={"a": 9.0, "c": 9.0}))
+    plan = plan_for(view(fleet(where), profile(vram_mb=20000), arrivals={"a": asked(9), "c": asked(9)}))
     assert (plan.devices, evicted(plan)) == ((1,), {"b"})
 
 

@@ -12,10 +12,10 @@ from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.eviction import Eviction, EvictionClass, EvictionPlan, free_enough, plan_evictions
-from cortex.placement.inputs import ReplicaUsage
-from cortex.placement.node_plan import Fit
+from cortex.placement.inputs import Arrivals, ReplicaUsage, WaitingRequests
+from cortex.placement.load_plan import Fit
 from tests.cortex.fleets import On, fleet, host, replica_key
-from tests.cortex.views import NOW, RULES, evicted, plan_for, planned, profile, used, view
+from tests.cortex.views import NOW, RULES, asked, evicted, plan_for, planned, profile, used, view
 
 M = profile(vram_mb=20000)
 BOX = fleet(host("box", 24000, models={"a": On(20000)}))
@@ -65,9 +65,12 @@ def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) ->
         (used(1, idle=0), 0, EvictionClass.BUSY, 15),  # busy: after patience_secs
         (used(1, idle=0), 14, EvictionClass.BUSY, 1),
         (used(1, idle=0), 20, EvictionClass.BUSY, -5),
-        (used(idle=0.2, age=10), 0, EvictionClass.RECENTLY_LOADED, 0.8),  # between two sequential requests
-        (used(idle=5, age=10), 0, EvictionClass.RECENTLY_LOADED, -4),
-        (used(idle=5, age=0.5), 0, EvictionClass.RECENTLY_LOADED, 0.5),  # just loaded, requests are about to arrive
+        (used(idle=6.75, age=100), 0, EvictionClass.IDLE, 5),  # 2 * 45 s * 45 / (67.5 + 13.5), less the load's 45 s
+        (used(idle=6.75, age=100), 4, EvictionClass.IDLE, 1),
+        (used(idle=6.75, age=100), 9, EvictionClass.IDLE, 0),
+        (used(idle=0.2, age=10), 15, EvictionClass.RECENTLY_LOADED, 0.8),  # between two sequential requests
+        (used(idle=5, age=10), 15, EvictionClass.RECENTLY_LOADED, 0),
+        (used(idle=5, age=0.5), 15, EvictionClass.RECENTLY_LOADED, 0.5),  # just loaded, requests are about to arrive
         (used(1, idle=0, age=10), 0, EvictionClass.RECENTLY_LOADED_BUSY, 20),  # its 30 s outlast the patience
         (used(1, idle=0, age=10), 100, EvictionClass.RECENTLY_LOADED_BUSY, 20),
         (used(1, idle=0, age=29), 0, EvictionClass.RECENTLY_LOADED_BUSY, 15),
@@ -77,8 +80,8 @@ def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) ->
 def test_when_a_model_is_evicted(
     use: ReplicaUsage, waits_for: float, eviction_class: EvictionClass, ready_in: float
 ) -> None:
-    """Idle models at once; busy ones after the patience; young ones after their minimum residency, or sooner when
-    unused."""
+    """Idle models at once, or once requests have waited as long as they would; busy ones after the patience; young ones
+    after their minimum residency, or sooner when unused."""
     plan = plan_for(view(BOX, M, waiting={"m": waits_for}, usages={("a", "box"): use}))
     assert plan.eviction_plan.eviction_class is eviction_class
     assert plan.ready_at - NOW == pytest.approx(ready_in)
@@ -123,49 +126,59 @@ def test_evicting_a_sleeping_model_frees_only_what_it_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("demand", "secs", "usages", "goes"),
+    ("arrivals", "secs", "usages", "goes"),
     [
-        ({"a": 6.0, "b": 1.0}, {"a": 60, "b": 60}, {}, "b"),  # less demand
-        ({"a": 1.0, "b": 1.0}, {"a": 20, "b": 60}, {}, "a"),  # faster to reload
-        ({"a": 9.0, "b": 1.0}, {"a": 1, "b": 60}, {}, "a"),  # seconds times demand
+        ({"a": asked(60), "b": asked(600)}, {"a": 60, "b": 60}, {}, "b"),  # a longer pause
+        ({"a": asked(9), "b": asked(9)}, {"a": 20, "b": 60}, {}, "a"),  # faster to reload
+        ({"a": asked(9), "b": asked(900)}, {"a": 1, "b": 60}, {}, "a"),  # seconds times likelihood
+        ({"a": asked(300), "b": asked(330, 325, 320, 315, 310, 305, 300)}, {"a": 60, "b": 60}, {}, "a"),  # no bursts
         ({}, {}, {("a", "box"): used(idle=10), ("b", "box"): used(idle=900)}, "b"),  # then the least recently used
         ({}, {}, {}, "a"),  # then the name
-        ({"a": 9.0}, {"a": 600}, {("b", "box"): used(1)}, "a"),  # idle before cheap
-        ({"a": 9.0}, {"a": 600}, {("a", "box"): used(1), ("b", "box"): used(idle=5, age=5)}, "a"),  # busy before young
+        ({"a": asked(9)}, {"a": 600}, {("b", "box"): used(1)}, "a"),  # idle before cheap
+        (
+            {"a": asked(9)},
+            {"a": 600},
+            {("a", "box"): used(1), ("b", "box"): used(idle=5, age=5)},
+            "a",
+        ),  # busy before young
     ],
 )
 def test_the_cheapest_model_is_evicted(
-    demand: dict[str, float], secs: dict[str, float], usages: Any, goes: str
+    arrivals: dict[str, Arrivals], secs: dict[str, float], usages: Any, goes: str
 ) -> None:
     """Either of the two would free enough."""
     where = fleet(host("box", 24000, 24000, models={"a": On(20000), "b": On(20000, (1,))}))
     times = {model_id: {"box": each} for model_id, each in secs.items()}
-    assert evicted(plan_for(view(where, M, demand=demand, load_secs=times, usages=usages))) == {goes}
+    assert evicted(plan_for(view(where, M, arrivals=arrivals, load_secs=times, usages=usages))) == {goes}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "demand", "need", "goes"),
+    ("sizes", "idle_secs", "need", "goes"),
     [
-        ({"a": 8000, "b": 8000, "c": 8000}, {"a": 1, "b": 2, "c": 3}, 8000, {"a"}),
-        ({"a": 4000, "b": 16000}, {"a": 1, "b": 1}, 8000, {"b"}),  # same reload time, more memory
-        ({"a": 4000, "b": 8000, "c": 12000}, {"a": 1, "b": 1, "c": 100}, 12000, {"a", "b"}),
+        ({"a": 8000, "b": 8000, "c": 8000}, {"a": 300, "b": 200, "c": 100}, 8000, {"a"}),
+        ({"a": 4000, "b": 16000}, {"a": 99, "b": 99}, 8000, {"b"}),  # same reload time, more memory
+        ({"a": 4000, "b": 8000, "c": 12000}, {"a": 99, "b": 99, "c": 1}, 12000, {"a", "b"}),
         ({"a": 4000, "b": 4000, "c": 16000}, {}, 16000, {"c"}),  # one rather than two
         ({"a": 12000, "b": 12000}, {}, 24000, {"a", "b"}),
     ],
 )
-def test_no_more_than_needed_per_mb(sizes: dict[str, int], demand: dict[str, float], need: int, goes: set[str]) -> None:
-    """Seconds times demand per MiB freed; no eviction that is not needed."""
+def test_no_more_than_needed_per_mb(
+    sizes: dict[str, int], idle_secs: dict[str, float], need: int, goes: set[str]
+) -> None:
+    """Expected waiting per MiB freed; no eviction that is not needed."""
     where = fleet(host("box", 24000, models={model_id: On(mb) for model_id, mb in sizes.items()}))
     times = {model_id: {"box": 10.0} for model_id in sizes}
-    plan = plan_for(view(where, profile(vram_mb=need), demand=demand, load_secs=times))
+    plan = plan_for(
+        view(where, profile(vram_mb=need), arrivals={m: asked(secs) for m, secs in idle_secs.items()}, load_secs=times)
+    )
     assert evicted(plan) == goes
 
 
 def test_many_small_models_are_evicted_without_comparing_every_set() -> None:
     """Forty models on one card: the cheapest are evicted one after another, none needlessly."""
     sizes = {f"s{i:02}": On(1000) for i in range(40)}
-    demand = {model_id: float(i) for i, model_id in enumerate(sizes)}
-    moment = view(fleet(host("box", 40000, models=sizes)), profile(vram_mb=12000), demand=demand)
+    arrivals = {model_id: asked(900 - i) for i, model_id in enumerate(sizes)}
+    moment = view(fleet(host("box", 40000, models=sizes)), profile(vram_mb=12000), arrivals=arrivals)
     assert evicted(plan_for(moment)) == {f"s{i:02}" for i in range(12)}
 
 
@@ -265,3 +278,44 @@ def test_a_newly_loaded_model_serves_its_waiting_requests_first() -> None:
         where, M, waiting={"m": 1000, "a": 1}, usages={("a", "box"): used(age=1)}, rules=Rules(min_residency_secs=0)
     )
     assert plan_for(moment).ready_at > moment.now
+
+
+def _exchange(waits: WaitingRequests, working: int, *arrivals: float) -> float:
+    """In how many seconds `a` may be evicted from the only card for `m`. Both load in 40 s."""
+    moment = view(
+        BOX,
+        M,
+        usages={("a", "box"): used(working, idle=0)},
+        arrivals={"a": asked(*arrivals)},
+        load_secs={"a": {"box": 40.0}, "m": {"box": 40.0}},
+        rules=Rules(),
+    )
+    return plan_for(replace(moment, waiting={"m": waits})).ready_at - NOW
+
+
+def test_one_request_does_not_stop_a_model_that_many_use() -> None:
+    """Eight at work, ten more each load: one request waits for the full patience. Ten requests wait a tenth as long."""
+    burst = tuple(range(36, -1, -4))
+    assert _exchange(WaitingRequests(1, NOW), 8, *burst) == 300
+    assert _exchange(WaitingRequests(10, NOW), 8, *burst) == pytest.approx((2 * 40 * 11 / 2 - 40) / 10)
+
+
+def test_many_requests_soon_get_the_memory_of_a_model_that_one_uses() -> None:
+    """Its eviction costs one load each way, which nine requests make up for together."""
+    assert _exchange(WaitingRequests(1, NOW), 1, 0) == pytest.approx(40)
+    assert _exchange(WaitingRequests(9, NOW - 4), 1, 0) == pytest.approx((40 - 4 * 5) / 9)
+
+
+def test_an_idle_model_of_a_lower_priority_goes_at_once() -> None:
+    low = profile(id="a", vram_mb=20000, residency_priority=50)
+    for other, ready in ((low, True), (profile(id="a", vram_mb=20000), False)):
+        moment = view(BOX, M, other, waiting={"m": 0}, usages={("a", "box"): used(idle=2)}, rules=RULES)
+        assert (plan_for(moment).ready_at <= NOW) is ready
+
+
+def test_what_a_cold_start_costs() -> None:
+    """From what followed earlier arrivals, and two loads without other requests; more while requests arrive fast."""
+    assert asked().cold_start_wait(NOW, 40) == 40
+    assert asked(100).cold_start_wait(NOW, 40) == 40
+    assert asked(110, 100).cold_start_wait(NOW, 40) == (40 + 30 + 40 + 2 * 40) / 4
+    assert asked(3, 2, 1).cold_start_wait(NOW, 40) == 40 * 4 / 2

@@ -12,7 +12,7 @@ from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from tests.cortex.fleets import On, fleet, host, replica_key
 from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 
@@ -153,8 +153,8 @@ def test_peers_take_turns() -> None:
 
 
 def test_an_idle_peer_is_evicted_at_once() -> None:
-    """After its minimum residency an idle peer is evicted at once; before that, only after a pause that shows it is no
-    longer in use."""
+    """After its minimum residency an idle peer is evicted at once; before that, only after a wait, in which it may show
+    that it is still in use."""
     box = Box((A, B))
     box.ask("a")
     box.look()
@@ -165,7 +165,7 @@ def test_an_idle_peer_is_evicted_at_once() -> None:
     assert box.state() == ("b", None, None)
     box.ask("a")
     assert box.look().loads == ()
-    box.pass_time(1)
+    box.pass_time(box.rules.patience_secs)
     assert box.state() == (None, "a", None)
 
 

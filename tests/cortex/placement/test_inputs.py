@@ -9,7 +9,7 @@ import pytest
 from cortex.config.catalogue import DEFAULT_PRIORITY
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.placement.inputs import Backoff
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from cortex.placement.planner import evaluate_node
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, plan_for, profile, view

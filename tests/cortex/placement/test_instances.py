@@ -14,7 +14,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.capacity import device_memory
 from cortex.placement.fair_queue import after_start
 from cortex.placement.inputs import Backoff, PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, evaluate_node
 from cortex.placement.replicas import MAX_AT_ONCE, reconcile_replicas
 from cortex.routing.replica import ReplicaKey

@@ -8,7 +8,7 @@ import pytest
 
 from cortex.config.catalogue import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.placement.load_command import load_command
+from cortex.placement.load_plan import load_command
 from shared.protocol import LinkKind, LoadCommand
 from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import plan_for, profile, view

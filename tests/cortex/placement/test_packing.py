@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from cortex.fleet.snapshot import NodeSnapshot
-from cortex.placement.node_plan import LoadPlan, plan_on_node
+from cortex.placement.load_plan import LoadPlan
+from cortex.placement.node_plan import plan_on_node
 from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement

@@ -13,7 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.fair_queue import after_start
 from cortex.placement.feasibility import infeasible_reason, is_feasible
 from cortex.placement.inputs import Backoff, PlanningView
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from cortex.placement.planner import all_verdicts, best_plan, evaluate_node
 from tests.cortex.fleets import BEAST, BENJY, QUADBRAT, SEED_FLEET, On, fleet, host, node, with_entry
 from tests.cortex.views import NOW, evicted, plan_for, planned, profile, used, view

@@ -10,10 +10,10 @@ from itertools import combinations
 import pytest
 
 from cortex.placement.capacity import device_memory, reports_bookable_memory
-from cortex.placement.eviction import Eviction
+from cortex.placement.eviction import Eviction, EvictionClass
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import PlanningView
-from cortex.placement.node_plan import Fit, LoadPlan
+from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import all_verdicts
 from cortex.placement.replicas import reconcile_replicas
 from shared.protocol import ModelStatus
@@ -59,7 +59,7 @@ def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
             assert node.name not in shielded.pinned_on, seed
             assert shielded.residency_priority <= profile.residency_priority, seed
         use = moment.usage(key)
-        assert each.ready_at > moment.now or not use.in_flight or moment.waiting.get(plan.model_id) is not None, seed
+        assert each.eviction_class is not EvictionClass.IDLE or not use.in_flight, seed
     keys = [each.resident.key for each in plan.eviction_plan.evictions]
     assert len(set(keys)) == len(keys), seed
     room = device_memory(moment, node)

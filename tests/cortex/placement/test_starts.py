@@ -10,7 +10,7 @@ import pytest
 from cortex.control.explain import explain
 from cortex.control.wait_note import waiting_note
 from cortex.fleet.snapshot import NodeSnapshot, Reservation, by_instance
-from cortex.placement.node_plan import Fit
+from cortex.placement.load_plan import Fit
 from cortex.placement.starts import starts_by_device
 from shared.protocol import LinkKind, ModelView, Progress
 from tests.cortex.fleets import On, fleet, host, with_entry

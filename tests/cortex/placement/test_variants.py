@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.control.explain import explain
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.feasibility import infeasible_reason, inferred_variant, oversize_reason
 from cortex.placement.inputs import Backoff, PlanningView
-from cortex.placement.load_command import load_command
-from cortex.placement.node_plan import Fit, LoadPlan, plan_on_node
+from cortex.placement.load_plan import Fit, LoadPlan, load_command
+from cortex.placement.node_plan import plan_on_node
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan, candidate_verdicts, plan_variant
 from cortex.placement.refusal import unknown_model_error
 from tests.cortex.fleets import On, fleet, host
@@ -281,6 +282,23 @@ def test_requests_for_a_model_and_for_its_variants_share_loads() -> None:
     assert [(plan.requested.name, plan.node) for plan in schedule_loads(moment).loads] == [("m@fp8", "beast")]
     assert moment.fleet.serving("m@fp8") == []
     assert [engine.node.name for engine in moment.fleet.serving("m@awq")] == ["quadbrat"]
+
+
+def test_explain_hints_at_tools_for_any_variant() -> None:
+    """One that vLLM would refuse tools in is enough."""
+    able = ["--enable-auto-tool-choice"]
+    for second, hinted in (({"args": able}, False), ({"args": []}, True)):
+        model = profile(variants=[{"args": able}, second])
+        assert bool(explain("m", view(fleet(beast()), model), lambda _: 0)["hints"]) == hinted
+
+
+def test_an_engine_without_a_variant_serves_the_plain_id_only() -> None:
+    """It was loaded by hand, or before the catalogue had variants."""
+    moment = view(fleet(labelled(beast({"m": On(14000)}), None)), MODEL)
+    assert [engine.node.name for engine in moment.fleet.serving("m")] == ["beast"]
+    assert moment.fleet.serving("m@fp8") == []
+    plan = plan_of(verdicts(moment, MODEL.choices[0])["beast"])
+    assert (plan.instance, plan.devices) == ("1", (1,))
 
 
 def test_a_refusal_names_the_variant() -> None:

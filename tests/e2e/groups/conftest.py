@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,10 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def running_host(directory: Path, name: str) -> AsyncIterator[Host]:
+async def running_host(directory: Path, name: str, *, port: int = 0, **changes: Any) -> AsyncIterator[Host]:
     first = 28100 if name == "a" else 28500
     sim = {"port_range": [first, first + 399], "extra_args": ["--tokens-per-sec", "400"]}
-    async with neuron_here(config_of(directory / name, name=name, sim=sim)) as neuron:
+    async with neuron_here(config_of(directory / name, name=name, sim=sim, **changes), port=port) as neuron:
         yield Host(name, neuron)
 
 

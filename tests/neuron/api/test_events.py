@@ -113,6 +113,21 @@ async def test_stream_ends_with_neuron(mark: str, tmp_path: Path) -> None:
         await response.read()
 
 
+async def test_a_stop_is_told_for_every_engine(mark: str, tmp_path: Path) -> None:
+    """A listener learns that no engine takes new requests before the stream ends, or it would send them some."""
+    async with aiohttp.ClientSession() as session:
+        async with neuron_here(config_of(tmp_path / "state", drain_timeout_secs=15)) as neuron:
+            await asyncio.gather(*(neuron.load(f"org/{name}") for name in "abc"))
+            response = await session.get(f"{neuron.base}/events")
+            stream = sse(response)
+            await anext(stream)
+        assert {(model["id"], model["state"]) async for _, _, model in stream} >= {
+            ("org/a", "draining"),
+            ("org/b", "draining"),
+            ("org/c", "draining"),
+        }
+
+
 async def test_slow_listener_is_dropped() -> None:
     """The queue of a slow listener is bounded; other listeners are not affected."""
     hub = EventHub()

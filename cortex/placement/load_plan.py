@@ -1,0 +1,155 @@
+"""A plan to load a model, and the commands that carry it out. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from cortex.config.catalogue import ModelProfile, RequestedModel
+from cortex.fleet.snapshot import NodeSnapshot, Reservation
+from cortex.placement.eviction import NO_EVICTIONS, EvictionPlan
+from cortex.placement.starts import NO_STARTS, Starts
+from cortex.routing.replica import ReplicaKey
+from shared.protocol import GroupPart, LoadCommand, Parallelism
+
+
+class Fit(IntEnum):
+    """How a model fits on a node, best first."""
+
+    AWAKE = 0  # sleeps there and its memory is still available
+    NOW = 1  # fits in free memory
+    OVER_SLEEPERS = 2  # fits, but uses memory that sleeping models there would need
+    AFTER_EVICTION = 3
+    TOO_LARGE = 4  # by the figures; `vram_mb` is an estimate, so the neuron decides
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
+
+    `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
+    until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
+    `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
+    the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
+    that has one for each model. `starts` are those of other engines that the neuron finishes first.
+
+    With `parts` the engine spans several nodes: this is the plan of the part that takes the requests, `parts` are those
+    of the others by rank, `whole` says how it is split. Evictions, spare memory and waits are those of all together.
+    """
+
+    model_id: str
+    node: str
+    devices: tuple[int, ...]
+    device_share_mb: int
+    fit: Fit
+    spare_mb: int
+    reserve_mb: int
+    variant: str | None = None
+    eviction_plan: EvictionPlan = NO_EVICTIONS
+    ready_at: float = float("-inf")
+    expected_secs: float | None = None
+    wakes: bool = False
+    instance: str = ""
+    starts: Starts = NO_STARTS
+    parts: tuple[LoadPlan, ...] = ()
+    whole: Parallelism | None = None
+    rank: tuple[object, ...] = field(default=(), compare=False)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of its parts, by rank."""
+        return self.node, *(part.node for part in self.parts)
+
+    @property
+    def key(self) -> ReplicaKey:
+        """Of the engine to load."""
+        return ReplicaKey(self.model_id, self.node, self.instance)
+
+    @property
+    def reason(self) -> str:
+        span = "" if self.whole is None else f"spans {len(self.nodes)} neurons ({self.whole}), "
+        return f"{' + '.join(self.nodes)}: {'' if self.variant is None else f'{self.variant} '}{span}{self.fit_reason}"
+
+    @property
+    def fit_reason(self) -> str:
+        """How it fits on its node, and what it waits for there, for people."""
+        return f"{self._fit_reason}; {self.starts.reason}" if self.starts.models else self._fit_reason
+
+    @property
+    def _fit_reason(self) -> str:
+        if self.fit is Fit.AWAKE:
+            return "asleep there, can be woken"
+        if self.fit is Fit.NOW:
+            return f"fits now with {self.spare_mb} MiB to spare"
+        if self.fit is Fit.OVER_SLEEPERS:
+            return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
+        names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
+        if self.fit is Fit.AFTER_EVICTION:
+            return f"fits after evicting {names}"
+        after = f" even after evicting {names}" if names else ""
+        missing = f"{-self.spare_mb} MiB more than available{after}"
+        return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
+
+    @property
+    def requested(self) -> RequestedModel:
+        """The model, or the variant of it that is loaded."""
+        return RequestedModel(self.model_id, self.variant)
+
+    @property
+    def reservations(self) -> tuple[Reservation, ...]:
+        """What is reserved for all parts while the plan is carried out."""
+        return self.reservation, *(replace(part.reservation, serves=False) for part in self.parts)
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is reserved on its own node."""
+        return Reservation(self.model_id, self.node, self.devices, self.reserve_mb, self.instance, self.variant)
+
+
+def part_command(
+    plan: LoadPlan, whole: Parallelism, profile: ModelProfile, node: NodeSnapshot, group: GroupPart
+) -> LoadCommand:
+    """The command for one part of an engine that spans several neurons; `plan` is that of the part, `whole` says how
+    the engine is split."""
+    command = load_command(plan, profile, node)
+    share = profile.device_share_mb
+    return command.model_copy(
+        update={
+            "group": group,
+            "tensor_parallel": whole.tensor if whole.tensor > 1 else None,
+            "parallel": Parallelism.model_validate(whole.model_dump()),
+            "vram_mb": share * len(plan.devices) if share else None,
+        }
+    )
+
+
+def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
+    """The command for a plan. A sleeping model, or one that only neurons know, is sent by id alone: its neuron
+    remembers the spec and devices, and refuses to wake it with different ones. A protocol v1 neuron remembers nothing,
+    so the command repeats what it listed. `profile` is the plan's choice among the model's variants."""
+    remembers = node.discovery is None or node.discovery.instance_id is not None
+    instance = plan.instance or None
+    if remembers and (plan.wakes or profile is None):
+        return LoadCommand(model_id=plan.model_id, instance=instance)
+    if profile is None:
+        view = node.models[plan.model_id][plan.instance]
+        return LoadCommand(
+            model_id=plan.model_id,
+            harness=view.harness,
+            tensor_parallel=len(view.devices) if len(view.devices) > 1 else None,
+            devices=view.devices or None,
+        )
+    return LoadCommand(
+        model_id=profile.id,
+        instance=instance,
+        variant=profile.variant,
+        harness=profile.harness,
+        quant=profile.quant,
+        tensor_parallel=profile.tensor_parallel,
+        parallel=profile.parallel,
+        devices=list(plan.devices),
+        source=profile.source,
+        args=list(profile.args),
+        vram_mb=profile.vram_mb,
+        tools=profile.tools or None,
+    )
