@@ -112,6 +112,8 @@ def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str,
         location["variant"] = view.variant
     if view.parallel is not None:
         location["parallel"] = view.parallel.model_dump()
+    if view.group is not None:
+        location["group"] = view.group.model_dump(include={"id", "rank", "size"})
     if view.unservable_because is not None:
         location |= {"servable": False, "reason": view.unservable_because}
     return location

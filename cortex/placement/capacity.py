@@ -212,7 +212,8 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
     node, entry, key = engine.node, engine.view, engine.key
     profile = view.catalogue.profile(entry.id)
     choice = None if profile is None else profile.choice(entry.variant if profile.variants else None)
-    use = view.usage(serving_engine(view.fleet, engine).key)
+    serving = serving_engine(view.fleet, engine).key  # of a group the parts count as one
+    use = view.usage(serving)
     totals = {device.index: device.vram_total_mb for device in node.devices}
     devices = frozenset(entry.devices) or frozenset(totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
@@ -236,7 +237,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         cost=_eviction_cost(view, engine, secs),
         asleep=asleep,
         variant=entry.variant,
-        spare_replicas=None if profile is None else _spare_replicas(view, profile, key),
+        spare_replicas=None if profile is None else _spare_replicas(view, profile, serving),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
     )
 

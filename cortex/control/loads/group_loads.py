@@ -44,6 +44,9 @@ class GroupLoads:
 
         Raises:
             LoadFailure: a neuron cannot reach another, refuses its part, or a part failed; no part is left.
+            NodeRemoved, CommandAbandoned: a neuron left the configuration; no part is left on the others.
+
+        If cancelled, the neurons continue the load. `GroupKeeper` ends it if not all parts have begun.
         """
         group, parts = secrets.token_hex(8), [plan, *plan.parts]
         at = await self._checked(plan.model_id, group, parts)
@@ -55,8 +58,8 @@ class GroupLoads:
                 begun.append(part)
                 await self._begin(plan, part, profile, told)
             await self._until_all_loaded(begun, until_loaded)
-        except BaseException:
-            await asyncio.shield(self._undo(begun))
+        except Exception:
+            await self._undo(begun)
             raise
 
     async def _checked(self, model_id: str, group: str, parts: Sequence[LoadPlan]) -> ListenReply:

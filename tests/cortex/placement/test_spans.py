@@ -18,8 +18,8 @@ from cortex.placement.planner import all_verdicts, best_plan
 from cortex.placement.refusal import placement_error
 from cortex.placement.replicas import reconcile_replicas
 from cortex.placement.spans import spans_of
-from shared.protocol import GroupPart, Parallelism
-from tests.cortex.fleets import On, fleet, host
+from shared.protocol import GroupPart, ModelView, Parallelism
+from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import NOW, plan_for, planned, profile, view
 
 
@@ -181,3 +181,21 @@ def test_the_best_variant_that_fits_spans() -> None:
     plan = best_plan(all_verdicts(view(pair(), wide(variants=variants)), wide(variants=variants)))
     assert isinstance(plan, LoadPlan)
     assert (plan.variant, plan.nodes) == ("small", ("a", "b"))
+
+
+def test_a_minimum_protects_every_part() -> None:
+    """Also on the node of a part that takes no requests."""
+
+    def part(rank: int) -> ModelView:
+        told = {"id": "g", "rank": rank, "size": 2, "master_addr": "10.0.0.1", "master_port": 21000}
+        fields = {"status": "loaded", "devices": [0, 1], "vram_used_mb": 40000, "vram_booked_mb": 40000}
+        return ModelView.model_validate({"id": "m", "instance": "0", "group": told, **fields})
+
+    nodes = [
+        with_entry(able(name, 24000, 24000, foreign_mb=(20000, 20000)), part(rank)) for rank, name in enumerate("ab")
+    ]
+    other = profile(id="other", vram_mb=20000, pinned_on=["b"], residency_priority=100)
+    kept = view(fleet(*nodes), wide(replicas={"min": 1}), other)
+    assert planned(kept, "other") is None
+    evicting = plan_for(view(fleet(*nodes), wide(), other), "other")
+    assert evicting.fit is Fit.AFTER_EVICTION

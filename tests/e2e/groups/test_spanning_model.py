@@ -47,6 +47,9 @@ async def test_a_chat_loads_the_model_over_two_neurons(start_cortex: StartCortex
     assert decision["parallel"] == {"tensor": 2, "pipeline": 2, "data": 1, "expert": False}
     assert await chat(cortex) == (200, "a")
     assert [await chat(cortex) for _ in range(3)] == [(200, "a")] * 3
+    async with cortex.http.get(f"{cortex.url}/v1/models") as answer:
+        [entry] = (await answer.json())["data"]
+    assert {each["node"]: each["group"]["rank"] for each in entry["locations"]} == {"a": 0, "b": 1}
     for rank, host in enumerate(hosts):
         entry = await host.neuron.model("org/wide")
         assert (entry["status"], entry["group"]["rank"], entry["devices"]) == ("loaded", rank, [0, 1])
