@@ -16,7 +16,7 @@ MODEL = "org/wide"
 
 
 def host(name: str, rank: int, status: str = "loaded", *, healthy: bool = True) -> NodeSnapshot:
-    """A neuron with one of two parts. An unloaded engine is no part of a group."""
+    """A neuron with one of two parts. An unloaded engine has no group."""
     group = GroupPart(id="g", rank=rank, size=2, master_addr="10.0.0.1", master_port=21000)
     entry = ModelView(id=MODEL, instance="0", status=status, group=None if status == "unloaded" else group)
     return replace(node(name, 24000, healthy=healthy), models=MappingProxyType(by_instance([entry])))
