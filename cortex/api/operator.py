@@ -82,7 +82,7 @@ def _check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
     if action.instance is None:
         return
     if action.node is None:
-        raise InvalidRequest("each neuron names its own instances: give node too", param="node")
+        raise InvalidRequest("each neuron names its own instances: name the neuron too (--on, node)", param="node")
     if not _usable_node(fleet, action.node).has_instances:
         raise InvalidRequest(f"{action.node} has one engine for each model, leave instance out", param="instance")
 
@@ -185,7 +185,9 @@ async def unload_model(request: web.Request) -> web.Response:
     requested = app[LIVE].catalogue.requested(model_id)
     if action.for_secs is not None and (action.instance is not None or requested.variant is not None):
         what = "instance" if action.instance is not None else "variant"
-        raise InvalidRequest(f"for_secs holds back the model, not one {what}: leave one of them out", param="for_secs")
+        raise InvalidRequest(
+            f"--for (for_secs) holds back the model, not one {what}: leave one of them out", param="for_secs"
+        )
     if action.node is not None:
         node = _usable_node(fleet, action.node)
         engines = [each for each in fleet.engines(model_id, node) if _is_meant(action, each)]

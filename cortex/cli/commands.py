@@ -56,6 +56,10 @@ On = Annotated[
     str | None,
     typer.Option("--on", metavar="NODE", help="The neuron. Default: cortex chooses.", autocompletion=_complete_node),
 ]
+UnloadFrom = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=_complete_node),
+]
 Instance = Annotated[
     str | None,
     typer.Option("--instance", metavar="NAME", help="One of several engines of the model on the neuron of --on."),
@@ -202,7 +206,7 @@ def load(
 def unload(
     model: Model,
     *,
-    node: On = None,
+    node: UnloadFrom = None,
     instance: Instance = None,
     drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
     duration: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime, timedelta
+from itertools import zip_longest
 from typing import Any
 
 from cortex.config.durations import duration_text
@@ -16,19 +17,17 @@ MAX_REPEATED = 24
 
 
 def status_table(fleet: dict[str, Any]) -> str:
-    """Each neuron with its GPUs and what is on them."""
+    """Each neuron with its GPUs, a row for each, and its engines, a row for each."""
     rows: list[list[object]] = []
     for node in fleet["nodes"]:
         state = "healthy" if node["healthy"] else _down(node)
         state += ", draining" if node["draining"] else ""
         colour = ("yellow" if node["draining"] else "green") if node["healthy"] else "red"
-        engines = Counter(model["id"] for model in node["models"])
-        models = ", ".join(_model(model, named=engines[model["id"]] > 1) for model in node["models"]) or "-"
-        devices = [_device(device) for device in node["devices"]] or ["-"]
-        rows.append([node["name"], Coloured(state, colour), devices[0], models])
-        rows += [["", "", device, ""] for device in devices[1:]]
+        devices, models = [_device(device) for device in node["devices"]] or ["-"], _models(node)
+        rows.append([node["name"], Coloured(state, colour), devices[0], models[0]])
+        rows += [["", "", *pair] for pair in zip_longest(devices[1:], models[1:], fillvalue="")]
     text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
-    loads = [[job["model"], job["node"], job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
+    loads = [[job["model"], _place(job), job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
     text += "\n\n" + table([["LOADING", "ON", "PHASE", "REASON"], *loads]) if loads else ""
     waiting = [[entry["model"], str(entry["count"]), entry["for"] or "-"] for entry in fleet.get("waiting", ())]
     text += "\n\n" + table([["WAITING FOR", "REQUESTS", "STATUS"], *waiting]) if waiting else ""
@@ -101,8 +100,9 @@ def explain_table(plan: dict[str, Any]) -> str:
 
 def loaded_line(done: dict[str, Any]) -> str:
     """What `cortex load` prints."""
-    took = f" in {done['load_secs']:.1f} s" if "load_secs" in done else ", already before"
-    return f"{done['model']} is loaded on {_place(done)}{took}"
+    if "load_secs" not in done:
+        return f"{done['model']} was already loaded on {_place(done)}"
+    return f"{done['model']} is loaded on {_place(done)} in {done['load_secs']:.1f} s"
 
 
 def unloaded_line(done: dict[str, Any]) -> str:
@@ -179,9 +179,24 @@ def _place(where: dict[str, Any]) -> str:
     return ReplicaKey("", where["node"], where.get("instance") or "").name
 
 
-def _model(model: dict[str, Any], *, named: bool) -> str:
-    """`named`: the neuron has several engines of the model, so each shows its instance."""
-    status, name = _status(model), f"{model['id']}#{model['instance']}" if named else model["id"]
+def _models(node: dict[str, Any]) -> list[str]:
+    """The engines of a node, those of a model together; `-` if it has none."""
+    counts = Counter(model["id"] for model in node["models"])
+    models = sorted(node["models"], key=lambda model: (model["id"], len(model.get("instance") or ""), _name(model)))
+    several = len(node["devices"]) > 1
+    return [_model(model, named=counts[model["id"]] > 1, located=several) for model in models] or ["-"]
+
+
+def _name(model: dict[str, Any]) -> str:
+    return f"{model['id']}#{model.get('instance')}"
+
+
+def _model(model: dict[str, Any], *, named: bool, located: bool) -> str:
+    """`named`: the neuron has several engines of the model, so each shows its instance. `located`: it has several
+    devices, so each shows its own."""
+    status, name = _status(model), _name(model) if named else model["id"]
+    if located and model.get("devices"):
+        name += f" on {' '.join(map(str, model['devices']))}"
     progress = model.get("progress") or {}
     split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
     if model["status"] == "loaded" or not progress.get("phase"):

@@ -70,7 +70,8 @@ class _Candidate:
 
     `instance` names the engine. `needed_mb` is what each device must give. `wake_mb` is what each device the model
     sleeps on must give, empty when it does not sleep here. `eligible` are the indices of the devices that are large
-    enough. `share` is 0 for a model of unknown size. All in MiB. `starts` are those of other engines, by device.
+    enough, `held` those of other instances of the model. `share` is 0 for a model of unknown size. All in MiB.
+    `starts` are those of other engines, by device.
     """
 
     view: PlanningView
@@ -84,6 +85,7 @@ class _Candidate:
     needed_mb: Mapping[int, int]
     wake_mb: Mapping[int, int]
     eligible: list[int]
+    held: frozenset[int]
     starts: Mapping[int, Starts]
     layout: DeviceLayout
 
@@ -149,7 +151,7 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *,
     starts = starts_by_device(view, node, profile.id)
     layout = device_layout(node, memory, engines_by_device(view, node))
     candidate = partial(_Candidate, view, profile, node, only_variant, instance, here.count, share, memory)
-    return candidate(needed_mb, waking, eligible, starts, layout)
+    return candidate(needed_mb, waking, eligible, here.devices, starts, layout)
 
 
 def _best_set(candidate: _Candidate, devices: Sequence[int]) -> tuple[int, ...] | None:
@@ -304,9 +306,14 @@ def _plan(
 
 
 def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejection:
-    free = ", ".join(f"{each.free_mb} MiB free on device {index}" for index, each in candidate.memory.items())
+    held = sorted(candidate.held & candidate.memory.keys())
+    free = ", ".join(
+        f"{each.free_mb} MiB free on device {index}" for index, each in candidate.memory.items() if index not in held
+    )
+    devices = "devices" if len(held) > 1 else "device"
+    taken = f"; another instance is on {devices} {', '.join(map(str, held))}" if held else ""
     size = candidate.profile.device_count
     what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
     reasons = ((each.key.model_id, protection_reason(each, candidate.profile.residency_priority)) for each in residents)
     stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)
-    return Rejection(f"{what}, {free}" + (f"; {stays}" if stays else ""))
+    return Rejection(f"{what}, {free}{taken}" + (f"; {stays}" if stays else ""))

@@ -1,11 +1,11 @@
-"""One model on one node, in virtual time. No I/O."""
+"""One engine of a model, in virtual time. No I/O."""
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
 
-from shared.protocol import ModelStatus
+from shared.protocol import FIRST_INSTANCE, ModelStatus
 
 
 @dataclass
@@ -36,8 +36,19 @@ class SimulatedEngine:
     request ends when `_done` has grown by its `secs`.
     """
 
-    def __init__(self, model_id: str, devices: tuple[int, ...], device_share_mb: int, parallel: int) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        devices: tuple[int, ...],
+        device_share_mb: int,
+        parallel: int,
+        *,
+        instance: str = FIRST_INSTANCE,
+        variant: str | None = None,
+    ) -> None:
         self.model_id = model_id
+        self.instance = instance
+        self.variant = variant
         self.devices = devices
         self.device_share_mb = device_share_mb
         self.status = ModelStatus.LOADING

@@ -126,13 +126,14 @@ class SimulatedFleet:
         self.catalogue = catalogue
         self.rules = file.placement.rules()
 
-    def load_secs(self, model_id: str, node: SimulatedNode) -> float:
-        """How long a model of the catalogue takes to load there, from the command to the neuron until it serves."""
+    def load_secs(self, model_id: str, node: SimulatedNode, vram_mb: int | None = None) -> float:
+        """How long a model of the catalogue takes to load there, from the command to the neuron until it serves.
+        `vram_mb` is that of its variant, where it differs from the model's."""
         rule = self.file.load_secs
         secs = rule.models.get(model_id)
         if secs is None:
             profile = self.catalogue.profile(model_id)
-            secs = rule.base + rule.per_gb * ((profile.vram_mb or 0) if profile else 0) / 1024
+            secs = rule.base + rule.per_gb * (vram_mb or (profile.vram_mb if profile else 0) or 0) / 1024
         return secs * node.load_factor
 
     def parallel(self, model_id: str) -> int:
@@ -157,7 +158,7 @@ def load_fleet(path: Path) -> SimulatedFleet:
     problems = [
         f"{source}: models[{index}].vram_mb: required here, since nothing measures the model {profile.id!r}"
         for index, profile in enumerate(catalogue.models)
-        if profile.vram_mb is None
+        if any(choice.vram_mb is None for choice in profile.choices)
     ]
     for table, models in (("load_secs", file.load_secs.models), ("serving", file.serving.models)):
         unknown = [model_id for model_id in models if catalogue.profile(model_id) is None]

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 from cortex.fleet.neuron_client import NeuronRefused
+from cortex.fleet.snapshot import EngineName
 from cortex.fleet.state import Fleet
 from cortex.simulator.engine import SimulatedEngine
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import (
+    FIRST_INSTANCE,
     DeviceHealth,
     Discovery,
     EndpointReply,
@@ -25,6 +27,9 @@ from shared.protocol import (
     ReachReply,
 )
 
+DRAIN_STEP_SECS = 0.05
+"""A request that begins meanwhile may delay the others."""
+
 OnMemory = Callable[[int], None]
 """Called with the change in MiB that engines hold."""
 
@@ -35,12 +40,12 @@ class SimulatedNeuron:
 
     def __init__(self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, on_memory: OnMemory) -> None:
         self.node = node
-        self.engines: dict[str, SimulatedEngine] = {}
+        self.engines: dict[EngineName, SimulatedEngine] = {}
         self.loads: list[str] = []  # model ids, in order of their start
         self._simulated = simulated
         self._fleet = fleet
         self._on_memory = on_memory
-        self._views: dict[str, ModelView] = {}  # unloaded models stay listed, as in a real neuron
+        self._views: dict[EngineName, ModelView] = {}
         self._discovery = Discovery(
             hostname=node.name,
             devices=list(node.gpus),
@@ -48,6 +53,7 @@ class SimulatedNeuron:
             links=node.paths,
             simulated=True,
             instance_id=node.name,
+            instances=True,
         )
         self._report()
 
@@ -68,19 +74,35 @@ class SimulatedNeuron:
             if self.bookable_mb(index) < device_share_mb:
                 text = f"{model_id!r} needs {device_share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
                 raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
-        engine = SimulatedEngine(model_id, devices, device_share_mb, self._simulated.parallel(model_id))
-        self.engines[model_id] = engine
+        instance, parallel = command.instance or FIRST_INSTANCE, self._simulated.parallel(model_id)
+        engine = SimulatedEngine(
+            model_id, devices, device_share_mb, parallel, instance=instance, variant=command.variant
+        )
+        self.engines[model_id, instance] = engine
         self.loads.append(model_id)
         self._on_memory(engine.booked_mb)
         self._set_status(engine, ModelStatus.LOADING)
-        secs = self._simulated.load_secs(model_id, self.node)
+        secs = self._simulated.load_secs(model_id, self.node, command.vram_mb)
         asyncio.get_running_loop().call_later(secs, self._set_status, engine, ModelStatus.LOADED)
         return LoadReply(status=ModelStatus.LOADING.value)
 
     async def unload(self, model_id: str, instance: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
-        """Frees the memory after the fleet file's `unload` seconds."""
+        """Waits for the engine's requests, for at most `drain_secs`. Frees the memory after the fleet file's `unload`
+        seconds.
+
+        Raises:
+            NeuronRefused: it still has requests. Simulated ones are not cut.
+        """
+        engine, loop = self.engines[model_id, instance], asyncio.get_running_loop()
+        until = loop.time() + drain_secs
+        while engine.in_flight and loop.time() < until:
+            ends_at = engine.next_end() or until
+            await asyncio.sleep(max(DRAIN_STEP_SECS, min(ends_at, until) - loop.time()))
+        if engine.in_flight:
+            text = f"{model_id!r} still has {engine.in_flight} requests after {drain_secs:g} s"
+            raise NeuronRefused(409, text, ErrorCode.MODEL_BUSY)
         await asyncio.sleep(self._simulated.file.load_secs.unload)
-        engine = self.engines.pop(model_id)
+        del self.engines[model_id, instance]
         self._on_memory(-engine.booked_mb)
         self._set_status(engine, ModelStatus.UNLOADED)
 
@@ -105,14 +127,23 @@ class SimulatedNeuron:
     def _set_status(self, engine: SimulatedEngine, status: ModelStatus) -> None:
         engine.status = status
         held = status is not ModelStatus.UNLOADED
-        self._views[engine.model_id] = ModelView(
+        # As in a real neuron, the last engine of a model stays listed when it is unloaded.
+        for name, view in list(self._views.items()):
+            if name[0] == engine.model_id and view.status == ModelStatus.UNLOADED.value:
+                del self._views[name]
+        others = any(name[0] == engine.model_id and name[1] != engine.instance for name in self._views)
+        self._views[engine.model_id, engine.instance] = ModelView(
             id=engine.model_id,
+            instance=engine.instance,
+            variant=engine.variant,
             status=status.value,
             devices=list(engine.devices) if held else [],
             vram_booked_mb=engine.booked_mb if held else None,
             since=asyncio.get_running_loop().time(),
             endpoint=EndpointReply(url=f"http://{self.node.name}") if status is ModelStatus.LOADED else None,
         )
+        if others and not held:
+            del self._views[engine.model_id, engine.instance]
         self._report()
 
     def _report(self) -> None:

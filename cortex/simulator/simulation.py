@@ -245,7 +245,7 @@ class Simulation:
             self._finished.set_result(None)
 
     def _engine(self, key: ReplicaKey) -> SimulatedEngine:
-        return self.neurons[key.node].engines[key.model_id]
+        return self.neurons[key.node].engines[key.model_id, key.instance]
 
 
 def simulate(

@@ -60,6 +60,7 @@ class HealthMonitor:
         """When requests last ran or ended, as far as samples show; monotonic."""
         self.told_at = -math.inf
         """When a caller was last told the endpoint; monotonic."""
+        self._told = 0
         self._ended_before = 0.0
         self._session = session
         self._health = url + health_path
@@ -80,12 +81,13 @@ class HealthMonitor:
 
     @property
     def outstanding(self) -> int:
-        """Requests that run or wait, as far as the latest sample shows."""
-        return 0 if self.sample is None else self.sample.running + self.sample.waiting
+        """Requests that ran or waited in the latest sample, and callers that were told the endpoint since."""
+        return self._told + (0 if self.sample is None else self.sample.running + self.sample.waiting)
 
     def expect_request(self) -> None:
         """The endpoint was told to a caller, who is about to send a request."""
         self.told_at = time.monotonic()
+        self._told += 1
         self._ended_before = 0.0 if self.sample is None else self.sample.ended
 
     async def until_unhealthy(self) -> str:
@@ -118,7 +120,7 @@ class HealthMonitor:
         if sample is not None:
             if sample.running or sample.waiting or (self.sample is not None and sample.ended != self.sample.ended):
                 self.active_at = time.monotonic()
-            self.sample = sample
+            self.sample, self._told = sample, 0
         return sample
 
     async def _until_check_fails(self) -> str:

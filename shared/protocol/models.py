@@ -191,6 +191,11 @@ class ModelView(ModelFacts):
         return self.state == "draining"
 
     @property
+    def ending(self) -> bool:
+        """Its engine takes no new requests and ends. A load of it waits for that and starts the next engine."""
+        return self.state in ("draining", "stopping")
+
+    @property
     def holds_devices(self) -> bool:
         """Its engine uses its devices, or will once it has started or woken."""
         return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)

@@ -269,7 +269,8 @@ class Loader:
         self._fleet.update_model(plan.node, view)
 
     async def until_loaded(self, key: ReplicaKey) -> float | None:
-        """Waits until a load of this engine has ended. Returns when its engine was seen to start; None if it was not.
+        """Waits until a load of this engine has ended, first until an engine that still stops under this name has.
+        Returns when its engine was seen to start; None if it was not.
 
         Raises:
             LoadFailure: it failed, or takes longer than `timeout_secs`. NodeRemoved: not known how it ends.
@@ -279,10 +280,11 @@ class Loader:
 
         def settled(node: NodeSnapshot) -> bool:
             view = node.view(model_id, instance)
-            return view is None or not (node.healthy and view.coming)
+            return view is None or not (node.healthy and (view.coming or view.ending))
 
         def starts(node: NodeSnapshot) -> bool:
-            return settled(node) or node.models[model_id][instance].state not in (None, "starting")
+            view = node.view(model_id, instance)
+            return view is None or settled(node) or not (view.ending or view.state in (None, "starting"))
 
         what = f"loading {model_id!r} on {name} failed"
         try:

@@ -84,11 +84,12 @@ class TranslatableRequest(RequestHandler):
     def _refuse_translation(self, replica: Replica, error: ServiceError) -> None:
         """The replica can only answer a translated request, and this one cannot be translated: another may do."""
         context, path, now = self._context, self._request.path, monotonic()
-        others = untried(context.control.table.get(self._name, ()), self._failures, replica)
-        able = tuple(other for other in others if not context.missing_paths.lacks(other, path, now))
-        if able and not self._diverted:  # once: with limits, the control may name this replica again and again
+        replicas = context.control.table.get(self._name, ())
+        able = tuple(each for each in replicas if not context.missing_paths.lacks(each, path, now))
+        others = untried(able, self._failures, replica)
+        if others and not self._diverted:  # once: with limits, the control may name this replica again and again
             self._diverted = True
-            self._send_to_one_of(able)
+            self._send_to_one_of(others)
         else:
             self._label, self._node = self._model_id, replica.node
             self._refuse(error)

@@ -79,7 +79,7 @@ async def cortex(start_cortex: StartCortex, beast: V1Neuron, benjy: V1Neuron) ->
 
 
 async def test_status(cortex: RunningCortex, beast: V1Neuron) -> None:
-    """Each device has a row; the neuron's first row has its state and models."""
+    """Each device has a row, each engine too; the neuron's first row has its state."""
     beast.models["org/small"] = "loaded"
     beast.used_mb[1] = 500
     fleet = cortex.parts.fleet
@@ -89,7 +89,7 @@ async def test_status(cortex: RunningCortex, beast: V1Neuron) -> None:
     assert (result.status, result.err) == (0, "")
     assert result.rows == [
         ["NODE", "STATE", "DEVICES", "MODELS"],
-        ["beast", "healthy", "0: GPU 0/32000 MiB", "org/small (loaded)"],
+        ["beast", "healthy", "0: GPU 0/32000 MiB", "org/small on 0 (loaded)"],
         ["1: GPU 500/32000 MiB"],
         ["benjy", "healthy", "0: GPU 0/24000 MiB", "-"],
     ]

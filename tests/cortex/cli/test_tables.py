@@ -40,7 +40,8 @@ def test_instances_in_the_tables() -> None:
         {"id": "o", "instance": "0", "status": "loaded"},
     ]
     node = {"name": "n", "healthy": True, "draining": False, "models": engines, "devices": []}
-    assert "m#0 (loaded), m#1 (sleeping), o (loaded)" in status_table({"nodes": [node], "loads": []})
+    rows = status_table({"nodes": [node], "loads": []}).splitlines()
+    assert [row.split("  ")[-1] for row in rows[1:]] == ["m#0 (loaded)", "m#1 (sleeping)", "o (loaded)"]
     locations = [
         {"node": node, "status": status} for node, status in (("a", "loaded"), ("a", "loaded"), ("b", "failed"))
     ]
@@ -48,10 +49,27 @@ def test_instances_in_the_tables() -> None:
     assert "a (2 loaded), b (failed)" in models_table({"data": [entry]})
 
 
+def test_status_says_which_device_has_which_engine() -> None:
+    """A row for each engine, in the order of their names, with its devices where the neuron has several; a load in
+    progress names its instance."""
+    engines: list[dict[str, Any]] = [
+        {"id": "s", "instance": "10", "status": "loaded", "devices": [3]},
+        {"id": "s", "instance": "9", "status": "loaded", "devices": [2]},
+        {"id": "b", "instance": "0", "status": "loading", "devices": [0, 1]},
+    ]
+    devices = [{"index": index, "name": "H100", "vram_total_mb": 80000} for index in range(2)]
+    node = {"name": "n", "healthy": True, "draining": False, "models": engines, "devices": devices}
+    job = {"model": "s", "node": "n", "instance": "11", "reason": "fits"}
+    rows = status_table({"nodes": [node], "loads": [job]}).splitlines()
+    assert [row.split("MiB  ")[-1].strip() for row in rows[1:3]] == ["b on 0 1 (loading)", "s#9 on 2 (loaded)"]
+    assert rows[3].strip() == "s#10 on 3 (loaded)"
+    assert rows[-1].split() == ["s", "n#11", "loading", "fits"]
+
+
 def test_an_operator_is_told_which_instance() -> None:
     """As `node#instance`, except for the only or first one."""
-    assert loaded_line({"model": "m", "node": "n", "instance": "2"}) == "m is loaded on n#2, already before"
-    assert loaded_line({"model": "m", "node": "n", "instance": "0"}) == "m is loaded on n, already before"
+    assert loaded_line({"model": "m", "node": "n", "instance": "2"}) == "m was already loaded on n#2"
+    assert loaded_line({"model": "m", "node": "n", "instance": "0"}) == "m was already loaded on n"
     results = [{"node": "n", "instance": "1", "status": "unloaded"}, {"node": "old", "status": "unloaded"}]
     assert unloaded_line({"model": "m", "nodes": ["n", "old"], "results": results}) == "m is unloaded from n#1, old"
 
@@ -90,7 +108,9 @@ def test_variants_in_the_tables() -> None:
         {"id": "m", **place},
         {"id": "o", "status": "loading", "variant": "fp8", "progress": {"phase": "starting"}},
     ]
-    assert "m (loaded, awq), o (fp8, starting)" in status_table({"nodes": [{**node, "models": models}], "loads": []})
+    text = status_table({"nodes": [{**node, "models": models}], "loads": []})
+    assert "m (loaded, awq)\n" in text
+    assert "o (fp8, starting)" in text
     entry = {"id": "m", "loaded": True, "feasible_on": ["n"], "locations": [{"node": "n", **place}]}
     assert "n (loaded, awq)" in models_table({"data": [entry]})
     nodes: list[dict[str, Any]] = [

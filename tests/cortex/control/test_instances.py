@@ -158,10 +158,15 @@ async def test_an_operator_names_the_instance_to_load(cortex: RunningCortex, hos
 @pytest.mark.parametrize(
     ("action", "body", "status", "text"),
     [
-        ("load", {"instance": "1"}, 400, "give node too"),
-        ("unload", {"instance": "1"}, 400, "give node too"),
+        ("load", {"instance": "1"}, 400, "name the neuron too (--on, node)"),
+        ("unload", {"instance": "1"}, 400, "name the neuron too (--on, node)"),
         ("unload", {"node": "box", "instance": "9"}, 404, "no instance '9' of 'org/m', only 0, 1, 2, 3, 4, 5, 6, 7"),
-        ("unload", {"node": "box", "instance": "1", "for_secs": 9}, 400, "not one instance"),
+        (
+            "unload",
+            {"node": "box", "instance": "1", "for_secs": 9},
+            400,
+            "--for (for_secs) holds back the model, not one instance",
+        ),
         ("load", {"node": "box", "instance": "a b"}, 400, "instance"),
     ],
 )

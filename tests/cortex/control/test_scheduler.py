@@ -189,6 +189,30 @@ async def test_an_accepted_load_counts_before_its_first_event(start_cortex: Star
         assert "/models/load?wait=false" not in second.asked
 
 
+async def test_a_load_waits_for_the_end_of_the_engine_before(start_cortex: StartCortex) -> None:
+    """A neuron that still stops an engine of the model accepts the load and lists the model as stopping until then."""
+    taken = asyncio.Event()
+
+    async def take(wire: Wire, received: Received) -> None:
+        await wire.send(plain(b'{"status":"loading"}', status="202 Accepted"))
+        taken.set()
+
+    async with RawNeuron().running() as neuron:
+        neuron.scripts["/models/load?wait=false"] = take
+        neuron.change("org/low", "unloaded", state="stopping")
+        cortex = await start_cortex([neuron], [LOW])
+        await bounded(neuron.streaming.wait())
+        asking = asyncio.create_task(_status(cortex.chat("org/low")))
+        await bounded(taken.wait())
+        for _ in range(3):
+            await cortex.parts.pollers["raw"].refresh()
+        assert [job.node for job in cortex.parts.loader.jobs()] == ["raw"]
+        neuron.change("org/low", "failed", error="just now", cause="model")
+        await neuron.tell("model", neuron.models["org/low"])
+        assert await bounded(asking) == 503
+        assert neuron.asked.count("/models/load?wait=false") == 1
+
+
 async def test_a_load_of_another_client_clears_the_backoff(start_cortex: StartCortex) -> None:
     """A model that has loaded since has no backoff: after it is unloaded it can be loaded at once."""
 

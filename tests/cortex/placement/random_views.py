@@ -23,7 +23,7 @@ def random_view(seed: int) -> PlanningView:
     models = tuple(_model(random, f"m{i:02}") for i in range(12))
     nodes = [_node(random, f"n{i}", models) for i in range(random.randint(1, 5))]
     reserved = tuple(_reservation(random, nodes, models) for _ in range(random.choice((0, 0, 1, 2))))
-    there = [(model_id, each.name) for each in nodes for model_id in each.models]
+    there = [tuple(engine.key) for each in nodes for engine in each.every_engine()]
     evicting = tuple(key for key in there if random.random() < 0.1)
     return view(
         fleet(*nodes, reservations=reserved, evicting=evicting),
@@ -58,7 +58,7 @@ def _model(random: Random, name: str) -> ModelProfile:
         "id": name,
         "min_devices": size,
         "residency_priority": random.choice((50, 100, 100, 200)),
-        "replicas": {"min": random.choice((0, 0, 0, 1))},
+        "replicas": {"min": random.choice((0, 0, 0, 1, 3)), "per_node": random.choice((None, None, 2))},
     }
     if random.random() < 0.85:
         fields["vram_mb"] = random.choice((2000, 7000, 14000, 22000, 60000)) * size
@@ -74,15 +74,18 @@ def _node(random: Random, name: str, models: tuple[ModelProfile, ...]) -> NodeSn
     foreign = [random.choice((0, 0, 0, 3000)) for _ in totals]
     free = [total - other for total, other in zip(totals, foreign, strict=True)]
     there: dict[str, On] = {}
-    for model in random.sample(models, random.randint(0, 6)):
+    instances = random.random() < 0.5
+    for model in random.sample(models, random.randint(0, 6)) * (2 if instances else 1):
+        taken = {i for key, on in there.items() if key.startswith(model.id) for i in on.devices}
+        key = f"{model.id}#1" if model.id in there else model.id
         devices = tuple(sorted(random.sample(range(len(totals)), min(model.min_devices, len(totals)))))
         mb = model.device_share_mb or 7000
         status = random.choice(("loaded",) * 5 + ("sleeping", "loading", "unloaded", "failed", "what?"))
         if status in ("unloaded", "failed") or len(devices) < model.min_devices:
-            there[model.id] = On(0, (), "unloaded")
-        elif all(free[i] >= mb for i in devices):
+            there.setdefault(model.id, On(0, (), "unloaded"))
+        elif taken.isdisjoint(devices) and all(free[i] >= mb for i in devices):
             held = 500 if status == "sleeping" else mb
-            there[model.id] = On(held, devices, status, wants_mb=mb - held, working=random.choice((0, 0, 0, 2)))
+            there[key] = On(held, devices, status, wants_mb=mb - held, working=random.choice((0, 0, 0, 2)))
             for i in devices:
                 free[i] -= held
     return host(
@@ -90,7 +93,8 @@ def _node(random: Random, name: str, models: tuple[ModelProfile, ...]) -> NodeSn
         *totals,
         models={k: v for k, v in there.items() if v.status != "sleeping" or all(free[i] >= 0 for i in v.devices)},
         foreign_mb=tuple(foreign),
-        protocol_v1=random.random() < 0.3,
+        protocol_v1=not instances and random.random() < 0.6,
+        instances=instances,
         links={(0, 1): random.choice(list(LinkKind))} if len(totals) > 1 and random.random() < 0.5 else None,
         healthy=random.random() < 0.9,
         draining=random.random() < 0.1,

@@ -62,6 +62,7 @@ def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
         assert each.eviction_class is not EvictionClass.IDLE or not use.in_flight, seed
     keys = [each.resident.key for each in plan.eviction_plan.evictions]
     assert len(set(keys)) == len(keys), seed
+    _keeps_instances_apart(moment, plan, seed)
     room = device_memory(moment, node)
     if _by_the_figures(moment, plan) and not plan.wakes:
         for index in plan.devices:
@@ -76,6 +77,22 @@ def _keeps_the_rules(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
             assert any(have[i] < max(plan.device_share_mb, plan.reserve_mb) for i in plan.devices), seed
     rules = moment.rules
     assert plan.ready_at <= moment.now + max(rules.min_residency_secs, rules.patience_secs), seed
+
+
+def _keeps_instances_apart(moment: PlanningView, plan: LoadPlan, seed: int) -> None:
+    """Each has a name and devices of its own, and evictions leave models of the same priority their minimum."""
+    node, profile = moment.fleet.nodes[plan.node], moment.catalogue.profile(plan.model_id)
+    assert profile is not None
+    active = {each.key: each.view.devices for each in node.engines(profile.id) if each.view.loaded or each.view.coming}
+    assert plan.key not in active, seed
+    assert not active or node.has_instances, seed
+    assert all(set(devices).isdisjoint(plan.devices) for devices in active.values()), seed
+    assert profile.replicas.per_node is None or len(active) < profile.replicas.per_node, seed
+    gone = [each.resident.key for each in plan.eviction_plan.evictions if not each.resident.asleep]
+    for model_id in {key.model_id for key in gone} - {plan.model_id}:
+        other = moment.catalogue.profile(model_id)
+        if other is not None and other.replicas.min and other.residency_priority == profile.residency_priority:
+            assert len(moment.replicas(model_id) - set(gone)) >= other.replicas.min, seed
 
 
 def _by_the_figures(moment: PlanningView, plan: LoadPlan) -> bool:

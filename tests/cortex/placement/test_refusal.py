@@ -29,6 +29,16 @@ def _refused(model_id: str, where: FleetSnapshot, backoffs: Mapping[ModelOnNode,
     return placement_error(moment, model_id, [] if wanted is None else all_verdicts(moment, wanted))
 
 
+def test_free_memory_beside_another_instance_does_not_count() -> None:
+    """Two instances share no device: the reason says where they are instead of what is free there."""
+    models = {"m": On(14000, (0,)), "m#1": On(14000, (2,)), "top": On(20000, (1,))}
+    where = fleet(host("a", 40000, 24000, 40000, models=models, instances=True))
+    wanted = profile(vram_mb=14000, replicas={"min": 3})
+    verdicts = all_verdicts(view(where, wanted, TOP), wanted)
+    expected = "needs 14000 MiB, 4000 MiB free on device 1; another instance is on devices 0, 2; top stays"
+    assert expected in str(verdicts)
+
+
 @pytest.mark.parametrize(
     ("model_id", "where", "backoffs", "code"),
     [

@@ -314,13 +314,13 @@ async def test_several_instances(mark: str, tmp_path: Path) -> None:
         await neuron.load(A, "--load-secs", "60", wait=False, instance="3", devices=[0])
         listed = [each for each in (await cortex.call("GET", "/models")).body if each["id"] == A]
         assert [each["instance"] for each in listed] == ["3", "2", "0", "1"]
-        assert len({await cortex.route(A) for _ in range(4)}) == 2
 
         async def ended() -> list[dict[str, Any]] | None:
             models: list[dict[str, Any]] = (await cortex.call("GET", "/health")).body["models"]
             return models if [each["ended"] for each in models] == [2] else None
 
         assert await until(ended) == [{"id": A, "in_flight": 0, "queue_depth": 0, "ended": 2}]
+        assert len({await cortex.route(A) for _ in range(4)}) == 2
         assert (await cortex.unload(A)).status == 200
         assert await cortex.listed() == {A: "unloaded"}
         await cortex.forward(A)

@@ -366,3 +366,17 @@ async def test_displacement_takes_one_instance(tmp_path: Path, mark: str) -> Non
         await cortex.forward("other")
         assert {name: entry["status"] for name, entry in (await entries(neuron)).items()} == {"0": "loaded"}
         assert (await neuron.model("other"))["devices"] == [0]
+
+
+async def test_callers_do_not_all_go_to_one_idle_engine(host: Neuron) -> None:
+    """Between two samples of the engines' requests, callers that were told an endpoint count as its requests."""
+    await load(host, "0", "1", args=["--tokens-per-sec", "5"])
+    endpoint = (await host.call("GET", f"/models/{MODEL}/endpoint?instance=0")).body
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 10_000, "stream": True}
+    headers = {"Authorization": f"Bearer {endpoint['api_key']}"}
+    async with host.session.post(f"{endpoint['url']}/v1/chat/completions", json=body, headers=headers):
+        await until(lambda: host.activity().get(MODEL) == 1)
+        answers = [await host.call("GET", f"/models/{MODEL}/endpoint") for _ in range(8)]
+    urls = [answer.body["url"] for answer in answers]
+    assert urls[0] != endpoint["url"]
+    assert 1 <= urls.count(endpoint["url"]) <= 6
