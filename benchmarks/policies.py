@@ -1,5 +1,5 @@
-"""`python -m benchmarks.policies`: the policies of the simulator compared on the example fleet. Prints the tables of
-docs/simulate.md."""
+"""`python -m benchmarks.policies`: the policies of the simulator compared on the example fleet. Prints all figures as
+tables, and the ratios of each seed."""
 
 from __future__ import annotations
 

@@ -114,10 +114,10 @@ class Resolver:
     async def engine(self, key: ReplicaKey) -> Replica | None:
         """As `routing.control.Control.engine`. Right after a start it waits until the neurons have been asked."""
         await self._fleet.until_all_polled()
-        if key not in self._serving_keys(key.model_id):
-            return None
-        with contextlib.suppress(UpstreamError):
-            return await self._routes.replica(key, key.model_id)
+        for serving in self._serving_keys(key.model_id):
+            if serving.name == key.name:  # an upgraded neuron gives the engine an instance
+                with contextlib.suppress(UpstreamError):
+                    return await self._routes.replica(serving, key.model_id)
         return None
 
     async def engine_end(self, replica: Replica) -> str | None:
@@ -303,10 +303,10 @@ class Resolver:
         dead = {f.replica.key for f in failures if f.kind == "dead" and not self._is_elsewhere(f.replica)}
         unanswering = lost | dead | {key for key, times in gone.items() if times > 1}
         if unanswering.issuperset(serving) and any(serving.values()):
-            _, name, instance = min(key for key, reports in serving.items() if reports)
+            served, name, instance = min(key for key, reports in serving.items() if reports)
             with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
                 async with timeout(DEAD_ENGINE_SECS if dead else ENGINE_END_SECS):
-                    await self._fleet.until(name, lambda node: _has_ended(node.view(model_id, instance)))
+                    await self._fleet.until(name, lambda node: _has_ended(node.view(served, instance)))
             lost &= self._serving_keys(model_id)
 
 

@@ -331,7 +331,7 @@ class Scheduler:
         """Records how a load ends that others started and our requests wait for."""
         key, view = engine.key, engine.view
         if view.coming:
-            if self._queue.count(key.model_id):
+            if self._queue.count(*self._fleet.snapshot().names_for(key)):
                 self._expect_foreign_load(key)
             return
         if key in self._foreign_loads:
@@ -372,7 +372,7 @@ class Scheduler:
             await self._evictor.evict(
                 key,
                 method="sleep_if_idle" if removal.sleep else "unload",
-                still_needed=lambda: not self._queue.count(removal.model_id),
+                still_needed=lambda: not self._queue.count(*self._live.catalogue.names_of(removal.model_id)),
             )
         except NoLongerNeeded:
             log.info("keeping %s on %s: it was requested again", key.model_id, key.name)

@@ -104,7 +104,7 @@ class ProxyContext:
         if owner is None:
             return None
         replicas = self.control.table.get(owner.model_id, ())
-        return next((replica for replica in replicas if replica.key == owner.key), None)
+        return next((replica for replica in replicas if replica.name == owner.name), None)
 
     async def find_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker

@@ -84,6 +84,7 @@ class ProtocolV1:
         for _ in range(_ATTEMPTS):
             model = await self._without_key(model_id, instance)
             if model.state is State.LOADED and model.engine is not None:
+                self._refuse_keyed_part(model, model.engine)
                 return model
             try:
                 await self._load(model)
@@ -92,6 +93,17 @@ class ProtocolV1:
                     self._unlisted.add(model_id)
                 raise
         raise Unavailable(f"{model_id} is unloaded again and again", retry_after=_GONE_SECS)
+
+    def _refuse_keyed_part(self, model: InstanceState, engine: Engine) -> None:
+        """An engine that spans several neurons is not started again without its key: the other parts would be lost.
+
+        Raises:
+            Conflict: it serves only callers that send its key.
+        """
+        part = engine.spec.group
+        if part is not None and part.serves and engine.api_key is not None and not self._keys.required:
+            advice = f'send the key and the header {ENGINE_KEYS_HEADER}, or set engine_keys = "never" in neuron.toml'
+            raise failures.key_required(str(model.key), f"its engine spans several neurons: {advice}")
 
     def _best(self, model_id: str, instance: str | None) -> InstanceState:
         """The instance to use: rather one without a needless key.
@@ -155,10 +167,12 @@ class ProtocolV1:
             await asyncio.sleep(_ROOM_POLL_SECS)
 
     def listed(self, views: Iterable[NeuronModelView]) -> list[NeuronModelView]:
-        """The entries of `/models` that such a caller gets: without parts of a group that have no server, since it
-        would send requests to each that is loaded. Where a model has several, known implementations keep the last one's
-        status, which is therefore that of the instance to use."""
-        serving = [view for view in views if view.group is None or view.group.serves]
+        """The entries of `/models` that such a caller gets: once one has loaded something or asked for an endpoint,
+        without parts of a group that have no server, since it would send requests to each that is loaded. Where a model
+        has several, known implementations keep the last one's status, which is therefore that of the instance to
+        use."""
+        hidden = self._keys.v1_callers
+        serving = [view for view in views if not hidden or view.group is None or view.group.serves]
         listed = [view for view in serving if view.id not in self._unlisted or view.status not in _NOT_RUNNING]
         first = {view.id: number for number, view in reversed(list(enumerate(listed)))}
         return sorted(listed, key=lambda view: (first[view.id], _USE.get(view.status, _ENDPOINT_HELPS)))
@@ -177,9 +191,9 @@ class ProtocolV1:
 def _with_needless_key(model: InstanceState, keys: EngineKeys) -> Engine | None:
     """The instance's engine, if it has a key and another engine would get none."""
     engine = model.engine
-    if keys.required or model.state is not State.LOADED or engine is None or engine.api_key is None:
+    if keys.required or model.state is not State.LOADED or engine is None or engine.spec.group is not None:
         return None
-    return engine
+    return None if engine.api_key is None else engine
 
 
 def _summed(activity: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

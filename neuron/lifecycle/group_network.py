@@ -64,9 +64,14 @@ class GroupListeners:
             _check_own(address)
             pool = self._pools.setdefault(address, PortPool(address))
             port = pool.reserve(self._settings.port_range)
-            server = await asyncio.start_server(lambda _, writer: _greet(writer, group), address, port)
+            try:
+                server = await asyncio.start_server(lambda _, writer: _greet(writer, group), address, port)
+            except OSError:
+                pool.release(port)
+                raise
         except OSError as error:
             raise _unavailable(f"cannot listen on {address} for a group: {error.strerror or error}") from error
+        self.close(group)  # another caller may have begun to listen for it meanwhile
         timer = asyncio.get_running_loop().call_later(LISTEN_SECS, self.close, group)
         self._listeners[group] = _Listener(server, port, pool, timer)
         return ListenReply(address=address, port=port)
@@ -156,16 +161,16 @@ def _unavailable(reason: str) -> Unavailable:
 
 
 def _interface_of(address: str) -> str | None:
-    """The network interface with this address, or, for another address of the loopback, with its network; None if
-    there is none."""
+    """The network interface with this address; for any address of the loopback, the loopback; None if there is
+    none."""
     try:
         wanted = ipaddress.ip_address(address)
     except ValueError:  # a name
         return None
     for name, found in psutil.net_if_addrs().items():
         for each in found:
-            with contextlib.suppress(ValueError):
-                own = ipaddress.ip_interface(f"{each.address.partition('%')[0]}/{each.netmask}")
-                if own.ip == wanted or (wanted.is_loopback and wanted in own.network):
+            with contextlib.suppress(ValueError):  # not an internet address
+                own = ipaddress.ip_address(each.address.partition("%")[0])
+                if own == wanted or (wanted.is_loopback and own.is_loopback and wanted.version == own.version):
                     return name
     return None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from shared.protocol.base import Mib, NameList, WireModel
+from shared.protocol.base import Mib, NameList, Text, WireModel
 from shared.protocol.group import GroupPart
 from shared.protocol.parallel import Parallelism
 
@@ -22,7 +22,7 @@ MAX_MODEL_ID_CHARS = 512
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
 FIRST_INSTANCE = "0"
 """The instance that a load without `instance` makes when the neuron has none of the model."""
-InstanceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+InstanceName = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Names one engine of a model on its neuron."""
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.protocol.base import PROTOCOL_V1, READ_ONLY, WHOLE, Mib, Text, WireModel
+from shared.protocol.commands import InstanceName
 
 
 class DeviceHealth(WireModel):
@@ -48,7 +49,7 @@ class ModelActivity(WireModel):
     """
 
     id: Text
-    instance: Text | None = None
+    instance: InstanceName | None = None
     in_flight: Annotated[int, WHOLE] = 0
     queue_depth: Annotated[int, WHOLE] = 0
     ended: Annotated[int, WHOLE] | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from shared.protocol.base import READ_ONLY, IndexList, Mib, NameList, Text, Tokens, WireModel
-from shared.protocol.commands import EndpointReply
+from shared.protocol.commands import EndpointReply, InstanceName
 from shared.protocol.group import GroupPart
 from shared.protocol.parallel import Parallelism
 
@@ -134,7 +134,7 @@ class ModelView(ModelFacts):
     """
 
     id: Text
-    instance: Text | None = None
+    instance: InstanceName | None = None
     variant: Text | None = None
     harness: Text | None = None
     status: Text

@@ -25,6 +25,8 @@ class InstancesNeuron(V1Neuron):
         self.engines = {instance: V1Engine() for instance in instances}
         self.asked: list[str | None] = []  # the instances whose endpoint was asked for
         self.since = 1.0
+        self.process = f"{name}-1"  # another one after a restart
+        self.variant: str | None = None  # of all engines
 
     def requests(self) -> dict[str, int]:
         """How many requests each engine got."""
@@ -32,13 +34,14 @@ class InstancesNeuron(V1Neuron):
 
     async def _discovery(self, request: web.Request) -> web.Response:
         plain = await super()._discovery(request)
-        return web.json_response({**json.loads(plain.text or ""), "instance_id": f"{self.name}-1", "instances": True})
+        return web.json_response({**json.loads(plain.text or ""), "instance_id": self.process, "instances": True})
 
     async def _models(self, request: web.Request) -> web.Response:
         entries: list[dict[str, Any]] = [
             {
                 "id": MODEL,
                 "instance": instance,
+                "variant": self.variant,
                 "harness": "vllm",
                 "status": status,
                 "devices": [place],
@@ -53,7 +56,7 @@ class InstancesNeuron(V1Neuron):
         plain = await super()._health(request)
         models = [{"id": MODEL, "instance": each} for each, status in self.statuses.items() if status == "loaded"]
         return web.json_response(
-            {**json.loads(plain.text or ""), "instance_id": f"{self.name}-1", "models": models, **self.health}
+            {**json.loads(plain.text or ""), "instance_id": self.process, "models": models, **self.health}
         )
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -74,6 +77,8 @@ class InstancesNeuron(V1Neuron):
     async def _endpoint(self, request: web.Request) -> web.Response:
         instance = request.query.get("instance")
         self.asked.append(instance)
+        if instance is None and len(self.engines) == 1:
+            (instance,) = self.engines
         if self.statuses.get(instance or "") != "loaded":
             return web.json_response({"error": "not loaded"}, status=404)
         return web.json_response({"url": self.engines[instance or ""].url})

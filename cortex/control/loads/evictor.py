@@ -97,8 +97,8 @@ class Evictor:
         fleet = self._fleet.snapshot()
         engine = fleet.engine(key)
         group = None if engine is None else group_with(fleet, engine)
-        running = [] if group is None else [part.key for part in group.running if part.node.healthy]
-        return running or [key]
+        parts = [] if group is None else [part.key for part in group.reachable]
+        return parts or [key]
 
     async def _evict(
         self,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cortex.control.loads.neurons import NeuronAccess
-from cortex.fleet.groups import EngineGroup, groups_of
+from cortex.fleet.groups import EngineGroup, incomplete_groups
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot
 from cortex.fleet.state import NodeRemoved, RouteChanges
@@ -56,11 +56,7 @@ class GroupKeeper:
     def _look(self, models: set[str]) -> set[str]:
         """Takes down the broken groups of these models. Returns the models that have incomplete ones."""
         fleet = self._fleet.snapshot()
-        incomplete = {
-            group.id: group
-            for group in groups_of(fleet, models)
-            if group.running and not (group.complete and all(part.node.healthy for part in group.running))
-        }
+        incomplete = {group.id: group for group in incomplete_groups(fleet, models)}
         self._seen = {group: self._seen.get(group, self._clock()) for group in incomplete}
         for group in incomplete.values():
             reason = group.lost_part()
@@ -75,7 +71,7 @@ class GroupKeeper:
 
     async def _take_down(self, group: EngineGroup) -> None:
         try:
-            await asyncio.gather(*(self._unload(part) for part in group.running if part.node.healthy))
+            await asyncio.gather(*(self._unload(part) for part in group.reachable))
         finally:
             self._ending.discard(group.id)
 

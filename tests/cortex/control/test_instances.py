@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.fleets import replica_key
+from tests.cortex.fleets import replica, replica_key
 from tests.cortex.instances_neuron import MODEL, InstancesNeuron
 
 EIGHT = tuple(map(str, range(8)))
@@ -240,6 +240,49 @@ async def test_stored_responses_go_to_their_instance(cortex: RunningCortex, host
     for response_id in made:
         async with cortex.http.get(f"{cortex.url}/v1/responses/{response_id}") as response:
             assert (await response.json())["id"] == response_id
+
+
+async def test_a_stored_response_is_found_after_an_upgrade(cortex: RunningCortex, host: InstancesNeuron) -> None:
+    """The state file of an earlier version has no instance: the engine is the first one now, for workers and for the
+    control."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"id": "resp_1"})
+
+    host.engines["0"].answer = answer
+    cortex.parts.resolver.response_owners.add("resp_1", replica(MODEL, "box", url=""))
+    assert await page(cortex, "/v1/responses/resp_1") == {"id": "resp_1"}
+    maker = await cortex.parts.resolver.engine(replica_key(MODEL, "box"))
+    assert maker is not None
+    assert maker.instance == "0"
+
+
+@pytest.mark.parametrize("name", [MODEL, f"{MODEL}@fp8"])
+async def test_a_request_waits_until_the_end_of_its_only_engine_is_noticed(
+    start_cortex: StartCortex, name: str
+) -> None:
+    """A stopping engine closes its port before its neuron reports the end. Then the model is loaded again."""
+    async with InstancesNeuron("box", "0").running() as host:
+        host.variant, engine = "fp8", host.engines["0"]
+
+        async def drop(request: web.Request) -> web.StreamResponse:
+            asyncio.get_running_loop().call_later(0.2, end)
+            assert request.transport is not None
+            request.transport.abort()
+            raise asyncio.CancelledError
+
+        def end() -> None:
+            host.statuses["0"], engine.answer = "failed", answer
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            return web.json_response({"model": MODEL})
+
+        engine.answer = drop
+        cortex = await start_cortex([host], [{**CATALOGUE[0], "variants": [{"name": "fp8"}]}])
+        body = json.dumps({"model": name, "input": "hi"})
+        async with cortex.http.post(f"{cortex.url}/v1/embeddings", data=body) as response:
+            assert response.status == 200, await response.text()
+        assert [load["instance"] for load in host.loads] == ["0"]
 
 
 async def test_a_host_that_fails_as_a_whole_costs_one_attempt(start_cortex: StartCortex, host: InstancesNeuron) -> None:

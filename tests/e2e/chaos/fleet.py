@@ -1,4 +1,4 @@
-"""Three real neurons and two real cortexes on fixed ports, which can be killed and restarted."""
+"""Four real neurons and two real cortexes on fixed ports, which can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ STOP_SECS = 20.0
 POLL_SECS, POLL_TIMEOUT_SECS, UNHEALTHY_AFTER = 0.4, 1.0, 2
 _PORTS = (21_000, 25_900)  # below the kernel's range for outgoing connections
 _ENGINE_PORTS = 400  # for each host
+_GROUP_PORTS = 50  # of them
 _SUCCEEDED = re.compile(r" cortex\.access: \S+ \S+ 200 ")
 _CALL = aiohttp.ClientTimeout(total=3)
 
@@ -238,11 +239,12 @@ def _neuron_table(neuron: NeuronHost, directory: Path, first_port: int) -> dict[
         "harness": {
             "sim": {
                 "extra_args": ["--ttft-ms", "5", "--tokens-per-sec", "200", "--answer-tokens", "1000"],
-                "port_range": [first_port, first_port + _ENGINE_PORTS - 1],
+                "port_range": [first_port, first_port + _ENGINE_PORTS - _GROUP_PORTS - 1],
                 "stop_timeout_secs": 2,
                 "startup_timeout_secs": 15,
             }
         },
+        "group": {"port_range": [first_port + _ENGINE_PORTS - _GROUP_PORTS, first_port + _ENGINE_PORTS - 1]},
         "health": {
             "interval_secs": 0.2,
             "unresponsive_secs": 4,

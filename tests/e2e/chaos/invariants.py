@@ -17,6 +17,7 @@ import aiohttp
 
 from neuron.engine import session
 from tests.e2e.chaos.fleet import Fleet, NeuronHost, Service, served_model
+from tests.e2e.chaos.models import model_of
 from tests.neuron.neurons import marked_processes
 
 _PROCESSES_SECS = 0.05  # between two checks
@@ -60,7 +61,7 @@ class Watch:
             self.found.setdefault(what, time.monotonic())
 
     def _duplicates(self) -> list[str]:
-        """Models that have more than one engine on one host."""
+        """Models that have more engines on a host than they may."""
         leaders: dict[tuple[str, str], list[int]] = defaultdict(list)
         seen = set()
         for process in session.processes():
@@ -75,7 +76,7 @@ class Watch:
         return [
             f"{model_id} has {len(pids)} engines on {host}: {sorted(pids)}"
             for (host, model_id), pids in leaders.items()
-            if len(pids) > 1
+            if len(pids) > model_of(model_id).most_engines(self.fleet.neuron(host).shape)
         ]
 
     def _engine_of(self, key: tuple[int, int]) -> tuple[str, str] | None:

@@ -1,4 +1,6 @@
-"""Three neurons, two cortexes, more models than fit, clients of every dialect, and faults at random.
+"""Four neurons, two cortexes, more models than fit, clients of every dialect, and faults at random.
+
+One model has three replicas, one has variants, and one spans two hosts.
 
 CHAOS_SEED=N replays the faults and the requests, CHAOS_SECS=N makes it longer or shorter, CHAOS_KINDS=kill_core,…
 allows only those faults, CHAOS_MODELS=N serves the first N models, CHAOS_CLIENTS=N changes the load.
@@ -50,8 +52,9 @@ async def fleet(mark: str, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 @pytest.mark.timeout(180 + 2 * SECS)
 async def test_every_request_completes_or_gets_an_error(fleet: Fleet, tmp_path: Path) -> None:
-    """Each request completes or gets one typed error. A model never has two engines on a host, no device is
-    overbooked, and nothing is left at the end. Of the requests that had a live, feasible neuron 99 % succeed."""
+    """Each request completes or gets one typed error. A model never has more engines on a host than it may, no
+    device is overbooked, and nothing is left at the end. Of the requests that had a live, feasible neuron 99 % succeed.
+    """
     faults, watch = Faults(fleet), Watch(fleet)
     clients = Clients(fleet.cortexes, fleet.models, seed=SEED, pause_secs=_PAUSE_SECS)
     start = time.monotonic()

@@ -26,7 +26,7 @@ from tests.neuron.neurons import until
 
 __all__ = ["mark"]
 
-MODEL = MODELS[0].id
+MODEL = MODELS[1].id
 _ENGINE = "import signal; signal.pause()"
 
 
@@ -86,7 +86,8 @@ def test_models_do_not_fit_together() -> None:
     """Each fits on some host, but not all of them at once."""
     assert all(feasible_hosts(model.id) for model in MODELS)
     assert feasible_hosts("wide/f") == {"large"}
-    assert sum(model.vram_mb for model in MODELS) > sum(sum(host.devices_mb) for host in HOSTS)
+    assert feasible_hosts("span/s") == {"middle", "twin"}
+    assert sum(model.vram_mb * max(1, model.replicas) for model in MODELS) > sum(sum(host.devices_mb) for host in HOSTS)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,9 @@ def test_models_do_not_fit_together() -> None:
     [
         (COMPLETE, [], 0, 1),
         (Outcome(Kind.ERROR, "cold_load_failed"), [], 0, 1),
-        (Outcome(Kind.ERROR, "cold_load_failed"), ["large", "middle", "small"], 0, 0),
-        (Outcome(Kind.ERROR, "cold_load_failed"), ["large", "middle"], 0, 1),
-        (Outcome(Kind.VIOLATION), ["large", "middle", "small"], 1, 0),
+        (Outcome(Kind.ERROR, "cold_load_failed"), ["large", "middle", "twin", "small"], 0, 0),
+        (Outcome(Kind.ERROR, "cold_load_failed"), ["large", "middle", "twin"], 0, 1),
+        (Outcome(Kind.VIOLATION), ["large", "middle", "twin", "small"], 1, 0),
         (Outcome(Kind.CUT), [], 1, 1),
         (Outcome(Kind.CUT), ["cortex-0"], 0, 0),
         (Outcome(Kind.REFUSED), ["cortex-1"], 1, 1),
@@ -115,6 +116,17 @@ async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violatio
     verdict = judge(fleet, [answer], [])
     assert (len(verdict.violations), len(verdict.counted)) == (violations, counted)
     assert verdict.succeeded == (outcome == COMPLETE)
+
+
+@pytest.mark.parametrize(("down", "counted"), [(["large", "small"], 1), (["twin"], 0)])
+async def test_a_model_over_two_hosts_needs_both(fleet: Fleet, down: list[str], counted: int) -> None:
+    for service in fleet.services:
+        if service.name in down:
+            service.is_down()
+    now = time.monotonic()
+    asked = Asked("span/s", "chat", streamed=True, tokens=1)
+    answer = Answered(asked, "cortex-0", now, now, None, "", "", Outcome(Kind.ERROR, "cold_load_failed"))
+    assert len(judge(fleet, [answer], []).counted) == counted
 
 
 async def test_a_restarted_neuron_counts_after_a_poll(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tests.e2e.chaos.faults import Fault
 from tests.e2e.chaos.fleet import POLL_SECS, POLL_TIMEOUT_SECS, Fleet
 from tests.e2e.chaos.load import Answered
-from tests.e2e.chaos.models import feasible_hosts
+from tests.e2e.chaos.models import feasible_hosts, model_of
 from tests.e2e.chaos.outcomes import Kind
 
 SEEN_SECS = POLL_SECS + POLL_TIMEOUT_SECS
@@ -59,15 +59,19 @@ def judge(fleet: Fleet, answers: Sequence[Answered], faults: Sequence[Fault]) ->
 
 
 def had_live_neuron(fleet: Fleet, answer: Answered) -> bool:
-    """Whether one neuron that can hold the model was up from the request's start to its end."""
-    return any(
+    """Whether one neuron that can hold the model was up from the request's start to its end. A model that spans hosts
+    needs all of them."""
+    needed = all if model_of(answer.asked.model_id).spans else any
+    return needed(
         not fleet.neuron(name).was_down(answer.since, answer.until, recovery_secs=SEEN_SECS)
         for name in feasible_hosts(answer.asked.model_id)
     )
 
 
 def _was_hit(answer: Answered, faults: Sequence[Fault]) -> bool:
+    model_id = answer.asked.model_id
+    hosts = feasible_hosts(model_id) if model_of(model_id).spans else {answer.node}
     return any(
-        answer.node in fault.hosts and fault.at <= answer.until and fault.until + _GRACE_SECS >= answer.since
+        fault.hosts.intersection(hosts) and fault.at <= answer.until and fault.until + _GRACE_SECS >= answer.since
         for fault in faults
     )

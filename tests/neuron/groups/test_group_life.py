@@ -130,14 +130,22 @@ async def test_a_part_does_not_sleep_or_load_alone(pair: list[Neuron]) -> None:
 
 
 async def test_a_caller_of_protocol_v1_sees_only_the_part_that_serves(pair: list[Neuron]) -> None:
-    """It would send requests to every neuron that lists the model as loaded."""
+    """It would send requests to every neuron that lists the model as loaded. Before it has asked for an endpoint, it
+    may be an operator, who sees every part. No part is started again without its key: that would end the others."""
     await load_parts("g1", list(pair))
-    listed = []
+
+    async def listed(neuron: Neuron) -> list[str]:
+        async with session.get(f"{neuron.base}/models") as answer:
+            return [entry["id"] for entry in await answer.json()]
+
     async with aiohttp.ClientSession() as session:
+        assert [await listed(neuron) for neuron in pair] == [[MODEL], [MODEL]]
+        answers = []
         for neuron in pair:
-            async with session.get(f"{neuron.base}/models") as answer:
-                listed.append([entry["id"] for entry in await answer.json()])
-    assert listed == [[MODEL], []]
+            async with session.get(f"{neuron.base}/models/{MODEL}/endpoint") as answer:
+                answers.append((answer.status, (await answer.json())["error"]["code"]))
+        assert answers == [(409, "engine_key_required"), (404, "model_not_found")]
+        assert [await listed(neuron) for neuron in pair] == [[MODEL], []]
 
 
 async def test_a_restarted_neuron_adopts_its_part(mark: str, tmp_path: Path) -> None:

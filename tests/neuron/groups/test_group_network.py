@@ -64,6 +64,16 @@ async def test_a_port_is_kept_for_the_engine(monkeypatch: pytest.MonkeyPatch) ->
     listeners.close_all()
 
 
+async def test_two_callers_that_listen_for_one_group_leave_one_port() -> None:
+    """The later one counts. The port of the other is closed at once, not after `LISTEN_SECS`."""
+    listeners = GroupListeners(settings())
+    heard = await asyncio.gather(*(listeners.listen("g", "127.0.0.1") for _ in range(2)))
+    found = await unreachable("g", [peer(at.port, str(at.port)) for at in heard])
+    assert list(found.values()) == ["Connection refused"]
+    listeners.close("g")
+    assert len(await unreachable("g", [peer(at.port, str(at.port)) for at in heard])) == 2
+
+
 async def test_an_address_that_this_host_lacks_is_refused() -> None:
     listeners = GroupListeners(settings(address="203.0.113.7"))
     with pytest.raises(ServiceError, match=r"cannot listen on 203\.0\.113\.7 .*\[group\]") as refused:
@@ -75,7 +85,8 @@ async def test_the_network_of_a_part() -> None:
     """Without configuration: the address of the route to rank 0, and its interface. `[group]` goes first."""
     alone = await GroupListeners(settings()).network_of(part(1))
     assert (alone.address, alone.interface, dict(alone.env)) == ("127.0.0.1", "lo", {})
-    assert (await GroupListeners(settings()).network_of(part(0, "127.0.0.9"))).interface == "lo"
+    for address in ("127.0.0.9", "::1"):
+        assert (await GroupListeners(settings()).network_of(part(0, address))).interface == "lo"
     told = settings(address="10.0.0.7", interface="eth7", env={"NCCL_DEBUG": "INFO"})
     network = await GroupListeners(told).network_of(part(1))
     assert (network.address, network.interface, dict(network.env)) == ("10.0.0.7", "eth7", {"NCCL_DEBUG": "INFO"})
