@@ -140,7 +140,9 @@ async def test_a_model_that_cannot_serve_now_gets_no_requests(
     assert [each.get("servable") for each in entry["locations"]] == [False, None]
     other.models.clear()
     one.entries[ID] = {"servable": {"ok": True}}
-    await cortex.until(lambda: not cortex.parts.fleet.node("b").models and cortex.parts.fleet.snapshot().serving(ID))
+    await cortex.until(
+        lambda: not cortex.parts.fleet.node("b").models and bool(cortex.parts.fleet.snapshot().serving(ID))
+    )
     assert await answered_by(cortex) == "a"
 
 
