@@ -55,8 +55,14 @@ class GroupLoads:
             # Rank 0 first: its neuron listens on the port where the parts meet until it has accepted the load.
             for rank, part in enumerate(parts):
                 told = GroupPart(id=group, rank=rank, size=len(parts), master_addr=at.address, master_port=at.port)
-                begun.append(part)
-                await self._begin(plan, part, profile, told)
+                begun.append(part)  # also one whose neuron does not answer
+                try:
+                    await self._begin(plan, part, profile, told)
+                except NeuronRefused as refused:
+                    begun.remove(part)  # what runs there under its name belongs to another caller
+                    failure = failure_of(part, refused)
+                    failure.node = part.node
+                    raise failure from refused
             await self._until_all_loaded(begun, until_loaded)
         except Exception:
             await self._undo(begun)
@@ -94,17 +100,17 @@ class GroupLoads:
                 raise _failed(model_id, peer.node, f"{where}; see [group] in neuron.toml", BackoffCause.NODE)
 
     async def _begin(self, plan: LoadPlan, part: LoadPlan, profile: ModelProfile, group: GroupPart) -> None:
-        """Has one neuron accept its part."""
+        """Has one neuron accept its part.
+
+        Raises:
+            NeuronRefused: it does not. LoadFailure: it cannot be reached.
+        """
         assert plan.whole is not None
         client = self._neurons.client(part.node)
         command = part_command(part, plan.whole, profile, self._neurons.node(part.node), group)
         try:
             load = client.load(command, timeout_secs=self._timeout_secs, wait=False)
             await unless_down(self._neurons.fleet, part.node, load)
-        except NeuronRefused as refused:
-            failure = failure_of(part, refused)
-            failure.node = part.node
-            raise failure from refused
         except NeuronUnreachable as error:
             raise _failed(plan.model_id, part.node, str(error), BackoffCause.TEMPORARY) from error
         await self._neurons.refresh(part.node)  # so that the fleet shows that it is loading

@@ -8,8 +8,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from cortex.control.load_failure import LoadFailure
+from cortex.control.loads.group_loads import GroupLoads
+from cortex.control.loads.neurons import NeuronAccess
+from cortex.placement.planner import all_verdicts, best_plan
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.e2e.groups.conftest import Host, running_host
+from tests.neuron.groups.groups import load_parts
 from tests.neuron.neurons import marked_engines, marked_processes, until
 
 WIDE = {"id": "org/wide", "harness": "sim", "span_nodes": True, "min_devices": 4, "vram_mb": 40000}
@@ -66,6 +73,27 @@ async def test_a_killed_part_is_planned_again(start_cortex: StartCortex, hosts: 
         os.killpg((await hosts[lost].neuron.model("org/wide"))["pid"], signal.SIGKILL)
         await until(lambda: not marked_engines(mark))
     assert (await chat(cortex))[0] == 200
+
+
+async def test_a_refused_load_leaves_the_engine_of_another_cortex(start_cortex: StartCortex, hosts: list[Host]) -> None:
+    """Both chose the same name for it. The one that comes second must not unload what the first is loading."""
+    cortex = await start_cortex(hosts, models())
+    parts = cortex.parts
+    view = parts.scheduler.view()
+    profile = view.profile("org/wide")
+    assert profile is not None
+    plan = best_plan(all_verdicts(view, profile))
+    assert plan is not None
+    theirs = asyncio.create_task(load_parts("g1", [host.neuron for host in hosts], "--load-secs", "1"))
+
+    async def begun() -> bool:
+        return all([(await host.neuron.model("org/wide")).get("status") == "loading" for host in hosts])
+
+    await until(begun)
+    loads = GroupLoads(NeuronAccess(parts.fleet, parts.clients, parts.pollers), parts.live)
+    with pytest.raises(LoadFailure, match="is being loaded"):
+        await loads.load(plan, profile, parts.loader.until_loaded)
+    assert [answer.status for answer in await theirs] == [200, 200]
 
 
 async def test_a_minimum_brings_it_back_by_itself(start_cortex: StartCortex, hosts: list[Host], mark: str) -> None:
