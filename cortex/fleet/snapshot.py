@@ -158,17 +158,9 @@ class NodeSnapshot:
             return view.since, self.instance_id
         return view.status, view.harness, view.devices, view.vram_used_mb, self.loaded
 
-    def is_loading(self, model_id: str) -> bool:
-        """Whether an engine of the model is being loaded here."""
-        return any(view.coming for view in self.instances(model_id).values())
-
     def is_loaded(self, model_id: str) -> bool:
         """Whether an engine of the model is loaded here."""
         return any(view.loaded for view in self.instances(model_id).values())
-
-    def can_serve(self, model_id: str) -> bool:
-        """Whether an engine of the model is loaded here that the neuron does not say to be unable to answer."""
-        return any(view.servable_now for view in self.instances(model_id).values())
 
     def has_status(self, model_id: str, *statuses: ModelStatus) -> bool:
         """Whether an engine of the model here has one of these statuses."""

@@ -16,7 +16,9 @@ from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts,
 from cortex.routing.replica import ReplicaKey
 
 MAX_AT_ONCE = 64
-"""How many replicas of a model are added in one pass; a pass follows every second."""
+"""How many replicas are added in one pass; a pass follows every second."""
+MAX_SHARED_OUT = 16
+"""The same while several models lack some: each of these replicas is planned on its own."""
 IN_USE_SECS = 60.0
 """A model used this recently moves to another neuron when its own is drained."""
 
@@ -54,9 +56,12 @@ def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
 
 def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
     """The changes due now for these models of the catalogue."""
-    loads: list[tuple[LoadPlan, str]] = []
+    wanted = list(profiles)
+    loads = _missing_from_minimums(view, wanted)
+    for plan, _ in loads:
+        view = after_start(view, plan)
     removals: list[ReplicaRemoval] = []
-    for profile in profiles:
+    for profile in wanted:
         additions = _replicas_to_add(view, profile)
         for plan, _ in additions:
             view = after_start(view, plan)
@@ -65,14 +70,40 @@ def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> 
     return ReplicaChanges(tuple(loads), tuple(removals))
 
 
+def _missing_from_minimums(view: PlanningView, profiles: Iterable[ModelProfile]) -> list[tuple[LoadPlan, str]]:
+    """What is missing from every `replicas.min`, all of it at once. Models that lack some share the devices: the
+    highest priority goes first, then the model with the fewest replicas, then the one that needs the most devices,
+    because few places are left for it later."""
+    present = {profile.id: _present(view, profile) for profile in profiles if profile.replicas.min}
+    short = [profile for profile in profiles if len(present.get(profile.id, ())) < profile.replicas.min]
+    loads: list[tuple[LoadPlan, str]] = []
+    counts = {profile.id: len(present[profile.id]) for profile in short}
+    while short and len(loads) < (MAX_AT_ONCE if len(short) == 1 else MAX_SHARED_OUT):
+        profile = min(short, key=lambda each: (-each.residency_priority, counts[each.id], -each.device_count, each.id))
+        missing = profile.replicas.min - counts[profile.id]
+        why = f"replicas.min is {profile.replicas.min}, {len(view.replicas(profile.id))} serving"
+        count = min(missing, MAX_AT_ONCE - len(loads)) if len(short) == 1 else 1
+        found = _over_idle(view, profile, why, count=count)
+        for plan, _ in found:
+            view = after_start(view, plan)
+        loads += found
+        counts[profile.id] += len(found)
+        if len(found) < count or counts[profile.id] >= profile.replicas.min:
+            short.remove(profile)
+    return loads
+
+
+def _present(view: PlanningView, profile: ModelProfile) -> set[ReplicaKey]:
+    """Its replicas, those that are being loaded included."""
+    return {*view.replicas(profile.id), *coming(view, profile.id)}
+
+
 def _replicas_to_add(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:
-    """Replicas where some are missing or another would help: all that are missing at once, else one at a time."""
+    """A replica where another would help; one at a time, and none while some are missing from the minimum."""
     serving = view.replicas(profile.id)
     starting = coming(view, profile.id) - serving
-    missing = profile.replicas.min - len(serving) - len(starting)
-    if missing > 0:
-        why = f"replicas.min is {profile.replicas.min}, {len(serving)} serving"
-        return _over_idle(view, profile, why, count=min(missing, MAX_AT_ONCE))
+    if len(serving) + len(starting) < profile.replicas.min:
+        return []
     if starting:
         return []
     if not serving:

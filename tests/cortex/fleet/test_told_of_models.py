@@ -129,7 +129,7 @@ async def test_a_model_that_cannot_serve_now_gets_no_requests(
     cortex = await start_cortex(pair, [MODEL])
     assert await answered_by(cortex) == "a"
     one.entries[ID] = {"servable": servable}
-    await cortex.until(lambda: not cortex.parts.fleet.node("a").can_serve(ID))
+    await cortex.until(lambda: not cortex.parts.fleet.snapshot().serving(ID))
     assert ID not in cortex.parts.routes.table
     explained = await got(cortex, f"/fleet/explain?model={ID}")
     assert (explained["decision"]["action"], explained["decision"]["node"]) == ("load", "b")
@@ -140,7 +140,9 @@ async def test_a_model_that_cannot_serve_now_gets_no_requests(
     assert [each.get("servable") for each in entry["locations"]] == [False, None]
     other.models.clear()
     one.entries[ID] = {"servable": {"ok": True}}
-    await cortex.until(lambda: not cortex.parts.fleet.node("b").models and cortex.parts.fleet.node("a").can_serve(ID))
+    await cortex.until(
+        lambda: not cortex.parts.fleet.node("b").models and bool(cortex.parts.fleet.snapshot().serving(ID))
+    )
     assert await answered_by(cortex) == "a"
 
 

@@ -65,6 +65,30 @@ def test_beside_a_larger_model_there_are_fewer() -> None:
     assert [plan.devices for plan in loads(moment)] == [(0,), (1,), (4,), (5,), (6,), (7,)]
 
 
+@pytest.mark.parametrize("big_first", [True, False])
+@pytest.mark.parametrize("priority", [100, 200])
+def test_minimums_share_the_devices(big_first: bool, priority: int) -> None:
+    """Every model gets its first replica before another gets a second; the one with more devices chooses first."""
+    small = kept(8)
+    big = profile(id="big", vram_mb=140_000, min_devices=2, replicas={"min": 1}, residency_priority=priority)
+    models = (big, small) if big_first else (small, big)
+    plans = loads(view(fleet(eight()), *models))
+    assert [plan.devices for plan in plans if plan.model_id == "big"] == [(0, 1)]
+    assert sorted(plan.devices for plan in plans if plan.model_id == "m") == [(i,) for i in range(2, 8)]
+
+
+def test_minimums_are_shared_out_evenly_unless_one_has_priority() -> None:
+    """Also when some of them are there already."""
+    filling = {"vram_mb": 70_000}
+    other = kept(8, id="other").model_copy(update=filling)
+    mine = kept(8).model_copy(update=filling)
+    assert Counter(plan.model_id for plan in loads(view(fleet(eight()), mine, other))) == {"m": 4, "other": 4}
+    there = fleet(eight(models=loaded(3, 70_000)))
+    assert Counter(plan.model_id for plan in loads(view(there, mine, other))) == {"m": 1, "other": 4}
+    first = other.model_copy(update={"residency_priority": 200})
+    assert Counter(plan.model_id for plan in loads(view(fleet(eight()), mine, first))) == {"other": 8}
+
+
 def test_the_larger_model_finds_a_whole_pair() -> None:
     """Six instances fill three pairs; whatever was loaded on the way."""
     moment = view(fleet(eight()), kept(6))
