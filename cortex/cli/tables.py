@@ -78,13 +78,14 @@ def explain_table(plan: dict[str, Any]) -> str:
             node["node"],
             _yes_or_no(node["feasible"]),
             node["status"] or "-",
-            *([node["variant"] or "-"] if with_variants else []),
-            " ".join(map(str, node["devices"])) or "-",
+            *([_variants_of(node)] if with_variants else []),
+            _devices_of(node),
             "; ".join([_reason(node, decision["reason"]), *_passed_over(node)]),
         ]
         for node in plan["nodes"]
     ]
     head = f"{plan['model']}: {decision['action']}{where}{devices}: {decision['reason']}"
+    head += _of_minimum(plan.get("replicas"))
     if decision.get("devices_because"):
         head += f"\n  devices: {decision['devices_because']}"
     for gone in decision.get("evictions", ()):
@@ -159,7 +160,32 @@ def _reason(node: dict[str, Any], decided: str) -> str:
     reason = str(node["reason"])
     if reason == "draining":
         return f"draining: takes no new loads until `cortex resume {node['node']}`"
+    if _held(node) and node["devices"]:
+        return f"another on {' '.join(map(str, node['devices']))}: {reason}"
     return "as above" if len(reason) > MAX_REPEATED and reason in decided else reason
+
+
+def _held(node: dict[str, Any]) -> list[str]:
+    """The devices of each engine of the model on the node."""
+    return [" ".join(map(str, each["devices"])) for each in node.get("instances", ()) if each["devices"]]
+
+
+def _devices_of(node: dict[str, Any]) -> str:
+    """Those that the model's engines there have; without any, those that the next one would get."""
+    return ", ".join(_held(node)) or " ".join(map(str, node["devices"])) or "-"
+
+
+def _variants_of(node: dict[str, Any]) -> str:
+    held = [each["variant"] for each in node.get("instances", ()) if each["devices"] and each.get("variant")]
+    return ", ".join(dict.fromkeys(held)) or node["variant"] or "-"
+
+
+def _of_minimum(replicas: dict[str, Any] | None) -> str:
+    if replicas is None:
+        return ""
+    starting = f", {replicas['coming']} on the way" if replicas["coming"] else ""
+    text = f"\n  {replicas['serving']} of replicas.min {replicas['min']} serving{starting}"
+    return f"{text}; missing: {replicas['missing_because']}" if replicas["missing_because"] else text
 
 
 def _yes_or_no(yes: bool) -> str:

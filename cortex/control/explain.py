@@ -15,6 +15,7 @@ from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.feasibility import feasible_choices, possible_nodes
 from cortex.placement.inputs import PlanningView
+from cortex.placement.instances import coming
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan
 from cortex.placement.refusal import held_back_error, placement_error
@@ -52,6 +53,7 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
         "model": model_id,
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
+        "replicas": _replicas(view, profile, found),
         "hints": []
         if profile is None or not any(choice.refuses_tools for choice in profile.choices)
         else [f"Clients cannot offer it tools: {TOOLS_HINT}."],
@@ -60,6 +62,33 @@ def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str,
             for node in view.fleet.nodes.values()
         ],
     }
+
+
+def _replicas(view: PlanningView, profile: ModelProfile | None, found: list[NodeVerdict]) -> dict[str, Any] | None:
+    """How many replicas there are, and what stands against those that are missing from the minimum; None for a model
+    without a minimum."""
+    if profile is None or not profile.replicas.min:
+        return None
+    serving = view.replicas(profile.id)
+    starting = coming(view, profile.id) - serving
+    reason = None
+    if len(serving) + len(starting) < profile.replicas.min:
+        loads = reconcile_replicas(view, [profile]).loads
+        nodes = list(dict.fromkeys(plan.node for plan, _ in loads))
+        reason = f"about to be loaded on {', '.join(nodes)}" if nodes else _what_is_in_the_way(found)
+    return {
+        "min": profile.replicas.min,
+        "max": profile.replicas.max,
+        "serving": len(serving),
+        "coming": len(starting),
+        "missing_because": reason,
+    }
+
+
+def _what_is_in_the_way(found: list[NodeVerdict]) -> str:
+    return "; ".join(
+        f"{verdict.node}: {verdict.reason}{'' if verdict.plan is None else ', which are in use'}" for verdict in found
+    )
 
 
 def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
@@ -274,6 +303,15 @@ def _node(
         "healthy": node.healthy,
         "draining": node.draining,
         "status": _status(view.fleet, node, model_id),
+        "instances": [
+            {
+                "instance": engine.key.instance,
+                "status": engine.view.status,
+                "devices": list(engine.view.devices),
+                "variant": engine.view.variant,
+            }
+            for engine in view.fleet.engines(model_id, node)
+        ],
         "feasible": possible and node.discovery is not None,
         **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],

@@ -88,6 +88,34 @@ def test_explain_does_not_repeat_itself() -> None:
     assert "draining: takes no new loads until `cortex resume b`" in text
 
 
+def test_explain_shows_the_engines_there_are() -> None:
+    """Their devices and variants, not those of the next one, and what is missing from the minimum."""
+    there = [
+        {"instance": name, "status": "loaded", "devices": on, "variant": "awq"}
+        for name, on in (("0", [0, 1]), ("1", [2, 3]))
+    ]
+    nodes = [
+        {
+            "node": "a",
+            "feasible": True,
+            "status": "loaded",
+            "instances": there,
+            "devices": [4, 5],
+            "reason": "fits",
+            "variant": "fp8",
+        }
+    ]
+    plan: dict[str, Any] = {
+        "model": "m",
+        "decision": {"action": "serve", "node": "a", "reason": "loaded there"},
+        "nodes": nodes,
+    }
+    counted = {"min": 4, "max": 4, "serving": 2, "coming": 1, "missing_because": "a: no room"}
+    text = explain_table({**plan, "replicas": counted})
+    assert "\n  2 of replicas.min 4 serving, 1 on the way; missing: a: no room\n" in text
+    assert text.splitlines()[-1].split(maxsplit=4) == ["a", "yes", "loaded", "awq", "0 1, 2 3  another on 4 5: fits"]
+
+
 def test_explain_says_until_when_a_model_is_not_loaded() -> None:
     """After a failed load, and while an operator holds it back."""
     nodes: list[dict[str, Any]] = [

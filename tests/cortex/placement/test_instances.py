@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cortex.config.catalogue import ModelProfile
+from cortex.control.explain import explain
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.capacity import device_memory
 from cortex.placement.fair_queue import after_start
@@ -87,6 +88,20 @@ def test_minimums_are_shared_out_evenly_unless_one_has_priority() -> None:
     assert Counter(plan.model_id for plan in loads(view(there, mine, other))) == {"m": 1, "other": 4}
     first = other.model_copy(update={"residency_priority": 200})
     assert Counter(plan.model_id for plan in loads(view(fleet(eight()), mine, first))) == {"other": 8}
+
+
+def test_explain_counts_against_the_minimum() -> None:
+    """Six of eight beside a model that stays; then what is in their way."""
+    big = profile(id="big", vram_mb=140_000, residency_priority=200)
+    there = {**loaded(6, skip=2), "big": On(140_000, (0, 1))}
+    told = explain("m", view(fleet(eight(models=there)), kept(8), big), lambda _: 0)
+    assert (told["replicas"]["serving"], told["replicas"]["min"], told["replicas"]["coming"]) == (6, 8, 0)
+    assert "big stays (priority 200 is above 100)" in told["replicas"]["missing_because"]
+    [node_] = told["nodes"]
+    assert [each["devices"] for each in node_["instances"]] == [[index] for index in range(2, 8)]
+    told = explain("m", view(fleet(eight(models=loaded(6))), kept(8)), lambda _: 0)
+    assert told["replicas"]["missing_because"] == "about to be loaded on a"
+    assert explain("big", view(fleet(eight()), big), lambda _: 0)["replicas"] is None
 
 
 def test_the_larger_model_finds_a_whole_pair() -> None:
