@@ -100,7 +100,10 @@ class InstanceState:
     ) -> None:
         now = time.time()
         if state is not self.state:
-            log.info("%s: %s (%s)%s", self.key, state.value, reason, f": {error}" if error else "")
+            # An engine that is being adopted recovers too, from `unloaded`.
+            died = state is State.FAILED or (state is State.RECOVERING and self.state is not State.UNLOADED)
+            level = logging.WARNING if died else logging.INFO
+            log.log(level, "%s: %s (%s)%s", self.key, state.value, reason, f": {error}" if error else "")
             self.transitions.append(Transition(state=state.value, at=now, reason=reason))
         self.condition = Condition(state, now, reason, progress, error, cause, retry_at, permanent)
         self.publish()

@@ -79,6 +79,17 @@ async def test_exit_code_zero_is_a_crash_too(neuron: Neuron) -> None:
     assert (await loaded_again(neuron, before))["failures"] >= 1
 
 
+async def test_the_end_of_an_engine_is_a_warning(neuron: Neuron, caplog: pytest.LogCaptureFixture) -> None:
+    """Someone who reads only warnings learns of it; a load and an unload are none."""
+    await neuron.load(MODEL, "--load-secs", "0.1")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    before = (await neuron.model(MODEL))["pid"]
+    os.kill(before, signal.SIGKILL)
+    await loaded_again(neuron, before)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{MODEL}: recovering (")
+
+
 async def test_a_load_during_recovery_waits_for_it(neuron: Neuron) -> None:
     """A load of a model that recovers joins the recovery."""
     await neuron.load(MODEL, "--load-secs", "0.5")
