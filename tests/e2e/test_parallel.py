@@ -127,7 +127,7 @@ async def test_eight_devices_for_one_engine(host: Host) -> None:
         *(sys.executable, "-m", "cortex", "status", "--url", host.cortex.url), stdout=asyncio.subprocess.PIPE
     )
     printed, _ = await status.communicate()
-    assert f"{SPLIT} (loaded, tensor 2 x pipeline 2 x data 2, expert)" in printed.decode()
+    assert f"{SPLIT} on 0 1 2 3 4 5 6 7 (loaded, tensor 2 x pipeline 2 x data 2, expert)" in printed.decode()
     assert await host.ask(SMALL) == 200
     await host.until_used([70_000, *[50_000] * 7])
 

@@ -142,7 +142,7 @@ async def test_each_host_gets_its_variant(mark: str, tmp_path: Path) -> None:
             *(sys.executable, "-m", "cortex", "status", "--url", fleet.cortex.url), stdout=asyncio.subprocess.PIPE
         )
         printed, _ = await status.communicate()
-        assert f"{MODEL} (loaded, fp8)" in printed.decode()
+        assert f"{MODEL} on 0 (loaded, fp8)" in printed.decode()
         assert f"{MODEL} (loaded, awq)" in printed.decode()
         nodes = {node["name"]: node["models"] for node in (await fleet.get("/fleet"))["nodes"]}
         assert [engine["variant"] for engine in nodes["beast"]] == ["fp8"]
