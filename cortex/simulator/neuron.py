@@ -33,7 +33,7 @@ DRAIN_STEP_SECS = 0.05
 """A request that begins meanwhile may delay the others."""
 
 GROUP_PORT = 1
-"""Where each part of a group is said to listen. Nobody connects."""
+"""Where each part of a group is said to listen. No part connects to it."""
 
 OnMemory = Callable[[int], None]
 """Called with the change in MiB that engines hold."""
