@@ -1,9 +1,9 @@
 """A wait that no policy can beat, even one that knows the future, by Lagrangian relaxation. Pure.
 
-It holds for every policy that refuses no request and loads an instance of a model only when a request waits for the
-model or another instance of it is loaded. All simplifications favour the policy: a load always takes its shortest time,
-unloading none, an engine serves any number of requests at full speed, and models can be split over the devices they may
-use, apart from `_counted` below.
+It holds for every policy that loads an instance of a model only when a request waits for the model or another instance
+of it is loaded, and that refuses no request: a refused one waits for nothing. All simplifications favour the policy: a
+load always takes its shortest time, unloading none, an engine serves any number of requests at full speed, and models
+can be split over the devices they may use, apart from `_counted` below.
 
 Replicas, variants and models that span hosts only ever favour the policy too:
 
