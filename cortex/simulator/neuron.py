@@ -56,7 +56,10 @@ class GroupStarts:
 
     def left(self, part: GroupPart) -> None:
         """The part was unloaded, so that the others wait for nothing until they are unloaded too."""
-        _ = self._ready.get(part.id, {}).pop(part.rank, None)
+        waiting = self._ready.get(part.id, {})
+        _ = waiting.pop(part.rank, None)
+        if not waiting:
+            _ = self._ready.pop(part.id, None)
 
 
 class SimulatedNeuron:
