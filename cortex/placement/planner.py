@@ -63,7 +63,7 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
         if len(nodes) < span.hosts:
             continue
         found = [evaluate_node(view, span.part, node) for node in nodes]
-        plan = _group_plan(view.fleet, span, (each.plan for each in found if each.plan is not None))
+        plan = plan_together(view.fleet, span, (each.plan for each in found if each.plan is not None))
         if plan is not None:
             return [NodeVerdict(" + ".join(plan.nodes), plan, plan.fit_reason)]
         reasons = "; ".join(f"{each.node} {each.reason}" for each in found if each.plan is None)
@@ -72,9 +72,9 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
     return sorted(waiting, key=lambda each: not each.temporary)[:1]
 
 
-def _group_plan(fleet: FleetSnapshot, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:
-    """The best group of the nodes that could take a part now, given the plan on each; None if there are too few with
-    equal cards. The slowest card sets the pace of all."""
+def plan_together(fleet: FleetSnapshot, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:
+    """The best group of the nodes that could take a part now, given the plan on each, by their `rank`s; None if there
+    are too few with equal cards. The slowest card sets the pace of all."""
     by_cards: dict[tuple[tuple[str, int], ...], list[LoadPlan]] = {}
     for part in parts:
         if part.fit is not Fit.TOO_LARGE and not part.wakes:

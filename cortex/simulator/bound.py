@@ -1,8 +1,17 @@
 """A wait that no policy can beat, even one that knows the future, by Lagrangian relaxation. Pure.
 
-It holds for every policy that loads a model only when a request waits for it and refuses no request. All
-simplifications favour the policy: a load always takes its shortest time, unloading none, an engine serves any number of
-requests at full speed, and models can be split over the devices they may use, apart from `_counted` below.
+It holds for every policy that loads an instance of a model only when a request waits for the model or another instance
+of it is loaded, and that refuses no request: a refused one waits for nothing. All simplifications favour the policy: a
+load always takes its shortest time, unloading none, an engine serves any number of requests at full speed, and models
+can be split over the devices they may use, apart from `_counted` below.
+
+Replicas, variants and models that span hosts only ever favour the policy too:
+
+- A model counts as loaded while at least one instance is, and takes the memory of one. More of them take more memory,
+  and save no time, as one serves any number. With `replicas.min` the model may be loaded before any request: its
+  requests then wait for nothing, and it takes no memory.
+- In whichever variant, and on however many hosts it runs, it takes the memory of the smallest and the load time of the
+  fastest of all these ways, and may use the devices of all. A policy may even load another variant for each request.
 
 What remains: between two requests a model either stays loaded, which takes memory, or the later request waits for a
 load. Loaded models must fit the memory at every moment. Charging for the memory instead of limiting it gives, at any
@@ -13,16 +22,19 @@ steps look for prices that make it large.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from cortex.config.catalogue import ModelProfile
+from cortex.placement.devices import eligible
+from cortex.placement.spans import spans_of
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
 from cortex.simulator.outcome import WaitFigures, waiting
 from cortex.simulator.trace import Ask
 from shared.gpus import DEVICE_MARGIN_MB
+from shared.protocol import Device
 
 BIN_SECS = 30.0
 """Prices are constant for this long."""
@@ -33,6 +45,21 @@ PATIENT_STEPS = 8
 _Device = tuple[str, int]
 _Held = tuple[float, float, float]
 """A model is loaded from the first time to the second, where the price does not exceed the third."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run an instance: in one variant, on one host or spread over several. `devices` are all that it may
+    use, `count` how many it takes, and `load_secs` how long its load takes at least."""
+
+    devices: frozenset[_Device]
+    count: int
+    device_share_mb: int
+    load_secs: float
+
+    @property
+    def vram_mb(self) -> int:
+        return self.count * self.device_share_mb
 
 
 @dataclass(frozen=True)
@@ -76,7 +103,8 @@ def wait_bound(fleet: SimulatedFleet, asks: Sequence[Ask], *, aim_secs: float) -
     """
     models = _by_model(fleet, asks)
     first = waiting([secs for model in _by_request(models, asks) for secs in model])
-    best = _best_bound(models, _limits(fleet, models), aim_secs * len(asks))
+    ways = {model_id: _ways(fleet, model_id) for model_id in models}
+    best = _best_bound(models, _limits(fleet, ways), aim_secs * len(asks))
     mean = max(first.mean, best / max(1, len(asks)))
     return WaitFigures(mean, first.p50, first.p95, first.p99, first.max)
 
@@ -95,11 +123,10 @@ def _by_model(fleet: SimulatedFleet, asks: Iterable[Ask]) -> dict[str, _Requests
         listed[ask.model].append(ask)
     found: dict[str, _Requests] = {}
     for model_id, each in listed.items():
-        profile = fleet.catalogue.profile(model_id)
-        nodes = [] if profile is None else [node for node in fleet.file.nodes if _usable(profile, node)]
-        if profile is None or not nodes:
+        profile, ways = fleet.catalogue.profile(model_id), _ways(fleet, model_id)
+        if profile is None or not ways:
             continue
-        secs = min(fleet.load_secs(model_id, node) for node in nodes)
+        secs = min(way.load_secs for way in ways)
         # With `replicas.min` it may be loaded before anyone asks.
         timeout_secs = fleet.file.serving.timeout_secs
         secs = 0.0 if profile.replicas.min else min(secs, timeout_secs)
@@ -120,40 +147,76 @@ def _cold_secs(at: Sequence[float], load_secs: float) -> list[float]:
     return found
 
 
-def _usable(profile: ModelProfile, node: SimulatedNode) -> list[_Device]:
+def _ways(fleet: SimulatedFleet, model_id: str) -> list[_Way]:
+    """All ways to run an instance of the model; none if it fits nowhere."""
+    profile = fleet.catalogue.profile(model_id)
+    found: list[_Way | None] = []
+    for choice in () if profile is None else profile.choices:
+        found.append(_way(fleet, choice, 1))
+        found += [_way(fleet, span.part, span.hosts) for span in spans_of(choice)]
+    return [way for way in found if way is not None]
+
+
+def _way(fleet: SimulatedFleet, part: ModelProfile, hosts: int) -> _Way | None:
+    """The way that puts such a part on each of so many hosts; None without enough hosts that have devices for one. The
+    last part to load is at best on the fastest of these but `hosts` - 1."""
+    usable = {node.name: devices for node in fleet.file.nodes if (devices := _usable(part, node))}
+    if len(usable) < hosts or (hosts > 1 and not _has_equal_cards(usable.values(), part.device_count, hosts)):
+        return None
+    secs = sorted(fleet.load_secs(part.id, node, part.vram_mb) for node in fleet.file.nodes if node.name in usable)
+    every = frozenset((name, gpu.index) for name, gpus in usable.items() for gpu in gpus)
+    return _Way(every, part.device_count * hosts, part.device_share_mb, secs[hosts - 1])
+
+
+def _usable(profile: ModelProfile, node: SimulatedNode) -> list[Device]:
     """The devices of the node that the model may use; none when they are too few."""
     if profile.harness not in node.harnesses or (profile.pinned_on and node.name not in profile.pinned_on):
         return []
-    floor = profile.min_device_vram_mb or 0
     found = [
-        (node.name, gpu.index)
-        for gpu in node.gpus
-        if gpu.vram_total_mb >= floor and gpu.vram_total_mb - DEVICE_MARGIN_MB >= profile.device_share_mb
+        gpu
+        for gpu in eligible(profile, list(node.gpus))
+        if gpu.vram_total_mb - DEVICE_MARGIN_MB >= profile.device_share_mb
     ]
     return found if len(found) >= profile.device_count else []
 
 
-def _limits(fleet: SimulatedFleet, models: Iterable[str]) -> list[_Limit]:
+def _has_equal_cards(usable: Iterable[Sequence[Device]], count: int, hosts: int) -> bool:
+    """Whether so many hosts have so many of the same card. Engines do not span hosts with different ones."""
+    kinds = Counter(
+        card
+        for gpus in usable
+        for card, there in Counter((gpu.name, gpu.vram_total_mb) for gpu in gpus).items()
+        if there >= count
+    )
+    return max(kinds.values(), default=0) >= hosts
+
+
+def _limits(fleet: SimulatedFleet, models: Mapping[str, Sequence[_Way]]) -> list[_Limit]:
     """For each set of devices to which some models are confined: their memory, and how many large models fit."""
-    profiles = [profile for model_id in models if (profile := fleet.catalogue.profile(model_id)) is not None]
     capacity = {
         (node.name, gpu.index): gpu.vram_total_mb - DEVICE_MARGIN_MB for node in fleet.file.nodes for gpu in node.gpus
     }
     usable = {
-        each.id: frozenset(device for node in fleet.file.nodes for device in _usable(each, node)) for each in profiles
+        model_id: frozenset(chain.from_iterable(way.devices for way in ways)) for model_id, ways in models.items()
     }
     limits: list[_Limit] = []
     for devices in set(usable.values()):
-        confined = [each for each in profiles if usable[each.id] <= devices]
+        confined = {model_id: ways for model_id, ways in models.items() if usable[model_id] <= devices}
         total = sum(capacity[device] for device in devices)
-        limits.append(_Limit({each.id: each.device_share_mb * each.device_count / total for each in confined}))
+        limits.append(
+            _Limit({model_id: min(way.vram_mb for way in ways) / total for model_id, ways in confined.items()})
+        )
         limits.append(_Limit(_counted(confined, max(capacity[device] for device in devices), len(devices))))
     return limits
 
 
-def _counted(confined: Iterable[ModelProfile], largest_mb: int, devices: int) -> dict[str, float]:
-    """Each device holds one model that takes more than half of the largest device."""
-    return {each.id: each.device_count / devices for each in confined if 2 * each.device_share_mb > largest_mb}
+def _counted(confined: Mapping[str, Sequence[_Way]], largest_mb: int, devices: int) -> dict[str, float]:
+    """Each device holds one model that takes more than half of the largest device, whichever way it runs."""
+    counts = {
+        model_id: min(way.count if 2 * way.device_share_mb > largest_mb else 0 for way in ways)
+        for model_id, ways in confined.items()
+    }
+    return {model_id: count / devices for model_id, count in counts.items() if count}
 
 
 def _best_bound(models: dict[str, _Requests], limits: Sequence[_Limit], aim_secs: float) -> float:

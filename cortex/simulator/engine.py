@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from shared.protocol import FIRST_INSTANCE, ModelStatus
+from shared.protocol import FIRST_INSTANCE, GroupPart, ModelStatus
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SimulatedEngine:
     """Serves up to `parallel` requests at full speed; more share that total speed equally.
 
     Work is counted in seconds at full speed: `_done` is what each request would have received since the start, so a
-    request ends when `_done` has grown by its `secs`.
+    request ends when `_done` has grown by its `secs`. `group`: it is one part of an engine that spans several neurons.
     """
 
     def __init__(
@@ -45,10 +45,12 @@ class SimulatedEngine:
         *,
         instance: str = FIRST_INSTANCE,
         variant: str | None = None,
+        group: GroupPart | None = None,
     ) -> None:
         self.model_id = model_id
         self.instance = instance
         self.variant = variant
+        self.group = group
         self.devices = devices
         self.device_share_mb = device_share_mb
         self.status = ModelStatus.LOADING
@@ -61,6 +63,16 @@ class SimulatedEngine:
     def booked_mb(self) -> int:
         """MiB on all its devices together."""
         return self.device_share_mb * len(self.devices)
+
+    @property
+    def working_mb(self) -> int:
+        """MiB that work on a request: with a group those of all parts, which are alike."""
+        return self.booked_mb * (1 if self.group is None else self.group.size)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes requests: of a group only one part does."""
+        return self.group is None or self.group.serves
 
     @property
     def in_flight(self) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from cortex.config.catalogue import Catalogue, ModelName, ModelProfile, load_catalogue
+from cortex.config.catalogue import Catalogue, ComputeCapability, ModelName, ModelProfile, load_catalogue
 from cortex.config.settings import PlacementSettings
 from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, Link, LinkKind
@@ -23,6 +23,7 @@ class SimulatedGpu(SettingsModel):
 
     name: str = "GPU"
     vram_total_mb: int = Field(gt=0)
+    compute_capability: ComputeCapability | None = None
 
 
 class LinkEntry(SettingsModel):
@@ -128,7 +129,7 @@ class SimulatedFleet:
 
     def load_secs(self, model_id: str, node: SimulatedNode, vram_mb: int | None = None) -> float:
         """How long a model of the catalogue takes to load there, from the command to the neuron until it serves.
-        `vram_mb` is that of its variant, where it differs from the model's."""
+        `vram_mb` is that of its variant, where it differs from the model's, or of the part that this node loads."""
         rule = self.file.load_secs
         secs = rule.models.get(model_id)
         if secs is None:
@@ -170,7 +171,12 @@ def load_fleet(path: Path) -> SimulatedFleet:
 
 def _device(index: int, entry: SimulatedGpu | str) -> Device:
     if isinstance(entry, SimulatedGpu):
-        return Device(index=index, name=entry.name, vram_total_mb=entry.vram_total_mb)
+        return Device(index=index, **entry.model_dump())
     preset = find_preset(entry)
     assert preset is not None
-    return Device(index=index, name=preset.name, vram_total_mb=preset.vram_total_mb)
+    return Device(
+        index=index,
+        name=preset.name,
+        vram_total_mb=preset.vram_total_mb,
+        compute_capability=preset.compute_capability,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from cortex.fleet.neuron_client import NeuronRefused
 from cortex.fleet.snapshot import EngineName
@@ -17,6 +18,7 @@ from shared.protocol import (
     Discovery,
     EndpointReply,
     ErrorCode,
+    GroupPart,
     ListenReply,
     LoadCommand,
     LoadReply,
@@ -30,20 +32,50 @@ from shared.protocol import (
 DRAIN_STEP_SECS = 0.05
 """A request that begins meanwhile may delay the others."""
 
+GROUP_PORT = 1
+"""Where each part of a group is said to listen. No part connects to it."""
+
 OnMemory = Callable[[int], None]
 """Called with the change in MiB that engines hold."""
+
+
+class GroupStarts:
+    """The parts of engines that span several neurons, while they load: none has loaded before all have."""
+
+    def __init__(self) -> None:
+        self._ready: dict[str, dict[int, Callable[[], None]]] = {}
+
+    def ready(self, part: GroupPart, serve: Callable[[], None]) -> None:
+        """The part waits for the others; the last one has all of them call `serve`, the one that takes the requests
+        last."""
+        waiting = self._ready.setdefault(part.id, {})
+        waiting[part.rank] = serve
+        if len(waiting) == part.size:
+            for rank in sorted(self._ready.pop(part.id), reverse=True):
+                waiting[rank]()
+
+    def left(self, part: GroupPart) -> None:
+        """The part was unloaded, so that the others wait for nothing until they are unloaded too."""
+        waiting = self._ready.get(part.id, {})
+        _ = waiting.pop(part.rank, None)
+        if not waiting:
+            _ = self._ready.pop(part.id, None)
 
 
 class SimulatedNeuron:
     """Owns the engines of one node. Satisfies `NeuronCommands` and `Refreshable` of
     `cortex.fleet.membership`."""
 
-    def __init__(self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, on_memory: OnMemory) -> None:
+    def __init__(
+        self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, starts: GroupStarts, on_memory: OnMemory
+    ) -> None:
+        """`starts` is the same for all neurons of a fleet."""
         self.node = node
         self.engines: dict[EngineName, SimulatedEngine] = {}
         self.loads: list[str] = []  # model ids, in order of their start
         self._simulated = simulated
         self._fleet = fleet
+        self._starts = starts
         self._on_memory = on_memory
         self._views: dict[EngineName, ModelView] = {}
         self._discovery = Discovery(
@@ -54,6 +86,7 @@ class SimulatedNeuron:
             simulated=True,
             instance_id=node.name,
             instances=True,
+            groups=True,
         )
         self._report()
 
@@ -76,24 +109,44 @@ class SimulatedNeuron:
                 raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
         instance, parallel = command.instance or FIRST_INSTANCE, self._simulated.parallel(model_id)
         engine = SimulatedEngine(
-            model_id, devices, device_share_mb, parallel, instance=instance, variant=command.variant
+            model_id,
+            devices,
+            device_share_mb,
+            parallel,
+            instance=instance,
+            variant=command.variant,
+            group=command.group,
         )
         self.engines[model_id, instance] = engine
-        self.loads.append(model_id)
+        if engine.serves:
+            self.loads.append(model_id)
         self._on_memory(engine.booked_mb)
         self._set_status(engine, ModelStatus.LOADING)
         secs = self._simulated.load_secs(model_id, self.node, command.vram_mb)
-        asyncio.get_running_loop().call_later(secs, self._set_status, engine, ModelStatus.LOADED)
+        asyncio.get_running_loop().call_later(secs, self._loaded, engine)
         return LoadReply(status=ModelStatus.LOADING.value)
+
+    def _loaded(self, engine: SimulatedEngine) -> None:
+        if not self._runs(engine):
+            return
+        if engine.group is None:
+            self._set_status(engine, ModelStatus.LOADED)
+        else:
+            self._starts.ready(engine.group, partial(self._set_status, engine, ModelStatus.LOADED))
+
+    def _runs(self, engine: SimulatedEngine) -> bool:
+        return self.engines.get((engine.model_id, engine.instance)) is engine
 
     async def unload(self, model_id: str, instance: str, *, timeout_secs: float, drain_secs: float = 0) -> None:
         """Waits for the engine's requests, for at most `drain_secs`. Frees the memory after the fleet file's `unload`
-        seconds.
+        seconds. Does nothing if there is no such engine.
 
         Raises:
             NeuronRefused: it still has requests. Simulated ones are not cut.
         """
-        engine, loop = self.engines[model_id, instance], asyncio.get_running_loop()
+        engine, loop = self.engines.get((model_id, instance)), asyncio.get_running_loop()
+        if engine is None:
+            return
         until = loop.time() + drain_secs
         while engine.in_flight and loop.time() < until:
             ends_at = engine.next_end() or until
@@ -102,6 +155,10 @@ class SimulatedNeuron:
             text = f"{model_id!r} still has {engine.in_flight} requests after {drain_secs:g} s"
             raise NeuronRefused(409, text, ErrorCode.MODEL_BUSY)
         await asyncio.sleep(self._simulated.file.load_secs.unload)
+        if not self._runs(engine):  # another caller has unloaded it meanwhile
+            return
+        if engine.group is not None:
+            self._starts.left(engine.group)
         del self.engines[model_id, instance]
         self._on_memory(-engine.booked_mb)
         self._set_status(engine, ModelStatus.UNLOADED)
@@ -114,12 +171,12 @@ class SimulatedNeuron:
         return EndpointReply(url=f"http://{self.node.name}")
 
     async def listen_for_group(self, group: str) -> ListenReply:
-        """Always refuses: its discovery says that it has no groups."""
-        raise NeuronRefused(404, "simulated engines do not span neurons", ErrorCode.NOT_FOUND)
+        """Answers at once: there is no network."""
+        return ListenReply(address="127.0.0.1", port=GROUP_PORT)
 
     async def reach_group(self, command: ReachCommand) -> ReachReply:
-        """As `listen_for_group`."""
-        raise NeuronRefused(404, "simulated engines do not span neurons", ErrorCode.NOT_FOUND)
+        """Reaches every peer."""
+        return ReachReply()
 
     async def refresh(self) -> None:
         """Does nothing: every change has been reported already."""
@@ -136,6 +193,7 @@ class SimulatedNeuron:
             id=engine.model_id,
             instance=engine.instance,
             variant=engine.variant,
+            group=engine.group if held else None,
             status=status.value,
             devices=list(engine.devices) if held else [],
             vram_booked_mb=engine.booked_mb if held else None,

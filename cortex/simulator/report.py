@@ -110,12 +110,6 @@ def average(outcomes: Sequence[Outcome], figure: Callable[[Figures], float]) -> 
     return statistics.fmean(figure(each.total) for each in outcomes)
 
 
-def ratio(outcomes: Sequence[Outcome], base: Sequence[Outcome], figure: Callable[[Figures], float]) -> str:
-    """The averages' ratio with two decimals; "-" when the base is 0."""
-    below = average(base, figure)
-    return f"{average(outcomes, figure) / below:.2f}" if below else "-"
-
-
 def _mean(waits: WaitFigures) -> float:
     return waits.mean
 

@@ -13,6 +13,7 @@ from cortex.config.live import LiveConfig
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
 from cortex.control.scheduler import Policy
 from cortex.control.wiring import build
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
@@ -25,7 +26,7 @@ from cortex.placement.replicas import ReplicaChanges
 from cortex.routing.replica import ReplicaKey
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
-from cortex.simulator.neuron import SimulatedNeuron
+from cortex.simulator.neuron import GroupStarts, SimulatedNeuron
 from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
@@ -94,8 +95,10 @@ class ObservedPolicy:
 
     def _count(self, view: PlanningView, plans: Sequence[LoadPlan]) -> None:
         for plan in plans:
-            for each in plan.eviction_plan.evictions:
-                model_id, use = each.resident.key.model_id, view.usage(each.resident.key)
+            evicted = (view.fleet.engine(each.resident.key) for each in plan.eviction_plan.evictions)
+            # The parts of a group go together, and count as one.
+            for key in {serving_engine(view.fleet, each).key for each in evicted if each is not None}:
+                model_id, use = key.model_id, view.usage(key)
                 self._counts.evictions[model_id] += 1
                 if use.in_flight or view.now - use.last_used < RECENT_SECS:
                     self._counts.hot_evictions[model_id] += 1
@@ -139,8 +142,9 @@ class Simulation:
         self._worker = SimulatedWorker()
         self.fleet = Fleet([(node.name, f"http://{node.name}") for node in file.nodes], unhealthy_after=1, clock=clock)
         self._memory = MemoryUse(sum(gpu.vram_total_mb for node in file.nodes for gpu in node.gpus))
+        starts = GroupStarts()
         self.neurons = {
-            node.name: SimulatedNeuron(node, simulated, self.fleet, self._memory_changed) for node in file.nodes
+            node.name: SimulatedNeuron(node, simulated, self.fleet, starts, self._memory_changed) for node in file.nodes
         }
         self._core = build(
             live,
@@ -215,7 +219,7 @@ class Simulation:
         engine = self._engine(key)
         request.begun = self._loop.time()
         if not engine.in_flight:
-            self._memory.change(request.begun, working_mb=engine.booked_mb)
+            self._memory.change(request.begun, working_mb=engine.working_mb)
         engine.begin(request, request.begun)
         self._worker.requests.add(key)
         self._expect_end(key)
@@ -235,7 +239,7 @@ class Simulation:
         self._worker.requests.remove(key)
         self._expect_end(key)
         if not engine.in_flight:
-            self._memory.change(self._loop.time(), working_mb=-engine.booked_mb)
+            self._memory.change(self._loop.time(), working_mb=-engine.working_mb)
         self._finish(request)
 
     def _finish(self, request: SimulatedRequest) -> None:

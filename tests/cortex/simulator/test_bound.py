@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -64,17 +65,103 @@ def test_requests_that_nothing_can_serve_count_as_no_wait(fleet: SimulatedFleet)
     assert wait_bound(fleet, [Ask(0, "huge", 1)], aim_secs=1).mean == 0
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_policy_waits_less(fleet: SimulatedFleet, seed: int) -> None:
-    """Bursts of three models on a card for two of them."""
+THREE_HOSTS = """
+load_secs = { base = 10, per_gb = 1, unload = 2 }
+serving = { parallel = 2 }
+placement = { replica_target = 1 }
+[[nodes]]
+name = "old"
+devices = ["RTX 3090", "RTX 3090"]
+[[nodes]]
+name = "new"
+devices = ["RTX 4090", "RTX 4090"]
+load_factor = 2
+[[nodes]]
+name = "new-too"
+devices = ["RTX 4090", "RTX 4090"]
+load_factor = 3
+[[models]]
+id = "copies"
+vram_mb = 20480
+replicas = { max = 4 }
+[[models]]
+id = "kept"
+vram_mb = 2048
+replicas = { min = 2, max = 3 }
+[[models]]
+id = "either"
+min_compute_capability = "8.9"
+[[models.variants]]
+name = "fp8"
+vram_mb = 20480
+[[models.variants]]
+name = "split"
+min_devices = 2
+vram_mb = 20480
+min_compute_capability = "8.0"
+[[models]]
+id = "wide"
+min_devices = 4
+vram_mb = 81920
+span_nodes = true
+"""
+
+
+@pytest.fixture
+def three_hosts(tmp_path: Path) -> SimulatedFleet:
+    (tmp_path / "three_hosts.toml").write_text(THREE_HOSTS, encoding="utf-8")
+    return load_fleet(tmp_path / "three_hosts.toml")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "secs"),
+    [
+        ("copies", 30),  # 20 GiB, on the fastest host
+        ("kept", 0),  # loaded before
+        ("either", 30),  # as two halves of 10 GiB on the old cards, which take as long together
+        ("wide", 50 * 2),  # 40 GiB on each of two hosts: the second fastest of the three
+    ],
+)
+def test_the_fastest_way_to_run_a_model_counts(three_hosts: SimulatedFleet, model_id: str, secs: float) -> None:
+    assert total(three_hosts, [Ask(0, model_id, 1)]) == pytest.approx(secs)
+
+
+def test_a_model_takes_the_memory_of_its_smallest_variant(tmp_path: Path) -> None:
+    """Both models may stay: one policy may load the small variant."""
+    variants = '[[models.variants]]\nname = "large"\n[[models.variants]]\nname = "small"\nvram_mb = 7000'
+    text = FLEET.replace('id = "a"\nvram_mb = 14000', f'id = "a"\nvram_mb = 14000\n{variants}')
+    (tmp_path / "fleet.toml").write_text(text, encoding="utf-8")
+    asks = [Ask(600.0 * turn, "ab"[turn % 2], 1.0) for turn in range(8)]
+    assert total(load_fleet(tmp_path / "fleet.toml"), asks) == pytest.approx(20)
+
+
+def bursts(models: Sequence[str], seed: int) -> list[Ask]:
     chance = random.Random(seed)
     asks: list[Ask] = []
     for _ in range(25):
-        model, at = chance.choice("abc"), chance.uniform(0, 1500)
+        model, at = chance.choice(models), chance.uniform(0, 1500)
         for _ in range(chance.randint(1, 6)):
             asks.append(Ask(at, model, chance.uniform(0, 8)))
             at += chance.expovariate(0.1)
-    asks.sort()
+    return sorted(asks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_policy_waits_less_with_replicas_variants_and_groups(three_hosts: SimulatedFleet, seed: int) -> None:
+    """Bursts of four models that do not all fit, on cards of two kinds."""
+    asks = bursts(["copies", "kept", "either", "wide"], seed)
+    for policy in POLICIES:
+        outcome = simulate(three_hosts, asks, policy)
+        bound = wait_bound(three_hosts, asks, aim_secs=outcome.total.waiting.mean)
+        assert outcome.total.unserved == 0
+        assert 0 < bound.mean <= outcome.total.waiting.mean
+        assert bound.p99 <= outcome.total.waiting.p99
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_policy_waits_less(fleet: SimulatedFleet, seed: int) -> None:
+    """Bursts of three models on a card for two of them."""
+    asks = bursts("abc", seed)
     for policy in POLICIES:
         reached = simulate(fleet, asks, policy).total.waiting
         bound = wait_bound(fleet, asks, aim_secs=reached.mean)

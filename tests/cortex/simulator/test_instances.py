@@ -11,7 +11,8 @@ from cortex.fleet.neuron_client import NeuronRefused
 from cortex.fleet.state import Fleet
 from cortex.simulator.engine import SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
-from cortex.simulator.neuron import SimulatedNeuron
+from cortex.simulator.neuron import GroupStarts, SimulatedNeuron
+from cortex.simulator.policies import POLICIES
 from cortex.simulator.simulation import Simulation
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, run_in_virtual_time
@@ -72,6 +73,30 @@ vram_mb = 8000
     assert found == {"solo": [("big", 20000)], "tiny": [("small", 8000)]}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_load_the_variant_that_the_card_can_hold(tmp_path: Path, policy: str) -> None:
+    """The first variant needs a newer card, the second a larger one. The model's own size counts for neither."""
+    variants = """
+[[models.variants]]
+name = "fp8"
+vram_mb = 8000
+min_compute_capability = "8.9"
+[[models.variants]]
+name = "large"
+vram_mb = 20000
+[[models.variants]]
+name = "awq"
+vram_mb = 7000
+"""
+    simulation, outcome = run(
+        _fleet(tmp_path, '{ name = "RTX 3060", vram_total_mb = 12288, compute_capability = "8.6" }', variants),
+        [Ask(0, "a", 1)],
+        policy,
+    )
+    found = [(each.variant, each.booked_mb) for each in simulation.neurons["solo"].engines.values()]
+    assert (found, outcome.total.unserved) == ([("awq", 7000)], 0)
+
+
 def test_each_variant_needs_its_size(tmp_path: Path) -> None:
     text = FLEET.format(devices='"RTX 4090"', model='[[models.variants]]\nname = "x"\nvram_mb = 9\n[[models.variants]]')
     assert "vram_mb: required here" in problems_of(tmp_path, text)
@@ -85,7 +110,7 @@ def test_an_unload_waits_for_the_engines_requests(tmp_path: Path, drain_secs: fl
 
     async def play() -> float:
         state = Fleet([("solo", "http://solo")], unhealthy_after=1, clock=loop.time)
-        neuron = SimulatedNeuron(fleet.file.nodes[0], fleet, state, lambda _: None)
+        neuron = SimulatedNeuron(fleet.file.nodes[0], fleet, state, GroupStarts(), lambda _: None)
         await neuron.load(LoadCommand(model_id="a", instance="1", devices=[0], vram_mb=20000), timeout_secs=9)
         engine = neuron.engines["a", "1"]
         engine.begin(SimulatedRequest(0, "a", 0, 30), 0.0)
