@@ -53,6 +53,7 @@ async def test_a_chat_loads_the_model_over_two_neurons(start_cortex: StartCortex
         decision = (await answer.json())["decision"]
     assert decision["action"] == "load"
     assert decision["parts"] == [{"node": "a", "devices": [0, 1]}, {"node": "b", "devices": [0, 1]}]
+    assert decision["network"] is None
     assert decision["parallel"] == {"tensor": 2, "pipeline": 2, "data": 1, "expert": False}
     assert await chat(cortex) == (200, "a")
     assert [await chat(cortex) for _ in range(3)] == [(200, "a")] * 3
