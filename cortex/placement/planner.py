@@ -22,6 +22,7 @@ from cortex.placement.instances import has_room, instances_on
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.node_plan import Rejection, plan_on_node
 from cortex.placement.spans import NetworkBetween, Span, network_between, spans_of, well_connected
+from cortex.placement.starts import starting_groups
 from shared.protocol import ModelStatus
 
 _BEFORE_THE_NEXT_FIT = 0.5
@@ -62,7 +63,7 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
         nodes = [node for node in view.fleet.nodes.values() if can_hold_part(span.part, node)]
         if len(nodes) < span.hosts:
             continue
-        found = [evaluate_node(view, span.part, node) for node in nodes]
+        found = [_part_on(view, span.part, node) for node in nodes]
         plan = _group_plan(view, span, (each.plan for each in found if each.plan is not None))
         if plan is not None:
             return [NodeVerdict(" + ".join(plan.nodes), plan, plan.fit_reason)]
@@ -70,6 +71,16 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
         why = f"{span.hosts} neurons with equal cards are needed for {span.whole}: {reasons or 'the cards differ'}"
         waiting.append(NodeVerdict("together", None, why, temporary=any(each.temporary for each in found)))
     return sorted(waiting, key=lambda each: not each.temporary)[:1]
+
+
+def _part_on(view: PlanningView, part: ModelProfile, node: NodeSnapshot) -> NodeVerdict:
+    """What the node could do for a part. It does not wait there for a start while another group starts: two groups
+    could wait for each other, so the neuron may refuse it."""
+    verdict = evaluate_node(view, part, node)
+    others = starting_groups(view, node, part.id) if verdict.plan is not None and verdict.plan.starts.models else []
+    if not others:
+        return verdict
+    return NodeVerdict(node.name, None, f"waits until {', '.join(others)} has started there", temporary=True)
 
 
 def _group_plan(view: PlanningView, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:

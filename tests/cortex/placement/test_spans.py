@@ -194,6 +194,36 @@ def test_evictions_on_all_nodes_are_one_plan() -> None:
     }
 
 
+def starting_part(model_id: str, rank: int) -> ModelView:
+    told = {"id": "g", "rank": rank, "size": 2, "master_addr": "10.0.0.1", "master_port": 21000}
+    return ModelView.model_validate({"id": model_id, "status": "loading", "devices": [0], "group": told})
+
+
+def test_two_groups_do_not_start_on_the_same_devices() -> None:
+    """Their parts could wait for each other. The second waits, or takes other nodes."""
+    other = wide(id="other", vram_mb=8000)
+    moment = view(pair(), other, wide(vram_mb=8000), waiting={"m": 1})
+    after = after_start(moment, plan_for(moment, "other"))
+    assert planned(after) is None
+    assert "a waits until other has started there" in schedule_loads(after).wait_reasons["m"]
+    more = fleet(*pair().nodes.values(), *(able(name, 24000, 24000) for name in "cd"))
+    moment = view(more, other, wide(vram_mb=8000))
+    assert plan_for(after_start(moment, plan_for(moment, "other"))).nodes == ("c", "d")
+    theirs = fleet(*(with_entry(able(name, 24000, 24000), starting_part("x", rank)) for rank, name in enumerate("ab")))
+    assert planned(view(theirs, wide(vram_mb=8000))) is None
+
+
+def test_a_group_starts_beside_another_and_after_a_single_engine() -> None:
+    """On other devices it waits for nothing; an engine on one node starts in any case."""
+    nodes = [able(name, 24000, 24000, 24000) for name in "ab"]
+    beside = fleet(*(with_entry(node, starting_part("x", rank)) for rank, node in enumerate(nodes)))
+    plan = plan_for(view(beside, wide()))
+    assert [part.devices for part in (plan, *plan.parts)] == [(1, 2), (1, 2)]
+    alone = ModelView(id="x", status="loading", devices=[0])
+    after = plan_for(view(fleet(*(with_entry(able(name, 24000, 24000), alone) for name in "ab")), wide()))
+    assert after.starts.models == ("x",)
+
+
 def test_a_group_counts_as_one_replica() -> None:
     """Four nodes hold two groups, and no node twice."""
     nodes = fleet(*(able(name, 24000, 24000) for name in "abcd"))

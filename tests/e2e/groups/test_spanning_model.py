@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from cortex.config.catalogue import ModelProfile
+from cortex.control.load_backoff import BackoffCause
+from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.group_loads import GroupLoads
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.fleet.load_leases import LoadedElsewhere
@@ -18,7 +20,7 @@ from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.e2e.groups.conftest import Host, running_host
-from tests.neuron.groups.groups import load_parts
+from tests.neuron.groups.groups import begin_part, checked_group, load_parts
 from tests.neuron.neurons import marked_engines, marked_processes, until
 
 WIDE = {"id": "org/wide", "harness": "sim", "span_nodes": True, "min_devices": 4, "vram_mb": 40000}
@@ -123,6 +125,26 @@ async def test_a_load_that_meets_that_of_another_cortex_waits_for_it(
     assert await asking == (200, "a")
     assert [answer.status for answer in await theirs] == [200, 200]
     assert len(marked_engines(mark)) == 2
+
+
+async def test_two_groups_that_start_in_opposite_order(start_cortex: StartCortex, hosts: list[Host], mark: str) -> None:
+    """Another cortex begins one on the second neuron. Ours gives way without blaming a neuron, and starts when the
+    other has."""
+    cortex = await start_cortex(hosts, models())
+    parts = cortex.parts
+    plan, profile = await plan_of(cortex)
+    b_first = [host.neuron for host in reversed(hosts)]
+    at = await checked_group("0", list(b_first))
+    assert (await begin_part(b_first[0], "org/other", "0", 0, at)).status == 202
+    groups = GroupLoads(NeuronAccess(parts.fleet, parts.clients, parts.pollers), parts.live)
+    with pytest.raises(LoadFailure, match="org/other starts, which spans several neurons too") as refused:
+        await groups.load(plan, profile, parts.loader.until_loaded)
+    assert (refused.value.cause, refused.value.node) == (BackoffCause.BUSY, "b")
+    assert len(marked_engines(mark)) == 1
+    asking = asyncio.create_task(chat(cortex))
+    await until(lambda: parts.scheduler.wait_reason("org/wide") is not None)
+    assert (await begin_part(b_first[1], "org/other", "0", 1, at)).status == 202
+    assert (await asking)[0] == 200
 
 
 async def test_a_minimum_brings_it_back_by_itself(start_cortex: StartCortex, hosts: list[Host], mark: str) -> None:
