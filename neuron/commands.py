@@ -24,6 +24,7 @@ from neuron.gpu.discovery_table import table_of as discovery_table
 from neuron.gpu.simulated import resolve_devices
 from neuron.harness.checks import CheckedConfig, spec_of
 from neuron.harness.registry import HARNESSES
+from neuron.lifecycle.group_network import link_mbps
 from neuron.spec import EngineSpec
 from shared.command_line import fail
 from shared.errors import InvalidRequest, ServiceError
@@ -164,7 +165,8 @@ def _open_to_network(sock: socket.socket, config: NeuronConfig) -> str | None:
 async def _discover(config: NeuronConfig) -> Discovery:
     source = topology_source(config, config.state_directory(config.port) / "vram")
     try:
-        return await discovery_of(config, source, instance_id=None)
+        mbps = await asyncio.to_thread(link_mbps, config.group, config.host)
+        return await discovery_of(config, source, instance_id=None, network_mbps=mbps)
     finally:
         await source.close()
 

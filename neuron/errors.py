@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neuron.spec import InstanceKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode, GroupPart
-from shared.retry_after import SERVICE_STOPPING_SECS
+from shared.retry_after import GROUP_STARTING_SECS, SERVICE_STOPPING_SECS
 
 LAST_LINES = 20
 
@@ -77,6 +77,16 @@ def already_loaded(key: InstanceKey, difference: str) -> Conflict:
 def load_in_progress(key: InstanceKey, difference: str) -> Conflict:
     # Not the words "already loaded": to a cortex they mean that the model can be used now.
     return Conflict(f"{key} is being loaded with another spec: {difference}", code=ErrorCode.LOAD_IN_PROGRESS)
+
+
+def group_starting(key: InstanceKey, part: GroupPart, others: Sequence[InstanceKey]) -> Unavailable:
+    names = ", ".join(map(str, others))
+    return Unavailable(
+        f"{key}: {part} would have to wait here, while {names} starts, which spans several neurons too: the two could "
+        "wait for each other; try again when it has loaded",
+        code=ErrorCode.GROUP_STARTING,
+        retry_after=GROUP_STARTING_SECS,
+    )
 
 
 def load_cancelled(key: InstanceKey) -> Conflict:

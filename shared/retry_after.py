@@ -21,6 +21,8 @@ MEMORY_TAKEN_SECS: Final = 30
 """Models with a higher priority hold the memory: they leave when they have been idle for a while."""
 LOAD_TIMED_OUT_SECS: Final = 30
 """A request has waited for the whole load time-out: the load may still succeed soon, or needs an operator."""
+GROUP_STARTING_SECS: Final = 5
+"""Another engine that spans several hosts starts on the same devices."""
 GROUP_UNREACHABLE_SECS: Final = 30
 """Neurons cannot reach one another: it heals when a host comes back, else an operator has to act."""
 GPU_UNUSABLE_SECS: Final = 60

@@ -12,10 +12,12 @@ from cortex.subscribers import Subscribers
 
 class LiveConfig:
     """Holds the configuration and the catalogue, which change together. `loaded_at` is Unix time, `files` are the
-    source files, and `error` is why their current content is not in effect, None when it is."""
+    source files, `networks` those of the neurons for which something is configured, and `error` is why the files'
+    current content is not in effect, None when it is."""
 
     def __init__(self, config: CortexConfig, catalogue: Catalogue, files: Sequence[str] = ()) -> None:
         self.config = config
+        self.networks = config.networks()
         self.catalogue = catalogue
         self.files = tuple(files)
         self.loaded_at = time.time()
@@ -27,6 +29,7 @@ class LiveConfig:
         by identity."""
         changed = config is not self.config or catalogue is not self.catalogue
         self.config = config
+        self.networks = config.networks()
         self.catalogue = catalogue
         self.files = tuple(files)
         self.loaded_at = time.time()

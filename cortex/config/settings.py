@@ -132,6 +132,15 @@ class WaitingSettings(SettingsModel):
     plain_keepalive: Literal["off", "whitespace"] = "off"
 
 
+@dataclass(frozen=True)
+class HostNetwork:
+    """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
+    one. `gbps` is the speed of the host's own link in Gbit/s, None if unknown."""
+
+    name: str | None = None
+    gbps: float | None = None
+
+
 class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
@@ -139,11 +148,13 @@ class NeuronEntry(SettingsModel):
     endpoint: str
     token: str | None = Field(default=None, min_length=1)
     token_env: str | None = None
+    network: str | None = None  # neurons that name the same one are next to each other
+    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: as the neuron reports it
 
-    @field_validator("name")
+    @field_validator("name", "network")
     @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not _NODE_NAME.fullmatch(value):
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and not _NODE_NAME.fullmatch(value):
             raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
         return value
 
@@ -166,6 +177,11 @@ class NeuronEntry(SettingsModel):
     def bearer_token(self) -> str | None:
         """The token to send to this neuron; None when it needs none."""
         return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+    @property
+    def access(self) -> tuple[str, str | None]:
+        """How it is reached: the endpoint and the token."""
+        return self.endpoint, self.bearer_token
 
 
 class CortexConfig(SettingsModel):
@@ -191,6 +207,11 @@ class CortexConfig(SettingsModel):
         if twice:
             raise ValueError(f"duplicate neuron name {twice[0]!r}")
         return value
+
+    def networks(self) -> dict[str, HostNetwork]:
+        """By neuron; without those for which nothing is configured."""
+        every = {entry.name: HostNetwork(entry.network, entry.network_gbps) for entry in self.neurons}
+        return {name: network for name, network in every.items() if network != HostNetwork()}
 
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""

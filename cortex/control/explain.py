@@ -177,8 +177,10 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
 
 def _parts(plan: LoadPlan) -> dict[str, Any]:
     """For an engine that spans several neurons, its parts by rank."""
-    every = (plan, *plan.parts) if plan.parts else ()
-    return {"parts": [{"node": part.node, "devices": list(part.devices)} for part in every]} if every else {}
+    if not plan.parts:
+        return {}
+    parts = [{"node": part.node, "devices": list(part.devices)} for part in (plan, *plan.parts)]
+    return {"parts": parts, "network": plan.network or None}
 
 
 def _choice(view: PlanningView, plan: LoadPlan) -> ModelProfile | None:

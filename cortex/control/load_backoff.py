@@ -30,6 +30,7 @@ class BackoffCause(str, Enum):
     NODE = "node"  # another node may do better
     MODEL = "model"  # it would fail everywhere: a bad path, a bad flag
     TEMPORARY = "temporary"
+    BUSY = "busy"  # another load goes first; not a failure
     UNKNOWN = "unknown"
 
 
@@ -58,6 +59,9 @@ class Backoffs:
     ) -> None:
         """Notes a failed load. `permanent`: another one there would fail too."""
         self._forget_old()
+        if cause is BackoffCause.BUSY:
+            self._pause((model_id, node), reason)
+            return
         key = model_id, node
         if cause is BackoffCause.UNKNOWN and len(self._failed_on(model_id) | {node}) >= UNKNOWN_NODES:
             cause = BackoffCause.MODEL
@@ -80,8 +84,10 @@ class Backoffs:
 
     def record_load_elsewhere(self, model_id: str, node: str) -> None:
         """Another cortex is loading the model on this node: look again in a moment. Not a failure."""
-        key = model_id, ANY_NODE
-        backoff = Backoff(self._clock() + TEMPORARY_SECS, f"another cortex is loading it on {node}", temporary=True)
+        self._pause((model_id, ANY_NODE), f"another cortex is loading it on {node}")
+
+    def _pause(self, key: ModelOnNode, reason: str) -> None:
+        backoff = Backoff(self._clock() + TEMPORARY_SECS, reason, temporary=True)
         before = self._failures.get(key, replace(_NONE, at=self._clock()))
         self._failures[key] = replace(before, backoff=backoff)
 

@@ -52,6 +52,8 @@ def _cause(text: str | None) -> BackoffCause:
 
 def failure_of(plan: LoadPlan, refused: NeuronRefused) -> LoadFailure:
     reason = f"loading {plan.model_id!r} on {plan.node} failed: {refused}"
+    if refused.code == ErrorCode.GROUP_STARTING:
+        return LoadFailure(reason, BackoffCause.BUSY)
     if refused.code in _TEMPORARY:
         return LoadFailure(reason, BackoffCause.TEMPORARY)
     if refused.code == ErrorCode.INSUFFICIENT_VRAM:

@@ -109,6 +109,7 @@ class Scheduler:
             backoffs=self._backoffs.current(),
             overloaded_since=self._demand.overloaded_since,
             holds=self._holds(),
+            networks=self._live.networks,
         )
 
     def ensure_scheduled(self, model_id: str) -> None:

@@ -58,7 +58,9 @@ class Membership:
         """Polls exactly these neurons, which the fleet must already know; leaves unchanged ones alone. Returns the
         names of those removed or given another endpoint or token: what they reported is no longer valid."""
         wanted = {entry.name: entry for entry in entries}
-        others = {name for name, entry in self._entries.items() if wanted.get(name) != entry}
+        others = {
+            name for name, entry in self._entries.items() if name not in wanted or wanted[name].access != entry.access
+        }
         for name in others:
             self._end(name, removed=name not in wanted)
         for poller in self.pollers.values():

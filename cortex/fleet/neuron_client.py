@@ -174,8 +174,10 @@ class NeuronClient:
         try:
             answer = await self._command(path, command, timeout_secs)
         except NeuronRefused as refused:
-            # Already loaded counts as success. Protocol v1 neurons report it with 400, ours with 409.
-            if refused.status not in (400, 409) or "already loaded" not in refused.message.lower():
+            # Already loaded counts as success, except for a part: that is of another group then. Protocol v1 neurons
+            # report it with 400, ours with 409.
+            there = refused.status in (400, 409) and "already loaded" in refused.message.lower()
+            if not there or command.group is not None:
                 raise
             return LoadReply(status=ModelStatus.LOADED.value)
         try:

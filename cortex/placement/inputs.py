@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count
 
 from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
-from cortex.config.settings import Rules
+from cortex.config.settings import HostNetwork, Rules
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
@@ -38,6 +38,7 @@ DRAINING = "draining"
 
 UNUSED = ReplicaUsage()
 DEFAULT_RULES = Rules()
+_UNKNOWN_NETWORK = HostNetwork()
 
 
 MAX_ARRIVALS = 32
@@ -127,6 +128,16 @@ class PlanningView:
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
     named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
     """The instances that an operator has named for the next load."""
+    networks: Mapping[str, HostNetwork] = field(default_factory=dict)
+    """Of the nodes for which something is configured."""
+
+    def network_of(self, node: str) -> HostNetwork:
+        """As configured; a speed that is not configured is the one that the neuron reports."""
+        found = self.networks.get(node, _UNKNOWN_NETWORK)
+        discovery = self.fleet.nodes[node].discovery
+        if found.gbps is not None or discovery is None or not discovery.network_mbps:
+            return found
+        return replace(found, gbps=discovery.network_mbps / 1000)
 
     def waiting_for(self, requested: RequestedModel) -> WaitingRequests | None:
         """The requests that wait for the model, or for this variant of it; None if none does."""

@@ -34,7 +34,8 @@ class LoadPlan:
     that has one for each model. `starts` are those of other engines that the neuron finishes first.
 
     With `parts` the engine spans several nodes: this is the plan of the part that takes the requests, `parts` are those
-    of the others by rank, `whole` says how it is split. Evictions, spare memory and waits are those of all together.
+    of the others by rank, `whole` says how it is split, and `network` what connects the nodes, for people ("" if
+    unknown). Evictions, spare memory and waits are those of all together.
     """
 
     model_id: str
@@ -53,6 +54,7 @@ class LoadPlan:
     starts: Starts = NO_STARTS
     parts: tuple[LoadPlan, ...] = ()
     whole: Parallelism | None = None
+    network: str = ""
     rank: tuple[object, ...] = field(default=(), compare=False)
 
     @property
@@ -67,7 +69,8 @@ class LoadPlan:
 
     @property
     def reason(self) -> str:
-        span = "" if self.whole is None else f"spans {len(self.nodes)} neurons ({self.whole}), "
+        over = f" over {self.network}" if self.network else ""
+        span = "" if self.whole is None else f"spans {len(self.nodes)} neurons ({self.whole}){over}, "
         return f"{' + '.join(self.nodes)}: {'' if self.variant is None else f'{self.variant} '}{span}{self.fit_reason}"
 
     @property

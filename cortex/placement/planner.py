@@ -21,7 +21,8 @@ from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.placement.instances import has_room, instances_on
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.node_plan import Rejection, plan_on_node
-from cortex.placement.spans import Span, spans_of
+from cortex.placement.spans import NetworkBetween, Span, network_between, spans_of, well_connected
+from cortex.placement.starts import starting_groups
 from shared.protocol import ModelStatus
 
 _BEFORE_THE_NEXT_FIT = 0.5
@@ -62,8 +63,8 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
         nodes = [node for node in view.fleet.nodes.values() if can_hold_part(span.part, node)]
         if len(nodes) < span.hosts:
             continue
-        found = [evaluate_node(view, span.part, node) for node in nodes]
-        plan = plan_together(view.fleet, span, (each.plan for each in found if each.plan is not None))
+        found = [_part_on(view, span.part, node) for node in nodes]
+        plan = plan_together(view, span, (each.plan for each in found if each.plan is not None))
         if plan is not None:
             return [NodeVerdict(" + ".join(plan.nodes), plan, plan.fit_reason)]
         reasons = "; ".join(f"{each.node} {each.reason}" for each in found if each.plan is None)
@@ -72,16 +73,32 @@ def _over_several(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict
     return sorted(waiting, key=lambda each: not each.temporary)[:1]
 
 
-def plan_together(fleet: FleetSnapshot, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:
-    """The best group of the nodes that could take a part now, given the plan on each, by their `rank`s; None if there
-    are too few with equal cards. The slowest card sets the pace of all."""
+def _part_on(view: PlanningView, part: ModelProfile, node: NodeSnapshot) -> NodeVerdict:
+    """What the node could do for a part. It does not wait there for a start while another group starts: two groups
+    could wait for each other, so the neuron may refuse it."""
+    verdict = evaluate_node(view, part, node)
+    others = starting_groups(view, node, part.id) if verdict.plan is not None and verdict.plan.starts.models else []
+    if not others:
+        return verdict
+    return NodeVerdict(node.name, None, f"waits until {', '.join(others)} has started there", temporary=True)
+
+
+def plan_together(view: PlanningView, span: Span, parts: Iterable[LoadPlan]) -> LoadPlan | None:
+    """The best group of the nodes that could take a part now, given the plan on each; None if there are too few with
+    equal cards: the slowest card sets the pace of all. The network between the nodes comes first, because it sets the
+    pace for as long as the engine runs, then what has to be evicted for it."""
     by_cards: dict[tuple[tuple[str, int], ...], list[LoadPlan]] = {}
     for part in parts:
         if part.fit is not Fit.TOO_LARGE and not part.wakes:
-            by_cards.setdefault(_cards(fleet, part), []).append(part)
-    groups = (sorted(alike, key=lambda part: part.rank)[: span.hosts] for alike in by_cards.values())
-    whole = [_together(span, group) for group in groups if len(group) == span.hosts]
-    return min(whole, key=lambda plan: plan.rank, default=None)
+            by_cards.setdefault(_cards(view.fleet, part), []).append(part)
+    groups = (group for alike in by_cards.values() for group in well_connected(alike, span.hosts, view.network_of))
+    whole = [
+        (between.rank, _together(span, group, between))
+        for group in groups
+        for between in [network_between(view.network_of(part.node) for part in group)]
+    ]
+    _, best = min(whole, key=lambda each: (each[0], each[1].rank), default=(None, None))
+    return best
 
 
 def _cards(fleet: FleetSnapshot, part: LoadPlan) -> tuple[tuple[str, int], ...]:
@@ -89,7 +106,7 @@ def _cards(fleet: FleetSnapshot, part: LoadPlan) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(devices[index] for index in part.devices))
 
 
-def _together(span: Span, parts: list[LoadPlan]) -> LoadPlan:
+def _together(span: Span, parts: list[LoadPlan], between: NetworkBetween) -> LoadPlan:
     """The plan of the whole engine; the part that fits best takes the requests."""
     first, *others = parts
     evictions = EvictionPlan(tuple(each for part in parts for each in part.eviction_plan.evictions))
@@ -104,6 +121,7 @@ def _together(span: Span, parts: list[LoadPlan]) -> LoadPlan:
         starts=starts,
         parts=tuple(others),
         whole=span.whole,
+        network=str(between),
         rank=(worst.fit + _BEFORE_THE_NEXT_FIT, evictions.order, *(part.rank for part in parts)),
     )
 

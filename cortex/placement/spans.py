@@ -1,11 +1,14 @@
-"""How a model can be spread over several hosts. Pure."""
+"""How a model can be spread over several hosts, and which hosts are well connected. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from cortex.config.catalogue import ModelProfile
+from cortex.config.settings import HostNetwork
+from cortex.placement.load_plan import LoadPlan
 from shared.protocol import Parallelism
 from shared.protocol.group import split_over
 
@@ -47,3 +50,54 @@ def _spans(profile: ModelProfile) -> Iterator[Span]:
 
 def _pipeline_across(devices: int, hosts: int) -> Parallelism | None:
     return None if devices % hosts else Parallelism(tensor=devices // hosts, pipeline=hosts)
+
+
+@dataclass(frozen=True)
+class NetworkBetween:
+    """What connects the hosts of a group: the networks that they are in, and the speed of the slowest link in Gbit/s,
+    None if one is unknown. Between two networks no speed is known."""
+
+    names: tuple[str | None, ...]
+    gbps: float | None
+
+    @property
+    def rank(self) -> tuple[int, float, bool]:
+        """Smaller is better: one network before several, then the faster one, then one with a name. An unknown speed is
+        the slowest."""
+        return len(self.names), -(self.gbps or 0.0), self.names[0] is None
+
+    def __str__(self) -> str:
+        """Such as "network rack1, 100 Gbit/s"; empty if nothing is known."""
+        shown = ["no network" if name is None else name for name in self.names]
+        if len(shown) > 1:
+            return f"between {' and '.join(shown)}, speed unknown"
+        name = [] if self.names[0] is None else [f"network {self.names[0]}"]
+        return ", ".join([*name, *([] if self.gbps is None else [f"{self.gbps:g} Gbit/s"])])
+
+
+def network_between(networks: Iterable[HostNetwork]) -> NetworkBetween:
+    """What connects these hosts."""
+    listed = list(networks)
+    names = tuple(dict.fromkeys(each.name for each in listed))
+    speeds = [each.gbps for each in listed if each.gbps is not None]
+    return NetworkBetween(names, min(speeds) if len(names) == 1 and len(speeds) == len(listed) else None)
+
+
+def well_connected(
+    parts: Iterable[LoadPlan], hosts: int, network_of: Callable[[str], HostNetwork]
+) -> Iterator[list[LoadPlan]]:
+    """From the plans on single nodes, for each network the best `hosts` of those with the fastest links. If no network
+    has enough nodes, those of as few networks as possible, with the nodes of one network in a row."""
+    pools: dict[str | None, list[LoadPlan]] = {}
+    for part in sorted(parts, key=lambda part: part.rank):
+        pools.setdefault(network_of(part.node).name, []).append(part)
+    enough = [pool for pool in pools.values() if len(pool) >= hosts]
+    for pool in enough:
+        speed = {part.node: network_of(part.node).gbps or 0.0 for part in pool}
+        slowest = sorted(speed.values(), reverse=True)[hosts - 1]
+        yield [part for part in pool if speed[part.node] >= slowest][:hosts]
+    if not enough:
+        largest_first = sorted(pools.values(), key=lambda pool: -len(pool))
+        mixed = list(chain.from_iterable(largest_first))[:hosts]
+        if len(mixed) == hosts:
+            yield mixed

@@ -57,6 +57,14 @@ def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> d
     return found
 
 
+def starting_groups(view: PlanningView, node: NodeSnapshot, model_id: str) -> list[str]:
+    """Other models of which a part of an engine that spans several nodes starts on the node."""
+    ours = {each.model_id for each in view.fleet.reservations if not each.serves}
+    found = {each.model_id for each in view.fleet.reservations if each.node == node.name and each.model_id in ours}
+    found |= {each.view.id for each in node.every_engine() if each.view.coming and each.view.group is not None}
+    return sorted(found - {model_id})
+
+
 def longest(starts: Mapping[int, Starts], indices: Iterable[int]) -> Starts:
     """What an engine on all these devices waits for the longest."""
     if not starts:  # the usual case, for each of many sets

@@ -171,7 +171,7 @@ def _over_several(view: PlanningView, spans: Iterable[tuple[Span, list[_Holder]]
     """The best way to spread a model for which there is memory, on the places that `choose` finds."""
     for span, holders in spans:
         found = (choose(view, list(_device_sets(view, [holder]))) for holder in holders)
-        plan = plan_together(view.fleet, span, [part for part in found if part is not None])
+        plan = plan_together(view, span, [part for part in found if part is not None])
         if plan is not None:
             return plan
     return None

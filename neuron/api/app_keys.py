@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -13,7 +14,7 @@ from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
-from neuron.lifecycle.group_network import GroupListeners
+from neuron.lifecycle.group_network import GroupListeners, link_mbps
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import Ledger
@@ -39,8 +40,16 @@ class Services:
     leases: LeaseTable
     group_listeners: GroupListeners
 
-    async def discovery(self) -> Discovery:
-        return await discovery_of(self.config, self.source, instance_id=self.instance_id)
+    async def discovery(self, address: str) -> Discovery:
+        """`address` is the one of this host at which the caller has come."""
+        mbps = await asyncio.to_thread(link_mbps, self.config.group, address)
+        return await discovery_of(self.config, self.source, instance_id=self.instance_id, network_mbps=mbps)
 
 
 SERVICES = web.AppKey("services", Services)
+
+
+def called_at(request: web.Request) -> str:
+    """The address of this host at which the caller has come."""
+    own = request.transport.get_extra_info("sockname") if request.transport is not None else None
+    return str(own[0]) if own else request.app[SERVICES].config.host

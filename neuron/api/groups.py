@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from neuron.api.app_keys import SERVICES
+from neuron.api.app_keys import SERVICES, called_at
 from neuron.lifecycle.group_network import unreachable
 from shared.http import read_model, reply
 from shared.protocol import ListenCommand, ReachCommand, ReachReply
@@ -13,9 +13,7 @@ from shared.protocol import ListenCommand, ReachCommand, ReachReply
 async def listen(request: web.Request) -> web.Response:
     """By default the others come to the address at which the caller has."""
     command = await read_model(request, ListenCommand)
-    own = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    address = str(own[0]) if own else request.app[SERVICES].config.host
-    return reply(await request.app[SERVICES].group_listeners.listen(command.group, address))
+    return reply(await request.app[SERVICES].group_listeners.listen(command.group, called_at(request)))
 
 
 async def reach(request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from aiohttp import web
 
 from neuron import errors as failures
-from neuron.api.app_keys import SERVICES, Services
+from neuron.api.app_keys import SERVICES, Services, called_at
 from neuron.api.logs import last_lines, outputs_of, stream_lines
 from neuron.api.protocol_v1 import carries_keys, plain_id
 from neuron.engine.output import EngineOutput
@@ -46,7 +46,7 @@ _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no"
 
 async def discovery(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    return reply(await services.discovery())
+    return reply(await services.discovery(called_at(request)))
 
 
 async def health(request: web.Request) -> web.Response:

@@ -45,8 +45,11 @@ def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
     return SimulatedTopologySource(config.simulate, vram_dir, name=config.name or socket.gethostname())
 
 
-async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance_id: str | None) -> Discovery:
-    """This host as a protocol message. A simulated host has the neuron's name, a real one its own."""
+async def discovery_of(
+    config: NeuronConfig, source: TopologySource, *, instance_id: str | None, network_mbps: int | None = None
+) -> Discovery:
+    """This host as a protocol message. A simulated host has the neuron's name, a real one its own. `network_mbps` is
+    the speed of its link to the other hosts of an engine."""
     facts = await asyncio.to_thread(host_facts)
     topology = await source.discover()
     simulated_name = config.name if topology.simulated else None
@@ -66,4 +69,5 @@ async def discovery_of(config: NeuronConfig, source: TopologySource, *, instance
         leases=True,
         instances=True,
         groups=True,
+        network_mbps=network_mbps,
     )

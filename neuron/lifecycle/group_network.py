@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -30,6 +31,7 @@ LISTEN_SECS = 60.0
 """How long a neuron listens for the others, and how long it keeps a port for a group afterwards."""
 REACH_SECS = 3.0
 """How long a peer may take to accept a connection and to say which group it listens for."""
+_INTERFACES = Path("/sys/class/net")
 _GREETING = "neuron group "
 _MAX_GREETING_BYTES = 256
 _FOREIGN = "another program answers there"
@@ -158,6 +160,19 @@ def _unavailable(reason: str) -> Unavailable:
     return Unavailable(
         f"{reason}; see [group] in neuron.toml", code=ErrorCode.GROUP_UNREACHABLE, retry_after=GROUP_UNREACHABLE_SECS
     )
+
+
+def link_mbps(settings: GroupSettings, address: str) -> int | None:
+    """The speed of this host's link to the others of a group, in Mbit/s; None where the system does not say, as for the
+    loopback, a wireless interface, or one that is down. `address` counts if the configuration names none."""
+    interface = settings.interface or _interface_of(settings.address or address)
+    if interface is None or "/" in interface:
+        return None
+    try:
+        speed = int((_INTERFACES / interface / "speed").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return speed if speed > 0 else None
 
 
 def _interface_of(address: str) -> str | None:

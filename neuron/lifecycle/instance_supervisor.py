@@ -117,6 +117,13 @@ class InstanceSupervisor:
         return request
 
     @property
+    def starting(self) -> LoadRequest | None:
+        """The request whose engine starts, or waits for its devices to start; None if there is none."""
+        if self._next is not None:
+            return self._next
+        return self.model.request if self.model.state.status.coming else None
+
+    @property
     def can_change_sleep(self) -> bool:
         """True if its engine serves or sleeps, so that it can be asked to sleep or to wake."""
         awake_or_asleep = (State.LOADED, State.SLEEPING, State.WAKING)

@@ -109,6 +109,7 @@ class Registry:
         if request is None:
             spec = replace(spec, instance=supervisor.model.key.instance)
             placement = self._book(spec, share_mb, reading, displace=displace)
+            self._refuse_crossing_groups(spec, placement)
             self._list(supervisor)
             request = supervisor.begin(spec, placement, carries_keys=carries_keys)
             self._drop_unloaded(command.model_id)
@@ -247,6 +248,26 @@ class Registry:
         for each in displaced:
             self.restart(idle[each].key, f"makes room for {spec.key}")
         return self._memory.book(number, spec, share_mb, reading)
+
+    def _refuse_crossing_groups(self, spec: EngineSpec, placement: EnginePlacement) -> None:
+        """Two groups whose parts start on the same devices of two hosts in opposite order would wait for each other: a
+        part of one holds the devices until the whole engine serves. So a group waits only for groups whose names come
+        after its own.
+
+        Raises:
+            Unavailable: it would have to wait, perhaps for another group; its booking is released.
+        """
+        if spec.group is None:
+            return
+        starting = [each for each in self._supervisors if each.starting is not None]
+        requests = {each.model.key: each.starting for each in starting}
+        before = [
+            key for key, each in requests.items() if each and each.spec.group and each.spec.group.id < spec.group.id
+        ]
+        devices = {index for each in requests.values() if each for index in each.placement.indices}
+        if before and not devices.isdisjoint(placement.indices):
+            self._memory.release(placement.number)
+            raise failures.group_starting(spec.key, spec.group, before)
 
     def _idle_without_key(self) -> list[InstanceState]:
         """Loaded instances whose engine has no key and no requests, the one idle for longest first."""

@@ -15,6 +15,7 @@ class ErrorCode(str, Enum):
     ENDPOINT_UNRESOLVED = "endpoint_unresolved"
     ENGINE_KEY_REQUIRED = "engine_key_required"
     FORBIDDEN = "forbidden"
+    GROUP_STARTING = "group_starting"
     GROUP_UNREACHABLE = "group_unreachable"
     INSUFFICIENT_RAM = "insufficient_ram"
     INSUFFICIENT_VRAM = "insufficient_vram"

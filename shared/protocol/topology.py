@@ -34,7 +34,8 @@ class Discovery(WireModel):
 
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
-    that spans several neurons.
+    that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
+    the system does not know it.
     """
 
     hostname: Text = ""
@@ -52,6 +53,7 @@ class Discovery(WireModel):
     leases: bool = False
     instances: bool = False
     groups: bool = False
+    network_mbps: int | None = None
 
     @cached_property
     def paths(self) -> Mapping[Pair, DevicePath]:

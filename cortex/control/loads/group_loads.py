@@ -12,16 +12,18 @@ from cortex.config.live import LiveConfig
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, failure_of
 from cortex.control.loads.neurons import NeuronAccess
+from cortex.fleet.load_leases import LoadedElsewhere
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.state import NodeRemoved
 from cortex.fleet.unless_down import unless_down
 from cortex.placement.load_plan import LoadPlan, part_command
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import GroupPart, GroupPeer, ListenReply, ReachCommand
+from shared.protocol import ErrorCode, GroupPart, GroupPeer, ListenReply, ReachCommand
 from shared.tasks import cancel_all
 
 log = logging.getLogger(__name__)
 
+_BELONGS_TO_ANOTHER = (ErrorCode.LOAD_IN_PROGRESS, ErrorCode.ALREADY_LOADED)
 UNDO_SECS = 60.0
 """How long an unload of a part may take after another one failed."""
 
@@ -44,6 +46,7 @@ class GroupLoads:
 
         Raises:
             LoadFailure: a neuron cannot reach another, refuses its part, or a part failed; no part is left.
+            LoadedElsewhere: another caller loads the model on one of the neurons; no part of this load is left.
             NodeRemoved, CommandAbandoned: a neuron left the configuration; no part is left on the others.
 
         If cancelled, the neurons continue the load. `GroupKeeper` ends it if not all parts have begun.
@@ -60,6 +63,9 @@ class GroupLoads:
                     await self._begin(plan, part, profile, told)
                 except NeuronRefused as refused:
                     begun.remove(part)  # what runs there under its name belongs to another caller
+                    if refused.code in _BELONGS_TO_ANOTHER:
+                        await self._neurons.refresh(part.node)  # the next plan must know of it
+                        raise LoadedElsewhere(part.node) from refused
                     failure = failure_of(part, refused)
                     failure.node = part.node
                     raise failure from refused

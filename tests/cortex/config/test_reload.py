@@ -285,7 +285,8 @@ async def test_an_unrelated_edit_touches_nothing(cortex: Cortex, benjy: V1Neuron
         await bounded(benjy.load_started.wait())
         cortex.set_models({**SMALL, "vram_mb": 5000}, OTHER)
         cortex.edit_config(lambda data: data.update(poll={"interval_secs": 0.04}))
-        await cortex.reload()
+        cortex.edit_config(lambda data: data["neurons"][0].update(network="rack1", network_gbps=100))
+        assert "neuron benjy: network None -> rack1, network_gbps None -> 100" in await cortex.reload()
         assert [load["model"] for load in (await cortex.get("/fleet"))["loads"]] == ["org/small"]
         benjy.load_gate.set()
         assert (await bounded(asking)).status == 200

@@ -188,6 +188,16 @@ def test_a_load_of_another_cortex_does_not_count_as_a_failure(backoffs: Backoffs
     assert _pauses(backoffs, clock, [BackoffCause.MODEL]) == [20]
 
 
+def test_a_load_that_gives_way_to_another_does_not_count_as_a_failure(backoffs: Backoffs, clock: Clock) -> None:
+    """However often it does; it pauses on that node for a moment."""
+    for _ in range(10):
+        backoffs.record_failure("m", "a", BackoffCause.BUSY, "another engine starts there")
+        ((key, backoff),) = backoffs.current().items()
+        assert (key, backoff.temporary, backoff.until - clock.now) == (("m", "a"), True, 1)
+        clock.now += 1
+    assert _pauses(backoffs, clock, [BackoffCause.NODE]) == [10]
+
+
 def test_an_operator_clears_the_backoffs_of_a_model(backoffs: Backoffs, clock: Clock) -> None:
     """All backoffs of that model end at once; if it fails again, the pause is as long as it would have been."""
     _pauses(backoffs, clock, [BackoffCause.NODE] * 3)

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from cortex.config.catalogue import ModelProfile
+from cortex.config.settings import HostNetwork
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.fair_queue import after_start, schedule_loads
 from cortex.placement.feasibility import FeasibilityCache
@@ -104,6 +105,68 @@ def test_cards_are_equal() -> None:
     assert planned(view(fleet(*nodes[:2]), wide())) is None
 
 
+@pytest.mark.parametrize(
+    ("networks", "expected", "shown"),
+    [
+        ({}, "a b", ""),
+        ({"c": (None, 100), "d": (None, 100)}, "c d", "100 Gbit/s"),
+        ({"a": (None, 10), "b": (None, 25), "c": (None, 25), "d": (None, 10)}, "b c", "25 Gbit/s"),
+        ({"a": (None, 10), "b": (None, 10), "c": (None, 10), "d": (None, 100)}, "a b", "10 Gbit/s"),
+        ({"b": ("rack1", None), "d": ("rack1", None)}, "b d", "network rack1"),
+        ({"a": ("rack1", 100), "b": ("rack2", 100), "c": ("rack2", 100), "d": ("rack3", 200)}, "b c",
+         "network rack2, 100 Gbit/s"),
+        ({"a": ("rack1", 25), "b": ("rack1", 25), "c": ("rack2", 100), "d": ("rack2", 100)}, "c d",
+         "network rack2, 100 Gbit/s"),
+        ({"a": ("x", 10), "b": ("y", 10), "c": ("z", 10), "d": (None, 10)}, "a b", "between x and y, speed unknown"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("parallel", [None, {"tensor": 4}])
+def test_which_nodes_are_well_connected(
+    networks: dict[str, tuple[str | None, float | None]], expected: str, shown: str, parallel: dict[str, int] | None
+) -> None:
+    """One network before several, then the fastest link of the slowest node, whether the network carries a pipeline or
+    tensor groups. Where nothing is configured the order is that of the names."""
+    nodes = fleet(*(able(name, 24000, 24000) for name in "abcd"))
+    configured = {name: HostNetwork(*each) for name, each in networks.items()}
+    model = wide() if parallel is None else wide(min_devices=4, parallel=parallel)
+    plan = plan_for(view(nodes, model, networks=configured))
+    assert (" ".join(plan.nodes), plan.network) == (expected, shown)
+    assert plan.whole is not None
+    assert f"({plan.whole}){f' over {shown}' if shown else ''}, fits now" in plan.reason
+
+
+def test_a_fast_network_goes_before_free_memory() -> None:
+    """An eviction takes seconds, and the network is slow for as long as the engine runs. On equal networks what has to
+    be evicted decides."""
+    on = {"a": {}, "b": {}, "c": {"x": On(20000, (0,))}, "d": {"x": On(20000, (0,))}}
+    nodes = fleet(*(able(name, 24000, 24000, models=models) for name, models in on.items()))
+    fast = {"c": HostNetwork(gbps=100), "d": HostNetwork(gbps=100)}
+    assert plan_for(view(nodes, wide(), profile(id="x"), networks=fast)).nodes == ("c", "d")
+    equal = {name: HostNetwork(gbps=100) for name in "abcd"}
+    assert plan_for(view(nodes, wide(), profile(id="x"), networks=equal)).nodes == ("a", "b")
+
+
+def test_nodes_of_one_network_follow_one_another() -> None:
+    """If no network has enough nodes: as few networks as possible, and few stages of the pipeline apart."""
+    nodes = fleet(*(able(name, 24000) for name in "abcdef"))
+    names = {"a": "x", "b": "y", "c": "z", "d": "y", "e": "x", "f": "x"}
+    configured = {name: HostNetwork(network) for name, network in names.items()}
+    assert plan_for(view(nodes, wide(), networks=configured)).nodes == ("a", "e", "f", "b")
+
+
+def test_a_reported_speed_counts_where_none_is_configured() -> None:
+    def reporting(name: str, mbps: int | None) -> NodeSnapshot:
+        node = able(name, 24000, 24000)
+        assert node.discovery is not None
+        return replace(node, discovery=node.discovery.model_copy(update={"network_mbps": mbps}))
+
+    nodes = fleet(reporting("a", 1000), reporting("b", None), reporting("c", 25000), reporting("d", 25000))
+    plan = plan_for(view(nodes, wide()))
+    assert (plan.nodes, plan.network) == (("c", "d"), "25 Gbit/s")
+    configured = {"a": HostNetwork(gbps=100), "b": HostNetwork(gbps=100)}
+    assert plan_for(view(nodes, wide(), networks=configured)).nodes == ("a", "b")
+
+
 def test_a_node_that_cannot_take_a_part_is_left_out() -> None:
     """An older neuron, one that is down, one after a failure."""
     nodes = [
@@ -129,6 +192,36 @@ def test_evictions_on_all_nodes_are_one_plan() -> None:
         ("x", "a"),
         ("y", "b"),
     }
+
+
+def starting_part(model_id: str, rank: int) -> ModelView:
+    told = {"id": "g", "rank": rank, "size": 2, "master_addr": "10.0.0.1", "master_port": 21000}
+    return ModelView.model_validate({"id": model_id, "status": "loading", "devices": [0], "group": told})
+
+
+def test_two_groups_do_not_start_on_the_same_devices() -> None:
+    """Their parts could wait for each other. The second waits, or takes other nodes."""
+    other = wide(id="other", vram_mb=8000)
+    moment = view(pair(), other, wide(vram_mb=8000), waiting={"m": 1})
+    after = after_start(moment, plan_for(moment, "other"))
+    assert planned(after) is None
+    assert "a waits until other has started there" in schedule_loads(after).wait_reasons["m"]
+    more = fleet(*pair().nodes.values(), *(able(name, 24000, 24000) for name in "cd"))
+    moment = view(more, other, wide(vram_mb=8000))
+    assert plan_for(after_start(moment, plan_for(moment, "other"))).nodes == ("c", "d")
+    theirs = fleet(*(with_entry(able(name, 24000, 24000), starting_part("x", rank)) for rank, name in enumerate("ab")))
+    assert planned(view(theirs, wide(vram_mb=8000))) is None
+
+
+def test_a_group_starts_beside_another_and_after_a_single_engine() -> None:
+    """On other devices it waits for nothing; an engine on one node starts in any case."""
+    nodes = [able(name, 24000, 24000, 24000) for name in "ab"]
+    beside = fleet(*(with_entry(node, starting_part("x", rank)) for rank, node in enumerate(nodes)))
+    plan = plan_for(view(beside, wide()))
+    assert [part.devices for part in (plan, *plan.parts)] == [(1, 2), (1, 2)]
+    alone = ModelView(id="x", status="loading", devices=[0])
+    after = plan_for(view(fleet(*(with_entry(able(name, 24000, 24000), alone) for name in "ab")), wide()))
+    assert after.starts.models == ("x",)
 
 
 def test_a_group_counts_as_one_replica() -> None:

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 
+from cortex.config.catalogue import ModelProfile
+from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.group_loads import GroupLoads
 from cortex.control.loads.neurons import NeuronAccess
+from cortex.fleet.load_leases import LoadedElsewhere
+from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.e2e.groups.conftest import Host, running_host
-from tests.neuron.groups.groups import load_parts
+from tests.neuron.groups.groups import begin_part, checked_group, load_parts
 from tests.neuron.neurons import marked_engines, marked_processes, until
 
 WIDE = {"id": "org/wide", "harness": "sim", "span_nodes": True, "min_devices": 4, "vram_mb": 40000}
@@ -51,6 +55,7 @@ async def test_a_chat_loads_the_model_over_two_neurons(start_cortex: StartCortex
         decision = (await answer.json())["decision"]
     assert decision["action"] == "load"
     assert decision["parts"] == [{"node": "a", "devices": [0, 1]}, {"node": "b", "devices": [0, 1]}]
+    assert decision["network"] is None
     assert decision["parallel"] == {"tensor": 2, "pipeline": 2, "data": 1, "expert": False}
     assert await chat(cortex) == (200, "a")
     assert [await chat(cortex) for _ in range(3)] == [(200, "a")] * 3
@@ -75,25 +80,71 @@ async def test_a_killed_part_is_planned_again(start_cortex: StartCortex, hosts: 
     assert (await chat(cortex))[0] == 200
 
 
-async def test_a_refused_load_leaves_the_engine_of_another_cortex(start_cortex: StartCortex, hosts: list[Host]) -> None:
-    """Both chose the same name for it. The one that comes second must not unload what the first is loading."""
-    cortex = await start_cortex(hosts, models())
-    parts = cortex.parts
-    view = parts.scheduler.view()
+async def listed(hosts: list[Host], *statuses: str) -> bool:
+    return [(await host.neuron.model("org/wide")).get("status") for host in hosts] == list(statuses)
+
+
+async def plan_of(cortex: RunningCortex) -> tuple[LoadPlan, ModelProfile]:
+    view = cortex.parts.scheduler.view()
     profile = view.profile("org/wide")
     assert profile is not None
     plan = best_plan(all_verdicts(view, profile))
     assert plan is not None
+    return plan, profile
+
+
+@pytest.mark.parametrize("loads", ["loading", "loaded"])
+async def test_a_refused_load_leaves_the_engine_of_another_cortex(
+    start_cortex: StartCortex, hosts: list[Host], loads: str
+) -> None:
+    """Both chose the same name for it. The one that comes second must not unload what the first loads or has loaded."""
+    cortex = await start_cortex(hosts, models())
+    plan, profile = await plan_of(cortex)
     theirs = asyncio.create_task(load_parts("g1", [host.neuron for host in hosts], "--load-secs", "1"))
-
-    async def begun() -> bool:
-        return all([(await host.neuron.model("org/wide")).get("status") == "loading" for host in hosts])
-
-    await until(begun)
-    loads = GroupLoads(NeuronAccess(parts.fleet, parts.clients, parts.pollers), parts.live)
-    with pytest.raises(LoadFailure, match="is being loaded"):
-        await loads.load(plan, profile, parts.loader.until_loaded)
+    await until(lambda: listed(hosts, loads, loads))
+    parts = cortex.parts
+    groups = GroupLoads(NeuronAccess(parts.fleet, parts.clients, parts.pollers), parts.live)
+    with pytest.raises(LoadedElsewhere):
+        await groups.load(plan, profile, parts.loader.until_loaded)
     assert [answer.status for answer in await theirs] == [200, 200]
+
+
+async def test_a_load_that_meets_that_of_another_cortex_waits_for_it(
+    start_cortex: StartCortex, hosts: list[Host], mark: str
+) -> None:
+    """It is not a failure: there is no backoff on a neuron, and requests get the other's engine."""
+    cortex = await start_cortex(hosts, models())
+    plan, _ = await plan_of(cortex)
+    theirs = asyncio.create_task(load_parts("g1", [host.neuron for host in hosts], "--load-secs", "1"))
+    await until(lambda: listed(hosts, "loading", "loading"))
+    job = cortex.parts.loader.start(plan, "a test", still_needed=lambda: True, done=lambda *_: None)
+    asking = asyncio.create_task(chat(cortex))
+    assert job.task is not None
+    assert await job.task is None
+    assert job.elsewhere == "a"
+    assert await asking == (200, "a")
+    assert [answer.status for answer in await theirs] == [200, 200]
+    assert len(marked_engines(mark)) == 2
+
+
+async def test_two_groups_that_start_in_opposite_order(start_cortex: StartCortex, hosts: list[Host], mark: str) -> None:
+    """Another cortex begins one on the second neuron. Ours gives way without blaming a neuron, and starts when the
+    other has."""
+    cortex = await start_cortex(hosts, models())
+    parts = cortex.parts
+    plan, profile = await plan_of(cortex)
+    b_first = [host.neuron for host in reversed(hosts)]
+    at = await checked_group("0", list(b_first))
+    assert (await begin_part(b_first[0], "org/other", "0", 0, at)).status == 202
+    groups = GroupLoads(NeuronAccess(parts.fleet, parts.clients, parts.pollers), parts.live)
+    with pytest.raises(LoadFailure, match="org/other starts, which spans several neurons too") as refused:
+        await groups.load(plan, profile, parts.loader.until_loaded)
+    assert (refused.value.cause, refused.value.node) == (BackoffCause.BUSY, "b")
+    assert len(marked_engines(mark)) == 1
+    asking = asyncio.create_task(chat(cortex))
+    await until(lambda: parts.scheduler.wait_reason("org/wide") is not None)
+    assert (await begin_part(b_first[1], "org/other", "0", 1, at)).status == 202
+    assert (await asking)[0] == 200
 
 
 async def test_a_minimum_brings_it_back_by_itself(start_cortex: StartCortex, hosts: list[Host], mark: str) -> None:

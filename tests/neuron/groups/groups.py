@@ -33,3 +33,10 @@ async def load_parts(group: str, clients: list[Client], *args: str, **fields: An
         assert (await client.load(MODEL, *args, wait=False, **part(rank))).status == 202
     waiting = (client.load(MODEL, *args, **part(rank)) for rank, client in enumerate(clients))
     return list(await asyncio.gather(*waiting))
+
+
+async def begin_part(client: Client, model: str, group: str, rank: int, at: dict[str, Any]) -> Answer:
+    """Has a neuron accept one part of an engine over two neurons, on its device 0."""
+    told = {"id": group, "rank": rank, "size": 2, **at}
+    fields = {"group": told, "parallel": {"tensor": 2}, "vram_mb": 4000, "devices": [0]}
+    return await client.load(model, wait=False, **fields)

@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 from blockbuster import blockbuster_ctx
 
-from tests.neuron.groups.groups import MODEL, checked_group, load_parts
-from tests.neuron.neurons import Neuron, config_of, marked_engines, marked_processes, neuron_here, until
+from tests.neuron.groups.groups import MODEL, begin_part, checked_group, load_parts
+from tests.neuron.neurons import Client, Neuron, config_of, marked_engines, marked_processes, neuron_here, until
 
 
 @contextlib.asynccontextmanager
@@ -75,6 +75,38 @@ async def test_the_same_load_joins(pair: list[Neuron], mark: str) -> None:
     refused = await pair[1].load(MODEL, group=told, parallel={"tensor": 2}, vram_mb=4000)
     assert (refused.status, refused.error["code"]) == (409, "already_loaded")
     assert set(marked_engines(mark)) == engines
+
+
+async def test_two_groups_do_not_wait_for_each_other(pair: list[Neuron], mark: str) -> None:
+    """They start on the same devices in opposite order, and each of the parts that came first would hold its device
+    until the other part of its group starts. The group whose name sorts first starts."""
+    other = "org/other"
+    both: list[Client] = list(pair)
+    at = {"g1": await checked_group("g1", both), "g2": await checked_group("g2", both[::-1])}
+    assert (await begin_part(pair[0], MODEL, "g1", 0, at["g1"])).status == 202
+    assert (await begin_part(pair[1], other, "g2", 0, at["g2"])).status == 202
+    assert (await begin_part(pair[1], MODEL, "g1", 1, at["g1"])).status == 202
+    refused = await begin_part(pair[0], other, "g2", 1, at["g2"])
+    assert (refused.status, refused.error["code"]) == (503, "group_starting")
+    assert "org/wide starts, which spans several neurons too" in refused.error["message"]
+    assert refused.headers["Retry-After"] == "5"
+    assert (await pair[0].model(other)) == {}
+    assert (await pair[1].unload(other)).status == 200
+    for neuron in pair:
+        await neuron.until_status(MODEL, "loaded")
+    again = await checked_group("g3", both[::-1])
+    assert [(await begin_part(pair[1 - rank], other, "g3", rank, again)).status for rank in (0, 1)] == [202, 202]
+    for neuron in pair:
+        await neuron.until_status(other, "loaded")
+
+
+async def test_a_part_beside_another_group_is_accepted(pair: list[Neuron], mark: str) -> None:
+    """It does not wait for anything if no engine starts on its devices."""
+    both: list[Client] = list(pair)
+    at = {"g1": await checked_group("g1", both), "g2": await checked_group("g2", both)}
+    assert (await begin_part(pair[0], MODEL, "g1", 0, at["g1"])).status == 202
+    told = {"group": {"id": "g2", "rank": 0, "size": 2, **at["g2"]}, "parallel": {"tensor": 2}, "vram_mb": 4000}
+    assert (await pair[0].load("org/other", wait=False, devices=[1], **told)).status == 202
 
 
 @pytest.mark.parametrize("lost", [0, 1])

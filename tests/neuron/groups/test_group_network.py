@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 
 import pytest
 
 from neuron.config import GroupSettings
 from neuron.lifecycle import group_network
-from neuron.lifecycle.group_network import GroupListeners, unreachable
+from neuron.lifecycle.group_network import GroupListeners, link_mbps, unreachable
 from shared.errors import ServiceError
 from shared.protocol import GroupPart, GroupPeer
 from tests.neuron.neurons import until
@@ -97,3 +98,23 @@ async def test_the_network_of_a_part() -> None:
     told = settings(address="10.0.0.7", interface="eth7", env={"NCCL_DEBUG": "INFO"})
     network = await GroupListeners(told).network_of(part(1))
     assert (network.address, network.interface, dict(network.env)) == ("10.0.0.7", "eth7", {"NCCL_DEBUG": "INFO"})
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("100000\n", 100_000), ("-1\n", None), ("0\n", None), ("", None), (None, None)]
+)
+def test_the_speed_of_the_link(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: str | None, expected: int | None
+) -> None:
+    """In Mbit/s, of the interface that the configuration names or that has the address; None if the system does not
+    know it."""
+    monkeypatch.setattr(group_network, "_INTERFACES", tmp_path)
+    for name in ("ib0", "lo"):
+        (tmp_path / name).mkdir()
+        if written is not None:
+            (tmp_path / name / "speed").write_text(written, encoding="ascii")
+    assert link_mbps(settings(interface="ib0"), "192.0.2.1") == expected
+    assert link_mbps(settings(), "127.0.0.1") == expected
+    assert link_mbps(settings(address="127.0.0.1"), "192.0.2.1") == expected
+    assert link_mbps(settings(), "192.0.2.1") is None
+    assert link_mbps(settings(interface="../x"), "127.0.0.1") is None
