@@ -10,6 +10,9 @@ from cortex.routing.replica import ReplicaKey
 
 _WEIGHT: Final = 0.05  # of an answer in its replica's average: about the last 20 count
 _USUAL_WEIGHT: Final = 0.02
+_ASSUMED: Final = 10
+"""Answers of usual speed that every replica starts with: the first ones of a new engine are often slow, and an engine
+that seems slow gets few requests by which to show that it is not."""
 _MOST: Final = math.log(4)
 
 Kind = tuple[str, bytes, bool]
@@ -43,7 +46,7 @@ class Speeds:
         self._usual[kind] = usual, seen + 1
         slowness, answers = self._slowness.get(key, (0.0, 0))
         beside = max(-_MOST, min(_MOST, took - usual))
-        self._slowness[key] = slowness + (beside - slowness) * max(_WEIGHT, 1 / (answers + 1)), answers + 1
+        self._slowness[key] = slowness + (beside - slowness) * max(_WEIGHT, 1 / (answers + 1 + _ASSUMED)), answers + 1
 
     def of(self, keys: Sequence[ReplicaKey]) -> list[float]:
         """The speed of each replica: 1/4 to 4; 1 is average, and also means no measurements."""

@@ -166,6 +166,20 @@ def test_an_unmeasured_replica_is_average() -> None:
     assert speeds.of(keys("other", *NODES)) == EQUAL
 
 
+def test_a_slow_first_answer_hardly_counts() -> None:
+    """Of a replica that has just started; the fiftieth slow one does."""
+    speeds = Speeds()
+    for _ in range(20):
+        speeds.learn(KIND, replica_key("m", "a"), 1.0, 1000)
+    speeds.learn(KIND, replica_key("m", "b"), 10.0, 1000)
+    assert speeds.of(keys("m", "b"))[0] > 0.8
+    for _ in range(50):
+        speeds.learn(KIND, replica_key("m", "a"), 1.0, 1000)
+        speeds.learn(KIND, replica_key("m", "b"), 4.0, 1000)
+    fast, slow = speeds.of(keys("m", "a", "b"))
+    assert fast / slow > 3
+
+
 def test_speeds_are_bounded() -> None:
     """A replica that is a thousand times slower still gets a few requests, so its recovery is noticed."""
     speeds = Speeds()

