@@ -40,9 +40,12 @@ async def answering(
         yield stream
 
 
-def config(directory: Path, *, vram_mb: int = WHOLE_CARD_MB, **changes: Any) -> NeuronConfig:
-    """One simulated card, and engines that take `vram_mb` of it: protocol v1 has no field for that."""
-    arguments = ["--load-secs", "0.2", "--vram-mb", str(vram_mb)]
+def config(
+    directory: Path, *, vram_mb: int = WHOLE_CARD_MB, load_secs: float | None = 0.2, **changes: Any
+) -> NeuronConfig:
+    """One simulated card, and engines that take `vram_mb` of it: protocol v1 has no field for that. `load_secs` None:
+    as their loads say."""
+    arguments = [*([] if load_secs is None else ["--load-secs", str(load_secs)]), "--vram-mb", str(vram_mb)]
     return config_of(directory / "state", simulate=ONE_CARD, sim={"extra_args": arguments}, **changes)
 
 
@@ -302,7 +305,7 @@ async def test_the_longest_idle_engine_ends(mark: str, tmp_path: Path) -> None:
 async def test_several_instances(mark: str, tmp_path: Path) -> None:
     """The entry that such a cortex keeps, the last, is of an instance that it can use; its requests go to the instances
     by turns; its unload ends all of them, and its endpoint loads the model again."""
-    shared = config(tmp_path, vram_mb=5000, engine_keys="never")
+    shared = config(tmp_path, vram_mb=5000, load_secs=None, engine_keys="never")
     async with neuron_here(shared) as neuron, v1_cortex(neuron) as cortex:
         for instance in ("0", "1", "2"):
             assert (await neuron.load(A, instance=instance, devices=[0])).status == 200
