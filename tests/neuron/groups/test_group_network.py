@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from pathlib import Path
 
@@ -51,20 +52,32 @@ async def test_unreachable_peers_are_named_with_the_reason() -> None:
     listeners.close_all()
 
 
+def free_pair() -> list[int]:
+    """Two neighbouring ports that no program uses, other tests included."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            first: int = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", first + 1))
+                return [first, first + 1]
+
+
 async def test_a_port_is_kept_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the end of the check and the start of the engine no other group gets the port."""
     monkeypatch.setattr(group_network, "LISTEN_SECS", 1.0)
-    listeners = GroupListeners(settings(port_range=[21950, 21951]))
+    ports = free_pair()
+    listeners = GroupListeners(settings(port_range=ports))
     first = await listeners.listen("g", "127.0.0.1")
     listeners.close("g")
     second = await listeners.listen("h", "127.0.0.1")
-    assert {first.port, second.port} == {21950, 21951}
-    with pytest.raises(ServiceError, match="no free port in 21950-21951"):
+    assert {first.port, second.port} == set(ports)
+    with pytest.raises(ServiceError, match=f"no free port in {ports[0]}-{ports[1]}"):
         await listeners.listen("i", "127.0.0.1")
 
     async def released() -> bool:
         try:
-            return (await listeners.listen("i", "127.0.0.1")).port in (21950, 21951)
+            return (await listeners.listen("i", "127.0.0.1")).port in ports
         except ServiceError:
             return False
 
