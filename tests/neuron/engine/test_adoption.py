@@ -334,6 +334,7 @@ async def test_members_of_a_dead_leader_are_recognised_by_the_engine_id(mark: st
     assert len(left) == 1
     for pid in marked_processes(mark):
         os.kill(pid, signal.SIGKILL)
+    await until(lambda: not marked_processes(mark))
 
 
 @pytest.fixture
