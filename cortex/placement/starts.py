@@ -58,7 +58,7 @@ def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> d
 
 
 def starting_groups(view: PlanningView, node: NodeSnapshot, model_id: str) -> list[str]:
-    """Other models of which a part of an engine that spans several nodes starts on the node."""
+    """Other models with an engine that spans several nodes and is starting a part on this one."""
     ours = {each.model_id for each in view.fleet.reservations if not each.serves}
     found = {each.model_id for each in view.fleet.reservations if each.node == node.name and each.model_id in ours}
     found |= {each.view.id for each in node.every_engine() if each.view.coming and each.view.group is not None}

@@ -9,7 +9,7 @@ from cortex.http.heads import ResponseHead
 from cortex.routing.replica import STRANGE, UNAVAILABLE, Refusal
 
 TOLD_BY_BODY: Final = frozenset({400, 500})
-"""The statuses of which the body says whether the engine or the request is at fault."""
+"""With these statuses only the body says whether the engine or the request is at fault."""
 
 _ASLEEP: Final = b"x-neuron-sleeping:"
 """The header of the 503 from an engine that sleeps and could answer once woken."""

@@ -206,7 +206,7 @@ class RequestHandler:
             self._end_lost(state, None)
 
     def _can_follow(self, answer: Answer) -> bool:
-        """Prepares to continue an event stream of which the client has the head. False if that is impossible."""
+        """Prepares to continue an event stream whose head the client already has. False if that is impossible."""
         if not answer.can_follow:
             return False
         self._keep_alive = self._keep_alive or self._new_keep_alive(cold=True)
