@@ -51,6 +51,7 @@ class Witness:
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
+        self.look()
         ended = asyncio.Event()
         task = asyncio.create_task(asyncio.to_thread(self._watch, ended))
         try:
@@ -59,7 +60,11 @@ class Witness:
             ended.set()
             await task
 
-    def alive(self) -> frozenset[str]:
+    def look(self) -> None:
+        """Records the engines that are alive now. On a busy machine the watching alone can miss one."""
+        self.together.add(self._alive())
+
+    def _alive(self) -> frozenset[str]:
         found = set()
         for pid in marked_processes(self._mark):
             with contextlib.suppress(psutil.Error):
@@ -71,7 +76,7 @@ class Witness:
 
     def _watch(self, ended: asyncio.Event) -> None:
         while not ended.is_set():
-            self.together.add(self.alive())
+            self.look()
 
 
 async def kill_leader(neuron: Neuron) -> None:
@@ -106,6 +111,7 @@ async def test_a_start_waits_for_the_end_of_another_engine(
             await neuron.until_status(NEW, "loading")
             await act(neuron)
             assert (await loading).status == 200
+            witness.look()
             assert (await unloading).status == 200
     assert {len(engines) for engines in witness.together} <= {0, 1}
     assert len(frozenset().union(*witness.together)) == 2
