@@ -13,7 +13,8 @@ from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.context_lengths import CONTEXT_LENGTHS
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
-from cortex.config.catalogue import Catalogue, ModelProfile, TokenLimit
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile, TokenLimit
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from cortex.config.catalogue import Catalogue, Variant
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import Variant
 from cortex.config.settings import CortexConfig
 
 

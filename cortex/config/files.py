@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from cortex.config.catalogue import Catalogue, ModelProfile, load_catalogue
+from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import CortexConfig, GatewaySettings
 from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument

@@ -6,7 +6,7 @@ import math
 from itertools import combinations
 from typing import Any
 
-from cortex.config.catalogue import TOOLS_HINT, ModelProfile
+from cortex.config.profile import TOOLS_HINT, ModelProfile
 from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
 from cortex.control.wait_note import leaving_text
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot

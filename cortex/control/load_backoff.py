@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.placement.inputs import Backoff
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 

@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from cortex.config.catalogue import RequestedModel
 from cortex.config.live import LiveConfig
+from cortex.config.profile import RequestedModel
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Await, Place, Refuse, Serve, decide
 from cortex.control.demand import Demand

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
+from cortex.config.profile import ModelProfile
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.load_backoff import BackoffCause, Backoffs

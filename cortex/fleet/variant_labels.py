@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cortex.config.catalogue import NO_MODELS, Catalogue, ModelProfile
+from cortex.config.catalogue import NO_MODELS, Catalogue
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot, by_instance
 from shared.protocol import ModelView
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from itertools import islice
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.feasibility import is_feasible
 from cortex.placement.inputs import PlanningView

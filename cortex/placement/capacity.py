@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import NO_ARRIVALS, PlanningView

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, combinations
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import DeviceCapacity
 from shared.protocol import Device

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count
 
-from cortex.config.catalogue import DEFAULT_PRIORITY, Catalogue, ModelProfile, RequestedModel
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import DEFAULT_PRIORITY, ModelProfile, RequestedModel
 from cortex.config.settings import HostNetwork, Rules
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
 from cortex.placement.devices import eligible_devices
 from cortex.placement.inputs import DRAINING, PlanningView

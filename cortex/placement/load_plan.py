@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from cortex.config.catalogue import ModelProfile, RequestedModel
+from cortex.config.profile import ModelProfile, RequestedModel
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.eviction import NO_EVICTIONS, EvictionPlan
 from cortex.placement.starts import NO_STARTS, Starts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from cortex.config.catalogue import ModelProfile
 from cortex.config.durations import duration_text
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
 from cortex.placement.eviction import EvictionPlan

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final
 
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.catalogue import Catalogue
 from cortex.config.durations import duration_text
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import feasible_choices, infeasible_reason, possible_nodes
 from cortex.placement.inputs import PlanningView

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import HostNetwork
 from cortex.placement.load_plan import LoadPlan
 from shared.protocol import Parallelism

@@ -7,7 +7,7 @@ import logging
 from time import monotonic
 from typing import Final
 
-from cortex.config.catalogue import AUTO_TOOL_CHOICE, TOOLS_HINT
+from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.http.request import Request

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.placement.devices import eligible
 from cortex.placement.spans import spans_of
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from cortex.config.catalogue import Catalogue, ComputeCapability, ModelName, ModelProfile, load_catalogue
+from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.profile import ComputeCapability, ModelName, ModelProfile
 from cortex.config.settings import PlacementSettings
 from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, Link, LinkKind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.control.scheduler import PLANNER, Policy
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import ResidentModel, device_memory, resident_models

@@ -8,8 +8,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
 from cortex.control.scheduler import Policy
 from cortex.control.wiring import build

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.metrics.counters import Counters
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList

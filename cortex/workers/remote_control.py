@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.http.errors import shutting_down
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
-from cortex.config.catalogue import RequestedModel
 from cortex.config.live import LiveConfig
+from cortex.config.profile import RequestedModel
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.shutdown import Shutdown

@@ -81,7 +81,7 @@ def test_example_catalogue_fits_the_example_fleet() -> None:
 
 def test_example_catalogue_explains_every_field() -> None:
     """Each key of a model is shown, with a comment that has its default."""
-    from cortex.config.catalogue import ModelProfile
+    from cortex.config.profile import ModelProfile
 
     text = (TOP / "models.example.toml").read_text(encoding="utf-8")
     for key in set(ModelProfile.model_fields) - {"id", "limit"}:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.inputs import Arrivals, Backoff, PlanningView, ReplicaUsage, WaitingRequests

@@ -7,7 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile
 
 FIRST_ENGINE_PORT = 20000
 ENGINE_PORTS_PER_HOST = 200

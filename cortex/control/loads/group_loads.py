@@ -7,8 +7,8 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
-from cortex.config.catalogue import ModelProfile
 from cortex.config.live import LiveConfig
+from cortex.config.profile import ModelProfile
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, failure_of
 from cortex.control.loads.neurons import NeuronAccess

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlencode
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.upgrade import UpgradeAnswer
 from cortex.proxy.request_handler import RequestHandler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.body.model_field import MissingModel

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cortex.config.catalogue import Catalogue, ModelProfile, load_catalogue
+from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.profile import ModelProfile
 from shared.settings import SettingsError
 
 TWO = "[[models]]\nid = 'a'\n[[models.variants]]\nquant = 'fp8'\n[[models.variants]]\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from cortex.config.catalogue import RequestedModel
+from cortex.config.profile import RequestedModel
 from cortex.control.load_backoff import MAX_TEMPORARY, QUIET_SECS, BackoffCause, Backoffs
 
 

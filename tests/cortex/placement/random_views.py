@@ -6,7 +6,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import Backoff, PlanningView
 from shared.protocol import LinkKind

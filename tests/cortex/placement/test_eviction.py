@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.capacity import ResidentModel

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads

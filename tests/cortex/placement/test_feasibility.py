@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import permutations, product
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.control.explain import explain
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.feasibility import FeasibilityCache, infeasible_reason, is_feasible

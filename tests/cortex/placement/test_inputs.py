@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cortex.config.catalogue import DEFAULT_PRIORITY
+from cortex.config.profile import DEFAULT_PRIORITY
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.placement.inputs import Backoff
 from cortex.placement.load_plan import Fit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.control.explain import explain
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.capacity import device_memory

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.load_plan import load_command
 from shared.protocol import LinkKind, LoadCommand

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, Reservation
 from cortex.placement.fair_queue import after_start
 from cortex.placement.feasibility import infeasible_reason, is_feasible

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, Reservation
 from cortex.placement.inputs import Backoff, PlanningView
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas

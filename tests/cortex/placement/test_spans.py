@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import HostNetwork
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.fair_queue import after_start, schedule_loads

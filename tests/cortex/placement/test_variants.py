@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import Catalogue, ModelProfile
+from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile
 from cortex.control.explain import explain
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.fair_queue import schedule_loads

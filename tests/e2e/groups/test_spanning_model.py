@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import ModelProfile
+from cortex.config.profile import ModelProfile
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.group_loads import GroupLoads

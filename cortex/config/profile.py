@@ -1,0 +1,288 @@
+"""One model of models.toml: what it needs, how it may run, and how many instances of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
+from shared.settings import SettingsModel
+
+DEFAULT_PRIORITY = 100
+DEFAULT_PINNED_PRIORITY = 1000
+
+AUTO_TOOL_CHOICE = b"--enable-auto-tool-choice"
+"""In vLLM's refusal of a request with tools, and in the arguments that prevent it."""
+
+TOOLS_HINT = (
+    "set tools = true for this model in models.toml and load it again (or put --enable-auto-tool-choice "
+    "--tool-call-parser NAME into its args)"
+)
+
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS, pattern=r"^[^\s\x00-\x1f]+$")]
+
+
+MAX_VARIANT_NAME_CHARS = 64
+VariantName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_VARIANT_NAME_CHARS, pattern=r"^[^\s\x00-\x1f@]+$")
+]
+
+
+def _as_capability(value: Any) -> Any:
+    """8.9, 9 and "9" are written as "8.9" and "9.0"."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return f"{value}.0" if isinstance(value, str) and value.isdecimal() else value
+
+
+ComputeCapability = Annotated[str, BeforeValidator(_as_capability), StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}$")]
+"""NVIDIA's name for what a GPU can do, such as "8.6" (RTX 3060), "8.9" (RTX 4090), "12.0" (RTX 5090)."""
+
+
+class RequestedModel(NamedTuple):
+    """What a client's name for a model stands for. `variant`: only that one; None for any."""
+
+    model_id: str
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The id, with the variant if there is one, as in `id@variant`."""
+        return self.model_id if self.variant is None else f"{self.model_id}@{self.variant}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in requests that an engine of it serves: the id, and `id@variant`."""
+        return (self.model_id,) if self.variant is None else (self.model_id, self.name)
+
+
+class TokenLimit(SettingsModel):
+    """Limits reported to clients, in tokens."""
+
+    context: int | None = Field(default=None, gt=0)
+    output: int | None = Field(default=None, gt=0)
+
+
+class Replicas(SettingsModel):
+    """How many instances of a model to run: at least `min` stay loaded, up to `max` are added under load; at most
+    `per_node` on one node."""
+
+    min: int = Field(default=0, ge=0, le=1000)
+    max: int = Field(default=1, ge=1, le=1000)
+    per_node: int | None = Field(default=None, ge=1, le=1000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_least_the_minimum(cls, data: object) -> object:
+        if isinstance(data, Mapping) and "max" not in data and isinstance(data.get("min"), int):
+            return {**data, "max": max(1, data["min"])}
+        return data
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Replicas:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+def _with_tensor_size(data: object) -> object:
+    """`min_devices` and `parallel.tensor` are the same: each is what the other says."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("parallel"), Mapping):
+        return data
+    short, parallel = data.get("min_devices"), data["parallel"]
+    if isinstance(short, int) and "tensor" not in parallel:
+        return {**data, "parallel": {**parallel, "tensor": short}}
+    if "min_devices" not in data and isinstance(parallel.get("tensor"), int):
+        return {**data, "min_devices": parallel["tensor"]}
+    return data
+
+
+def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> ParallelSettings | None:
+    short = info.data.get("min_devices")
+    if value is not None and short is not None and short != value.tensor:
+        raise ValueError(f"tensor is {value.tensor}, but min_devices is {short}: remove one, or make them equal")
+    return value
+
+
+_OF_A_VARIANT: Final = {"variant": True}
+"""Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
+
+
+class Variant(SettingsModel):
+    """One of several ways to run a model. None: as the model's own entry says. `name` defaults to `quant`, or else to
+    its number from 1."""
+
+    name: VariantName | None = None
+    harness: str | None = None
+    quant: str | None = None
+    vram_mb: int | None = Field(default=None, gt=0)
+    min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
+    parallel: ParallelSettings | None = None
+    min_device_vram_mb: int | None = Field(default=None, gt=0)
+    min_compute_capability: ComputeCapability | None = None
+    pinned_on: tuple[str, ...] | None = None
+    source: str | None = None
+    args: tuple[str, ...] | None = None
+
+    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
+    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+
+
+class ModelProfile(SettingsModel):
+    """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults.
+
+    With `variants`, only its `choices` say how an engine runs.
+    """
+
+    id: ModelName
+    harness: str = "vllm"
+    quant: str | None = None
+    vram_mb: int | None = Field(default=None, gt=0)
+    min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    parallel: ParallelSettings | None = None
+    span_nodes: bool = False
+    min_device_vram_mb: int | None = Field(default=None, gt=0)
+    min_compute_capability: ComputeCapability | None = None
+    pinned_on: tuple[str, ...] = ()
+    residency_priority: int = DEFAULT_PRIORITY
+    replicas: Replicas = Replicas()
+    min_residency_secs: float | None = Field(default=None, ge=0)
+    idle_ttl_secs: float | None = Field(default=None, gt=0)
+    when_idle: Literal["unload", "sleep"] = "unload"
+    source: str | None = None
+    args: tuple[str, ...] = ()
+    tools: bool = False
+    limit: TokenLimit | None = None
+    variants: tuple[Variant, ...] = ()
+    _variant: str | None = PrivateAttr(default=None)
+    _place: int = PrivateAttr(default=0)
+
+    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
+    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned_models_rank_high(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("pinned_on") and "residency_priority" not in data:
+            return {**data, "residency_priority": DEFAULT_PINNED_PRIORITY}
+        return data
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """Each variant gets its name: by default its `quant`, or else its number."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [
+            {**each, "name": quant if isinstance(quant := each.get("quant"), str) else str(number)}
+            if isinstance(each, Mapping) and each.get("name") is None
+            else each
+            for number, each in enumerate(value, 1)
+        ]
+
+    @field_validator("variants")
+    @classmethod
+    def _distinct_names(cls, value: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        seen: set[str | None] = set()
+        for each in value:
+            if each.name in seen:
+                raise ValueError(f"two variants are named {each.name!r}: give each a `name` of its own")
+            seen.add(each.name)
+        return value
+
+    @model_validator(mode="after")
+    def _can_span(self, info: ValidationInfo) -> ModelProfile:
+        spans = self.span_nodes and info.context is not _OF_A_VARIANT
+        if spans and all(choice.device_count < 2 for choice in self.choices):
+            raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
+        if spans and any(choice.parallelism.data > 1 for choice in self.choices):
+            raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
+        return self
+
+    @property
+    def variant(self) -> str | None:
+        """The name of the variant that this is one of the `choices` for; None for a model itself."""
+        return self._variant
+
+    @property
+    def place(self) -> int:
+        """The place of this variant among those of the model, from 0, the best."""
+        return self._place
+
+    @property
+    def requested(self) -> RequestedModel:
+        """What it is: the model, or one variant of it."""
+        return RequestedModel(self.id, self._variant)
+
+    @property
+    def choices(self) -> tuple[ModelProfile, ...]:
+        """How an engine of it may run, best first: one profile for each variant, or this one without variants."""
+        return self._of_variants or (self,)
+
+    @cached_property
+    def _of_variants(self) -> tuple[ModelProfile, ...]:
+        return tuple(self._with(variant, place) for place, variant in enumerate(self.variants))
+
+    @property
+    def variants_text(self) -> str:
+        """The names of its variants, for people."""
+        names = ", ".join(str(each.name) for each in self.variants)
+        return f"{self.id!r} has the variants {names}" if names else f"{self.id!r} has no variants"
+
+    def choice(self, variant: str | None) -> ModelProfile | None:
+        """The profile of the variant; for a model without variants itself. None if there is none of that name."""
+        return next((each for each in self.choices if each.variant == variant), None)
+
+    def _with(self, variant: Variant, place: int) -> ModelProfile:
+        given = variant.model_dump(exclude_none=True, exclude={"name"})
+        own = self.model_dump(exclude_none=True, exclude={"variants"})
+        if not given.keys().isdisjoint(("parallel", "min_devices")):
+            own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
+        found = ModelProfile.model_validate({**own, **given}, context=_OF_A_VARIANT)
+        found._variant, found._place = variant.name, place
+        return found
+
+    def part(self, parallel: Parallelism) -> ModelProfile:
+        """What one host holds of it, split over that host's devices in this way."""
+        own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
+        memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
+        found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
+        found._variant, found._place = self._variant, self._place
+        return found
+
+    @cached_property
+    def parallelism(self) -> Parallelism:
+        """How it is split: `parallel`, or `min_devices`, its short form."""
+        return self.parallel or Parallelism.model_construct(tensor=self.min_devices)
+
+    @cached_property
+    def device_count(self) -> int:
+        return self.parallelism.devices
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """The value sent to a neuron; None means a single device."""
+        return self.parallelism.tensor if self.parallelism.tensor > 1 else None
+
+    @property
+    def refuses_tools(self) -> bool:
+        """True if vLLM answers a request with tools with 400."""
+        flag = AUTO_TOOL_CHOICE.decode()
+        return self.harness == "vllm" and not self.tools and not any(arg.startswith(flag) for arg in self.args)
+
+    @property
+    def device_share_mb(self) -> int:
+        """What each device must give, in MiB; 0 when the footprint is unknown."""
+        return 0 if self.vram_mb is None else -(-self.vram_mb // self.device_count)
