@@ -128,12 +128,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
-        tasks = TaskSet()
-        stack.push_async_callback(tasks.close)
-        _ = tasks.spawn(default_models.load_all(), name="default models")
-        _ = tasks.spawn(spares.run(), name="spare processes")
         device_watch = DeviceWatch(source, hub.publish)
-        _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
+        stack.push_async_callback(_running(default_models, spares, device_watch).close)
         yield Services(
             config=config,
             instance_id=instance_id,
@@ -150,6 +146,15 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             leases=LeaseTable(),
             group_listeners=group_listeners,
         )
+
+
+def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch) -> TaskSet:
+    """What runs beside the requests, until `TaskSet.close`."""
+    tasks = TaskSet()
+    _ = tasks.spawn(default_models.load_all(), name="default models")
+    _ = tasks.spawn(spares.run(), name="spare processes")
+    _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
+    return tasks
 
 
 async def _engine_keys(config: NeuronConfig, state: StateDir) -> EngineKeys:

@@ -135,7 +135,7 @@ def fault_of(record: XidRecord, condition: GpuCondition) -> str | None:
 
 
 def warnings_of(record: XidRecord, condition: GpuCondition) -> list[str]:
-    """What an operator should know of a GPU that is used all the same."""
+    """What an operator should know of a GPU that is still used."""
     found = [f"Xid {xid}: {TOLD_XIDS[xid]}" for xid in sorted(record.told)]
     if condition.remap_failed:
         found.append("remapping of a memory row failed: the GPU should be replaced")

@@ -18,7 +18,7 @@ class DeviceHealth(WireModel):
     engines when they wake: `vram_asleep_mb`.
 
     `fault`: why nothing may be placed on the GPU now; None if it is fit for use. `warnings`: what an operator should
-    know of a GPU that is used all the same, such as a slowdown.
+    know of a GPU that is still used, such as a slowdown.
     """
 
     index: int

@@ -91,7 +91,7 @@ def test_a_reset_ends_the_fault(library: dict[str, str], hardware: Path, way: st
             write_scenario(hardware, PAIR, gpu0__error=UNKNOWN)
             assert [device["index"] for device in probe.ask("health")] == [1]
             write_scenario(hardware, PAIR, **before)
-            assert probe.ask("health")[0]["fault"], "an error that passes is no reset"
+            assert probe.ask("health")[0]["fault"], "a passing error does not show a reset"
             write_scenario(hardware, PAIR, gpu0__error=GPU_IS_LOST)
             assert [device["index"] for device in probe.ask("health")] == [1]
         write_scenario(hardware, PAIR, **after)
