@@ -18,8 +18,9 @@ import pynvml
 
 from neuron.gpu import nvml_device
 from neuron.gpu.links import LinkFacts, Pair, links_between
+from neuron.gpu.nvml_condition import ConditionTracker
 from neuron.gpu.nvml_device import Handle
-from neuron.gpu.nvml_errors import lost_reason, unavailable_reason
+from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.topology import Topology
 from shared.protocol import Device, DeviceHealth
 
@@ -47,6 +48,7 @@ class NvmlTopologySource:
         self._topology: Topology | None = None
         self._handles: dict[int, Handle] = {}
         self._lost: dict[int, str] = {}
+        self._conditions = ConditionTracker()
         self._initialised = False
 
     async def discover(self) -> Topology:
@@ -93,6 +95,7 @@ class NvmlTopologySource:
                 driver_version=driver_version, cuda_unavailable_reason=_log_unusable(unavailable_reason(error))
             )
         devices = tuple(self._read_device(index) for index in range(count))
+        self._conditions.start(self._handles)
         return Topology(
             devices=devices,
             links=links_between([device.index for device in devices], self._link_facts(devices)),
@@ -131,11 +134,17 @@ class NvmlTopologySource:
 
     def _read_health(self) -> list[DeviceHealth]:
         self._discover()
-        figures = self._read_devices(nvml_device.read_health)
+        self._conditions.take_events()
+        figures = self._read_devices(self._health_of)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
         return list(figures.values())
+
+    def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
+        health = nvml_device.read_health(index, handle)
+        self._conditions.read(index, handle)
+        return self._conditions.added_to(health, index)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
         self._discover()
@@ -156,10 +165,13 @@ class NvmlTopologySource:
         if self._lost.get(index) != reason:
             log.error("GPU %d cannot be used: %s", index, reason)
         self._lost[index] = reason
+        if means_gone(error):
+            self._conditions.mark_gone(index)
 
     def _shut_down(self) -> None:
         if self._initialised:
             self._initialised = False
+            self._conditions.close()
             self._handles.clear()
             _optional(pynvml.nvmlShutdown)
 

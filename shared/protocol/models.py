@@ -126,7 +126,9 @@ class ModelView(ModelFacts):
     `permanent`: true for a failure that another start there would not heal.
     `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an
     engine that spans several neurons.
-    `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
+    `vram_booked_mb`: reserved on all its devices together. `ram_used_mb`, `ram_booked_mb`: the host's RAM that its
+    processes use and that is reserved for it; None where it is not counted. `slept_mb`: host memory of a sleeping
+    model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `paths`: what its engine serves;
     None if that is not known. `missing_paths`: paths of OpenAI's and Anthropic's APIs that its engine is known to lack,
     such as `/v1/messages`. `keep_alive_secs`: how long its engine
@@ -153,6 +155,8 @@ class ModelView(ModelFacts):
     retry_at: float | None = None
     permanent: bool | None = None
     vram_booked_mb: Mib | None = None
+    ram_used_mb: Mib | None = None
+    ram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
     paths: NameList | None = None
@@ -173,17 +177,20 @@ class ModelView(ModelFacts):
 
     @property
     def loaded(self) -> bool:
-        return self.known_status is ModelStatus.LOADED
+        return self.status == "loaded" or self.known_status is ModelStatus.LOADED  # the first is fast and usual
 
     @property
     def servable_now(self) -> bool:
         """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
-        serves = self.group is None or self.group.serves
-        return serves and self.loaded and (self.servable is None or self.servable.ok)
+        if not self.loaded or (self.group is not None and not self.group.serves):
+            return False
+        return self.servable is None or self.servable.ok
 
     @property
     def coming(self) -> bool:
         """Its engine starts."""
+        if self.status == "loaded":
+            return False
         status = self.known_status
         return status is not None and status.coming
 
@@ -200,4 +207,4 @@ class ModelView(ModelFacts):
     @property
     def holds_devices(self) -> bool:
         """Its engine uses its devices, or will once it has started or woken."""
-        return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)
+        return self.loaded or self.coming or self.known_status is ModelStatus.SLEEPING

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from shared.protocol.base import PROTOCOL_V1, Mib, Text, WireModel
 from shared.protocol.interconnect import DevicePath, Link, Pair, paths_between
 
+RAM: Final = -1
+"""The index under which neuron and cortex count the host's RAM beside its devices. It is never sent."""
+
 
 class Device(WireModel):
     """One GPU.
 
-    `lost`: the GPU fell off the bus. It is listed for the operator, and nothing is placed on it.
+    `unified`: it shares the host's RAM, and `vram_total_mb` is that of the host. `lost`: the GPU fell off the bus. It
+    is listed for the operator, and nothing is placed on it.
     """
 
     index: int
@@ -25,8 +29,17 @@ class Device(WireModel):
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
+    unified: bool = False
     mig_mode: bool | None = None  # None: the device does not support MIG
     lost: str | None = None  # why the device is unusable, None if it is usable
+
+
+class HostResources(WireModel):
+    """What the host has besides its devices: RAM in MiB, at most what neuron's container may use, and the cores that
+    neuron may use."""
+
+    ram_total_mb: Mib = 0
+    cores: int = 0
 
 
 class Discovery(WireModel):
@@ -35,7 +48,8 @@ class Discovery(WireModel):
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
     that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
-    the system does not know it.
+    the system does not know it. `host`: its RAM, which models with `devices = 0` are placed in; None if it does not
+    tell.
     """
 
     hostname: Text = ""
@@ -54,6 +68,7 @@ class Discovery(WireModel):
     instances: bool = False
     groups: bool = False
     network_mbps: int | None = None
+    host: HostResources | None = None
 
     @cached_property
     def paths(self) -> Mapping[Pair, DevicePath]:
