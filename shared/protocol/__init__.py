@@ -31,12 +31,12 @@ from shared.protocol.group import (
     ReachCommand,
     ReachReply,
 )
-from shared.protocol.health import Activation, DeviceHealth, ModelActivity, NeuronHealth, SpareView
+from shared.protocol.health import Activation, DeviceHealth, HostMemoryHealth, ModelActivity, NeuronHealth, SpareView
 from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
-from shared.protocol.topology import Device, Discovery
+from shared.protocol.topology import RAM, Device, Discovery, HostResources
 
 __all__ = [
     "ENGINE_KEYS_HEADER",
@@ -44,6 +44,7 @@ __all__ = [
     "LEASE_SECS",
     "MAX_DRAIN_SECS",
     "MAX_MODEL_ID_CHARS",
+    "RAM",
     "Activation",
     "Device",
     "DeviceFigures",
@@ -57,6 +58,8 @@ __all__ = [
     "FailureCause",
     "GroupPart",
     "GroupPeer",
+    "HostMemoryHealth",
+    "HostResources",
     "LeaseCommand",
     "LeaseReply",
     "Link",

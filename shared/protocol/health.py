@@ -30,6 +30,19 @@ class DeviceHealth(WireModel):
     power_w: float | None = None
 
 
+class HostMemoryHealth(WireModel):
+    """Live figures of the host's RAM in MiB, of all processes. `ram_free_mb` is what programs can allocate without
+    swapping. `ram_booked_mb`, `ram_foreign_mb` and `ram_bookable_mb` as of `DeviceHealth`; on a host whose devices
+    share its RAM, engines on these count too."""
+
+    ram_total_mb: Mib = 0
+    ram_used_mb: Mib = 0
+    ram_free_mb: Mib = 0
+    ram_booked_mb: Mib = 0
+    ram_foreign_mb: Mib = 0
+    ram_bookable_mb: Mib = 0
+
+
 class Activation(WireModel):
     """Progress of the `default_models` that a neuron loads when it starts."""
 
@@ -83,3 +96,4 @@ class NeuronHealth(WireModel):
     activation: Activation | None = None
     models: list[ModelActivity] = Field(default_factory=list)
     spares: list[SpareView] = Field(default_factory=list)
+    host: HostMemoryHealth | None = None

@@ -126,7 +126,9 @@ class ModelView(ModelFacts):
     `permanent`: true for a failure that another start there would not heal.
     `parallel`: how it is split over its devices, None if `tensor_parallel` says all. `group`: it is one part of an
     engine that spans several neurons.
-    `vram_booked_mb`: reserved on all its devices together. `slept_mb`: host memory of a sleeping model.
+    `vram_booked_mb`: reserved on all its devices together. `ram_used_mb`, `ram_booked_mb`: the host's RAM that its
+    processes use and that is reserved for it; None where it is not counted. `slept_mb`: host memory of a sleeping
+    model.
     `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
     Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine
     keeps an idle connection open. `servable`: whether a loaded model can
@@ -152,6 +154,8 @@ class ModelView(ModelFacts):
     retry_at: float | None = None
     permanent: bool | None = None
     vram_booked_mb: Mib | None = None
+    ram_used_mb: Mib | None = None
+    ram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
     missing_paths: NameList = Field(default_factory=list)

@@ -5,26 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from shared.protocol.base import PROTOCOL_V1, Mib, Text, WireModel
 from shared.protocol.interconnect import DevicePath, Link, Pair, paths_between
 
-GPU_KIND = "gpu"
-MIG_KIND = "mig"
-NVIDIA = "nvidia"
-AMD = "amd"
-UNKNOWN_VENDOR = "unknown"
+GPU_KIND: Final = "gpu"
+MIG_KIND: Final = "mig"
+NVIDIA: Final = "nvidia"
+AMD: Final = "amd"
+UNKNOWN_VENDOR: Final = "unknown"
+RAM: Final = -1
+"""The index under which neuron and cortex count the host's RAM beside its devices. It is never sent."""
 
 
 class Device(WireModel):
     """One GPU, or one MIG instance of a GPU (`kind` "mig"): `parent` is the index of that GPU, `profile` its size, such
     as "1g.10gb". The GPU itself is listed with `mig_mode` True, and computes only in its instances.
 
-    `lost`: the GPU fell off the bus. It is listed for the operator, and nothing is placed on it. `vendor`: "nvidia",
-    "amd", or "unknown" for one that is not measured, with the memory that neuron.toml says.
+    `unified`: it shares the host's RAM, and `vram_total_mb` is that of the host. `lost`: the GPU fell off the bus. It
+    is listed for the operator, and nothing is placed on it. `vendor`: "nvidia", "amd", or "unknown" for one that is not
+    measured, with the memory that neuron.toml says.
     """
 
     index: int
@@ -38,6 +41,7 @@ class Device(WireModel):
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
+    unified: bool = False
     mig_mode: bool | None = None  # None: the device does not support MIG
     lost: str | None = None  # why the device is unusable, None if it is usable
 
@@ -56,13 +60,22 @@ def combinable_numa_nodes(devices: Iterable[Device]) -> dict[int, int | None]:
     return {device.index: device.numa_node for device in devices if not device.is_mig_instance}
 
 
+class HostResources(WireModel):
+    """What the host has besides its devices: RAM in MiB, at most what neuron's container may use, and the cores that
+    neuron may use."""
+
+    ram_total_mb: Mib = 0
+    cores: int = 0
+
+
 class Discovery(WireModel):
     """Reply to `GET /discovery`.
 
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
     that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
-    the system does not know it.
+    the system does not know it. `host`: its RAM, which models with `devices = 0` are placed in; None if it does not
+    tell.
     """
 
     hostname: Text = ""
@@ -81,6 +94,7 @@ class Discovery(WireModel):
     instances: bool = False
     groups: bool = False
     network_mbps: int | None = None
+    host: HostResources | None = None
 
     @cached_property
     def paths(self) -> Mapping[Pair, DevicePath]:

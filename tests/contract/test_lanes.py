@@ -34,4 +34,41 @@ def test_one_failure_fails_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert main([str(tmp_path)]) == status
     out = capfd.readouterr().out
     assert all(f"##### {tmp_path}/{name}, " in out for name in ("one", "two"))
-    assert out.count("FAILED ") == 2 * status
+    assert (f"{tmp_path}/two failed (1):\nFAILED " in out) == bool(status)
+    assert ("assert False" in out) == bool(status)
+
+
+def _write_test(directory: Path, body: str) -> None:
+    directory.mkdir()
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    (directory / "test_one.py").write_text(
+        f"from pathlib import Path\n\n\ndef test_one() -> None:\n{indented}", "utf-8"
+    )
+
+
+FIRST_RUN_FAILS = """
+runs = Path(__file__).with_name("runs")
+runs.write_text(runs.read_text() + "." if runs.exists() else ".")
+assert runs.read_text() != "."
+"""
+
+
+def test_a_test_that_passes_alone_is_listed_as_unsteady(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _write_test(tmp_path / "one", FIRST_RUN_FAILS)
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "one" / "runs").read_text() == "." * 4
+    assert f"{tmp_path}/one unsteady, passed 3 times alone:\nFAILED " in capfd.readouterr().out
+
+
+def test_a_test_that_fails_once_alone_fails_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _write_test(tmp_path / "one", FIRST_RUN_FAILS.replace('!= "."', 'not in (".", "...")'))
+    assert main([str(tmp_path)]) == 1
+    assert (tmp_path / "one" / "runs").read_text() == "..."
+    assert f"{tmp_path}/one failed (1):\nFAILED " in capfd.readouterr().out
+
+
+def test_many_failed_tests_are_not_run_again(tmp_path: Path) -> None:
+    for name in ("one", "two", "three", "four"):
+        _write_test(tmp_path / name, FIRST_RUN_FAILS)
+    assert main([str(tmp_path)]) == 1
+    assert {file.read_text() for file in tmp_path.rglob("runs")} == {"."}
