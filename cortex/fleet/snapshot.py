@@ -97,7 +97,7 @@ class NodeSnapshot:
     def devices(self) -> list[Device]:
         """Usable devices: not lost and not in MIG mode."""
         every = [] if self.discovery is None else self.discovery.devices
-        return [device for device in every if device.lost is None and not device.mig_mode]
+        return [device for device in every if device.usable]
 
     @cached_property
     def device_health(self) -> dict[int, DeviceHealth]:
@@ -108,10 +108,19 @@ class NodeSnapshot:
         live = self.device_health
         return tuple(sorted((_free_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
 
+    @cached_property
+    def _free_mb_of_gpus(self) -> tuple[int, ...]:
+        """As `_free_mb_descending`, without MIG instances, which no engine uses together with other devices."""
+        if not any(device.is_mig_instance for device in self.devices):
+            return self._free_mb_descending
+        live, gpus = self.device_health, [device for device in self.devices if not device.is_mig_instance]
+        return tuple(sorted((_free_mb(device, live.get(device.index)) for device in gpus), reverse=True))
+
     def free_mb_on_each_of(self, devices: int) -> int | None:
-        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
-        Does not subtract what loads in progress and sleeping models will need."""
-        return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
+        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer that work
+        together. Does not subtract what loads in progress and sleeping models will need."""
+        free = self._free_mb_of_gpus if devices > 1 else self._free_mb_descending
+        return free[devices - 1] if devices <= len(free) else None
 
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:

@@ -19,6 +19,7 @@ from shared.protocol.topology import MIG_KIND
 FIRST_INDEX = 100
 """MIG instances get indices from here, a hundred for each GPU: more than any host has GPUs, and than a GPU has
 instances."""
+_MARK = " MIG "  # in the name of an instance, as "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ def read_device(gpu: Device, instance: MigInstance) -> Device:
     """
     total, _, _ = read_memory(instance.handle)
     name = figure_or_none(pynvml.nvmlDeviceGetName, instance.handle) or gpu.name
-    named, _, profile = name.partition(" MIG ")
+    card, _, profile = name.partition(_MARK)
+    profile = profile or _profile(instance.handle)
     return Device(
         index=index_of(gpu.index, instance.gpu_instance),
         kind=MIG_KIND,
         parent=gpu.index,
-        profile=profile or _profile(instance.handle),
-        name=named,
+        profile=profile or None,
+        name=f"{card}{_MARK}{profile}".strip(),
         uuid=instance.uuid,
         vram_total_mb=total // MIB,
         compute_capability=gpu.compute_capability,
@@ -107,11 +109,11 @@ def read_device(gpu: Device, instance: MigInstance) -> Device:
     )
 
 
-def _profile(handle: Handle) -> str | None:
-    """Such as "1g.10gb", from the instance's attributes: drivers before 470 do not name it."""
+def _profile(handle: Handle) -> str:
+    """Such as "1g.10gb", from the instance's attributes: drivers before 470 do not name it. Empty if unknown."""
     attributes: Any = figure_or_none(pynvml.nvmlDeviceGetAttributes_v2, handle)
     if attributes is None:
-        return None
+        return ""
     slices = attributes.gpuInstanceSliceCount
     return f"{slices}g.{-(-attributes.memorySizeMB // 1024)}gb"
 

@@ -49,13 +49,14 @@ def test_each_instance_is_a_device(library: dict[str, str], hardware: Path) -> N
             "parent": 0,
             "profile": "3g.40gb",
             "vendor": "nvidia",
-            "name": "NVIDIA A100-SXM4-80GB",
+            "name": "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
             "vram_total_mb": 40192,
             "compute_capability": "8.0",
             "uuid": mig_uuid_of(0, 2),
             "pci_bus_id": pci_bus_id_of(0),
             "numa_node": 0,
             "mig_mode": None,
+            "unified": False,
             "lost": None,
         }
         assert (found[0]["kind"], found[0]["mig_mode"], found[0]["parent"]) == ("gpu", True, None)
@@ -126,7 +127,8 @@ def test_compute_instances_share_a_memory(library: dict[str, str], hardware: Pat
 
 
 def test_a_driver_that_does_not_name_profiles(library: dict[str, str], hardware: Path) -> None:
-    """Before 470 the instance's name is the GPU's; its size follows from its attributes."""
+    """Before 470 the instance's name is the GPU's; its profile follows from its attributes."""
     plain = Slice(9, figures={"name": A100_SLICED.name})
     with probing(library | write_scenario(hardware, (replace(A100_SLICED, slices=(plain,)),))) as probe:
-        assert (devices(probe)[109]["profile"], devices(probe)[109]["name"]) == ("1g.10gb", A100_SLICED.name)
+        named = devices(probe)[109]
+        assert (named["profile"], named["name"]) == ("1g.10gb", f"{A100_SLICED.name} MIG 1g.10gb")
