@@ -99,7 +99,9 @@ async def test_models_on_mig_instances(library: dict[str, str], tmp_path: Path) 
             return variables["CUDA_VISIBLE_DEVICES"], share
 
         assert (await load("first")).status == 200
-        assert given() == (mig_uuid_of(0, 9), pytest.approx(8000 / 9856, abs=0.02))
+        uuid, share = given()
+        assert uuid == mig_uuid_of(0, 9)
+        assert share == pytest.approx(8000 / 9856, abs=0.02)
         assert (await load("second")).status == 409
         write_scenario(tmp_path / "gpus", (A100_SLICED,))
         assert (await load("second", devices=[110])).status == 200
