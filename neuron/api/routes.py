@@ -227,6 +227,7 @@ async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHea
     """The devices, with what the driver measures and this neuron has booked on each now."""
     live = await services.source.health()
     topology = await services.source.discover()  # after health(), which finds lost devices
+    services.device_watch.observe(topology.devices, live)
     return topology.devices, with_capacities(live, services.ledger.capacities(topology, live))
 
 

@@ -18,8 +18,9 @@ import pynvml
 
 from neuron.gpu import nvml_device, nvml_mig
 from neuron.gpu.links import LinkFacts, Pair, links_between
+from neuron.gpu.nvml_condition import ConditionTracker
 from neuron.gpu.nvml_device import Handle
-from neuron.gpu.nvml_errors import lost_reason, unavailable_reason
+from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.nvml_mig import MigInstance
 from neuron.gpu.topology import Topology
 from shared.protocol import Device, DeviceHealth
@@ -51,6 +52,7 @@ class NvmlTopologySource:
         self._gpus: dict[int, Device] = {}
         self._instances: dict[int, tuple[MigInstance, ...]] = {}  # of the GPUs in MIG mode
         self._slices: dict[int, tuple[Device, ...]] = {}  # of the GPUs in MIG mode
+        self._conditions = ConditionTracker()
         self._initialised = False
 
     async def discover(self) -> Topology:
@@ -100,7 +102,7 @@ class NvmlTopologySource:
         """Raises pynvml.NVMLError if the GPU is gone; then everything is as before."""
         first = nvml_mig.first_of_each(found)
         slices = tuple(nvml_mig.read_device(gpu, instance) for instance in first)
-        for index in [index for index in self._handles if index // nvml_mig.FIRST_INDEX == gpu.index + 1]:
+        for index in [index for index in self._handles if nvml_mig.gpu_of(index) == gpu.index]:
             del self._handles[index]
             self._lost.pop(index, None)
         self._handles |= {device.index: each.handle for device, each in zip(slices, first, strict=True)}
@@ -132,6 +134,7 @@ class NvmlTopologySource:
                 driver_version=driver_version, cuda_unavailable_reason=_log_unusable(unavailable_reason(error))
             )
         devices = tuple(self._read_device(index) for index in range(count))
+        self._conditions.start(self._handles)
         return Topology(
             devices=devices,
             links=links_between([device.index for device in devices], self._link_facts(devices)),
@@ -171,11 +174,20 @@ class NvmlTopologySource:
 
     def _read_health(self) -> list[DeviceHealth]:
         self._discover()
-        figures = self._read_devices(nvml_device.read_health)
+        self._conditions.take_events()
+        figures = self._read_devices(self._health_of)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
         return list(figures.values())
+
+    def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
+        """A MIG instance is in the condition of its GPU, which is read before it."""
+        health = nvml_device.read_health(index, handle)
+        if index not in self._gpus:
+            return self._conditions.added_to(health, nvml_mig.gpu_of(index))
+        self._conditions.read(index, handle)
+        return self._conditions.added_to(health, index)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
         devices = {device.index: device for device in self._discover().devices}
@@ -187,7 +199,9 @@ class NvmlTopologySource:
             return {}
         if device.parent is None:
             return nvml_device.read_process_memory(handle)
-        return nvml_mig.read_process_memory(handle, self._handles[device.parent], device.index % nvml_mig.FIRST_INDEX)
+        return nvml_mig.read_process_memory(
+            handle, self._handles[device.parent], nvml_mig.gpu_instance_of(device.index)
+        )
 
     def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
         """`read` of each device that answers, by index. Marks the others as lost."""
@@ -204,10 +218,13 @@ class NvmlTopologySource:
         if self._lost.get(index) != reason:
             log.error("GPU %d cannot be used: %s", index, reason)
         self._lost[index] = reason
+        if means_gone(error):
+            self._conditions.mark_gone(index)
 
     def _shut_down(self) -> None:
         if self._initialised:
             self._initialised = False
+            self._conditions.close()
             self._handles.clear()
             _optional(pynvml.nvmlShutdown)
 

@@ -37,6 +37,16 @@ def index_of(gpu: int, gpu_instance: int) -> int:
     return FIRST_INDEX * (gpu + 1) + gpu_instance
 
 
+def gpu_of(index: int) -> int:
+    """The index of the GPU of the MIG instance with this index. A GPU's own index gives -1."""
+    return index // FIRST_INDEX - 1
+
+
+def gpu_instance_of(index: int) -> int:
+    """The id of the GPU instance with this index."""
+    return index % FIRST_INDEX
+
+
 def read_mode_if_any(handle: Handle) -> bool | None:
     """As `read_mode`; None when the GPU has no MIG mode.
 

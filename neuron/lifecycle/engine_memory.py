@@ -84,6 +84,14 @@ class EngineMemory:
         """This host's devices by index."""
         return {device.index: device for device in (await self._source.discover()).devices}
 
+    async def unusable(self, indices: Collection[int]) -> str | None:
+        """Why one of these devices cannot be used now, in words; None if all can."""
+        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+        for device in self.ledger.capacities(topology, health):
+            if device.index in indices and device.unusable is not None:
+                return str(device)
+        return None
+
     async def read(self) -> MemoryReading:
         """Measures every engine, then asks the driver: a booking counts the rest of the used memory as foreign, so
         memory that an engine took since its last measurement must be known first."""

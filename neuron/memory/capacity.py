@@ -152,7 +152,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
         booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
-        unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
+        unusable=unusable_reason(device) or (SILENT_REASON if live is None else live.fault),
     )
 
 

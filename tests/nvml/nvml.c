@@ -13,6 +13,7 @@
  *   gpuI.process.N PID BYTES GI  a process; BYTES "unknown", and GI (its GPU instance) optional
  *   gpuI.mig 1                   it is in MIG mode, 0: it could be
  *   gpuI.migN.KEY VALUE          a figure of its MIG device N (0 to 6), which exists when it has `gi`; and `ci`
+ *   event.N GPU XID              the Nth event since the start of the process, for event sets (N from 0)
  *   topology.A.B LEVEL, p2p.A.B STATUS (A < B)
  *
  * -DOLD_DRIVER leaves out what drivers before 510 do not export.
@@ -29,7 +30,7 @@ typedef unsigned long long Bytes;
 
 enum {
     SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
-    VERSION_MISMATCH = 25, MAX_LINKS = 18, MAX_MIG = 7
+    TIMEOUT = 10, VERSION_MISMATCH = 25, MAX_LINKS = 18, MAX_MIG = 7
 };
 
 static int initialised = 0;
@@ -419,6 +420,115 @@ Return nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned *count, s
     return processes("nvmlDeviceGetComputeRunningProcesses_v3", device, count, list);
 }
 #endif
+
+/* ---- condition ---- */
+
+Return nvmlDeviceGetTotalEnergyConsumption(Device device, Bytes *millijoules)
+{
+    return number("nvmlDeviceGetTotalEnergyConsumption", device, "energy_mj", millijoules);
+}
+
+Return nvmlDeviceGetTotalEccErrors(Device device, unsigned error, unsigned counter, Bytes *count)
+{
+    if (error != 1 || counter != 0) /* uncorrected, volatile */
+        return NOT_SUPPORTED;
+    return number("nvmlDeviceGetTotalEccErrors", device, "ecc_uncorrected", count);
+}
+
+/* gpuI.remapped_rows: correctable, uncorrectable, pending, failed */
+Return nvmlDeviceGetRemappedRows(Device device, unsigned *correctable, unsigned *uncorrectable, unsigned *pending,
+                                 unsigned *failed)
+{
+    char value[64];
+    Return state = text("nvmlDeviceGetRemappedRows", device, "remapped_rows", value, sizeof value);
+    if (state == SUCCESS && sscanf(value, "%u %u %u %u", correctable, uncorrectable, pending, failed) != 4)
+        return NOT_SUPPORTED;
+    return state;
+}
+
+#ifndef OLD_DRIVER
+Return nvmlDeviceGetCurrentClocksEventReasons(Device device, Bytes *reasons)
+{
+    return number("nvmlDeviceGetCurrentClocksEventReasons", device, "clock_reasons", reasons);
+}
+
+struct FieldValue { /* nvmlFieldValue_t */
+    unsigned field, scope;
+    long long timestamp, latency;
+    unsigned type;
+    Return state;
+    Bytes value;
+};
+
+Return nvmlDeviceGetFieldValues(Device device, int count, struct FieldValue *values)
+{
+    Return state = device_state("nvmlDeviceGetFieldValues", device);
+    for (int at = 0; state == SUCCESS && at < count; at++) {
+        values[at].value = 0;
+        values[at].state = values[at].field != 230 /* recovery action */
+            ? NOT_SUPPORTED
+            : number("nvmlDeviceGetFieldValues", device, "recovery_action", &values[at].value);
+    }
+    return state;
+}
+#endif
+
+Return nvmlDeviceGetCurrentClocksThrottleReasons(Device device, Bytes *reasons)
+{
+    return number("nvmlDeviceGetCurrentClocksThrottleReasons", device, "clock_reasons", reasons);
+}
+
+/* ---- events ---- */
+
+enum { XID_EVENT = 8, MAX_GPUS = 64 };
+
+struct EventSet { unsigned next; char registered[MAX_GPUS]; };
+struct EventData { Device device; Bytes type, data; unsigned gpu_instance, compute_instance; }; /* nvmlEventData_t */
+
+Return nvmlEventSetCreate(struct EventSet **set)
+{
+    Return state = global_state("nvmlEventSetCreate");
+    if (state == SUCCESS)
+        *set = calloc(1, sizeof **set);
+    return state;
+}
+
+Return nvmlDeviceRegisterEvents(Device device, Bytes types, struct EventSet *set)
+{
+    Return state = device_state("nvmlDeviceRegisterEvents", device);
+    if (state == SUCCESS && (types & ~(Bytes)XID_EVENT))
+        return NOT_SUPPORTED;
+    if (state == SUCCESS)
+        set->registered[index_of(device) % MAX_GPUS] = 1;
+    return state;
+}
+
+Return nvmlEventSetWait_v2(struct EventSet *set, struct EventData *event, unsigned timeout_ms)
+{
+    char value[64];
+    unsigned gpu, waited;
+    Bytes xid;
+    Return state = SUCCESS;
+    for (waited = 0; state == SUCCESS; waited += 10, usleep(10000)) {
+        state = global_state("nvmlEventSetWait_v2");
+        while (state == SUCCESS && find(value, sizeof value, "event.%u", set->next)) {
+            set->next++;
+            if (sscanf(value, "%u %llu", &gpu, &xid) == 2 && set->registered[gpu % MAX_GPUS]) {
+                *event = (struct EventData){(Device)(size_t)(gpu + 1), XID_EVENT, xid, ~0u, ~0u};
+                return SUCCESS;
+            }
+        }
+        if (state == SUCCESS && waited >= timeout_ms)
+            return TIMEOUT;
+    }
+    return state;
+}
+
+Return nvmlEventSetFree(struct EventSet *set)
+{
+    free(set);
+    return global_state("nvmlEventSetFree");
+}
 
 /* ---- paths between devices ---- */
 

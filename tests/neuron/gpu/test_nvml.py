@@ -87,6 +87,8 @@ def test_each_call_reads_health_again(library: dict[str, str], hardware: Path) -
                 "utilization_pct": 7,
                 "temp_c": 41,
                 "power_w": 65.5,
+                "fault": None,
+                "warnings": [],
             }
         ]
         write_scenario(hardware, (replace(LONE_4090[0], used_mib=20000),))

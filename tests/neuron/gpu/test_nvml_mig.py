@@ -117,6 +117,15 @@ def test_a_lost_gpu_takes_its_instances_along(library: dict[str, str], hardware:
         assert devices(probe) == before
 
 
+def test_a_fault_of_the_gpu_is_one_of_its_instances(library: dict[str, str], hardware: Path) -> None:
+    """Nothing is placed on the instances of a GPU that needs a reset."""
+    failed = replace(A100_SLICED, figures={"remapped_rows": "0 1 0 1"})
+    with probing(library | write_scenario(hardware, (failed, Gpu()))) as probe:
+        faults = {each["index"]: each["fault"] for each in probe.ask("health")}
+        assert faults[0]
+        assert faults == {0: faults[0], 1: None, 102: faults[0], 109: faults[0], 110: faults[0]}
+
+
 def test_compute_instances_share_a_memory(library: dict[str, str], hardware: Path) -> None:
     """Only the first compute instance of a GPU instance is a device: a second one has no memory of its own."""
     pair = (Slice(3, "1c.2g.20gb", 19968, compute_instance=1), Slice(3, "1c.2g.20gb", 19968), Slice(5))
