@@ -60,6 +60,7 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
                     "pci_bus_id": "00000000:C1:00.0",
                     "numa_node": 0,
                     "mig_mode": None,
+                    "unified": False,
                     "lost": None,
                 }
             ],

@@ -119,7 +119,7 @@ def test_a_lost_gpu_takes_its_instances_along(library: dict[str, str], hardware:
 
 def test_a_fault_of_the_gpu_is_one_of_its_instances(library: dict[str, str], hardware: Path) -> None:
     """Nothing is placed on the instances of a GPU that needs a reset."""
-    failed = replace(A100_SLICED, figures={"remapped_rows": "0 1 0 1"})
+    failed = replace(A100_SLICED, figures={"recovery_action": 1})
     with probing(library | write_scenario(hardware, (failed, Gpu()))) as probe:
         faults = {each["index"]: each["fault"] for each in probe.ask("health")}
         assert faults[0]
