@@ -107,7 +107,7 @@ class FleetView:
     def _of_catalogue(self, catalogue: Catalogue) -> dict[str, msgspec.Raw]:
         if self._catalogue is None or self._catalogue[0] is not catalogue:
             models = [profile.model_dump(exclude_none=True) for profile in catalogue.models]
-            self._catalogue = catalogue, _encoded({"models": models, "aliases": dict(catalogue.aliases)})
+            self._catalogue = catalogue, _encoded({"models": models, "aliases": dict(catalogue.targets)})
         return self._catalogue[1]
 
 

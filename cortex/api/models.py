@@ -124,8 +124,10 @@ def _given(limit: TokenLimit) -> dict[str, Any]:
     return limit.model_dump(exclude_none=True)
 
 
-def _alias(alias: str, target: str, entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "id": alias, "alias_of": target}
+def _alias(alias: str, target: str, entry: dict[str, Any], catalogue: Catalogue) -> dict[str, Any]:
+    named = catalogue.alias_of(alias)
+    parameters = {} if named is None or not named.parameters else {"alias_parameters": named.parameters}
+    return {**entry, "id": alias, "alias_of": target, **parameters}
 
 
 _NO_LENGTHS: Mapping[str, int] = {}
@@ -168,7 +170,7 @@ class ModelList:
         entry = self._entry(model_id)
         if entry is None:
             raise no_such_model_error(name, self.names, self._catalogue)
-        return entry if name == model_id else _alias(name, model_id, entry)
+        return entry if name == model_id else _alias(name, model_id, entry, self._catalogue)
 
     def blocks(
         self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int, lengths: Mapping[str, int] = _NO_LENGTHS
@@ -180,7 +182,7 @@ class ModelList:
             before, self._answer = FleetSnapshot(), None
             self._catalogue, self._created = catalogue, created
             self._pieces, self._codex, self._aliases, self._others = {}, {}, {}, {}
-            for alias, target in catalogue.aliases.items():
+            for alias, target in catalogue.targets.items():
                 self._aliases.setdefault(target, []).append(alias)
         if self._answer is None or fleet is not before or lengths is not self._lengths:
             self._fleet = fleet
@@ -224,7 +226,9 @@ class ModelList:
             variants = {name: self._entry(name) for name in self._catalogue.names_of(model_id)[1:]}
             named = {model_id: entry, **{name: each for name, each in variants.items() if each is not None}}
             aliases = [
-                _alias(alias, name, each) for name, each in named.items() for alias in self._aliases.get(name, ())
+                _alias(alias, name, each, self._catalogue)
+                for name, each in named.items()
+                for alias in self._aliases.get(name, ())
             ]
             entries = [*named.values(), *aliases]
             self._others[model_id] = [each["id"] for each in entries[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from datetime import datetime, timedelta
 from itertools import zip_longest
@@ -86,6 +87,7 @@ def explain_table(plan: dict[str, Any]) -> str:
     ]
     head = f"{plan['model']}: {decision['action']}{where}{devices}: {decision['reason']}"
     head += _of_minimum(plan.get("replicas"))
+    head += "".join(f"\n  {line}" for line in _of_alias(plan.get("alias", {})))
     if decision.get("devices_because"):
         head += f"\n  devices: {decision['devices_because']}"
     for gone in decision.get("evictions", ()):
@@ -97,6 +99,16 @@ def explain_table(plan: dict[str, Any]) -> str:
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
+
+
+def _of_alias(alias: dict[str, Any]) -> list[str]:
+    """What a request for the alias gets, one line for each of `set`, `default` and `drop`."""
+    texts = {"set": "sets", "default": "sets by default", "drop": "drops"}
+    return [
+        f"{alias['name']} {text} {', '.join(alias[kind]) if kind == 'drop' else json.dumps(alias[kind])}"
+        for kind, text in texts.items()
+        if kind in alias
+    ]
 
 
 def loaded_line(done: dict[str, Any]) -> str:

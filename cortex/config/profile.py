@@ -211,17 +211,17 @@ class ModelProfile(SettingsModel):
             raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
         return self
 
-    @property
+    @cached_property  # as the next two: pydantic takes long to find a private attribute
     def variant(self) -> str | None:
         """The name of the variant that this is one of the `choices` for; None for a model itself."""
         return self._variant
 
-    @property
+    @cached_property
     def place(self) -> int:
         """The place of this variant among those of the model, from 0, the best."""
         return self._place
 
-    @property
+    @cached_property
     def requested(self) -> RequestedModel:
         """What it is: the model, or one variant of it."""
         return RequestedModel(self.id, self._variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,14 +112,21 @@ class NodeSnapshot:
         return lost | {index: live.fault for index, live in self.device_health.items() if live.fault is not None}
 
     @cached_property
-    def _free_mb_descending(self) -> tuple[int, ...]:
+    def _free_mb_ascending(self) -> tuple[int, ...]:
         live = self.device_health
-        return tuple(sorted((_free_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
+        return tuple(sorted(_free_mb(device, live.get(device.index)) for device in self.devices))
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
         """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
         Does not subtract what loads in progress and sleeping models will need."""
-        return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
+        return self._free_mb_ascending[-devices] if devices <= len(self._free_mb_ascending) else None
+
+    def tightest_fit_mb(self, devices: int, share_mb: int) -> int | None:
+        """MiB available on the `devices` devices with the least free memory that have `share_mb` each, on all together;
+        None if there are fewer. As `free_mb_on_each_of`."""
+        free = self._free_mb_ascending
+        first = bisect_left(free, share_mb)
+        return sum(free[first : first + devices]) if first + devices <= len(free) else None
 
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
@@ -138,9 +146,14 @@ class NodeSnapshot:
         """The engines that are loaded here."""
         return frozenset((view.id, instance_of(view)) for view in self.views if view.loaded)
 
+    @cached_property
+    def listed(self) -> tuple[tuple[ReplicaKey, ModelView], ...]:
+        """Every engine that the neuron lists, with its key."""
+        return tuple((ReplicaKey(view.id, self.name, instance_of(view)), view) for view in self.views)
+
     def every_engine(self) -> Iterator[EngineSnapshot]:
         """Every engine that the neuron lists, in any status."""
-        return (engine for model_id in self.models for engine in self.engines(model_id))
+        return (EngineSnapshot(self, view, key) for key, view in self.listed)
 
     def instances(self, model_id: str) -> Instances:
         """The engines of the model that the neuron lists, in any status."""
@@ -307,10 +320,14 @@ class FleetSnapshot:
     def serving(self, name: str) -> list[EngineSnapshot]:
         """The engines that may get a request for the model now. Those that are leaving get none while another
         can serve; otherwise they still answer. One that is being evicted gets none."""
+        model_id, variant = self.catalogue.requested(name)
         loaded = [
-            engine
-            for engine in self.engines(name)
-            if engine.node.healthy and engine.view.servable_now and engine.key not in self.evicting
+            EngineSnapshot(node, view, key)
+            for node in self.holders(model_id)
+            if node.healthy
+            for instance, view in node.instances(model_id).items()
+            if view.servable_now and variant in (None, view.variant)
+            if (key := ReplicaKey(model_id, node.name, instance)) not in self.evicting
         ]
         return [engine for engine in loaded if not engine.leaving] or loaded
 

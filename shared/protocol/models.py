@@ -175,17 +175,20 @@ class ModelView(ModelFacts):
 
     @property
     def loaded(self) -> bool:
-        return self.known_status is ModelStatus.LOADED
+        return self.status == "loaded" or self.known_status is ModelStatus.LOADED  # the first is fast and usual
 
     @property
     def servable_now(self) -> bool:
         """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
-        serves = self.group is None or self.group.serves
-        return serves and self.loaded and (self.servable is None or self.servable.ok)
+        if not self.loaded or (self.group is not None and not self.group.serves):
+            return False
+        return self.servable is None or self.servable.ok
 
     @property
     def coming(self) -> bool:
         """Its engine starts."""
+        if self.status == "loaded":
+            return False
         status = self.known_status
         return status is not None and status.coming
 
@@ -202,4 +205,4 @@ class ModelView(ModelFacts):
     @property
     def holds_devices(self) -> bool:
         """Its engine uses its devices, or will once it has started or woken."""
-        return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)
+        return self.loaded or self.coming or self.known_status is ModelStatus.SLEEPING

@@ -91,7 +91,7 @@ def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: DevEngi
     names = {host.name for host in hosts}
     return {
         "models": [_model(profile, names, engine) for profile in example.models],
-        "aliases": dict(example.aliases),
+        "aliases": {name: alias.model_dump(mode="json") for name, alias in example.aliases.items()},
     }
 
 
