@@ -105,6 +105,13 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
+    def sick_devices(self) -> Mapping[int, str]:
+        """Why devices cannot be used now, by index: lost ones, and those with a fault."""
+        every = [] if self.discovery is None else self.discovery.devices
+        lost = {device.index: device.lost for device in every if device.lost is not None}
+        return lost | {index: live.fault for index, live in self.device_health.items() if live.fault is not None}
+
+    @cached_property
     def _free_mb_ascending(self) -> tuple[int, ...]:
         return self._free_mb_of(self.devices)
 
@@ -202,6 +209,18 @@ class EngineSnapshot(NamedTuple):
         return self.key.instance
 
     @property
+    def sick_because(self) -> str | None:
+        """Which of its devices cannot be used, and why; None if all can."""
+        sick = self.node.sick_devices
+        found = (f"device {index}: {sick[index]}" for index in self.view.devices if index in sick) if sick else ()
+        return next(iter(found), None)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on a neuron that is drained or on a sick device: it serves while no other engine can."""
+        return self.node.draining or self.sick_because is not None
+
+    @property
     def activity(self) -> ModelActivity | None:
         """Its requests by the node's last report."""
         model_id, _, instance = self.key
@@ -229,6 +248,8 @@ def _free_mb(device: Device, live: DeviceHealth | None) -> int:
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
     """Models whose routing is affected by the change from `before` to `after`. Usually none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance_id != after.instance_id:
+        return {*before.models, *after.models}
+    if before.health is not after.health and before.sick_devices != after.sick_devices:
         return {*before.models, *after.models}
     changed: set[str] = set()
     if before.models is not after.models:
@@ -307,8 +328,8 @@ class FleetSnapshot:
         return None if node is None or view is None else EngineSnapshot(node, view, key)
 
     def serving(self, name: str) -> list[EngineSnapshot]:
-        """The engines that may get a request for the model now. Those on a draining node get none while another can
-        serve; otherwise they still answer. One that is being evicted gets none."""
+        """The engines that may get a request for the model now. Those that are leaving get none while another
+        can serve; otherwise they still answer. One that is being evicted gets none."""
         model_id, variant = self.catalogue.requested(name)
         loaded = [
             EngineSnapshot(node, view, key)
@@ -318,7 +339,7 @@ class FleetSnapshot:
             if view.servable_now and variant in (None, view.variant)
             if (key := ReplicaKey(model_id, node.name, instance)) not in self.evicting
         ]
-        return [engine for engine in loaded if not engine.node.draining] or loaded
+        return [engine for engine in loaded if not engine.leaving] or loaded
 
     def loading_on(self, name: str) -> EngineSnapshot | None:
         """An engine of the model that a healthy neuron is loading."""

@@ -28,6 +28,12 @@ def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
     return eligible(profile, node.devices)
 
 
+def fit_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
+    """The eligible devices that can be used now."""
+    found = eligible_devices(profile, node)
+    return [device for device in found if device.index not in node.sick_devices] if node.sick_devices else found
+
+
 def eligible(profile: ModelProfile, devices: list[Device]) -> list[Device]:
     """As `eligible_devices`, of these devices."""
     floor, capability = profile.min_device_vram_mb, profile.min_compute_capability
