@@ -66,6 +66,11 @@ class Engine:
         return self.record.engine_id
 
     @property
+    def api_url(self) -> str:
+        """The base of its API: the paths that begin with `/v1` are below it."""
+        return self.url + self.harness.api_prefix
+
+    @property
     def port(self) -> int:
         return self.record.port
 

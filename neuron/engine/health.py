@@ -41,7 +41,7 @@ class HealthMonitor:
 
     `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` its
     requests are unknown and no hang is detected. `serves` False: it has no server, and counts as healthy while its
-    process runs.
+    process runs. `api_key` goes with each request: some engines ask for it at their metrics, too.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class HealthMonitor:
         probe: ActivityProbe[Any] | None,
         settings: HealthSettings,
         serves: bool = True,
+        api_key: str | None = None,
     ) -> None:
         self.sample: RequestCounts | None = None
         """The latest activity; None before the first. A failed reading does not change it."""
@@ -67,6 +68,7 @@ class HealthMonitor:
         self._url = url
         self._serves = serves
         self._probe = probe if serves else None
+        self._key = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._settings = settings
         self._timeout_secs = min(CHECK_TIMEOUT_SECS, settings.unresponsive_secs)
 
@@ -156,7 +158,7 @@ class HealthMonitor:
         """The outcome of a GET, and its description; `read` returns whether the response is good."""
         timeout = aiohttp.ClientTimeout(total=self._timeout_secs)
         try:
-            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(url, headers=self._key, timeout=timeout, allow_redirects=False) as response:
                 return HealthAnswer.OK if await read(response) else HealthAnswer.ERROR, f"answered {response.status}"
         except asyncio.TimeoutError:
             return HealthAnswer.TIMEOUT, f"did not answer for {self._timeout_secs:g} s"

@@ -86,7 +86,8 @@ class EngineLife:
         self._history = tools.history
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
-        self._log_says_ready = asyncio.Event()
+        self._log_says_ready = asyncio.Event()  # cleared by each health check
+        self._said_serving = asyncio.Event()
         self._weights_loaded = asyncio.Event()
         self._load_times: LoadTimes | None = None
         self._progress = LoadProgress(
@@ -136,10 +137,13 @@ class EngineLife:
 
     async def _until_ready(self) -> None:
         engine = self.engine
+        if engine.harness.waits_for_line and engine.ready_at is None:
+            await self._said_serving.wait()
         await until_ready(
             self._http,
             engine.url,
             health_path=engine.harness.health_path,
+            api_prefix=engine.harness.api_prefix,
             api_key=engine.api_key,
             model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
@@ -186,7 +190,9 @@ class EngineLife:
             if self.served_secs is not None:
                 reason = f"engine did not answer neuron within {ADOPT_SECS:g} s"
                 return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
-            reason = f"not ready within {engine.startup_timeout_secs:g} s"
+            silent = engine.harness.waits_for_line and not self._said_serving.is_set()
+            why = ": no line of its output matched ready_pattern" if silent else ""
+            reason = f"not ready within {engine.startup_timeout_secs:g} s{why}"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
         if self.ended_by is EngineEvent.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
@@ -373,6 +379,7 @@ class EngineLife:
         changed = self._progress.feed(lines, now)
         if lines and self._progress.serving:
             self._log_says_ready.set()
+            self._said_serving.set()
         if self._progress.weights_loaded:
             self._weights_loaded.set()
         if changed:
