@@ -174,7 +174,7 @@ async def test_a_crash_is_survived(mark: str, tmp_path: Path) -> None:
 
         async def restarted() -> bool:
             entry = await neuron.model(MODEL)
-            return entry["status"] == "loaded" and entry["pid"] != first["pid"]
+            return bool(entry["status"] == "loaded" and entry["pid"] != first["pid"])
 
         await until(restarted)
         assert (await asked(neuron, "/v1/models")).status == 200
