@@ -190,7 +190,7 @@ def test_check_accepts_any_harness(tmp_path: Path, harness: str) -> None:
 
 
 def test_check_warns_of_a_misspelt_harness(tmp_path: Path) -> None:
-    """It may be a name that some neuron has, so it is no error; each variant is checked."""
+    """It may be a name that some neuron has, so the exit status is 0. Each variant is checked."""
     (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
     text = "[[models]]\nid = 'a'\nharness = 'vlm'\n[[models]]\nid = 'b'\nvariants = [{}, { harness = 'vllmm' }]"
     (tmp_path / "models.toml").write_text(text, encoding="utf-8")
