@@ -49,6 +49,7 @@ class Engine:
     ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
+    max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
     leave: bool = False

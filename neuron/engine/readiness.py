@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from shared.protocol.context_length import length_in
 from shared.tasks import timeout
 
 CONNECT_PAUSE_SECS = (0.005, 0.02)
@@ -134,6 +135,16 @@ async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> b
     key = _key_headers(api_key)
     with_key, without = await asyncio.gather(_status(session, listing, key), _status(session, listing))
     return (with_key, without) == (200, 401)
+
+
+async def context_length(session: aiohttp.ClientSession, url: str, api_key: str | None, model_id: str) -> int | None:
+    """The tokens that the engine at `url` says it serves of the model; None if it does not say."""
+    key = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    try:
+        async with session.get(url + "/v1/models", headers=key, timeout=_TIMEOUT, allow_redirects=False) as response:
+            return length_in(model_id, await response.json(content_type=None))
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        return None
 
 
 async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:

@@ -63,7 +63,7 @@ class Admission:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
-        largest = max(device.vram_total_mb for device in topology.devices)
+        largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
         return None if found.unknown or share > estimator.usable_share * largest else share
 
 

@@ -17,7 +17,7 @@ from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
-from neuron.engine.readiness import until_ready
+from neuron.engine.readiness import context_length, until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
@@ -240,7 +240,7 @@ class EngineLife:
     async def _account(self) -> None:
         """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
-        await asyncio.gather(self._measure(), engine.record_shared_files())
+        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         if self._load_times is not None:
             await self._history.record(LoadKey.of(engine.spec), self._load_times)
         await engine.save_record()
@@ -252,6 +252,15 @@ class EngineLife:
         with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
             async with timeout(_MEASURE_SECS):
                 await self._memory.measure([self.engine])
+
+    async def _learn_context_length(self) -> None:
+        engine = self.engine
+        if not engine.spec.serves:
+            return
+        with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
+            async with timeout(_MEASURE_SECS):
+                model_id = engine.spec.model_id
+                engine.max_model_len = await context_length(self._http, engine.url, engine.api_key, model_id)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request

@@ -49,6 +49,10 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
             "devices": [
                 {
                     "index": 0,
+                    "kind": "gpu",
+                    "parent": None,
+                    "profile": None,
+                    "vendor": "nvidia",
                     "name": "NVIDIA GeForce RTX 4090",
                     "vram_total_mb": 24564,
                     "compute_capability": "8.9",
@@ -56,6 +60,7 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
                     "pci_bus_id": "00000000:C1:00.0",
                     "numa_node": 0,
                     "mig_mode": None,
+                    "unified": False,
                     "lost": None,
                 }
             ],
