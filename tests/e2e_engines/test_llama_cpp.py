@@ -55,7 +55,7 @@ def test_a_load_tells_its_progress_and_an_unload_leaves_nothing(fleet: Fleet) ->
     assert entry is None or entry["status"] == "unloaded"
 
 
-def test_a_file_that_is_no_model_is_the_models_fault(fleet: Fleet) -> None:
+def test_a_damaged_file_is_the_fault_of_the_model(fleet: Fleet) -> None:
     """The refusal has llama.cpp's own words, and is not repeated for each request."""
     answer = fleet.cortex.request("/v1/chat/completions", {"model": BROKEN_GGUF, **MESSAGES})
     assert answer.status >= 500
