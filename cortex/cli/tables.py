@@ -208,8 +208,11 @@ def _device(device: dict[str, Any]) -> str:
     name = f"{device['index']}: {device['name']}"
     if device.get("lost"):
         return Coloured(f"{name} LOST: {device['lost']}", "red")
+    if device.get("fault"):
+        return Coloured(f"{name} SICK: {device['fault']}", "red")
     used = device.get("vram_used_mb")
-    return f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    text = f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    return Coloured(f"{text} ({'; '.join(device['warnings'])})", "yellow") if device.get("warnings") else text
 
 
 def _place(where: dict[str, Any]) -> str:

@@ -168,6 +168,7 @@ class ModelProfile(SettingsModel):
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
     _place: int = PrivateAttr(default=0)
+    _part: bool = PrivateAttr(default=False)
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
@@ -259,8 +260,13 @@ class ModelProfile(SettingsModel):
         own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
         memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
         found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
-        found._variant, found._place = self._variant, self._place
+        found._variant, found._place, found._part = self._variant, self._place, True
         return found
+
+    @property
+    def combines_devices(self) -> bool:
+        """Whether its engine uses several devices together, those of other hosts included."""
+        return self._part or self.device_count > 1
 
     @cached_property
     def parallelism(self) -> Parallelism:

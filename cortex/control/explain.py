@@ -306,6 +306,7 @@ def _node(
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
+        "sick_devices": {str(index): why for index, why in node.sick_devices.items()},
         "status": _status(view.fleet, node, model_id),
         "instances": [
             {

@@ -98,26 +98,43 @@ class NodeSnapshot:
     def devices(self) -> list[Device]:
         """Usable devices: not lost and not in MIG mode."""
         every = [] if self.discovery is None else self.discovery.devices
-        return [device for device in every if device.lost is None and not device.mig_mode]
+        return [device for device in every if device.usable]
 
     @cached_property
     def device_health(self) -> dict[int, DeviceHealth]:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
+    def sick_devices(self) -> Mapping[int, str]:
+        """Why devices cannot be used now, by index: lost ones, and those with a fault."""
+        every = [] if self.discovery is None else self.discovery.devices
+        lost = {device.index: device.lost for device in every if device.lost is not None}
+        return lost | {index: live.fault for index, live in self.device_health.items() if live.fault is not None}
+
+    @cached_property
     def _free_mb_ascending(self) -> tuple[int, ...]:
+        return self._free_mb_of(self.devices)
+
+    @cached_property
+    def _free_mb_of_gpus(self) -> tuple[int, ...]:
+        """As `_free_mb_ascending`, without MIG instances, which no engine uses together with other devices."""
+        gpus = [device for device in self.devices if not device.is_mig_instance]
+        return self._free_mb_of(gpus) if len(gpus) < len(self.devices) else self._free_mb_ascending
+
+    def _free_mb_of(self, devices: Iterable[Device]) -> tuple[int, ...]:
         live = self.device_health
-        return tuple(sorted(_free_mb(device, live.get(device.index)) for device in self.devices))
+        return tuple(sorted(_free_mb(device, live.get(device.index)) for device in devices))
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
-        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
-        Does not subtract what loads in progress and sleeping models will need."""
-        return self._free_mb_ascending[-devices] if devices <= len(self._free_mb_ascending) else None
+        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer that work
+        together. Does not subtract what loads in progress and sleeping models will need."""
+        free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
+        return free[-devices] if devices <= len(free) else None
 
     def tightest_fit_mb(self, devices: int, share_mb: int) -> int | None:
         """MiB available on the `devices` devices with the least free memory that have `share_mb` each, on all together;
         None if there are fewer. As `free_mb_on_each_of`."""
-        free = self._free_mb_ascending
+        free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
         first = bisect_left(free, share_mb)
         return sum(free[first : first + devices]) if first + devices <= len(free) else None
 
@@ -192,6 +209,18 @@ class EngineSnapshot(NamedTuple):
         return self.key.instance
 
     @property
+    def sick_because(self) -> str | None:
+        """Which of its devices cannot be used, and why; None if all can."""
+        sick = self.node.sick_devices
+        found = (f"device {index}: {sick[index]}" for index in self.view.devices if index in sick) if sick else ()
+        return next(iter(found), None)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on a neuron that is drained or on a sick device: it serves while no other engine can."""
+        return self.node.draining or self.sick_because is not None
+
+    @property
     def activity(self) -> ModelActivity | None:
         """Its requests by the node's last report."""
         model_id, _, instance = self.key
@@ -219,6 +248,8 @@ def _free_mb(device: Device, live: DeviceHealth | None) -> int:
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
     """Models whose routing is affected by the change from `before` to `after`. Usually none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance_id != after.instance_id:
+        return {*before.models, *after.models}
+    if before.health is not after.health and before.sick_devices != after.sick_devices:
         return {*before.models, *after.models}
     changed: set[str] = set()
     if before.models is not after.models:
@@ -297,8 +328,8 @@ class FleetSnapshot:
         return None if node is None or view is None else EngineSnapshot(node, view, key)
 
     def serving(self, name: str) -> list[EngineSnapshot]:
-        """The engines that may get a request for the model now. Those on a draining node get none while another can
-        serve; otherwise they still answer. One that is being evicted gets none."""
+        """The engines that may get a request for the model now. Those that are leaving get none while another
+        can serve; otherwise they still answer. One that is being evicted gets none."""
         model_id, variant = self.catalogue.requested(name)
         loaded = [
             EngineSnapshot(node, view, key)
@@ -308,7 +339,7 @@ class FleetSnapshot:
             if view.servable_now and variant in (None, view.variant)
             if (key := ReplicaKey(model_id, node.name, instance)) not in self.evicting
         ]
-        return [engine for engine in loaded if not engine.node.draining] or loaded
+        return [engine for engine in loaded if not engine.leaving] or loaded
 
     def loading_on(self, name: str) -> EngineSnapshot | None:
         """An engine of the model that a healthy neuron is loading."""

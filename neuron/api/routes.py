@@ -165,10 +165,11 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     part = engine.spec.group
     if part is not None and not part.serves:
         raise failures.no_endpoint(model.key, part)
-    url = engine.url
+    url = engine.api_url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # an invalid Host header
-            url = str(request.url.origin().with_scheme("http").with_port(engine.port))
+            origin = str(request.url.origin().with_scheme("http").with_port(engine.port))
+            url = origin + engine.harness.api_prefix
     return EndpointReply(url=url, api_key=engine.api_key)
 
 

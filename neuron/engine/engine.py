@@ -49,6 +49,7 @@ class Engine:
     ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
+    max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
     leave: bool = False
@@ -63,6 +64,11 @@ class Engine:
     @property
     def engine_id(self) -> str:
         return self.record.engine_id
+
+    @property
+    def api_url(self) -> str:
+        """The base of its API: the paths that begin with `/v1` are below it."""
+        return self.url + self.harness.api_prefix
 
     @property
     def port(self) -> int:

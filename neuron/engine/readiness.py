@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from shared.protocol.context_length import length_in
 from shared.tasks import timeout
 
 CONNECT_PAUSE_SECS = (0.005, 0.02)
@@ -30,12 +31,13 @@ async def until_ready(
     api_key: str | None,
     model_id: str,
     owns_port: Callable[[], Awaitable[bool | None]],
+    api_prefix: str = "",
     hint: asyncio.Event | None = None,
 ) -> None:
     """Returns once the engine at `url` is healthy and is ours: it accepts `api_key` and nothing else, or, if it takes
     requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
     of all connections of the host. `owns_port` answers None when it cannot see who listens (an engine in a container);
-    then an engine without a key is ours if it serves `model_id`.
+    then an engine without a key is ours if it serves `model_id`. `api_prefix` is what its API has before `/v1`.
 
     Tries to connect until the port is open, then checks the health at once and after increasing pauses. The caller sets
     `hint` at each line of output since the engine said that it is up; it ends the present pause and resets the pauses
@@ -48,8 +50,8 @@ async def until_ready(
         await _retry(lambda: _is_open(addresses), CONNECT_PAUSE_SECS, hint)
 
     async def serves() -> bool:
-        healthy = await _status(session, url + health_path) == 200
-        return healthy and await _is_ours(session, url, api_key, model_id, owns_port)
+        healthy = await _status(session, url + health_path, _key_headers(api_key)) == 200
+        return healthy and await _is_ours(session, url + api_prefix, api_key, model_id, owns_port)
 
     await _retry(serves, HEALTH_PAUSE_SECS, hint)
 
@@ -123,12 +125,26 @@ async def _serves(session: aiohttp.ClientSession, url: str, model_id: str) -> bo
         return False
 
 
+def _key_headers(api_key: str | None) -> dict[str, str] | None:
+    return None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
 async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> bool:
     """True when the server at `url` accepts this key and refuses requests without one, as only our engine does."""
     listing = url + "/v1/models"
-    key = {"Authorization": f"Bearer {api_key}"}
+    key = _key_headers(api_key)
     with_key, without = await asyncio.gather(_status(session, listing, key), _status(session, listing))
     return (with_key, without) == (200, 401)
+
+
+async def context_length(session: aiohttp.ClientSession, url: str, api_key: str | None, model_id: str) -> int | None:
+    """The tokens that the engine at `url` says it serves of the model; None if it does not say."""
+    key = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    try:
+        async with session.get(url + "/v1/models", headers=key, timeout=_TIMEOUT, allow_redirects=False) as response:
+            return length_in(model_id, await response.json(content_type=None))
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        return None
 
 
 async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:

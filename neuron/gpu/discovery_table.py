@@ -37,8 +37,9 @@ def table_of(discovery: Discovery) -> str:
         blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no NVIDIA GPU on this host"])
     lost = [f"GPU {device.index} cannot be used: {device.lost}" for device in discovery.devices if device.lost]
     blocks.append(lost)
-    if len(discovery.devices) > 1:
-        blocks.append(_link_matrix(discovery.devices, discovery.links))
+    gpus = [device for device in discovery.devices if not device.is_mig_instance]
+    if len(gpus) > 1:
+        blocks.append(_link_matrix(gpus, discovery.links))
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
@@ -56,6 +57,8 @@ def _host(discovery: Discovery) -> list[str]:
 
 def _device_row(device: Device) -> tuple[str, ...]:
     mig = {None: "-", True: "on", False: "off"}[device.mig_mode]
+    if device.is_mig_instance:
+        mig = f"of GPU {device.parent}"
     return (
         str(device.index),
         device.name or "-",

@@ -12,7 +12,7 @@ from pathlib import Path
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import estimate_of
 from neuron.gpu.topology import TopologySource
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
 from neuron.spec import EngineSpec
@@ -38,7 +38,11 @@ class Admission:
             Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it does not work.
         """
         topology = await self.source.discover()
-        if HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
+        if (
+            harness_of(spec.harness, self.config).runs_on_gpu
+            and topology.cuda_unavailable_reason
+            and not topology.devices
+        ):
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
             raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=GPU_UNUSABLE_SECS)
         check_devices(spec, topology)
@@ -48,7 +52,7 @@ class Admission:
         """MiB that the engine takes on each device: from the spec, or estimated from the model's files. None leaves it
         to the engine's default: the files are not on this host, lack a figure, or need more than the default."""
         topology = await self.source.discover()
-        estimator = HARNESSES[spec.harness].estimator
+        estimator = harness_of(spec.harness, self.config).estimator
         if spec.vram_mb is not None or not topology.devices or estimator is None:
             return spec.share_mb
         settings = self.config.harness_settings(spec.harness)
@@ -59,7 +63,7 @@ class Admission:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
-        largest = max(device.vram_total_mb for device in topology.devices)
+        largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
         return None if found.unknown or share > estimator.usable_share * largest else share
 
 

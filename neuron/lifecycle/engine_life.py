@@ -17,7 +17,7 @@ from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
-from neuron.engine.readiness import until_ready
+from neuron.engine.readiness import context_length, until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
@@ -86,7 +86,8 @@ class EngineLife:
         self._history = tools.history
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
-        self._log_says_ready = asyncio.Event()
+        self._log_says_ready = asyncio.Event()  # cleared by each health check
+        self._said_serving = asyncio.Event()
         self._weights_loaded = asyncio.Event()
         self._load_times: LoadTimes | None = None
         self._progress = LoadProgress(
@@ -136,10 +137,13 @@ class EngineLife:
 
     async def _until_ready(self) -> None:
         engine = self.engine
+        if engine.harness.waits_for_line and engine.ready_at is None:
+            await self._said_serving.wait()
         await until_ready(
             self._http,
             engine.url,
             health_path=engine.harness.health_path,
+            api_prefix=engine.harness.api_prefix,
             api_key=engine.api_key,
             model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
@@ -186,7 +190,9 @@ class EngineLife:
             if self.served_secs is not None:
                 reason = f"engine did not answer neuron within {ADOPT_SECS:g} s"
                 return failures.LoadFailed(reason, extra=because(FailureCause.NODE)), False
-            reason = f"not ready within {engine.startup_timeout_secs:g} s"
+            silent = engine.harness.waits_for_line and not self._said_serving.is_set()
+            why = ": no line of its output matched ready_pattern" if silent else ""
+            reason = f"not ready within {engine.startup_timeout_secs:g} s{why}"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
         if self.ended_by is EngineEvent.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
@@ -234,7 +240,7 @@ class EngineLife:
     async def _account(self) -> None:
         """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
-        await asyncio.gather(self._measure(), engine.record_shared_files())
+        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         if self._load_times is not None:
             await self._history.record(LoadKey.of(engine.spec), self._load_times)
         await engine.save_record()
@@ -246,6 +252,15 @@ class EngineLife:
         with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
             async with timeout(_MEASURE_SECS):
                 await self._memory.measure([self.engine])
+
+    async def _learn_context_length(self) -> None:
+        engine = self.engine
+        if not engine.spec.serves:
+            return
+        with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
+            async with timeout(_MEASURE_SECS):
+                model_id = engine.spec.model_id
+                engine.max_model_len = await context_length(self._http, engine.url, engine.api_key, model_id)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
@@ -364,6 +379,7 @@ class EngineLife:
         changed = self._progress.feed(lines, now)
         if lines and self._progress.serving:
             self._log_says_ready.set()
+            self._said_serving.set()
         if self._progress.weights_loaded:
             self._weights_loaded.set()
         if changed:

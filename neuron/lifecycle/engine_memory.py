@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from neuron.config import NeuronConfig
 from neuron.engine.engine import VRAM_RELEASE_SECS, Engine, measure
 from neuron.gpu.topology import Topology, TopologySource
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.memory.host_memory import SleepBudget
 from neuron.memory.ledger import EnginePlacement, Ledger
 from neuron.memory.requirement import MemoryRequirement
@@ -154,7 +154,8 @@ class EngineMemory:
         """Measures `engines` with one call to the driver, and updates their bookings."""
         held = await measure(engines, self._source)
         for engine in engines:
-            filling = engine.ready_at is None or engine.waking
+            grows = engine.harness.keeps_booking and engine.placement.share_mb is not None
+            filling = engine.ready_at is None or engine.waking or grows
             update = self.ledger.update_held if filling else self.ledger.settle
             update(engine.placement.number, held[engine.placement.number])
 
@@ -164,7 +165,7 @@ class EngineMemory:
     def _requirement(self, spec: EngineSpec, share_mb: int | None) -> MemoryRequirement:
         # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
         args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
-        return HARNESSES[spec.harness].memory_requirement(spec, share_mb, args)
+        return harness_of(spec.harness, self._config).memory_requirement(spec, share_mb, args)
 
     async def held_by(self, engine: Engine) -> dict[int, int]:
         """Measures one engine, without updating its booking: MiB by device index."""

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
 from neuron.lifecycle.group_network import GroupListeners
@@ -111,7 +112,7 @@ class Launcher:
             if spare is not None:
                 cleanup.push_async_callback(spare.close)
             made = await self._prepared(spec, placement, port, facts, api_key=api_key, spare=spare, network=network)
-            plan, directory = made.plan, made.directory
+            plan, directory, harness = made.plan, made.directory, harness_of(spec.harness, self._config)
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             record = RunRecord(
                 boot_id=records.boot_id(),
@@ -127,8 +128,8 @@ class Launcher:
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
-                can_sleep=HARNESSES[spec.harness].can_sleep(plan, facts),
-                keep_alive_secs=HARNESSES[spec.harness].keep_alive_secs(made.command.env),
+                can_sleep=harness.can_sleep(plan, facts),
+                keep_alive_secs=harness.keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
@@ -220,6 +221,12 @@ class Launcher:
             LoadFailed: the engine's directory cannot be created.
         """
         control_key = secrets.token_urlsafe(32)
+        harness = harness_of(spec.harness, self._config)
+        if api_key is not None and not harness.takes_key:
+            api_key = None
+            log.warning(
+                "%s: harness %s takes no key: its engine serves everyone who reaches its port", spec.key, spec.harness
+            )
 
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
@@ -235,7 +242,7 @@ class Launcher:
                 control_key=control_key,
                 network=network,
             )
-            return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
+            return _Preparation(number, directory, plan, harness.command(plan, facts), spare)
 
         if spare is not None:
             made = prepared(spare.number, spare.directory, spare)
@@ -274,7 +281,7 @@ class Launcher:
         process: EngineProcess,
     ) -> Engine:
         settings = self._config.harness_settings(spec.harness)
-        harness = HARNESSES[spec.harness]
+        harness = harness_of(spec.harness, self._config)
         url = f"http://{_authority(local_address(record.host), record.port)}"
         return Engine(
             spec=spec,
@@ -287,6 +294,7 @@ class Launcher:
                 probe=harness.activity,
                 settings=self._config.health,
                 serves=spec.serves,
+                api_key=record.api_key,
             ),
             record=record,
             url=url,
@@ -348,7 +356,7 @@ class Launcher:
             if engine.kill:
                 await process.kill()
             else:
-                await process.stop(engine.stop_timeout_secs)
+                await process.stop(engine.stop_timeout_secs, signal.Signals[engine.harness.stop_signal])
         finally:
             self._memory.remove(engine)
         await engine.output.close()

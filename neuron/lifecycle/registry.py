@@ -17,6 +17,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
 from neuron.harness.checks import spec_of
+from neuron.harness.registry import is_known
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.engine_memory import EngineMemory, MemoryReading
 from neuron.lifecycle.instance_state import InstanceState, NeuronModelView
@@ -168,6 +169,7 @@ class Registry:
                 and record.boot_id == records.boot_id()
                 and record.pid is not None
                 and not record.stopping
+                and is_known(record.engine_spec.harness, self._config)
             ):
                 newest[record.engine_spec.key] = each, record
         alive = [record.engine_id for _, record in newest.values() if await asyncio.to_thread(_is_alive, record)]

@@ -12,7 +12,7 @@ from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
 
-MIG_REASON = "it is in MIG mode, and neuron supports whole GPUs only"
+MIG_REASON = "it is in MIG mode, in which only its MIG instances compute; each of them is a device of its own"
 SILENT_REASON = "it does not answer"
 
 
@@ -113,9 +113,7 @@ class InsufficientVram(Conflict):
 
 def unusable_reason(device: Device) -> str | None:
     """Why no engine can ever be placed on a device; None when one can."""
-    if device.lost is not None:
-        return device.lost
-    return MIG_REASON if device.mig_mode else None
+    return MIG_REASON if device.lost is None and device.mig_mode else device.lost
 
 
 def gpu_capacities(

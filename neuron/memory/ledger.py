@@ -6,9 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
+from neuron.memory.capacity import MIG_REASON, Booking, GpuCapacity, InsufficientVram, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
-from neuron.memory.selection import DeviceSelection, check_devices, select_devices
+from neuron.memory.selection import (
+    COMBINED_REASON,
+    DeviceSelection,
+    check_devices,
+    combines_devices,
+    select_devices,
+    without_mig_instances,
+)
 from neuron.spec import EngineSpec, InstanceKey
 from shared.protocol import Device, DeviceHealth
 
@@ -63,7 +70,10 @@ class Ledger:
             if spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
             needed = [requirement.on_device(device, device.total_mb) for device in capacities]
-            large_enough = [mb <= device.total_mb for device, mb in zip(capacities, needed, strict=True)]
+            large_enough = [
+                mb <= device.total_mb and device.unusable not in (MIG_REASON, COMBINED_REASON)
+                for device, mb in zip(capacities, needed, strict=True)
+            ]
             raise InsufficientVram(
                 f"{str(spec.key)!r} needs {requirement} on {_devices_of(spec)}",
                 capacities,
@@ -231,6 +241,8 @@ def _select(
     """The devices for `spec`, and the capacities that they were chosen by. Without named devices none that holds
     another instance of the model: one that holds a stopping instance only if there is no other."""
     capacities = gpu_capacities(topology, health, bookings)
+    if combines_devices(spec):
+        capacities = without_mig_instances(topology, capacities)
     if spec.devices is None:
         others = [each for each in bookings if each.key.model_id == spec.model_id and each.key != spec.key]
         lasting = [each for each in others if not each.stopping]

@@ -10,6 +10,9 @@
  *   gpuI.error CODE              what every call with that GPU returns, gpuI.handle_error from its look-up on
  *   gpuI.error.FUNCTION CODE     what one function returns for that GPU
  *   gpuI.KEY VALUE               a figure; without it the function answers NOT_SUPPORTED
+ *   gpuI.process.N PID BYTES GI  a process; BYTES "unknown", and GI (its GPU instance) optional
+ *   gpuI.mig 1                   it is in MIG mode, 0: it could be
+ *   gpuI.migN.KEY VALUE          a figure of its MIG device N (0 to 6), which exists when it has `gi`; and `ci`
  *   event.N GPU XID              the Nth event since the start of the process, for event sets (N from 0)
  *   topology.A.B LEVEL, p2p.A.B STATUS (A < B)
  *
@@ -26,8 +29,8 @@ typedef void *Device;
 typedef unsigned long long Bytes;
 
 enum {
-    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7,
-    TIMEOUT = 10, VERSION_MISMATCH = 25, MAX_LINKS = 18
+    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
+    TIMEOUT = 10, VERSION_MISMATCH = 25, MAX_LINKS = 18, MAX_MIG = 7
 };
 
 static int initialised = 0;
@@ -56,9 +59,26 @@ static int find(char *value, size_t size, const char *format, ...)
     return found;
 }
 
+/* A handle is the index plus one, never NULL; that of a MIG device has its number plus one in the upper half. */
 static unsigned index_of(Device device)
 {
-    return (unsigned)(size_t)device - 1; /* a handle is the index plus one: never NULL */
+    return ((unsigned)(size_t)device & 0xffff) - 1;
+}
+
+static int mig_of(Device device) /* -1: a GPU */
+{
+    return (int)((size_t)device >> 16) - 1;
+}
+
+/* What the keys of a device begin with. */
+static const char *prefix_of(Device device)
+{
+    static _Thread_local char prefix[32];
+    if (mig_of(device) < 0)
+        snprintf(prefix, sizeof prefix, "gpu%u", index_of(device));
+    else
+        snprintf(prefix, sizeof prefix, "gpu%u.mig%d", index_of(device), mig_of(device));
+    return prefix;
 }
 
 static Return global_state(const char *function)
@@ -79,8 +99,10 @@ static Return device_state(const char *function, Device device)
         return state;
     if (find(value, sizeof value, "gpu%u.error", index_of(device)))
         return atoi(value);
-    if (find(value, sizeof value, "gpu%u.error.%s", index_of(device), function))
+    if (find(value, sizeof value, "%s.error.%s", prefix_of(device), function))
         return atoi(value);
+    if (mig_of(device) >= 0 && !find(value, sizeof value, "%s.gi", prefix_of(device)))
+        return NOT_FOUND; /* it has been destroyed */
     return SUCCESS;
 }
 
@@ -90,7 +112,7 @@ static Return text(const char *function, Device device, const char *key, char *b
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    if (!find(value, sizeof value, "gpu%u.%s", index_of(device), key))
+    if (!find(value, sizeof value, "%s.%s", prefix_of(device), key))
         return NOT_SUPPORTED;
     if (strlen(value) >= length)
         return INSUFFICIENT_SIZE;
@@ -104,7 +126,7 @@ static Return number(const char *function, Device device, const char *key, Bytes
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    if (!find(value, sizeof value, "gpu%u.%s", index_of(device), key))
+    if (!find(value, sizeof value, "%s.%s", prefix_of(device), key))
         return NOT_SUPPORTED;
     *result = strtoull(value, NULL, 10);
     return SUCCESS;
@@ -226,6 +248,56 @@ Return nvmlDeviceGetMigMode(Device device, unsigned *current, unsigned *pending)
     return state;
 }
 
+Return nvmlDeviceGetMaxMigDeviceCount(Device device, unsigned *count)
+{
+    Bytes mode;
+    Return state = number("nvmlDeviceGetMaxMigDeviceCount", device, "mig", &mode);
+    *count = state == NOT_SUPPORTED ? 0 : MAX_MIG;
+    return state == NOT_SUPPORTED ? SUCCESS : state;
+}
+
+Return nvmlDeviceGetMigDeviceHandleByIndex(Device device, unsigned index, Device *mig)
+{
+    Return state = device_state("nvmlDeviceGetMigDeviceHandleByIndex", device);
+    if (state != SUCCESS || index >= MAX_MIG)
+        return state ? state : INVALID_ARGUMENT;
+    *mig = (Device)((size_t)device | (size_t)(index + 1) << 16);
+    return device_state("nvmlDeviceGetMigDeviceHandleByIndex", *mig);
+}
+
+static Return instance(const char *function, Device device, const char *key, unsigned *id)
+{
+    Bytes value = 0;
+    Return state = mig_of(device) < 0 ? INVALID_ARGUMENT : number(function, device, key, &value);
+    *id = (unsigned)value;
+    return state;
+}
+
+Return nvmlDeviceGetGpuInstanceId(Device device, unsigned *id)
+{
+    return instance("nvmlDeviceGetGpuInstanceId", device, "gi", id);
+}
+
+Return nvmlDeviceGetComputeInstanceId(Device device, unsigned *id)
+{
+    return instance("nvmlDeviceGetComputeInstanceId", device, "ci", id);
+}
+
+struct Attributes { /* nvmlDeviceAttributes_t */
+    unsigned multiprocessors, copy, decoder, encoder, jpeg, ofa, gpu_slices, compute_slices;
+    Bytes memory_mib;
+};
+
+Return nvmlDeviceGetAttributes_v2(Device device, struct Attributes *attributes)
+{
+    Bytes slices = 0, total = 0;
+    Return state = number("nvmlDeviceGetAttributes_v2", device, "slices", &slices);
+    number("nvmlDeviceGetAttributes_v2", device, "total", &total);
+    *attributes = (struct Attributes){.gpu_slices = (unsigned)slices, .compute_slices = (unsigned)slices};
+    attributes->memory_mib = total >> 20;
+    return state;
+}
+
 #ifndef OLD_DRIVER
 Return nvmlDeviceGetMemoryAffinity(Device device, unsigned size, unsigned long *nodes, unsigned scope)
 {
@@ -324,11 +396,11 @@ static Return processes(const char *function, Device device, unsigned *count, st
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    for (; find(value, sizeof value, "gpu%u.process.%u", index_of(device), there); there++) {
+    for (; find(value, sizeof value, "%s.process.%u", prefix_of(device), there); there++) {
         if (list && there < room) {
             char used[32] = "";
             list[there] = (struct Process){0, ~0ULL, ~0u, ~0u}; /* ~0: the figure is not available */
-            sscanf(value, "%u %31s", &list[there].pid, used);
+            sscanf(value, "%u %31s %u", &list[there].pid, used, &list[there].gpu_instance);
             if (strcmp(used, "unknown") != 0)
                 list[there].used = strtoull(used, NULL, 10);
         }
