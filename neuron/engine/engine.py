@@ -119,8 +119,13 @@ class Engine:
         others: it may wait for them without doing anything."""
         if self.ready_at is not None or self.spec.group is not None:
             await asyncio.Event().wait()
-        log_file, secs = self.output.file.path, self.stall_timeout_secs
-        return await until_stalled(self.process.leader, log_file, timeout_secs=secs, tell=tell)
+        return await until_stalled(
+            self.process.leader,
+            self.output.file.path,
+            timeout_secs=self.stall_timeout_secs,
+            tell=tell,
+            cache_variables=self.harness.cache_variables,
+        )
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,17 @@ async def until_ready(
 
 
 async def until_stalled(
-    leader: Leader, output: Path, *, timeout_secs: float, tell: Callable[[str | None], None]
+    leader: Leader,
+    output: Path,
+    *,
+    timeout_secs: float,
+    tell: Callable[[str | None], None],
+    cache_variables: Mapping[str, str],
 ) -> str:
     """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
     `timeout_secs` (0: never). Calls `tell` when they have done nothing for part of that time (`stall.told_after`), and
-    with None when they work again. The reason names locks that a killed build has left behind."""
+    with None when they work again. The reason names locks that a killed build has left behind; `cache_variables`: as
+    `Harness.cache_variables`."""
     tells_after = told_after(timeout_secs)
     idle = IdleTime(await asyncio.to_thread(work_of, leader, output), time.monotonic())
     locks: str | None = None  # None: nothing is told at present
@@ -81,7 +87,7 @@ async def until_stalled(
                 tell(None)
             continue
         if locks is None:
-            locks = await asyncio.to_thread(_stale_locks_of, leader)
+            locks = await asyncio.to_thread(_stale_locks_of, leader, cache_variables)
         ended = bool(timeout_secs) and secs >= timeout_secs
         reason = f"no output, CPU time or I/O of the engine for {timeout_secs if ended else secs:.3g} s{locks}"
         if ended:
@@ -89,10 +95,10 @@ async def until_stalled(
         tell(reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
 
 
-def _stale_locks_of(leader: Leader) -> str:
+def _stale_locks_of(leader: Leader, cache_variables: Mapping[str, str]) -> str:
     """In words; empty if there are none."""
     with contextlib.suppress(psutil.Error):
-        found = stale_locks(psutil.Process(leader.pid).environ())
+        found = stale_locks(psutil.Process(leader.pid).environ(), cache_variables)
         if found:
             files = ", ".join(map(str, found))
             return f"; no process holds the lock {files}: if a killed build or download left it, delete it"

@@ -2,8 +2,8 @@
 so.
 
 torch's builds of extensions, and AMD's aiter, use a file that exists while a build runs (`lock`, `lock_*`): the builder
-holds it open, and a killed one leaves it behind. Most others (inductor, flashinfer, vLLM, the hub) lock a `*.lock` file
-with flock(2), which ends with the process; where the file system has no flock, the file itself is the lock and has its
+holds it open, and a killed one leaves it behind. Most others (inductor, flashinfer, the hub) lock a `*.lock` file with
+flock(2), which ends with the process; where the file system has no flock, the file itself is the lock and has its
 owner's pid.
 """
 
@@ -22,8 +22,9 @@ MAX_FILES = 50_000
 MAX_NAMED = 3
 
 
-def cache_directories(environ: Mapping[str, str]) -> list[Path]:
-    """Where an engine with this environment compiles and downloads to."""
+def cache_directories(environ: Mapping[str, str], own: Mapping[str, str]) -> list[Path]:
+    """Where an engine with this environment compiles and downloads to. `own`: the engine's own variables of such
+    directories, with their names below the user's cache directory."""
     home = environ.get("HOME") or "/nonexistent"
     cache = environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
     hub = environ.get("HF_HUB_CACHE") or f"{environ.get('HF_HOME') or f'{cache}/huggingface'}/hub"
@@ -31,7 +32,7 @@ def cache_directories(environ: Mapping[str, str]) -> list[Path]:
         environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions",
         environ.get("TORCHINDUCTOR_CACHE_DIR"),
         environ.get("TRITON_CACHE_DIR") or f"{environ.get('TRITON_HOME') or home}/.triton",
-        environ.get("VLLM_CACHE_ROOT") or f"{cache}/vllm",
+        *(environ.get(variable) or f"{cache}/{name}" for variable, name in own.items()),
         f"{environ.get('FLASHINFER_WORKSPACE_BASE') or home}/.cache/flashinfer",
         environ.get("AITER_JIT_DIR") or f"{home}/.aiter",
         f"{hub}/.locks",
@@ -39,10 +40,10 @@ def cache_directories(environ: Mapping[str, str]) -> list[Path]:
     return [Path(each) for each in dict.fromkeys(found) if each]
 
 
-def stale_locks(environ: Mapping[str, str]) -> list[Path]:
-    """Locks of builds that are gone, in the caches of an engine with this environment, at most `MAX_NAMED`. Reads many
+def stale_locks(environ: Mapping[str, str], own: Mapping[str, str]) -> list[Path]:
+    """Locks of builds that are gone, in the `cache_directories` of an engine, at most `MAX_NAMED`. Reads many
     directories, so it blocks for a while."""
-    locks = list(_lock_files(cache_directories(environ)))
+    locks = list(_lock_files(cache_directories(environ, own)))
     if not locks:
         return []
     held = _held_files()

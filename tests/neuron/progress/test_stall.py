@@ -58,19 +58,24 @@ def test_locks_of_dead_builds(tmp_path: Path) -> None:
     inductor = tmp_path / "inductor/locks"
     for directory in (extensions / "dead", extensions / "live", inductor):
         directory.mkdir(parents=True)
-    assert stale_locks(environ) == []
+    assert stale_locks(environ, {}) == []
     dead, live = extensions / "dead/lock", extensions / "live/lock"
     dead.touch()
     for number in range(5):
         (inductor / f"{number}.lock").touch()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    own = tmp_path / ".cache/engine/kernels/lock"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert sorted(stale_locks(environ, {"ENGINE_CACHE": "engine"})) == sorted([dead, own])
+    own.unlink()
     named = inductor / "named.lock"
     named.write_text(f"{ended.pid}\n")
     with live.open("w") as held, (inductor / "held.lock").open("w") as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
         assert held.fileno()
-        assert sorted(stale_locks(environ)) == sorted([dead, named])
+        assert sorted(stale_locks(environ, {})) == sorted([dead, named])
 
 
 def test_a_single_lock_is_named_even_if_its_owner_is_unknown(tmp_path: Path) -> None:
@@ -78,4 +83,4 @@ def test_a_single_lock_is_named_even_if_its_owner_is_unknown(tmp_path: Path) -> 
     lock = tmp_path / "hub/.locks/models--org--model/abc.lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert stale_locks({"HF_HUB_CACHE": str(tmp_path / "hub")}) == [lock]
+    assert stale_locks({"HF_HUB_CACHE": str(tmp_path / "hub")}, {}) == [lock]
