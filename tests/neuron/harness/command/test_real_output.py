@@ -22,7 +22,7 @@ INFINITY = (
     "INFO     2026-11-29 19:29:22,209 infinity_emb INFO: Creating 1 engines: ['x']       infinity_server.py:84",
     "INFO     2026-11-29 19:29:22,225 infinity_emb INFO: model=`/srv/minilm` selected, using engine=`torch` and "
     "device=`cpu`           select_model.py:66",
-    "INFO     2026-11-29 19:29:26,284 infinity_emb INFO: Getting timings for batch_size=32 and avg tokens per sentence=1",
+    "INFO     2026-11-29 19:29:26,284 infinity_emb INFO: Getting timings for batch_size=32 and avg tokens",
     "INFO:     Application startup complete.",
 )
 """0.0.78 with 250 columns."""
