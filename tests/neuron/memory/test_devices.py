@@ -22,11 +22,8 @@ from shared.protocol import GroupPart, Link, LinkKind, Parallelism
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
 
 HALF = Need(fraction=0.5)
-XGMI_PAIRS = host(
-    *["H100"] * 4,
-    links=linked([(0, 1), (2, 3)], LinkKind.XGMI),
-    **{f"d{index}": {"vendor": "amd"} for index in range(4)},
-)
+_LINKED = host(*["H100"] * 4, links=linked([(0, 1), (2, 3)], LinkKind.XGMI))
+XGMI_PAIRS = replace(_LINKED, devices=tuple(each.model_copy(update={"vendor": "amd"}) for each in _LINKED.devices))
 
 
 def booked(*devices: int, mb: int = 8000) -> Booking:
