@@ -190,10 +190,10 @@ def test_a_slow_driver_does_not_block_the_loop(library: dict[str, str], hardware
     """The event loop runs during an NVML call, however long it takes."""
     with probing(library | write_scenario(hardware, LONE_4090)) as probe:
         probe.ask("health")
-        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=1500)
+        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=3000)
         gap = probe.ask("gap")
-        assert gap["call_secs"] >= 1.5
-        assert gap["longest_secs"] < 1
+        assert gap["call_secs"] >= 3
+        assert gap["longest_secs"] < gap["call_secs"] / 2
 
 
 def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, str], hardware: Path) -> None:
