@@ -17,7 +17,7 @@ from shared.protocol import Device
 
 
 @dataclass(frozen=True)
-class Fit:
+class AvailableMemory:
     """What a model has to fit into: `limit_mb` MiB on each of its devices, in tensor groups of `tensor_parallel`."""
 
     devices: Sequence[Device]
@@ -51,25 +51,27 @@ _CERTAIN_SHARE = 0.95
 an engine that does not start."""
 
 
-def longest_context(estimator: MemoryEstimator, model: ModelFiles, options: EngineOptions, fit: Fit) -> int | None:
+def longest_context(
+    estimator: MemoryEstimator, model: ModelFiles, options: EngineOptions, memory: AvailableMemory
+) -> int | None:
     """The most tokens of context with which the model fits, a multiple of 256; 0 if all of its own context does. None
     if that cannot be said: an item of the estimate is unknown, or too little is left for any."""
     if options.kv_cache_bytes is not None:  # it does not depend on the context
         return None
-    limit = fit.limit_mb * _CERTAIN_SHARE
+    limit = memory.limit_mb * _CERTAIN_SHARE
 
     def needed(tokens: int | None) -> Estimate:
-        return estimator.estimate(model, replace(options, max_model_len=tokens), fit.devices)
+        return estimator.estimate(model, replace(options, max_model_len=tokens), memory.devices)
 
     own = needed(None)
     if own.unknown:
         return None
-    if own.per_device_mb(fit.tensor_parallel) <= limit:
+    if own.per_device_mb(memory.tensor_parallel) <= limit:
         return 0
     fits, too_long = 0, -(-own.max_model_len // _STEP)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if needed(middle * _STEP).per_device_mb(fit.tensor_parallel) <= limit:
+        if needed(middle * _STEP).per_device_mb(memory.tensor_parallel) <= limit:
             fits = middle
         else:
             too_long = middle
@@ -77,14 +79,14 @@ def longest_context(estimator: MemoryEstimator, model: ModelFiles, options: Engi
 
 
 async def longest_context_of(
-    estimator: MemoryEstimator, spec: EngineSpec, environ: Mapping[str, str], fit: Fit
+    estimator: MemoryEstimator, spec: EngineSpec, environ: Mapping[str, str], memory: AvailableMemory
 ) -> int | None:
     """`longest_context` for an engine of `spec`. Arguments and exceptions: see `estimate_of`."""
     options = estimator.options_of(spec)
     model = await asyncio.to_thread(
         model_at, spec.source, environ, revision=options.revision, download_dir=options.download_dir
     )
-    return longest_context(estimator, model, options, fit)
+    return longest_context(estimator, model, options, memory)
 
 
 async def estimate_of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neuron.config import NeuronConfig
-from neuron.estimate.estimator import Fit, estimate_of, longest_context_of
+from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
 from neuron.gpu.topology import TopologySource
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
@@ -64,8 +64,8 @@ class Admission:
         try:
             share = harness.estimator.options_of(whole).memory_fraction or harness.estimator.usable_share
             limit = spec.share_mb or int(sizes[spec.device_count - 1] * share)
-            fit = Fit(devices, spec.tensor_parallel, limit)
-            length = await longest_context_of(harness.estimator, whole, {**os.environ, **settings.env}, fit)
+            memory = AvailableMemory(devices, spec.tensor_parallel, limit)
+            length = await longest_context_of(harness.estimator, whole, {**os.environ, **settings.env}, memory)
         except ServiceError as error:
             log.info("%s: the context that fits cannot be estimated: %s", spec.key, error.message)
             length = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from neuron.estimate.estimator import Fit, longest_context
+from neuron.estimate.estimator import AvailableMemory, longest_context
 from neuron.estimate.locate import model_at
 from neuron.estimate.options import EngineOptions
 from neuron.estimate.weights import ModelFiles
@@ -40,7 +40,9 @@ def arguments_of(pid: int) -> list[str]:
 
 def fitting(directory: Path, limit_mb: int, options: EngineOptions | None = None, tensor: int = 1) -> int | None:
     options = replace(options or EngineOptions(), tensor_parallel=tensor)
-    return longest_context(VllmEstimator(), files_of(directory), options, Fit(CARD * tensor, tensor, limit_mb))
+    return longest_context(
+        VllmEstimator(), files_of(directory), options, AvailableMemory(CARD * tensor, tensor, limit_mb)
+    )
 
 
 @pytest.mark.parametrize("limit_mb", [20_000, 24_000, 30_000])
