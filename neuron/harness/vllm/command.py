@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
@@ -44,6 +45,7 @@ class VllmHarness(Harness):
 
     runs_on_gpu = True
     spans_hosts = True
+    cache_variables = MappingProxyType({"VLLM_CACHE_ROOT": "vllm"})
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
