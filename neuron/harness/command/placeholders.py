@@ -69,7 +69,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, device_ids: str) -> dict[
         "id": spec.model_id,
         "names": ",".join((spec.model_id, *spec.served_names)),
         "quant": spec.quant,
-        "context": None,
+        "context": None if spec.context is None else str(spec.context),
         "host": plan.host,
         "port": str(plan.port),
         "key": plan.api_key,
