@@ -73,6 +73,8 @@ class CommandHarness(Harness):
                 return "parallel", f"{name} is {size}, but the command line has no {{{name}}}"
         if spec.expert_parallel:
             return "parallel", "expert parallelism is not known of this engine"
+        if spec.context is not None and "context" not in self._used:
+            return "max_model_len", "its command line has no {context}"
         if spec.served_names and "names" not in self._used:
             return "served_names", "its command line has no {names}"
         return None

@@ -67,7 +67,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[st
         "id": spec.model_id,
         "names": ",".join((spec.model_id, *spec.served_names)),
         "quant": spec.quant,
-        "context": None,
+        "context": None if spec.context is None else str(spec.context),
         "host": plan.host,
         "port": str(plan.port),
         "key": plan.api_key,
