@@ -128,6 +128,7 @@ class HarnessSettings(EngineDescription):
     port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # first and last port
     extra_args: list[str] = Field(default_factory=list)  # appended to every command line
     startup_timeout_secs: float = Field(default=1800, gt=0)
+    stall_timeout_secs: float = Field(default=600, ge=0)  # of a load that does nothing; 0: never ended for that
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
     allow_code: bool = False  # True: load commands may have arguments that make the engine run other code

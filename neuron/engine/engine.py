@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from neuron.engine import records, session, shared_memory
@@ -13,6 +13,7 @@ from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
+from neuron.engine.readiness import until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -45,6 +46,7 @@ class Engine:
     output: EngineOutput
     health: HealthMonitor
     startup_timeout_secs: float
+    stall_timeout_secs: float
     stop_timeout_secs: float
     ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
@@ -111,6 +113,19 @@ class Engine:
     def end_with(self, *, kill: bool, leave: bool) -> None:
         """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
         self.kill, self.leave = kill, leave
+
+    async def until_stalled(self, tell: Callable[[str | None], None]) -> str:
+        """As `readiness.until_stalled`. Never returns for an engine that has come up once, or that loads together with
+        others: it may wait for them without doing anything."""
+        if self.ready_at is not None or self.spec.group is not None:
+            await asyncio.Event().wait()
+        return await until_stalled(
+            self.process.leader,
+            self.output.file.path,
+            timeout_secs=self.stall_timeout_secs,
+            tell=tell,
+            cache_variables=self.harness.cache_variables,
+        )
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from neuron.config import HarnessSettings
@@ -137,6 +138,9 @@ class Harness(ABC):
     """True: it is not ready before `LoadReading.serving`, whatever its health path answers."""
     keeps_booking: bool = False
     """True: what was booked for it stays booked while it holds less, as it may allocate more at any time."""
+    cache_variables: Mapping[str, str] = MappingProxyType({})
+    """The environment variables of the engine's own cache directories, with their names below the user's cache
+    directory."""
     stop_signal: str = "SIGTERM"
     """Asks it to stop."""
     paths: tuple[str, ...] | None = None

@@ -304,6 +304,7 @@ class Launcher:
             process=process,
             output=EngineOutput(directory.log),
             startup_timeout_secs=settings.startup_timeout_secs,
+            stall_timeout_secs=settings.stall_timeout_secs,
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
             load_secs=record.load_secs,

@@ -59,23 +59,26 @@ def test_a_damaged_file_is_the_fault_of_the_model(fleet: Fleet) -> None:
     """The refusal has llama.cpp's own words, and is not repeated for each request."""
     answer = fleet.cortex.request("/v1/chat/completions", {"model": BROKEN_GGUF, **MESSAGES})
     assert answer.status >= 500
-    assert "failed to load model" in answer.body["error"]["message"]
+    assert "failed to read key-value pairs" in answer.body["error"]["message"]
     entry = fleet.status_of(BROKEN_GGUF)
     assert entry is not None
-    assert entry["status"] == "failed"
+    assert (entry["status"], entry["cause"], entry["permanent"]) == ("failed", "model", True)
 
 
 def test_an_engine_survives_its_neuron(engines: Engines, tmp_path: Path) -> None:
     """kill -9 of neuron: the next one adopts the engine, which answers without a new load."""
     with running_mixed_fleet(tmp_path, engines) as fleet:
-        assert fleet.cortex.request("/v1/chat/completions", {"model": GGUF, **MESSAGES}).status == 200
+
+        def answered() -> bool:
+            return fleet.cortex.request("/v1/chat/completions", {"model": GGUF, **MESSAGES}).status == 200
+
+        assert answered()
         leader = fleet.engine_of(GGUF)[0].pid
         fleet.neuron.kill_and_restart()
         eventually(fleet.neuron.answers, "the new neuron answers", within_secs=30)
-        eventually(lambda: (fleet.status_of(GGUF) or {}).get("status") == "loaded", "it is adopted", within_secs=30)
+        eventually(answered, "cortex has noticed the new neuron", within_secs=30)
         entry = fleet.status_of(GGUF)
         assert entry is not None
-        assert entry["pid"] == leader
-        assert fleet.cortex.request("/v1/chat/completions", {"model": GGUF, **MESSAGES}).status == 200
+        assert (entry["status"], entry["pid"]) == ("loaded", leader)
         assert fleet.unload(GGUF).status == 200
         eventually(lambda: not of_session(leader), "the engine's processes are gone", within_secs=20)
