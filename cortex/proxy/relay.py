@@ -148,7 +148,7 @@ class Relay:
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status >= 400 and (self._must_hold(head, body, first) or self._goes_elsewhere(head, first)):
             return
-        # What begins with a brace is no event: the usual plain answer need not be searched.
+        # A body that begins with a brace has no events: there is no need to search the usual plain answer.
         if first and first[0] != _BRACE and starts_dead(first) and self._refused("dead", head.status):
             return
         self._begin(head, body, first)
