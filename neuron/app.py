@@ -36,6 +36,7 @@ from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
+from neuron.memory.host import with_host_ram
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
@@ -92,7 +93,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         holding = state.held(remove_after=config.state_dir is None)
         await asyncio.to_thread(holding.__enter__)
         stack.push_async_callback(asyncio.to_thread, holding.__exit__, None, None, None)
-        source = topology_source(config, state.vram)
+        source = with_host_ram(topology_source(config, state.vram), config, state.vram)
         stack.push_async_callback(source.close)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         instance_id = str(uuid.uuid4())
@@ -104,7 +105,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         memory = EngineMemory(config, source)
         keys = await _engine_keys(config, state)
         numbers = itertools.count(first_number)
-        spares = Spares(config, state, numbers, memory.sleep_budget)
+        spares = Spares(config, state, numbers, memory)
         stack.push_async_callback(spares.close)
         group_listeners = GroupListeners(config.group)
         stack.callback(group_listeners.close_all)
@@ -118,7 +119,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         registry = Registry(
             config,
-            admission=Admission(config, source),
+            admission=Admission(config, source, history),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,

@@ -72,20 +72,22 @@ class SimulatedDevice(SettingsModel):
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
+    unified: bool | None = None  # True: it shares the host's RAM
 
 
 class SimulateSettings(SettingsModel):
     """`[simulate]`: when present, it replaces the topology that NVML reports."""
 
-    devices: list[str | SimulatedDevice]
+    devices: list[str | SimulatedDevice] = Field(default_factory=list)
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
-    ram_mb: int | None = Field(default=None, gt=0)  # of the host, for engines that sleep; None: no limit
+    ram_mb: int | None = Field(default=None, gt=0)  # of the host; None: not counted
+    cores: int | None = Field(default=None, ge=1, le=4096)  # None: those of this machine
 
 
 class SleepSettings(SettingsModel):
-    """`[sleep]`: limits on the host memory of sleeping engines."""
+    """`[sleep]`: limits on the host memory of engines, sleeping ones included."""
 
-    ram_reserve_mb: int = Field(default=4096, ge=0)  # stays free for other programs
+    ram_reserve_mb: int | None = Field(default=None, ge=0)  # for other programs; None: 4096, at most an eighth
 
 
 class HealthSettings(SettingsModel):

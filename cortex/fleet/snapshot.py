@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 from cortex.config.catalogue import NO_MODELS, Catalogue
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import (
+    RAM,
     Device,
     DeviceHealth,
     Discovery,
@@ -45,8 +46,9 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
-    devices. `serves` False: it is a part of an engine that spans several nodes, and takes no requests."""
+    """Memory reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of
+    the devices; the host's RAM has the index `RAM`. `serves` False: it is a part of an engine that spans several nodes,
+    and takes no requests."""
 
     model_id: str
     node: str
@@ -100,6 +102,24 @@ class NodeSnapshot:
         return [device for device in every if device.lost is None and not device.mig_mode]
 
     @cached_property
+    def ram(self) -> Device | None:
+        """The host's RAM as a device, for models on the CPU. None if the neuron does not tell of it and has devices; if
+        it has none, RAM of unknown size."""
+        if self.discovery is None:
+            return None
+        host = self.discovery.host
+        if host is not None:
+            return Device(index=RAM, name="RAM", vram_total_mb=host.ram_total_mb)
+        return None if self.discovery.devices else Device(index=RAM, name="RAM")
+
+    @cached_property
+    def in_ram(self) -> frozenset[int]:
+        """The indices of the devices that share the host's RAM, and its own; none if it is not counted."""
+        if self.ram is None:
+            return frozenset()
+        return frozenset({RAM, *(device.index for device in self.devices if device.unified)})
+
+    @cached_property
     def device_health(self) -> dict[int, DeviceHealth]:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
@@ -110,7 +130,10 @@ class NodeSnapshot:
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
         """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
-        Does not subtract what loads in progress and sleeping models will need."""
+        0: in the host's RAM. Does not subtract what loads in progress and sleeping models will need."""
+        if not devices:
+            live = None if self.health is None else self.health.host
+            return None if self.ram is None else self.ram.vram_total_mb if live is None else live.ram_bookable_mb
         return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
 
     @cached_property

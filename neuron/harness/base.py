@@ -32,6 +32,8 @@ class LaunchFacts:
     cpus: tuple[int, ...]  # the cores this process may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
+    ram_total_mb: int | None = None  # of the host; None: not counted
+    node_ram_mb: int | None = None  # of the NUMA node that engines on the CPU use first; None: unknown
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class LaunchPlan:
     """Secret that neuron sends to the engine to put it to sleep, different for each engine; None: it cannot sleep."""
     network: GroupNetwork | None = None
     """Of a part of a group."""
+    ram_mb: int | None = None
+    """What is booked for it in the host's RAM; None: none is counted."""
+    cores: tuple[int, ...] = ()
+    """Those of the host that an engine without devices is to use, some of `LaunchFacts.cpus`; empty: all."""
 
     @property
     def arguments(self) -> list[str]:
@@ -132,6 +138,8 @@ class Harness(ABC):
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""
+    sizes_itself: bool = False
+    """True: its engines take the memory that they are told to take, whatever the model's size."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 

@@ -15,6 +15,8 @@ from neuron.gpu.topology import TopologySource
 from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
+from neuron.progress.history import LoadHistory
+from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import ErrorCode, FailureCause
@@ -25,10 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Admission:
-    """Checks specs against this host and its configuration."""
+    """Checks specs against this host, its configuration and what earlier engines used."""
 
     config: NeuronConfig
     source: TopologySource
+    history: LoadHistory
 
     async def check(self, spec: EngineSpec) -> None:
         """Refuses what this host cannot serve.
@@ -38,19 +41,27 @@ class Admission:
             Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it does not work.
         """
         topology = await self.source.discover()
-        if HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
+        on_gpu = not spec.without_devices
+        if on_gpu and HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
             raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=GPU_UNUSABLE_SECS)
         check_devices(spec, topology)
         await check_model_roots(spec.source, self.config.model_roots, param="source")
 
     async def share_of(self, spec: EngineSpec) -> int | None:
-        """MiB that the engine takes on each device: from the spec, or estimated from the model's files. None leaves it
-        to the engine's default: the files are not on this host, lack a figure, or need more than the default."""
+        """MiB that the engine takes on each device, or for each rank in RAM: from the spec, as much as an earlier
+        engine of the model used in RAM, or estimated from the model's files. None leaves it to the engine's default:
+        the files are not on this host, lack a figure, or need more than the default."""
         topology = await self.source.discover()
-        estimator = HARNESSES[spec.harness].estimator
-        if spec.vram_mb is not None or not topology.devices or estimator is None:
+        in_ram = topology.ram is not None and (spec.without_devices or not topology.devices)
+        harness = HARNESSES[spec.harness]
+        estimator = harness.estimator
+        if spec.vram_mb is not None:
             return spec.share_mb
+        if in_ram and not harness.sizes_itself and (used := self.history.ram_mb(LoadKey.of(spec))) is not None:
+            return -(-used // spec.device_count)
+        if estimator is None or not (topology.devices or in_ram):
+            return None
         settings = self.config.harness_settings(spec.harness)
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
@@ -59,8 +70,12 @@ class Admission:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
-        largest = max(device.vram_total_mb for device in topology.devices)
-        return None if found.unknown or share > estimator.usable_share * largest else share
+        if in_ram and topology.ram is not None:
+            share += estimator.in_ram_mb // spec.device_count
+            usable_mb: float = topology.ram.vram_total_mb - topology.ram_reserve_mb
+        else:
+            usable_mb = estimator.usable_share * max(device.vram_total_mb for device in topology.devices)
+        return None if found.unknown or share > usable_mb else share
 
 
 async def check_model_roots(source: str, roots: Sequence[Path], *, param: str) -> None:

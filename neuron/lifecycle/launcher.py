@@ -25,6 +25,7 @@ from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
 from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
 from neuron.errors import LoadFailed
+from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
@@ -35,6 +36,7 @@ from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareRefused
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import EnginePlacement
+from neuron.memory.ram import node_ram_mb
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
 from shared.protocol import FailureCause
@@ -105,7 +107,7 @@ class Launcher:
             topology = await self._source.discover()
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
-            facts = self._facts(topology)
+            facts = await asyncio.to_thread(self._facts, topology)
             network = None if spec.group is None else await self._groups.network_of(spec.group)
             spare = self._spares.take(spec.harness) if use_spare else None
             if spare is not None:
@@ -123,6 +125,8 @@ class Launcher:
                 devices=list(placement.indices),
                 booked_mb=list(placement.booked_mb),
                 share_mb=placement.share_mb,
+                ram_mb=placement.ram_mb,
+                cores=list(placement.cores),
                 host=plan.host,
                 port=port,
                 api_key=plan.api_key,
@@ -234,6 +238,8 @@ class Launcher:
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=control_key,
                 network=network,
+                ram_mb=placement.ram_mb,
+                cores=placement.cores if len(placement.cores) < len(usable_cores(self._config)) else (),
             )
             return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
 
@@ -366,10 +372,17 @@ class Launcher:
         log.info("%s: engine process %d is left running", engine.spec.key, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
+        """Blocks for a moment."""
         hidden = frozenset({self._config.token_env} if self._config.token_env else ())
+        cpus = tuple(sorted(os.sched_getaffinity(0)))
+        node_mb = None
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            node_mb = node_ram_mb(cpus[0])
         return LaunchFacts(
             has_gpu=topology.has_gpu,
-            cpus=tuple(sorted(os.sched_getaffinity(0))),
+            cpus=cpus,
+            ram_total_mb=None if topology.ram is None else topology.ram.vram_total_mb,
+            node_ram_mb=node_mb,
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
         )
