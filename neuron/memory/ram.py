@@ -113,7 +113,7 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
         else:
             continue
         for group in _with_parents(mount, path):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 most = int((group / limit).read_text(encoding="ascii"))
                 used = int((group / usage).read_text(encoding="ascii"))
                 yield most, used - _reclaimable(group / "memory.stat", prefix)

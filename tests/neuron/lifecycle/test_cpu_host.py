@@ -56,7 +56,7 @@ async def test_ram_is_told_booked_and_measured(tmp_path: Path) -> None:
 
 
 async def test_a_load_without_room_is_refused(tmp_path: Path) -> None:
-    """With figures, at once and without an engine; permanently if the host is too small for it."""
+    """At once, without an engine, and the error has the figures; permanently if the host is too small for it."""
     async with cpu_host(tmp_path) as neuron:
         assert (await on_cpu(neuron, "first", 40_000)).status == 200
         refused = await on_cpu(neuron, "second", 30_000)
