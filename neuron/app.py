@@ -24,6 +24,7 @@ from neuron.config import NeuronConfig
 from neuron.engine.keys import FILE_NAME as V1_CALLERS_FILE
 from neuron.engine.keys import EngineKeys
 from neuron.engine.state_dir import StateDir
+from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import topology_source
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
@@ -128,15 +129,14 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
-        tasks = TaskSet()
-        stack.push_async_callback(tasks.close)
-        _ = tasks.spawn(default_models.load_all(), name="default models")
-        _ = tasks.spawn(spares.run(), name="spare processes")
+        device_watch = DeviceWatch(source, hub.publish)
+        stack.push_async_callback(_running(default_models, spares, device_watch).close)
         yield Services(
             config=config,
             instance_id=instance_id,
             started=time.monotonic(),
             source=source,
+            device_watch=device_watch,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),
@@ -147,6 +147,15 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             leases=LeaseTable(),
             group_listeners=group_listeners,
         )
+
+
+def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch) -> TaskSet:
+    """What runs beside the requests, until `TaskSet.close`."""
+    tasks = TaskSet()
+    _ = tasks.spawn(default_models.load_all(), name="default models")
+    _ = tasks.spawn(spares.run(), name="spare processes")
+    _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
+    return tasks
 
 
 async def _engine_keys(config: NeuronConfig, state: StateDir) -> EngineKeys:

@@ -23,7 +23,7 @@ from neuron.gpu.discovery import discovery_of, topology_source
 from neuron.gpu.discovery_table import table_of as discovery_table
 from neuron.gpu.simulated import resolve_devices
 from neuron.harness.checks import CheckedConfig, spec_of
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.group_network import link_mbps
 from neuron.memory.host import HostTopologySource, with_host_ram
 from neuron.spec import EngineSpec
@@ -178,7 +178,7 @@ async def _discover(config: NeuronConfig) -> Discovery:
 
 
 async def _estimate(config: NeuronConfig, name: str, options: Mapping[str, str]) -> EstimateReply:
-    estimator = HARNESSES[DEFAULT_HARNESS].estimator
+    estimator = harness_of(DEFAULT_HARNESS, config).estimator
     if estimator is None:
         raise InvalidRequest(f"harness {DEFAULT_HARNESS!r} cannot estimate memory")
     settings = config.harness_settings(DEFAULT_HARNESS)

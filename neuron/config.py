@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from shared.cross_site import checked_hosts
 from shared.protocol import FIRST_INSTANCE, LoadCommand
@@ -35,13 +38,97 @@ class HarnessEntry(SettingsModel):
     name: str
 
 
-class HarnessSettings(SettingsModel):
-    """`[harness.NAME]`: how engines of this kind are started."""
+def _split(value: Any) -> Any:
+    """A command line in one string as a list, split as a shell would."""
+    try:
+        return shlex.split(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words: {error}") from error
 
-    command: list[str] | None = Field(default=None, min_length=1)  # None: the harness's own default
+
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a valid regular expression: {error}") from error
+    return value
+
+
+def _url_path(value: str) -> str:
+    if not value.startswith("/") or re.search(r"[\s#]", value):
+        raise ValueError("must be a path that starts with /")
+    return value
+
+
+def _url_prefix(value: str) -> str:
+    return _url_path(value).rstrip("/") if value else value
+
+
+CommandLine = Annotated[list[str], BeforeValidator(_split)]
+RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
+UrlPath = Annotated[str, AfterValidator(_url_path)]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z_:][A-Za-z0-9_:]*$")]
+
+
+class ProgressPattern(SettingsModel):
+    """`[[harness.NAME.progress]]`: a line of output that says how far a load is."""
+
+    pattern: RegularExpression  # its group `percent`, if it has one, is how much of the phase is done
+    phase: Literal["starting", "downloading", "loading weights", "compiling", "capturing graphs", "warming up"]
+
+
+class ErrorPattern(SettingsModel):
+    """`[[harness.NAME.errors]]`: a line of output that says why an engine ended."""
+
+    pattern: RegularExpression
+    cause: Literal["node", "model", "unknown"] = "unknown"
+    permanent: bool = False  # True: another start on this host fails in the same way
+
+
+class ActivitySettings(SettingsModel):
+    """`[harness.NAME.activity]`: the metrics from which neuron reads an engine's requests."""
+
+    path: UrlPath = "/metrics"
+    running: MetricName  # a gauge
+    waiting: MetricName | None = None  # a gauge
+    ended: MetricName | None = None  # a counter
+    progress: list[MetricName] = Field(
+        default_factory=list
+    )  # counters; with requests running and none rising, it hangs
+
+
+class EngineDescription(SettingsModel):
+    """What neuron has to know of an engine for which it has no code of its own. A preset has the same keys."""
+
+    arguments: CommandLine = Field(default_factory=list)  # after `command`
+    health_path: UrlPath = "/health"
+    ready_pattern: RegularExpression | None = None  # no output matches: it is not ready yet
+    api_prefix: Annotated[str, AfterValidator(_url_prefix)] = ""  # what its URLs have before `/v1`
+    paths: list[UrlPath] | None = None  # None: unknown
+    missing_paths: list[UrlPath] = Field(default_factory=list)
+    devices: str = Field(default="auto", pattern=r"^(auto|none|[A-Z_][A-Z0-9_]*)$")  # or a variable's name
+    device_ids: Literal["uuid", "index"] = "uuid"
+    memory: Literal["measured", "booked"] = "measured"
+    stop_signal: Literal["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGKILL"] = "SIGTERM"
+    keep_alive_secs: float | None = Field(default=None, ge=0)  # None: unknown
+    progress: list[ProgressPattern] = Field(default_factory=list)
+    errors: list[ErrorPattern] = Field(default_factory=list)
+    activity: ActivitySettings | Literal["none"] = "none"
+    reserved_arguments: list[str] = Field(default_factory=list)  # no load command may have them
+    code_arguments: list[str] = Field(default_factory=list)  # they make it run other code
+
+
+class HarnessSettings(EngineDescription):
+    """`[harness.NAME]`: how engines of this kind are started. The keys of an `EngineDescription` are only for those
+    with `kind` or `preset`."""
+
+    kind: Literal["command"] | None = None
+    preset: str | None = None
+    command: CommandLine | None = Field(default=None, min_length=1)  # None: the harness's own default
     port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # first and last port
     extra_args: list[str] = Field(default_factory=list)  # appended to every command line
     startup_timeout_secs: float = Field(default=1800, gt=0)
+    stall_timeout_secs: float = Field(default=600, ge=0)  # of a load that does nothing; 0: never ended for that
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
     allow_code: bool = False  # True: load commands may have arguments that make the engine run other code
@@ -49,6 +136,11 @@ class HarnessSettings(SettingsModel):
     spare: bool | Literal["auto"] = "auto"  # keep a process that has imported the engine's modules
 
     _ports = field_validator("port_range")(_ordered_ports)
+
+    @property
+    def described(self) -> bool:
+        """True for an engine that is started from its description alone."""
+        return self.kind is not None or self.preset is not None
 
 
 class GroupSettings(SettingsModel):
@@ -140,8 +232,8 @@ class NeuronConfig(SettingsModel):
     drain_timeout_secs: float = Field(default=30, ge=0)
     on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # the next neuron adopts engines that are left
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
-    harnesses: list[HarnessEntry] = Field(default_factory=lambda: [HarnessEntry(name=DEFAULT_HARNESS)])
-    harness: dict[str, HarnessSettings] = Field(default_factory=dict)
+    harness: Mapping[str, HarnessSettings] = Field(default_factory=dict)
+    harnesses: list[HarnessEntry] | None = None  # None: see `harness_names`
     group: GroupSettings = Field(default_factory=GroupSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
@@ -159,7 +251,8 @@ class NeuronConfig(SettingsModel):
         for model in self.default_models:
             if model.harness is not None and model.harness not in names:
                 raise ValueError(
-                    f"default_models: {model.model_id}: harness {model.harness!r} is not among [[harnesses]]"
+                    f"default_models: {model.model_id}: harness {model.harness!r} is not offered (offered: "
+                    f"{', '.join(names) or 'none'})"
                 )
         loads = [(model.model_id, model.instance or FIRST_INSTANCE) for model in self.default_models]
         for model_id, instance in loads:
@@ -177,7 +270,13 @@ class NeuronConfig(SettingsModel):
 
     @property
     def harness_names(self) -> list[str]:
-        return [entry.name for entry in self.harnesses]
+        """What this host offers, the default first: `[[harnesses]]`, then every engine that a table describes. Without
+        `[[harnesses]]` every table, if one of them describes an engine, else vLLM."""
+        described = [name for name, table in self.harness.items() if table.described]
+        if self.harnesses is None:
+            return list(self.harness) if described else [DEFAULT_HARNESS]
+        listed = [entry.name for entry in self.harnesses]
+        return [*listed, *(name for name in described if name not in listed)]
 
     def harness_settings(self, name: str) -> HarnessSettings:
         return self.harness.get(name) or HarnessSettings()
@@ -190,7 +289,7 @@ class NeuronConfig(SettingsModel):
     @property
     def default_commands(self) -> list[LoadCommand]:
         """`default_models` with the harness filled in: a bare model id would ask for its remembered spec."""
-        first = self.harness_names[0] if self.harnesses else None
+        first = next(iter(self.harness_names), None)
         given = (model.model_dump(exclude_unset=True) for model in self.default_models)
         return [LoadCommand.model_validate({"harness": first, **each}) for each in given]
 

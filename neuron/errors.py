@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from neuron.spec import InstanceKey
 from shared.errors import Conflict, NotFound, ServiceError, Unavailable, shortened
-from shared.protocol import ErrorCode, GroupPart
+from shared.protocol import ErrorCode, FailureCause, GroupPart
 from shared.retry_after import GROUP_STARTING_SECS, SERVICE_STOPPING_SECS
 
 LAST_LINES = 20
@@ -51,6 +51,17 @@ class GuardFailed(ServiceError):
     """The engine's development routes are open to any caller that reaches it, or closed to neuron too."""
 
     default_code = ErrorCode.SLEEP_UNGUARDED
+
+
+def stalled(reason: str, lines: Sequence[str]) -> LoadFailed:
+    """For a load that was ended because it did nothing. `lines` is its last output."""
+    said = f"; its last line: {lines[-1].strip()}" if lines else ""
+    return LoadFailed(with_last_lines(reason + said, lines), extra={"cause": FailureCause.NODE.value})
+
+
+def device_unusable(device: str, ended: ServiceError) -> LoadFailed:
+    """For an engine that `ended` and cannot start again on its devices."""
+    return LoadFailed(f"{device}; the engine ended: {ended.message}", extra={"cause": FailureCause.NODE.value})
 
 
 def sleep_unsupported(what: str, why: str) -> Conflict:

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from neuron.gpu.device_watch import faults_of
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
 from shared.protocol import Device, DeviceHealth, HostMemoryHealth, SpareView
@@ -142,6 +143,12 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
         for index, value in values.items():
             family.add_metric([str(index), uuids.get(index, "")], value)
         yield family
+    family = GaugeMetricFamily(
+        "neuron_device_fault", "1 while nothing can be placed on the device.", labels=["index", "uuid", "reason"]
+    )
+    for index, reason in faults_of(devices, health).items():
+        family.add_metric([str(index), uuids.get(index, ""), reason], 1)
+    yield family
 
 
 def _bytes(health: Sequence[DeviceHealth], field: str) -> dict[int, float]:

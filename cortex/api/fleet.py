@@ -7,7 +7,7 @@ import contextlib
 
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, FLEET, LIVE, SCHEDULER, SHUTDOWN
+from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN
 from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
 from cortex.fleet.state import Fleet
@@ -55,8 +55,7 @@ async def explain_model(request: web.Request) -> web.Response:
     name = request.query.get("model")
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
-    model_id = request.app[LIVE].catalogue.resolve(name)
-    return web.json_response(explain(model_id, scheduler.view(), counts.in_flight))
+    return web.json_response(explain(name, scheduler.view(), counts.in_flight))
 
 
 async def health(request: web.Request) -> web.Response:

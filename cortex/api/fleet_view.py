@@ -107,7 +107,7 @@ class FleetView:
     def _of_catalogue(self, catalogue: Catalogue) -> dict[str, msgspec.Raw]:
         if self._catalogue is None or self._catalogue[0] is not catalogue:
             models = [profile.model_dump(exclude_none=True) for profile in catalogue.models]
-            self._catalogue = catalogue, _encoded({"models": models, "aliases": dict(catalogue.aliases)})
+            self._catalogue = catalogue, _encoded({"models": models, "aliases": dict(catalogue.targets)})
         return self._catalogue[1]
 
 
@@ -132,9 +132,9 @@ def _uptime(node: NodeSnapshot) -> float | None:
 
 
 def _host(node: NodeSnapshot) -> dict[str, Any] | None:
-    """The host's RAM and cores; None if its neuron does not tell."""
+    """The host's RAM and cores; None if its neuron does not count the RAM."""
     known = None if node.discovery is None else node.discovery.host
-    if known is None:
+    if known is None or not known.ram_total_mb:
         return None
     live = None if node.health is None else node.health.host
     return {**known.model_dump(), **({} if live is None else live.model_dump())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from datetime import datetime, timedelta
 from itertools import zip_longest
@@ -86,6 +87,7 @@ def explain_table(plan: dict[str, Any]) -> str:
     ]
     head = f"{plan['model']}: {decision['action']}{where}{devices}: {decision['reason']}"
     head += _of_minimum(plan.get("replicas"))
+    head += "".join(f"\n  {line}" for line in _of_alias(plan.get("alias", {})))
     if decision.get("devices_because"):
         head += f"\n  devices: {decision['devices_because']}"
     for gone in decision.get("evictions", ()):
@@ -97,6 +99,16 @@ def explain_table(plan: dict[str, Any]) -> str:
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
+
+
+def _of_alias(alias: dict[str, Any]) -> list[str]:
+    """What a request for the alias gets, one line for each of `set`, `default` and `drop`."""
+    texts = {"set": "sets", "default": "sets by default", "drop": "drops"}
+    return [
+        f"{alias['name']} {text} {', '.join(alias[kind]) if kind == 'drop' else json.dumps(alias[kind])}"
+        for kind, text in texts.items()
+        if kind in alias
+    ]
 
 
 def loaded_line(done: dict[str, Any]) -> str:
@@ -205,8 +217,11 @@ def _device(device: dict[str, Any]) -> str:
     name = f"{device['index']}: {device['name']}"
     if device.get("lost"):
         return Coloured(f"{name} LOST: {device['lost']}", "red")
+    if device.get("fault"):
+        return Coloured(f"{name} SICK: {device['fault']}", "red")
     used = device.get("vram_used_mb")
-    return f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    text = f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    return Coloured(f"{text} ({'; '.join(device['warnings'])})", "yellow") if device.get("warnings") else text
 
 
 def _place(where: dict[str, Any]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.config.aliases import Alias, Rewrite
 from cortex.config.profile import ModelName, ModelProfile, RequestedModel
 from shared.settings import SettingsModel, load_settings
 
@@ -23,7 +24,7 @@ class Catalogue(SettingsModel):
     """The whole of models.toml."""
 
     models: tuple[ModelProfile, ...] = ()
-    aliases: dict[ModelName, str] = Field(default_factory=dict)
+    aliases: dict[ModelName, Alias] = Field(default_factory=dict)
 
     @field_validator("models")
     @classmethod
@@ -44,7 +45,7 @@ class Catalogue(SettingsModel):
     @model_validator(mode="after")
     def _aliases_lead_somewhere(self) -> Catalogue:
         ids = {profile.id for profile in self.models}
-        for alias, target in self.aliases.items():
+        for alias, target in self.targets.items():
             if alias in ids:
                 raise ValueError(f"aliases: {alias!r} is also the id of a model")
             if alias in self._variants:
@@ -64,16 +65,34 @@ class Catalogue(SettingsModel):
         return _names_of_variants(self.models)
 
     @cached_property
-    def renamed(self) -> Mapping[str, RequestedModel]:
-        """The names that engines do not know, with what each stands for: aliases, `id@variant` and `alias@variant`."""
-        found = {name: choice.requested for name, choice in self._variants.items()}
-        for alias, target in self.aliases.items():
-            found[alias] = self.requested(target)
-            profile = self._by_id.get(target)
-            for choice in () if profile is None else profile.choices:
-                if choice.variant is not None and f"{alias}@{choice.variant}" not in self._by_id:
-                    found.setdefault(f"{alias}@{choice.variant}", choice.requested)
+    def targets(self) -> Mapping[str, str]:
+        """The id, or `id@variant`, that each alias stands for."""
+        return {name: alias.model for name, alias in self.aliases.items()}
+
+    @cached_property
+    def rewrites(self) -> Mapping[str, Rewrite]:
+        """What stands in for the names that engines do not know: aliases, `id@variant` and `alias@variant`."""
+        found = {name: Rewrite(choice.id, name) for name, choice in self._variants.items()}
+        for alias, target in self.targets.items():
+            requested = self.requested(target)
+            edits = self.aliases[alias].edits(requested.model_id)
+            found[alias] = Rewrite(requested.model_id, requested.name, edits)
+            for name, choice in self._through(alias):
+                found[name] = Rewrite(choice.id, choice.requested.name, edits)
         return found
+
+    def _through(self, alias: str) -> Iterator[tuple[str, ModelProfile]]:
+        """`alias@variant` for each variant of the alias's model, as far as nothing else has that name."""
+        profile = self._by_id.get(self.targets[alias])
+        for choice in () if profile is None else profile.choices:
+            name = f"{alias}@{choice.variant}"
+            if choice.variant is not None and name not in self._by_id and name not in self.aliases:
+                yield name, choice
+
+    def alias_of(self, name: str) -> Alias | None:
+        """The alias that a name goes through, itself or as `alias@variant`; None for any other name."""
+        found = self.aliases.get(name)
+        return self.aliases.get(name.rpartition("@")[0]) if found is None and name in self.rewrites else found
 
     def profile(self, name: str) -> ModelProfile | None:
         """The model with this id, or for `id@variant` the profile of that variant; None when the catalogue does not
@@ -103,11 +122,11 @@ class Catalogue(SettingsModel):
     def model_meant_by(self, name: str) -> ModelProfile | None:
         """The model for `id@something` or `alias@something`, whatever its variants; None for any other name."""
         prefix, _, wanted = name.rpartition("@")
-        return self._by_id.get(self.aliases.get(prefix, prefix)) if prefix and wanted else None
+        return self._by_id.get(self.targets.get(prefix, prefix)) if prefix and wanted else None
 
     def resolve(self, name: str) -> str:
         """The id, or `id@variant`, for a name that may be an alias."""
-        found = self.renamed.get(name)
+        found = self.rewrites.get(name)
         return name if found is None else found.name
 
 

@@ -102,13 +102,18 @@ def difference(
     models = _named(
         "model", {model.id: model for model in catalogue.models}, {model.id: model for model in new_catalogue.models}
     )
-    aliases = _named("alias", catalogue.aliases, new_catalogue.aliases)
+    aliases = _named("alias", _aliases(catalogue), _aliases(new_catalogue))
     return Difference(
         config=config if effective == config else effective,
         catalogue=catalogue if new_catalogue == catalogue else new_catalogue,
         lines=(*neurons, *models, *aliases, *settings),
         restart=tuple(restart),
     )
+
+
+def _aliases(catalogue: Catalogue) -> dict[str, object]:
+    """As they are written: those without parameters in the short form."""
+    return {name: alias if alias.parameters else alias.model for name, alias in catalogue.aliases.items()}
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

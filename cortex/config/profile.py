@@ -17,7 +17,9 @@ from pydantic import (
 )
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.context_length import ContextLength
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, sets_context
 from shared.settings import SettingsModel
 
 DEFAULT_PRIORITY = 100
@@ -148,6 +150,7 @@ class Variant(SettingsModel):
     pinned_on: tuple[str, ...] | None = None
     source: str | None = None
     args: tuple[str, ...] | None = None
+    max_model_len: ContextLength = None
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
@@ -178,11 +181,13 @@ class ModelProfile(SettingsModel):
     when_idle: Literal["unload", "sleep"] = "unload"
     source: str | None = None
     args: tuple[str, ...] = ()
+    max_model_len: ContextLength = None
     tools: bool = False
     limit: TokenLimit | None = None
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
     _place: int = PrivateAttr(default=0)
+    _part: bool = PrivateAttr(default=False)
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
@@ -236,17 +241,24 @@ class ModelProfile(SettingsModel):
                 raise ValueError(f"devices: a model with devices = 0 runs on the CPU, remove {' and '.join(both)}")
         return self
 
-    @property
+    @model_validator(mode="after")
+    def _one_context_length(self, info: ValidationInfo) -> ModelProfile:
+        choices = () if info.context is _OF_A_VARIANT else self.choices
+        if any(choice.max_model_len is not None and sets_context(choice.args) for choice in choices):
+            raise ValueError(f"max_model_len: {CONTEXT_FLAG} is in args too, remove one of them")
+        return self
+
+    @cached_property  # as the next two: pydantic takes long to find a private attribute
     def variant(self) -> str | None:
         """The name of the variant that this is one of the `choices` for; None for a model itself."""
         return self._variant
 
-    @property
+    @cached_property
     def place(self) -> int:
         """The place of this variant among those of the model, from 0, the best."""
         return self._place
 
-    @property
+    @cached_property
     def requested(self) -> RequestedModel:
         """What it is: the model, or one variant of it."""
         return RequestedModel(self.id, self._variant)
@@ -288,8 +300,13 @@ class ModelProfile(SettingsModel):
         own = self.model_dump(exclude_none=True, exclude={"parallel", "min_devices", "vram_mb", "span_nodes"})
         memory = {"vram_mb": self.device_share_mb * parallel.devices} if self.device_share_mb else {}
         found = ModelProfile.model_validate({**own, **memory, "parallel": parallel.model_dump()})
-        found._variant, found._place = self._variant, self._place
+        found._variant, found._place, found._part = self._variant, self._place, True
         return found
+
+    @property
+    def combines_devices(self) -> bool:
+        """Whether its engine uses several devices together, those of other hosts included."""
+        return self._part or self.device_count > 1
 
     @cached_property
     def parallelism(self) -> Parallelism:
@@ -315,6 +332,11 @@ class ModelProfile(SettingsModel):
     def tensor_parallel(self) -> int | None:
         """The value sent to a neuron; None means a single device."""
         return self.parallelism.tensor if self.parallelism.tensor > 1 else None
+
+    @property
+    def serves_as_vllm(self) -> bool:
+        """True for vLLM and its simulation, whose arguments and errors are the same."""
+        return self.harness in ("vllm", "sim")
 
     @property
     def refuses_tools(self) -> bool:

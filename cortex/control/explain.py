@@ -42,15 +42,17 @@ _STATE_LABELS = {
 """`state` of an eviction in the reply."""
 
 
-def explain(model_id: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
-    """What a request for the model would do now, and each node with the reason it fits or not. Memory in MiB, times in
-    seconds."""
+def explain(name: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any]:
+    """What a request for the model of this name would do now, and each node with the reason it fits or not. Memory in
+    MiB, times in seconds."""
+    model_id, alias = view.catalogue.resolve(name), view.catalogue.alias_of(name)
     profile = view.profile(model_id)
     found = [] if profile is None else all_verdicts(view, profile)
     by_node = {verdict.node: verdict for verdict in found}
     possible = {node.name for node in ([] if profile is None else possible_nodes(profile, view.fleet))}
     return {
         "model": model_id,
+        **({} if alias is None else {"alias": {"name": name, **alias.parameters}}),
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
         "replicas": _replicas(view, profile, found),
@@ -306,6 +308,7 @@ def _node(
         "node": node.name,
         "healthy": node.healthy,
         "draining": node.draining,
+        "sick_devices": {str(index): why for index, why in node.sick_devices.items()},
         "status": _status(view.fleet, node, model_id),
         "instances": [
             {

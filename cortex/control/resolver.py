@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
-from cortex.config.profile import RequestedModel
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Await, Place, Refuse, Serve, decide
 from cortex.control.demand import Demand
@@ -82,8 +82,8 @@ class Resolver:
         self._limits = RequestLimits()
 
     @property
-    def aliases(self) -> Mapping[str, RequestedModel]:
-        return self._live.catalogue.renamed
+    def aliases(self) -> Mapping[str, Rewrite]:
+        return self._live.catalogue.rewrites
 
     @property
     def down(self) -> Collection[str]:

@@ -95,5 +95,12 @@ def serving_engine(fleet: FleetSnapshot, engine: EngineSnapshot) -> EngineSnapsh
     return engine if group is None or group.leader is None else group.leader
 
 
+def sick_because(fleet: FleetSnapshot, engine: EngineSnapshot) -> str | None:
+    """As `EngineSnapshot.sick_because`, for all parts of an engine that spans several neurons."""
+    group = group_with(fleet, engine)
+    parts = [engine] if group is None else group.running
+    return next((why for part in parts if (why := part.sick_because) is not None), None)
+
+
 def _runs(part: EngineSnapshot) -> bool:
     return part.view.loaded or part.view.coming or part.view.drains

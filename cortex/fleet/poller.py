@@ -250,6 +250,8 @@ class NeuronPoller:
                 if known is None or known.status != view.status:
                     self._model_polls_due = MEASURED_POLLS
                     self.poll_soon()  # VRAM has changed with it
+            elif name == "device":
+                self.poll_soon()  # what can be placed there has changed
             elif name == "removed":
                 self._fleet.remove_model(self.name, str(data["id"]), data.get("instance"))
         except (ValidationError, LookupError, TypeError) as error:

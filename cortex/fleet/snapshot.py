@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -99,7 +100,7 @@ class NodeSnapshot:
     def devices(self) -> list[Device]:
         """Usable devices: not lost and not in MIG mode."""
         every = [] if self.discovery is None else self.discovery.devices
-        return [device for device in every if device.lost is None and not device.mig_mode]
+        return [device for device in every if device.usable]
 
     @cached_property
     def ram(self) -> Device | None:
@@ -108,7 +109,7 @@ class NodeSnapshot:
         if self.discovery is None:
             return None
         host = self.discovery.host
-        if host is not None:
+        if host is not None and host.ram_total_mb:
             return Device(index=RAM, name="RAM", vram_total_mb=host.ram_total_mb)
         return None if self.discovery.devices else Device(index=RAM, name="RAM")
 
@@ -124,17 +125,44 @@ class NodeSnapshot:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
     @cached_property
-    def _free_mb_descending(self) -> tuple[int, ...]:
+    def sick_devices(self) -> Mapping[int, str]:
+        """Why devices cannot be used now, by index: lost ones, and those with a fault."""
+        every = [] if self.discovery is None else self.discovery.devices
+        lost = {device.index: device.lost for device in every if device.lost is not None}
+        return lost | {index: live.fault for index, live in self.device_health.items() if live.fault is not None}
+
+    @cached_property
+    def _free_mb_ascending(self) -> tuple[int, ...]:
+        return self._free_mb_of(self.devices)
+
+    @cached_property
+    def _free_mb_of_gpus(self) -> tuple[int, ...]:
+        """As `_free_mb_ascending`, without MIG instances, which no engine uses together with other devices."""
+        gpus = [device for device in self.devices if not device.is_mig_instance]
+        return self._free_mb_of(gpus) if len(gpus) < len(self.devices) else self._free_mb_ascending
+
+    def _free_mb_of(self, devices: Iterable[Device]) -> tuple[int, ...]:
         live = self.device_health
-        return tuple(sorted((_free_mb(device, live.get(device.index)) for device in self.devices), reverse=True))
+        return tuple(sorted(_free_mb(device, live.get(device.index)) for device in devices))
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
-        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer devices.
-        0: in the host's RAM. Does not subtract what loads in progress and sleeping models will need."""
+        """MiB available on each of the `devices` devices with the most free memory; None if there are fewer that work
+        together. 0: in the host's RAM. Does not subtract what loads in progress and sleeping models will need."""
         if not devices:
             live = None if self.health is None else self.health.host
             return None if self.ram is None else self.ram.vram_total_mb if live is None else live.ram_bookable_mb
-        return self._free_mb_descending[devices - 1] if devices <= len(self._free_mb_descending) else None
+        free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
+        return free[-devices] if devices <= len(free) else None
+
+    def tightest_fit_mb(self, devices: int, share_mb: int) -> int | None:
+        """MiB available on the `devices` devices with the least free memory that have `share_mb` each, on all together;
+        None if there are fewer. As `free_mb_on_each_of`."""
+        if not devices:
+            free_ram = self.free_mb_on_each_of(0)
+            return free_ram if free_ram is not None and free_ram >= share_mb else None
+        free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
+        first = bisect_left(free, share_mb)
+        return sum(free[first : first + devices]) if first + devices <= len(free) else None
 
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
@@ -154,9 +182,14 @@ class NodeSnapshot:
         """The engines that are loaded here."""
         return frozenset((view.id, instance_of(view)) for view in self.views if view.loaded)
 
+    @cached_property
+    def listed(self) -> tuple[tuple[ReplicaKey, ModelView], ...]:
+        """Every engine that the neuron lists, with its key."""
+        return tuple((ReplicaKey(view.id, self.name, instance_of(view)), view) for view in self.views)
+
     def every_engine(self) -> Iterator[EngineSnapshot]:
         """Every engine that the neuron lists, in any status."""
-        return (engine for model_id in self.models for engine in self.engines(model_id))
+        return (EngineSnapshot(self, view, key) for key, view in self.listed)
 
     def instances(self, model_id: str) -> Instances:
         """The engines of the model that the neuron lists, in any status."""
@@ -202,6 +235,18 @@ class EngineSnapshot(NamedTuple):
         return self.key.instance
 
     @property
+    def sick_because(self) -> str | None:
+        """Which of its devices cannot be used, and why; None if all can."""
+        sick = self.node.sick_devices
+        found = (f"device {index}: {sick[index]}" for index in self.view.devices if index in sick) if sick else ()
+        return next(iter(found), None)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on a neuron that is drained or on a sick device: it serves while no other engine can."""
+        return self.node.draining or self.sick_because is not None
+
+    @property
     def activity(self) -> ModelActivity | None:
         """Its requests by the node's last report."""
         model_id, _, instance = self.key
@@ -229,6 +274,8 @@ def _free_mb(device: Device, live: DeviceHealth | None) -> int:
 def with_different_routes(before: NodeSnapshot, after: NodeSnapshot) -> set[str]:
     """Models whose routing is affected by the change from `before` to `after`. Usually none."""
     if before.healthy != after.healthy or before.draining != after.draining or before.instance_id != after.instance_id:
+        return {*before.models, *after.models}
+    if before.health is not after.health and before.sick_devices != after.sick_devices:
         return {*before.models, *after.models}
     changed: set[str] = set()
     if before.models is not after.models:
@@ -307,14 +354,18 @@ class FleetSnapshot:
         return None if node is None or view is None else EngineSnapshot(node, view, key)
 
     def serving(self, name: str) -> list[EngineSnapshot]:
-        """The engines that may get a request for the model now. Those on a draining node get none while another can
-        serve; otherwise they still answer. One that is being evicted gets none."""
+        """The engines that may get a request for the model now. Those that are leaving get none while another
+        can serve; otherwise they still answer. One that is being evicted gets none."""
+        model_id, variant = self.catalogue.requested(name)
         loaded = [
-            engine
-            for engine in self.engines(name)
-            if engine.node.healthy and engine.view.servable_now and engine.key not in self.evicting
+            EngineSnapshot(node, view, key)
+            for node in self.holders(model_id)
+            if node.healthy
+            for instance, view in node.instances(model_id).items()
+            if view.servable_now and variant in (None, view.variant)
+            if (key := ReplicaKey(model_id, node.name, instance)) not in self.evicting
         ]
-        return [engine for engine in loaded if not engine.node.draining] or loaded
+        return [engine for engine in loaded if not engine.leaving] or loaded
 
     def loading_on(self, name: str) -> EngineSnapshot | None:
         """An engine of the model that a healthy neuron is loading."""

@@ -38,12 +38,13 @@ def candidate_nodes(view: PlanningView, profile: ModelProfile) -> list[NodeSnaps
 def _by_free_memory(view: PlanningView, profile: ModelProfile, occupied: Container[str]) -> Iterator[NodeSnapshot]:
     share, size, nodes = view.device_share_mb(profile), profile.device_count, view.fleet.nodes
     names = profile.pinned_on or nodes
-    here = (nodes[name] for name in names if name in nodes)
-    found = [
-        (free_mb, node.name in occupied, position, node)
-        for position, node in enumerate(here)
-        if node.healthy and not node.draining and (free_mb := node.free_mb_on_each_of(size)) is not None
-    ]
-    # Unknown size: most memory first. Nodes that lack memory come after all that have it.
-    found.sort(key=lambda each: (each[0] < share, each[1], each[0] if 0 < share <= each[0] else -each[0], each[2]))
-    return (node for _, _, _, node in found)
+    found: list[tuple[bool, bool, int, int, NodeSnapshot]] = []
+    for position, node in enumerate(nodes[name] for name in names if name in nodes):
+        free_mb = node.free_mb_on_each_of(size)
+        if free_mb is None or not node.healthy or node.draining:
+            continue
+        # Unknown size: most memory first. Nodes that lack memory come after all that have it.
+        fit = node.tightest_fit_mb(size, share) if 0 < share <= free_mb else None
+        found.append((free_mb < share, node.name in occupied, -free_mb if fit is None else fit, position, node))
+    found.sort()  # never compares nodes: positions differ
+    return (node for *_, node in found)

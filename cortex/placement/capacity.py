@@ -145,7 +145,7 @@ def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
 
 def engines_by_device(view: PlanningView, node: NodeSnapshot) -> dict[int, int]:
     """How many engines are on each device: loaded, asleep, starting, or about to be started by us."""
-    there = {engine.key: engine.view.devices for engine in node.every_engine() if engine.view.holds_devices}
+    there = {key: view.devices for key, view in node.listed if view.holds_devices}
     ours = [each.devices for each in view.fleet.reservations if each.node == node.name and each.key not in there]
     return Counter(index for devices in (*there.values(), *ours) for index in devices)
 
@@ -179,7 +179,7 @@ def wake_mb(
 def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservation, int]]) -> DeviceCapacity:
     if not device.vram_total_mb:
         return DeviceCapacity(UNCOUNTED_MEMORY_MB, UNCOUNTED_MEMORY_MB)
-    reserved = sum(mb for reservation, mb in ours if device.index in reservation.devices)
+    reserved = sum(mb for reservation, mb in ours if device.index in reservation.devices) if ours else 0
     live = node.device_health.get(device.index)
     if live is None:
         return DeviceCapacity(device.vram_total_mb, device.vram_total_mb - reserved)

@@ -23,17 +23,24 @@ MAX_EVICTION_SETS = 70
 
 
 def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
-    """Devices with at least the profile's minimum memory and compute capability; on a feasible node there are enough
-    of them. For a model on the CPU that is the host's RAM."""
+    """Devices with at least the profile's minimum memory and compute capability, without MIG instances if the engine
+    uses several devices together; on a feasible node there are enough of them. For a model on the CPU that is the
+    host's RAM."""
     if profile.on_cpu:
         return [] if node.ram is None else [node.ram]
     return eligible(profile, node.devices)
 
 
+def fit_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
+    """The eligible devices that can be used now."""
+    found = eligible_devices(profile, node)
+    return [device for device in found if device.index not in node.sick_devices] if node.sick_devices else found
+
+
 def eligible(profile: ModelProfile, devices: list[Device]) -> list[Device]:
-    """Those of the devices with at least the profile's minimum memory and compute capability."""
+    """As `eligible_devices`, of these devices."""
     floor, capability = profile.min_device_vram_mb, profile.min_compute_capability
-    found = devices
+    found = [device for device in devices if not device.is_mig_instance] if profile.combines_devices else devices
     if floor is not None:
         found = [device for device in found if device.vram_total_mb >= floor]
     if capability is not None:

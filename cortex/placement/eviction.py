@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.inputs import PlanningView, WaitingRequests
@@ -81,7 +82,7 @@ class EvictionPlan:
         """Why it does not start yet, in words; "" when it can."""
         return "; ".join(_wait_reason(each, now) for each in self.evictions if each.ready_at > now)
 
-    @property
+    @cached_property
     def order(self) -> tuple[object, ...]:
         """Sort key, smaller is better; at equal cost the least recently used models go."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)

@@ -54,15 +54,21 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
         return unsupported
     if profile.on_cpu:
         return None if node.ram is not None else "runs on the CPU, and the neuron does not tell how much RAM it has"
-    return _missing_devices(profile, node)
+    return _too_few_reason(profile, node)
 
 
-def _missing_devices(profile: ModelProfile, node: NodeSnapshot) -> str | None:
-    if len(node.devices) < profile.device_count:
-        return f"needs {profile.device_count} devices, has {len(node.devices)}"
+def _too_few_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
+    """Why its devices are not enough."""
+    needed, usable = profile.device_count, len(node.devices)
+    if usable < needed:
+        return f"needs {needed} devices, has {usable}"
+    slices = sum(device.is_mig_instance for device in node.devices) if profile.combines_devices else 0
+    if usable - slices < needed:
+        devices = f"{needed} device{'' if needed == 1 else 's'} that can work with others"
+        return f"needs {devices}, has {usable - slices}: {slices} of {usable} are MIG instances"
     enough = len(eligible_devices(profile, node))
-    if enough < profile.device_count:
-        return f"needs {_needed_devices(profile)}, {enough} of {len(node.devices)} have that"
+    if enough < needed:
+        return f"needs {_needed_devices(profile)}, {enough} of {usable} have that"
     return None
 
 
@@ -136,7 +142,8 @@ class _Topology(NamedTuple):
     harnesses: frozenset[str]
     knows_parallel: bool
     knows_groups: bool
-    devices: tuple[tuple[int, tuple[int, ...]], ...]  # memory and compute capability of the usable ones, ascending
+    devices: tuple[tuple[int, tuple[int, ...], bool], ...]
+    """Memory, compute capability and whether it is a MIG instance, of the usable ones, ascending."""
     has_ram: bool
 
 
@@ -145,6 +152,7 @@ class _Requirement(NamedTuple):
 
     harness: str
     devices: int
+    combines_devices: bool
     tensor_only: bool
     min_device_vram_mb: int | None
     min_compute_capability: str | None
@@ -251,6 +259,7 @@ def _requirement(profile: ModelProfile) -> _Requirement:
     return _Requirement(
         profile.harness,
         profile.device_count,
+        profile.combines_devices,
         profile.parallelism.tensor_only,
         profile.min_device_vram_mb,
         profile.min_compute_capability,
@@ -262,7 +271,9 @@ def _requirement(profile: ModelProfile) -> _Requirement:
 def _topology(node: NodeSnapshot) -> _Topology | None:
     if node.discovery is None:
         return None
-    devices = tuple(sorted((each.vram_total_mb, as_version(each.compute_capability)) for each in node.devices))
+    devices = tuple(
+        sorted((each.vram_total_mb, as_version(each.compute_capability), each.is_mig_instance) for each in node.devices)
+    )
     return _Topology(
         frozenset(node.discovery.harnesses),
         _knows_parallel(node.discovery),

@@ -12,7 +12,7 @@ from itertools import accumulate, chain, count
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import DEFAULT_PRIORITY, ModelProfile, RequestedModel
 from cortex.config.settings import HostNetwork, Rules
-from cortex.fleet.groups import serving_engine
+from cortex.fleet.groups import serving_engine, sick_because
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus
@@ -155,11 +155,15 @@ class PlanningView:
         return {}
 
     def replicas(self, model_id: str) -> frozenset[ReplicaKey]:
-        """The model's replicas that serve on nodes that are not draining."""
+        """The model's replicas that serve, without those that are leaving: their node is draining, or a device sick."""
         found = self._replicas.get(model_id)
         if found is None:
             serving = self.fleet.serving(model_id)
-            found = self._replicas[model_id] = frozenset(each.key for each in serving if not each.node.draining)
+            found = self._replicas[model_id] = frozenset(
+                each.key
+                for each in serving
+                if not each.leaving and (each.view.group is None or sick_because(self.fleet, each) is None)
+            )
         return found
 
     def usage(self, key: ReplicaKey) -> ReplicaUsage:

@@ -7,7 +7,7 @@ from itertools import chain
 
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
-from cortex.placement.devices import eligible_devices
+from cortex.placement.devices import fit_devices
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import RAM, ModelStatus, ModelView
@@ -15,8 +15,8 @@ from shared.protocol import RAM, ModelStatus, ModelView
 
 @dataclass(frozen=True)
 class InstancesOnNode:
-    """The engines of a model on a node that run, start or end, without those that sleep. `devices` are theirs: no two
-    instances of a model share one."""
+    """The engines of a model on a node that run, start or end, without those that sleep or have a sick device.
+    `devices` are theirs: no two instances of a model share one."""
 
     count: int = 0
     devices: frozenset[int] = frozenset()
@@ -46,6 +46,8 @@ def instances_on(view: PlanningView, model_id: str, node: NodeSnapshot, only: st
 
 def _is_active(view: PlanningView, engine: EngineSnapshot) -> bool:
     entry = engine.view
+    if engine.sick_because is not None:
+        return False
     return entry.loaded or entry.coming or entry.state == DRAINING or engine.key in view.fleet.evicting
 
 
@@ -65,19 +67,19 @@ def has_room(profile: ModelProfile, node: NodeSnapshot, here: InstancesOnNode) -
 def _has_devices(choice: ModelProfile, node: NodeSnapshot, here: InstancesOnNode) -> bool:
     if choice.on_cpu:
         return node.ram is not None
-    free = sum(device.index not in here.devices for device in eligible_devices(choice, node))
+    free = sum(device.index not in here.devices for device in fit_devices(choice, node))
     return free >= choice.device_count
 
 
 def coming(view: PlanningView, model_id: str) -> set[ReplicaKey]:
     """The instances that are being loaded, or that a neuron that is not drained is restarting. One whose device is lost
-    does not come back there."""
+    or sick does not come back there."""
     starting = {each.key for each in view.fleet.reservations if each.model_id == model_id and each.serves}
     for engine in view.fleet.engines(model_id):
         node = engine.node
         if engine.view.group is not None and not engine.view.group.serves:
             continue
-        if engine.view.coming and node.healthy and not node.draining and engine.key not in view.fleet.evicting:
+        if engine.view.coming and node.healthy and not engine.leaving and engine.key not in view.fleet.evicting:
             usable = {device.index for device in node.devices}
             if usable.issuperset(engine.view.devices):
                 starting.add(engine.key)
@@ -89,6 +91,8 @@ def sleeping_instance(
 ) -> ModelView | None:
     """The instance if it sleeps here in this variant, and no other instance is on its devices."""
     entry = node.view(profile.id, instance)
-    if entry is None or entry.known_status is not ModelStatus.SLEEPING or not here.devices.isdisjoint(entry.devices):
+    if entry is None or entry.known_status is not ModelStatus.SLEEPING:
+        return None
+    if not here.devices.isdisjoint(entry.devices) or not node.sick_devices.keys().isdisjoint(entry.devices):
         return None
     return entry if profile.variant in (None, entry.variant) else None

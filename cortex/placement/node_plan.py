@@ -33,7 +33,7 @@ from cortex.placement.devices import (
     device_layout,
     device_sets,
     disjoint_groups,
-    eligible_devices,
+    fit_devices,
     tensor_groups,
 )
 from cortex.placement.eviction import (
@@ -69,8 +69,8 @@ class _Candidate:
     """A feasible node, evaluated for one model.
 
     `instance` names the engine. `needed_mb` is what each device must give. `wake_mb` is what each device the model
-    sleeps on must give, empty when it does not sleep here. `eligible` are the indices of the devices that are large
-    enough, `held` those of other instances of the model. `share` is 0 for a model of unknown size. All in MiB.
+    sleeps on must give, empty when it does not sleep here. `eligible` are the indices of the usable devices that are
+    large enough, `held` those of other instances of the model. `share` is 0 for a model of unknown size. All in MiB.
     `starts` are those of other engines, by device.
     """
 
@@ -141,7 +141,7 @@ def plan_on_node(
 def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *, only_variant: bool) -> _Candidate:
     share, memory = view.device_share_mb(profile), device_memory(view, node)
     here = instances_on(view, profile.id, node, profile.variant if only_variant else None)
-    eligible = [device.index for device in eligible_devices(profile, node) if device.index not in here.devices]
+    eligible = [device.index for device in fit_devices(profile, node) if device.index not in here.devices]
     if share or reports_bookable_memory(node):
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
@@ -306,10 +306,17 @@ def _plan(
     )
 
 
+def _free_text(index: int, memory: DeviceCapacity, fault: str | None) -> str:
+    if index == RAM:
+        return f"{memory.free_text} of RAM free"
+    return f"device {index} cannot be used ({fault})" if fault else f"{memory.free_text} free on device {index}"
+
+
 def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejection:
-    held, on_cpu = sorted(candidate.held & candidate.memory.keys()), candidate.profile.on_cpu
+    held, sick = sorted(candidate.held & candidate.memory.keys()), candidate.node.sick_devices
+    on_cpu = candidate.profile.on_cpu
     free = ", ".join(
-        f"{each.free_text} of RAM free" if on_cpu else f"{each.free_text} free on device {index}"
+        _free_text(index, each, sick.get(index))
         for index, each in candidate.memory.items()
         if index not in held and (index == RAM) is on_cpu
     )

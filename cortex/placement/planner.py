@@ -9,7 +9,7 @@ from cortex.config.durations import duration_text
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.candidates import candidate_nodes
-from cortex.placement.eviction import EvictionPlan
+from cortex.placement.eviction import EvictionClass, EvictionPlan
 from cortex.placement.feasibility import (
     can_hold_part,
     infeasible_reason,
@@ -25,6 +25,8 @@ from cortex.placement.spans import NetworkBetween, Span, network_between, spans_
 from cortex.placement.starts import starting_groups
 from shared.protocol import ModelStatus
 
+MAX_GOOD_NODES = 16
+"""How many nodes of a large fleet are compared that could load a model at once. Candidates are in order of fit."""
 _BEFORE_THE_NEXT_FIT = 0.5
 """An engine on one node goes before one over several that fits equally well."""
 
@@ -43,10 +45,33 @@ class NodeVerdict:
 
 def candidate_verdicts(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
     """What the most promising nodes could do for the model; every node when none of those can do anything."""
-    found = [evaluate_node(view, profile, node) for node in candidate_nodes(view, profile)]
-    found += _over_several(view, profile)
+    found = _of_candidates(view, profile) + _over_several(view, profile)
     promising = any(each.temporary or (each.plan is not None and each.plan.fit is not Fit.TOO_LARGE) for each in found)
     return found if promising or len(found) >= len(view.fleet.nodes) else all_verdicts(view, profile)
+
+
+def _of_candidates(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:
+    """What the candidates could do. In a large fleet the rest is left out once `MAX_GOOD_NODES` with enough free memory
+    could load it without any wait, or as many without enough could by evicting idle models."""
+    nodes = candidate_nodes(view, profile)
+    large = len(nodes) < len(view.fleet.nodes)
+    needs_mb = [(choice.device_count, view.device_share_mb(choice)) for choice in profile.choices]
+    good = {True: 0, False: 0}
+    found: list[NodeVerdict] = []
+    for node in nodes:
+        has_memory = any((node.free_mb_on_each_of(devices) or 0) >= share for devices, share in needs_mb)
+        if large and good[has_memory] >= MAX_GOOD_NODES:
+            continue
+        verdict = evaluate_node(view, profile, node)
+        good[has_memory] += verdict.plan is not None and _is_immediate(view, verdict.plan)
+        found.append(verdict)
+    return found
+
+
+def _is_immediate(view: PlanningView, plan: LoadPlan) -> bool:
+    """Whether it waits for nothing, and disturbs no model in use."""
+    idle = plan.eviction_plan.eviction_class is EvictionClass.IDLE
+    return plan.fit is not Fit.TOO_LARGE and idle and plan.ready_at <= view.now and not plan.starts.models
 
 
 def all_verdicts(view: PlanningView, profile: ModelProfile) -> list[NodeVerdict]:

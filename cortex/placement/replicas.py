@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cortex.config.profile import ModelProfile
+from cortex.fleet.groups import serving_engine, sick_because
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start
@@ -14,13 +15,14 @@ from cortex.placement.instances import coming
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
+from shared.protocol import ModelStatus
 
 MAX_AT_ONCE = 64
 """How many replicas are added in one pass; a pass follows every second."""
 MAX_SHARED_OUT = 16
 """The same while several models lack some: each of these replicas is planned on its own."""
 IN_USE_SECS = 60.0
-"""A model used this recently moves to another neuron when its own is drained."""
+"""A model used this recently moves to another place when its neuron is drained or its device is sick."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
     if profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None:
         return True
     holders = fleet.holders(profile.id)
-    return len(holders) > 1 or any(node.draining or len(node.instances(profile.id)) > 1 for node in holders)
+    return len(holders) > 1 or any(
+        node.draining or node.sick_devices or len(node.instances(profile.id)) > 1 for node in holders
+    )
 
 
 def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
@@ -66,7 +70,7 @@ def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> 
         for plan, _ in additions:
             view = after_start(view, plan)
         loads += additions
-        removals += _replicas_to_remove(view, profile)
+        removals += _on_sick_devices(view, profile) or _replicas_to_remove(view, profile)
     return ReplicaChanges(tuple(loads), tuple(removals))
 
 
@@ -107,7 +111,7 @@ def _replicas_to_add(view: PlanningView, profile: ModelProfile) -> list[tuple[Lo
     if starting:
         return []
     if not serving:
-        return _replacement_for_drained(view, profile)
+        return _replacement_for_leaving(view, profile)
     since = view.overloaded_since.get(profile.id)
     if len(serving) < profile.replicas.max and since is not None and view.now - since >= view.rules.scale_up_secs:
         why = f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"
@@ -115,14 +119,22 @@ def _replicas_to_add(view: PlanningView, profile: ModelProfile) -> list[tuple[Lo
     return []
 
 
-def _replacement_for_drained(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:
-    """A new place for a model in use that only drained neurons serve, so that those can empty."""
-    drained = view.fleet.serving(profile.id)
-    in_use = any(
-        view.requests_on(engine) or view.now - view.usage(engine.key).last_used < IN_USE_SECS for engine in drained
-    )
-    names = ", ".join(sorted({engine.node.name for engine in drained}))
-    return _over_idle(view, profile, f"in use on drained neurons only ({names})") if in_use else []
+def _replacement_for_leaving(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:
+    """A new place for a model in use that is served only by drained neurons, so that those can empty, or on sick
+    devices."""
+    leaving = view.fleet.serving(profile.id)
+    if not any(_is_in_use(view, engine) for engine in leaving):
+        return []
+    sick = (f"{engine.node.name}, {why}" for engine in leaving if (why := sick_because(view.fleet, engine)) is not None)
+    why = next(sick, None)
+    if why is not None:
+        return _over_idle(view, profile, f"in use on a sick device ({why})")
+    names = ", ".join(sorted({engine.node.name for engine in leaving}))
+    return _over_idle(view, profile, f"in use on drained neurons only ({names})")
+
+
+def _is_in_use(view: PlanningView, engine: EngineSnapshot) -> bool:
+    return bool(view.requests_on(engine)) or view.now - view.usage(engine.key).last_used < IN_USE_SECS
 
 
 def _over_idle(
@@ -154,6 +166,25 @@ def _over_idle(
 
 def _evicts_only_idle(plan: LoadPlan, now: float) -> bool:
     return plan.eviction_plan.eviction_class is EvictionClass.IDLE and plan.ready_at <= now
+
+
+def _on_sick_devices(view: PlanningView, profile: ModelProfile) -> list[ReplicaRemoval]:
+    """The engines on sick devices that are not needed: another one serves the model, or they sleep, or they are not in
+    use and there is another place for the model. Their requests finish first. One that nothing can replace stays: it
+    may still work."""
+    found = []
+    replaced = bool(view.replicas(profile.id))
+    for engine in view.fleet.engines(profile.id) if any(node.sick_devices for node in view.fleet.healthy) else ():
+        why = engine.sick_because
+        if why is None or not engine.node.healthy or engine.key in view.fleet.evicting:
+            continue
+        asleep = engine.view.known_status is ModelStatus.SLEEPING
+        idle = (
+            engine.view.loaded and not profile.replicas.min and not _is_in_use(view, serving_engine(view.fleet, engine))
+        )
+        if asleep or (engine.view.loaded and replaced) or (idle and _over_idle(view, profile, "")):
+            found.append(ReplicaRemoval(*engine.key, False, why))
+    return found
 
 
 def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[ReplicaRemoval]:

@@ -43,7 +43,7 @@ NO_STARTS = Starts()
 def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> dict[int, Starts]:
     """By device index, the starts that `model_id` would wait for there; devices without any are left out."""
     found: dict[int, Starts] = {}
-    reported = {engine.key: engine.view for engine in node.every_engine() if engine.view.coming}
+    reported = {key: view for key, view in node.listed if view.coming}
     ours = {each.key: each for each in view.fleet.reservations if each.node == node.name}
     for key in sorted(reported.keys() | ours.keys()):
         if key.model_id == model_id:

@@ -14,7 +14,7 @@ from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.body.form_scan import is_form
-from cortex.proxy.body.model_field import form_names_model
+from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
@@ -79,7 +79,9 @@ class Gateway:
         self._context.pool.retire(parse_url(url)[0])
 
     def can_begin(self, request: Request, start: bytes) -> bool:
-        return request.method == b"POST" and form_names_model(start, request.content_type.decode("latin-1"))
+        model = model_at_start(start, request.content_type.decode("latin-1")) if request.method == b"POST" else None
+        rewrite = None if model is None else self._context.control.aliases.get(model)
+        return model is not None and (rewrite is None or rewrite.edits is None)  # edits need the whole form
 
     def spool(self, request: Request) -> BodySpool | None:
         content_type = request.content_type.decode("latin-1")

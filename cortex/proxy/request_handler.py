@@ -16,6 +16,7 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.authentication import ANONYMOUS
+from cortex.proxy.body.alias_edit import rewritten
 from cortex.proxy.body.model_field import find_or_add_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
@@ -94,18 +95,19 @@ class RequestHandler:
         try:
             content_type = request.content_type.decode("latin-1")
             field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
+            rewrite = control.aliases.get(field.model)
+            if rewrite is not None:
+                request.body = rewritten(request.body, content_type, field, rewrite)
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
-        requested = control.aliases.get(field.model)
-        if requested is None:
+        if rewrite is None:
             self._route(field.model, field.model)
         else:
-            request.body = field.replaced(request.body, requested.model_id)
-            self._route(requested.name, requested.model_id)
+            self._route(rewrite.name, rewrite.model_id)
 
     def _refuse_unnamed(self, error: ServiceError) -> None:
-        """The body names no model, for this reason. On an unknown path the path is probably wrong."""
+        """The body gives no model that can be used. On an unknown path the path is probably wrong."""
         self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
     def _route(self, name: str, model_id: str) -> None:
@@ -120,9 +122,8 @@ class RequestHandler:
     def abandon(self) -> None:
         state = self._leave_state()
         self._stop_keep_alive()
-        relay = None
-        if isinstance(state, Sent):
-            relay = state.relay
+        relay = state.relay if isinstance(state, Sent) else None
+        if relay is not None:
             relay.abandon()
         self._account(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
 
@@ -391,10 +392,9 @@ class RequestHandler:
             if self._attempts > 1:
                 more = f" attempts={self._attempts}{more}"
             if self._waited >= 0.001:
-                more = f" waited={format(self._waited, '.3f')}{more}"
-            secs = format(took, ".3f")
+                more = f" waited={self._waited:.3f}{more}"
             context.access_log.line(
                 f"{request.shown} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{more}",
                 self._request_id,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from cortex.config.profile import RequestedModel
+from cortex.config.aliases import Rewrite
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 
@@ -17,7 +17,7 @@ class Control(Protocol):
     """Model id or `id@variant` to the replicas that can be used without asking the control."""
 
     @property
-    def aliases(self) -> Mapping[str, RequestedModel]:
+    def aliases(self) -> Mapping[str, Rewrite]:
         """The names of models that engines do not know, `id@variant` included."""
 
     @property

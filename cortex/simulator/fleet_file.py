@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.config.aliases import Alias
 from cortex.config.catalogue import Catalogue, load_catalogue
 from cortex.config.profile import ComputeCapability, ModelName, ModelProfile
 from cortex.config.settings import PlacementSettings
@@ -97,7 +98,7 @@ class FleetFile(SettingsModel):
     nodes: tuple[SimulatedNode, ...] = Field(min_length=1)
     models_config: Path | None = None
     models: tuple[ModelProfile, ...] = ()
-    aliases: dict[ModelName, str] = Field(default_factory=dict)
+    aliases: dict[ModelName, Alias] = Field(default_factory=dict)
     load_secs: LoadSecs = LoadSecs()
     serving: Serving = Serving()
     placement: PlacementSettings = PlacementSettings()

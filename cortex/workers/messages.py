@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from cortex.config.profile import RequestedModel
+from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
@@ -22,7 +22,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
     config: str  # CortexConfig as JSON
     models: list[str]
-    aliases: dict[str, RequestedModel]
+    aliases: dict[str, Rewrite]
     table: dict[str, tuple[Replica, ...]]
     control_host: str
     down: list[str]  # neurons
@@ -46,7 +46,7 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     """The catalogue's names of models and variants, and its aliases, from now on."""
 
     models: list[str]
-    aliases: dict[str, RequestedModel]
+    aliases: dict[str, Rewrite]
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from cortex.config.profile import RequestedModel
+from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
@@ -50,7 +50,7 @@ class RemoteControl:
         self._gone = False
 
     @property
-    def aliases(self) -> Mapping[str, RequestedModel]:
+    def aliases(self) -> Mapping[str, Rewrite]:
         return self._aliases
 
     def knows(self, model_id: str) -> bool:

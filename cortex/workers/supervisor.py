@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
+from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
-from cortex.config.profile import RequestedModel
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.shutdown import Shutdown
@@ -135,10 +135,10 @@ class Supervisor:
         for worker in self._workers.values():
             worker.send(DownChanged(list(self._fleet.down)))
 
-    def _catalogue(self) -> tuple[list[str], dict[str, RequestedModel]]:
+    def _catalogue(self) -> tuple[list[str], dict[str, Rewrite]]:
         catalogue = self._live.catalogue
         names = [name for profile in catalogue.models for name in catalogue.names_of(profile.id)]
-        return names, dict(catalogue.renamed)
+        return names, dict(catalogue.rewrites)
 
     async def _keep_running(self, number: int) -> None:
         pause = 0.0

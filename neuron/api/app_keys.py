@@ -10,6 +10,7 @@ from aiohttp import web
 from neuron.api.leases import LeaseTable
 from neuron.api.protocol_v1 import ProtocolV1
 from neuron.config import NeuronConfig
+from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
 from neuron.lifecycle.default_models import DefaultModels
@@ -30,6 +31,7 @@ class Services:
     instance_id: str
     started: float  # monotonic
     source: TopologySource
+    device_watch: DeviceWatch
     ledger: Ledger
     registry: Registry
     v1: ProtocolV1

@@ -14,7 +14,7 @@ from neuron.estimate.estimator import estimate_of
 from neuron.estimate.options import OPTIONS, with_options
 from neuron.estimate.reply import reply_of
 from neuron.harness.checks import spec_of
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.admission import check_model_roots
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.spec import EngineSpec
@@ -29,7 +29,7 @@ async def estimate(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     query = _query(request)
     spec, known = _spec_of(query, services)
-    estimator = HARNESSES[spec.harness].estimator
+    estimator = harness_of(spec.harness, services.config).estimator
     if estimator is None:
         raise InvalidRequest(f"model: harness {spec.harness!r} cannot estimate memory", param="model")
     options = estimator.options_of(spec)

@@ -169,10 +169,11 @@ def _endpoint_of(request: web.Request, model: InstanceState) -> EndpointReply:
     part = engine.spec.group
     if part is not None and not part.serves:
         raise failures.no_endpoint(model.key, part)
-    url = engine.url
+    url = engine.api_url
     if request.app[SERVICES].config.binds_all_addresses and request.url.host:
         with contextlib.suppress(ValueError):  # an invalid Host header
-            url = str(request.url.origin().with_scheme("http").with_port(engine.port))
+            origin = str(request.url.origin().with_scheme("http").with_port(engine.port))
+            url = origin + engine.harness.api_prefix
     return EndpointReply(url=url, api_key=engine.api_key)
 
 
@@ -231,6 +232,7 @@ async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHea
     """The devices, with what the driver measures and this neuron has booked on each now; the same of the host's RAM."""
     live = await services.source.health()
     topology = await services.source.discover()  # after health(), which finds lost devices
+    services.device_watch.observe(topology.devices, live)
     capacities = services.ledger.capacities(topology, live)
     return topology.devices, with_capacities(live, capacities), host_memory_health(live, capacities)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from neuron.engine import records, session, shared_memory
@@ -13,6 +13,7 @@ from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
+from neuron.engine.readiness import until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -49,12 +50,14 @@ class Engine:
     output: EngineOutput
     health: HealthMonitor
     startup_timeout_secs: float
+    stall_timeout_secs: float
     stop_timeout_secs: float
     ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
     ram: ProcessRam | None = None  # when last measured; None: its RAM is not counted
     ram_measured_at: float = 0.0  # Unix time
+    max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
     leave: bool = False
@@ -69,6 +72,11 @@ class Engine:
     @property
     def engine_id(self) -> str:
         return self.record.engine_id
+
+    @property
+    def api_url(self) -> str:
+        """The base of its API: the paths that begin with `/v1` are below it."""
+        return self.url + self.harness.api_prefix
 
     @property
     def port(self) -> int:
@@ -125,6 +133,19 @@ class Engine:
     def end_with(self, *, kill: bool, leave: bool) -> None:
         """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
         self.kill, self.leave = kill, leave
+
+    async def until_stalled(self, tell: Callable[[str | None], None]) -> str:
+        """As `readiness.until_stalled`. Never returns for an engine that has come up once, or that loads together with
+        others: it may wait for them without doing anything."""
+        if self.ready_at is not None or self.spec.group is not None:
+            await asyncio.Event().wait()
+        return await until_stalled(
+            self.process.leader,
+            self.output.file.path,
+            timeout_secs=self.stall_timeout_secs,
+            tell=tell,
+            cache_variables=self.harness.cache_variables,
+        )
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""

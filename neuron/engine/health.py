@@ -41,7 +41,7 @@ class HealthMonitor:
 
     `health_path` answers 200 as long as the engine serves; `url` is where neuron reaches it. Without a `probe` its
     requests are unknown and no hang is detected. `serves` False: it has no server, and counts as healthy while its
-    process runs.
+    process runs. `api_key` goes with each request: some engines ask for it at their metrics, too.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class HealthMonitor:
         probe: ActivityProbe[Any] | None,
         settings: HealthSettings,
         serves: bool = True,
+        api_key: str | None = None,
     ) -> None:
         self.sample: RequestCounts | None = None
         """The latest activity; None before the first. A failed reading does not change it."""
@@ -61,12 +62,13 @@ class HealthMonitor:
         self.told_at = -math.inf
         """When a caller was last told the endpoint; monotonic."""
         self._told = 0
-        self._ended_before = 0.0
+        self._marks_before: tuple[float, ...] | None = None  # when it was told
         self._session = session
         self._health = url + health_path
         self._url = url
         self._serves = serves
         self._probe = probe if serves else None
+        self._key = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._settings = settings
         self._timeout_secs = min(CHECK_TIMEOUT_SECS, settings.unresponsive_secs)
 
@@ -76,7 +78,7 @@ class HealthMonitor:
         sample = self.sample
         if sample is not None and (sample.running or sample.waiting):
             return True
-        came = sample is not None and sample.ended != self._ended_before
+        came = sample is not None and sample.marks != (self._marks_before or (0.0,) * len(sample.marks))
         return not came and time.monotonic() < self.told_at + EXPECT_SECS
 
     @property
@@ -88,7 +90,7 @@ class HealthMonitor:
         """The endpoint was told to a caller, who is about to send a request."""
         self.told_at = time.monotonic()
         self._told += 1
-        self._ended_before = 0.0 if self.sample is None else self.sample.ended
+        self._marks_before = None if self.sample is None else self.sample.marks
 
     async def until_unhealthy(self) -> str:
         """Returns the reason once the engine must be killed. Cancel it when the engine exits by itself.
@@ -118,7 +120,7 @@ class HealthMonitor:
 
         await self._get(self._url + probe.path, read)
         if sample is not None:
-            if sample.running or sample.waiting or (self.sample is not None and sample.ended != self.sample.ended):
+            if sample.running or sample.waiting or (self.sample is not None and sample.marks != self.sample.marks):
                 self.active_at = time.monotonic()
             self.sample, self._told = sample, 0
         return sample
@@ -156,7 +158,7 @@ class HealthMonitor:
         """The outcome of a GET, and its description; `read` returns whether the response is good."""
         timeout = aiohttp.ClientTimeout(total=self._timeout_secs)
         try:
-            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(url, headers=self._key, timeout=timeout, allow_redirects=False) as response:
                 return HealthAnswer.OK if await read(response) else HealthAnswer.ERROR, f"answered {response.status}"
         except asyncio.TimeoutError:
             return HealthAnswer.TIMEOUT, f"did not answer for {self._timeout_secs:g} s"

@@ -97,16 +97,17 @@ class EngineProcess:
         it); None if it is not our child."""
         return await asyncio.shield(self._end)
 
-    async def stop(self, grace_secs: float) -> int | None:
-        """Sends SIGTERM to the main process, and SIGKILL to all members after `grace_secs`. Returns as `wait` does."""
+    async def stop(self, grace_secs: float, number: signal.Signals = signal.SIGTERM) -> int | None:
+        """Sends signal `number` to the main process, and SIGKILL to all members after `grace_secs`. Returns as `wait`
+        does."""
         if not self.main_exited.is_set() and not self._asked_to_stop:
             self._asked_to_stop = True
-            self._signal(signal.SIGTERM)
+            self._signal(number)
         try:
             async with timeout(grace_secs):
                 await self.main_exited.wait()
         except asyncio.TimeoutError:
-            log.warning("engine process %d still runs %g s after SIGTERM: killing it", self.pid, grace_secs)
+            log.warning("engine process %d still runs %g s after %s: killing it", self.pid, grace_secs, number.name)
             await self.kill()
         return await self.wait()
 

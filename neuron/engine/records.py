@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
 from shared.files import replace_file
 from shared.protocol import FIRST_INSTANCE
@@ -63,18 +62,18 @@ class RunRecord(BaseModel):
         """Raises ValueError when another version wrote it, with other fields or values."""
         if unknown := self.spec.keys() - _SPEC_FIELDS:
             raise ValueError(f"unknown fields of a spec: {sorted(unknown)}")
-        spec = _SPEC.validate_python({**self.spec, "instance": self.instance, "variant": self.variant})
-        if spec.harness not in HARNESSES:
-            raise ValueError(f"unknown harness {spec.harness!r}")
-        return spec
+        return _SPEC.validate_python({**self.spec, "instance": self.instance, "variant": self.variant})
 
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     """A spec as JSON values, without `instance` and `variant`, which the record itself has. `parallel` beyond the
-    tensor-parallel size is there only if the spec has it: an earlier version of neuron reads no record with other
-    fields."""
+    tensor-parallel size and the context length are there only if the spec has them: an earlier version of neuron reads
+    no record with other fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
     del values["instance"], values["variant"]
+    for name in ("max_model_len", "fitted_len"):
+        if values[name] is None:
+            del values[name]
     if spec.group is None:
         del values["group"]
     else:

@@ -13,11 +13,15 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
+from neuron.progress.stall import LoadWork, ProcessWork
 from shared.process_stat import ProcessStat, stat_of
+
+_TICKS_PER_SEC = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,30 @@ def members(leader: Leader) -> list[ProcessStat]:
 def live_members(leader: Leader) -> set[int]:
     """The pids of the members, without zombies."""
     return {each.pid for each in members(leader) if each.alive}
+
+
+def work_of(leader: Leader, output: Path) -> LoadWork:
+    """What the engine's processes have done since their start, with the size of its output file. Blocks as `processes`
+    does."""
+    size = 0
+    with contextlib.suppress(OSError):
+        size = output.stat().st_size
+    done = {
+        each.pid: ProcessWork(each.cpu_ticks / _TICKS_PER_SEC, _io_bytes(each.pid))
+        for each in members(leader)
+        if each.alive
+    }
+    return LoadWork(done, size)
+
+
+def _io_bytes(pid: int) -> int | None:
+    """What a process has read and written, by system calls and from disk; None if the kernel does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(": ", 1) for line in lines)
+    return sum(int(values[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
 
 
 def members_by_session() -> dict[int, set[int]]:

@@ -12,6 +12,7 @@ _NUMERIC = frozenset({"GPU", "MEMORY", "CC", "NUMA"})
 
 _MEANINGS = {
     LinkKind.NVLINK: "NV#  # NVLinks",
+    LinkKind.XGMI: "XGMI direct XGMI",
     LinkKind.PIX: "PIX  at most one PCIe switch",
     LinkKind.PXB: "PXB  several PCIe switches, no host bridge",
     LinkKind.PHB: "PHB  a PCIe host bridge",
@@ -39,8 +40,9 @@ def table_of(discovery: Discovery) -> str:
     blocks.append(unified)
     lost = [f"GPU {device.index} cannot be used: {device.lost}" for device in discovery.devices if device.lost]
     blocks.append(lost)
-    if len(discovery.devices) > 1:
-        blocks.append(_link_matrix(discovery.devices, discovery.links))
+    gpus = [device for device in discovery.devices if not device.is_mig_instance]
+    if len(gpus) > 1:
+        blocks.append(_link_matrix(gpus, discovery.links))
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
@@ -60,6 +62,8 @@ def _host(discovery: Discovery) -> list[str]:
 
 def _device_row(device: Device) -> tuple[str, ...]:
     mig = {None: "-", True: "on", False: "off"}[device.mig_mode]
+    if device.is_mig_instance:
+        mig = f"of GPU {device.parent}"
     return (
         str(device.index),
         device.name or "-",

@@ -5,29 +5,28 @@ NVML blocks (a call to a broken GPU may take seconds), so all calls run in one d
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, TypeVar
 
 import pynvml
 
-from neuron.gpu import nvml_device
+from neuron.gpu import nvml_device, nvml_mig
 from neuron.gpu.links import LinkFacts, Pair, links_between
+from neuron.gpu.nvml_condition import ConditionTracker
 from neuron.gpu.nvml_device import Handle
-from neuron.gpu.nvml_errors import lost_reason, unavailable_reason
+from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
+from neuron.gpu.nvml_mig import MigInstance
+from neuron.gpu.sources.driver_thread import DriverThread
 from neuron.gpu.topology import Topology
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs must not prevent an orderly exit
 
 
 class NvmlTopologySource:
@@ -37,43 +36,77 @@ class NvmlTopologySource:
     GPU is a device with `lost` set, and does not affect the others. A GPU lost later keeps its facts, gets `lost`, and
     is missing in `health` until it answers again.
 
-    The topology does not change while the process lives: after a driver is repaired, neuron must be restarted, as the
-    reasons say.
+    GPUs do not change while the process lives: after a driver is repaired, neuron must be restarted, as the reasons
+    say. MIG modes and instances are looked up at each call.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvml")
+        self._thread = DriverThread("nvml")
         # Only that thread uses the attributes below.
         self._topology: Topology | None = None
         self._handles: dict[int, Handle] = {}
         self._lost: dict[int, str] = {}
+        self._gpus: dict[int, Device] = {}
+        self._instances: dict[int, tuple[MigInstance, ...]] = {}  # of the GPUs in MIG mode
+        self._slices: dict[int, tuple[Device, ...]] = {}  # of the GPUs in MIG mode
+        self._conditions = ConditionTracker()
         self._initialised = False
 
     async def discover(self) -> Topology:
-        return await self._call(self._discover)
+        return await self._thread.call(self._discover)
 
     async def health(self) -> Sequence[DeviceHealth]:
-        return await self._call(self._read_health)
+        return await self._thread.call(self._read_health)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        return await self._call(self._read_process_memory)
+        return await self._thread.call(self._read_process_memory)
 
     async def close(self) -> None:
         """Shuts NVML down, unless the driver hangs. May be called again."""
-        with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # RuntimeError: already closed
-            await asyncio.wait_for(self._call(self._shut_down), CLOSE_TIMEOUT_SECS)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _call(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        await self._thread.close(self._shut_down)
 
     def _discover(self) -> Topology:
         if self._topology is None:
             self._topology = self._read_topology()
+            self._gpus = {device.index: device for device in self._topology.devices}
+        self._follow_mig()
+        slices = (device for devices in self._slices.values() for device in devices)
         devices = tuple(
-            device.model_copy(update={"lost": self._lost.get(device.index)}) for device in self._topology.devices
+            device.model_copy(update={"lost": self._lost.get(device.index)})
+            for device in (*self._gpus.values(), *slices)
         )
         return replace(self._topology, devices=devices)
+
+    def _follow_mig(self) -> None:
+        """Looks for changes of MIG modes and instances, which `nvidia-smi mig` makes at any time."""
+        for gpu in [device for device in self._gpus.values() if device.mig_mode is not None]:
+            if gpu.index not in self._handles:
+                continue
+            # A GPU that does not answer keeps its instances: they are lost when they are read.
+            with contextlib.suppress(pynvml.NVMLError):
+                mode = nvml_mig.read_mode(self._handles[gpu.index])
+                found = nvml_mig.read_instances(self._handles[gpu.index]) if mode else ()
+                if found != self._instances.get(gpu.index, ()):
+                    self._replace_slices(gpu, found)
+                self._gpus[gpu.index] = gpu.model_copy(update={"mig_mode": mode})
+
+    def _replace_slices(self, gpu: Device, found: tuple[MigInstance, ...]) -> None:
+        """Raises pynvml.NVMLError if the GPU is gone; then everything is as before."""
+        first = nvml_mig.first_of_each(found)
+        slices = tuple(nvml_mig.read_device(gpu, instance) for instance in first)
+        for index in [index for index in self._handles if nvml_mig.gpu_of(index) == gpu.index]:
+            del self._handles[index]
+            self._lost.pop(index, None)
+        self._handles |= {device.index: each.handle for device, each in zip(slices, first, strict=True)}
+        self._slices[gpu.index], self._instances[gpu.index] = slices, found
+        names = ", ".join(f"{device.index} ({device.profile})" for device in slices) or "none"
+        log.info("GPU %d: MIG instances by index: %s", gpu.index, names)
+        if len(first) < len(found):
+            log.warning(
+                "GPU %d: %d compute instances share the memory of another one and are not used",
+                gpu.index,
+                len(found) - len(first),
+            )
 
     def _read_topology(self) -> Topology:
         try:
@@ -93,6 +126,7 @@ class NvmlTopologySource:
                 driver_version=driver_version, cuda_unavailable_reason=_log_unusable(unavailable_reason(error))
             )
         devices = tuple(self._read_device(index) for index in range(count))
+        self._conditions.start(self._handles)
         return Topology(
             devices=devices,
             links=links_between([device.index for device in devices], self._link_facts(devices)),
@@ -105,6 +139,7 @@ class NvmlTopologySource:
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             device = nvml_device.read_device(index, handle)
+            device = device.model_copy(update={"mig_mode": nvml_mig.read_mode_if_any(handle)})
         except pynvml.NVMLError as error:
             self._mark_lost(index, error)
             reason = self._lost[index]
@@ -131,15 +166,34 @@ class NvmlTopologySource:
 
     def _read_health(self) -> list[DeviceHealth]:
         self._discover()
-        figures = self._read_devices(nvml_device.read_health)
+        self._conditions.take_events()
+        figures = self._read_devices(self._health_of)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
         return list(figures.values())
 
+    def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
+        """A MIG instance is in the condition of its GPU, which is read before it."""
+        health = nvml_device.read_health(index, handle)
+        if index not in self._gpus:
+            return self._conditions.added_to(health, nvml_mig.gpu_of(index))
+        self._conditions.read(index, handle)
+        return self._conditions.added_to(health, index)
+
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
-        self._discover()
-        return self._read_devices(lambda _, handle: nvml_device.read_process_memory(handle))
+        devices = {device.index: device for device in self._discover().devices}
+        return self._read_devices(lambda index, handle: self._processes_on(devices[index], handle))
+
+    def _processes_on(self, device: Device, handle: Handle) -> dict[int, int]:
+        """Those on a GPU in MIG mode are listed with its instances only."""
+        if device.mig_mode:
+            return {}
+        if device.parent is None:
+            return nvml_device.read_process_memory(handle)
+        return nvml_mig.read_process_memory(
+            handle, self._handles[device.parent], nvml_mig.gpu_instance_of(device.index)
+        )
 
     def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
         """`read` of each device that answers, by index. Marks the others as lost."""
@@ -156,10 +210,13 @@ class NvmlTopologySource:
         if self._lost.get(index) != reason:
             log.error("GPU %d cannot be used: %s", index, reason)
         self._lost[index] = reason
+        if means_gone(error):
+            self._conditions.mark_gone(index)
 
     def _shut_down(self) -> None:
         if self._initialised:
             self._initialised = False
+            self._conditions.close()
             self._handles.clear()
             _optional(pynvml.nvmlShutdown)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ def figure_or_none(read: Callable[..., Figure], *arguments: Any) -> Figure | Non
 
 
 def read_device(index: int, handle: Handle) -> Device:
-    """The facts of one GPU. A GPU in MIG mode is one device with `mig_mode` True.
+    """The facts of one GPU. `neuron.gpu.nvml_mig` reads its MIG mode.
 
     Raises:
         pynvml.NVMLError: the device is gone, or does not report its memory.
@@ -49,7 +49,6 @@ def read_device(index: int, handle: Handle) -> Device:
     # A GPU without memory of its own shares the host's (GB10, Jetson): `neuron.memory.host` adds its figures.
     pci = figure_or_none(pynvml.nvmlDeviceGetPciInfo, handle)
     capability = figure_or_none(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
-    mig = figure_or_none(pynvml.nvmlDeviceGetMigMode, handle)
     return Device(
         index=index,
         name=figure_or_none(pynvml.nvmlDeviceGetName, handle) or "",
@@ -59,7 +58,6 @@ def read_device(index: int, handle: Handle) -> Device:
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         pci_bus_id=None if pci is None else pci.busId,
         numa_node=_numa_node(handle, pci),
-        mig_mode=None if mig is None else mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
     )
 
 
@@ -152,15 +150,30 @@ def read_process_memory(handle: Handle) -> dict[int, int]:
     Raises:
         pynvml.NVMLError: the device is gone.
     """
+    return memory_by_pid(running_processes(handle) or [])
+
+
+def running_processes(handle: Handle) -> Sequence[Any] | None:
+    """nvmlProcessInfo_t of every process that computes on the device; with MIG one for each instance that a process
+    uses. None when the driver does not list them.
+
+    Raises:
+        pynvml.NVMLError: the device is gone.
+    """
     for read in (pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetComputeRunningProcesses_v2):
-        processes = figure_or_none(read, handle)
+        processes: Sequence[Any] | None = figure_or_none(read, handle)
         if processes is not None:
-            held: Counter[int] = Counter()
-            for process in processes:  # with MIG, one entry for each instance a process uses
-                if process.usedGpuMemory is not None:
-                    held[process.pid] += process.usedGpuMemory
-            return {pid: used // MIB for pid, used in held.items()}
-    return {}
+            return processes
+    return None
+
+
+def memory_by_pid(processes: Sequence[Any]) -> dict[int, int]:
+    """MiB by process id, without those of unknown size."""
+    held: Counter[int] = Counter()
+    for process in processes:
+        if process.usedGpuMemory is not None:
+            held[process.pid] += process.usedGpuMemory
+    return {pid: used // MIB for pid, used in held.items()}
 
 
 def read_nvlinks(handle: Handle) -> NvLinks:

@@ -52,7 +52,11 @@ class SimulatedTopologySource:
 
     async def health(self) -> Sequence[DeviceHealth]:
         used = await asyncio.to_thread(vram.used_mb, self._vram_dir)
-        return [health_of(device, used[device.uuid or ""]) for device in self._topology.devices]
+        conditions = await asyncio.to_thread(vram.conditions, self._vram_dir)
+        return [
+            _with_condition(health_of(device, used[device.uuid or ""]), device, conditions)
+            for device in self._topology.devices
+        ]
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         usage = await asyncio.to_thread(vram.usage_by_process, self._vram_dir)
@@ -63,6 +67,15 @@ class SimulatedTopologySource:
 
     async def close(self) -> None:
         """Does nothing."""
+
+
+def _with_condition(
+    health: DeviceHealth, device: Device, conditions: Mapping[str, vram.SimulatedCondition]
+) -> DeviceHealth:
+    found = conditions.get(str(device.index)) or conditions.get(device.uuid or "")
+    if found is None:
+        return health
+    return health.model_copy(update={"fault": found.fault, "warnings": list(found.warnings)})
 
 
 def health_of(device: Device, used_mb: int) -> DeviceHealth:

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.files import replace_file
@@ -23,6 +24,18 @@ RAM_NAME = "RAM"
 """Stands for the host's RAM where others have a device's uuid."""
 DEFAULT_DEVICE_VRAM_MB = 1024
 """What a simulated engine takes on each device by default."""
+
+CONDITIONS_FILE = "conditions"
+"""In the directory of the holders' files: JSON, such as `{"0": {"fault": "Xid 79", "warnings": ["too hot"]}}`. It makes
+simulated GPUs sick, by index or uuid."""
+
+
+@dataclass(frozen=True)
+class SimulatedCondition:
+    """The `DeviceHealth.fault` and `warnings` of one simulated GPU."""
+
+    fault: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def process_start_ticks(pid: int) -> int | None:
@@ -62,3 +75,15 @@ def used_mb(directory: Path) -> Counter[str]:
     for held in usage_by_process(directory).values():
         total.update(held)
     return total
+
+
+def conditions(directory: Path) -> dict[str, SimulatedCondition]:
+    """What `CONDITIONS_FILE` says, by index or uuid; empty without the file, and while it is being edited."""
+    try:
+        entries = json.loads((directory / CONDITIONS_FILE).read_text(encoding="utf-8"))
+        return {
+            str(key): SimulatedCondition(entry.get("fault"), tuple(map(str, entry.get("warnings", ()))))
+            for key, entry in entries.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -1,4 +1,5 @@
-"""The interface of GPU sources: the real one (`neuron.gpu.nvml`) and the simulated one (`neuron.gpu.simulated`)."""
+"""The interface of GPU sources: NVML (`neuron.gpu.nvml`), those of `neuron.gpu.sources`, and the simulated one
+(`neuron.gpu.simulated`)."""
 
 from __future__ import annotations
 
@@ -8,18 +9,19 @@ from typing import Protocol
 
 from shared.protocol import Device, DeviceHealth, Link
 from shared.protocol.interconnect import DevicePath, Pair, paths_between
+from shared.protocol.topology import combinable_numa_nodes
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The GPUs of this host; only `Device.lost` changes while the process lives.
+    """The GPUs of this host and their MIG instances; only these and `Device.lost` change while the process lives.
 
     The driver reports nothing about a pair of devices that `links` lacks.
 
     `ram` is the host's RAM, with the index `RAM`; None where it is not counted. `ram_reserve_mb` of it stay free for
     other programs.
 
-    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA stack (driver/library
+    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA or AMD stack (driver/library
     mismatch, no permission); None when all is well, and on a host without one.
     """
 
@@ -39,16 +41,16 @@ class Topology:
 
     @property
     def paths(self) -> Mapping[Pair, DevicePath]:
-        """The path of each pair of devices, in both orders."""
-        return paths_between({device.index: device.numa_node for device in self.devices}, self.links)
+        """The path of each pair of devices that an engine may use together, in both orders."""
+        return paths_between(combinable_numa_nodes(self.devices), self.links)
 
 
 class TopologySource(Protocol):
     """Reads GPU facts. No method blocks the event loop, or raises for a failure of hardware or driver."""
 
     async def discover(self) -> Topology:
-        """The topology. The first call asks the driver; later calls return the same, with `lost` of each device as of
-        the last reading.
+        """The topology. The first call asks the driver; later calls ask only for MIG instances, and give `lost` of each
+        device as of the last reading.
         """
         ...
 

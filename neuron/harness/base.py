@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from neuron.config import HarnessSettings
@@ -135,6 +136,21 @@ class Harness(ABC):
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
     spans_hosts: bool = False
     """True: engines on several hosts can be parts of one."""
+    api_prefix: str = ""
+    """What the paths of its API have before `/v1`."""
+    takes_key: bool = True
+    """False: it cannot be told a key, and serves everyone who reaches its port."""
+    waits_for_line: bool = False
+    """True: it is not ready before `LoadReading.serving`, whatever its health path answers."""
+    keeps_booking: bool = False
+    """True: what was booked for it stays booked while it holds less, as it may allocate more at any time."""
+    cache_variables: Mapping[str, str] = MappingProxyType({})
+    """The environment variables of the engine's own cache directories, with their names below the user's cache
+    directory."""
+    stop_signal: str = "SIGTERM"
+    """Asks it to stop."""
+    paths: tuple[str, ...] | None = None
+    """The paths that it serves; None: unknown."""
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""
@@ -162,6 +178,10 @@ class Harness(ABC):
 
     def refused_in_group(self, args: Sequence[str]) -> str | None:
         """Why an engine with `args` cannot be a part of a group, naming one; None when it can."""
+        return None
+
+    def refused_spec(self, spec: EngineSpec) -> tuple[str, str] | None:
+        """The field of a load command that such an engine cannot fulfil, and why; None when it can."""
         return None
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:

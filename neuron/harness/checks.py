@@ -1,14 +1,18 @@
-"""Validates neuron.toml and load commands against the known harnesses. Pure."""
+"""Validates neuron.toml and load commands against the known harnesses."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from neuron.config import HarnessEntry, HarnessSettings, NeuronConfig
-from neuron.harness.registry import HARNESSES
+from neuron.config import EngineDescription, HarnessEntry, HarnessSettings, NeuronConfig
+from neuron.harness.base import Harness
+from neuron.harness.command.placeholders import placeholders_in, unknown_placeholder
+from neuron.harness.command.preset_files import on_preset
+from neuron.harness.registry import HARNESSES, harness_of
 from neuron.spec import EXTENSIONS, EngineSpec
 from shared.errors import InvalidRequest
 from shared.protocol import FIRST_INSTANCE, GroupPart, LoadCommand, Parallelism, first_problem
@@ -27,30 +31,80 @@ _MAX_ARGS = 256
 _MAX_SERVED_NAMES = 64
 
 
+class CheckedHarness(HarnessSettings):
+    """`[harness.NAME]` with what its preset says, in which every key makes sense."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_preset(cls, table: Any) -> Any:
+        return on_preset(table) if isinstance(table, Mapping) else table
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CheckedHarness:
+        given = self.model_fields_set
+        if not self.described:
+            for key in sorted(given & EngineDescription.model_fields.keys()):
+                raise ValueError(f'{key}: only with kind = "command" or a preset')
+            return self
+        for key in ("sleep_mode", "spare"):
+            if key in given:
+                raise ValueError(f'{key}: not with kind = "command" or a preset')
+        if self.command is None:
+            raise ValueError('command: required with kind = "command"')
+        words = {
+            **{f"command[{place}]": word for place, word in enumerate(self.command)},
+            **{f"arguments[{place}]": word for place, word in enumerate(self.arguments)},
+            **{f"extra_args[{place}]": word for place, word in enumerate(self.extra_args)},
+            **{f"env.{name}": value for name, value in self.env.items()},
+        }
+        for key, word in words.items():
+            reason = unknown_placeholder(word)
+            if reason is not None:
+                raise ValueError(f"{key} = {word!r}: {reason}")
+        if not any("port" in placeholders_in(word) for word in words.values()):
+            raise ValueError("command: nothing tells the engine its port: put {port} into command, arguments or env")
+        return self
+
+
 class CheckedConfig(NeuronConfig):
     """neuron.toml in which every harness exists and accepts its `extra_args`."""
 
+    harness: Mapping[str, CheckedHarness] = Field(default_factory=dict)
+
     @field_validator("harnesses")
     @classmethod
-    def _known(cls, entries: list[HarnessEntry]) -> list[HarnessEntry]:
-        for entry in entries:
-            _check_known(entry.name)
+    def _known(cls, entries: list[HarnessEntry] | None, info: ValidationInfo) -> list[HarnessEntry] | None:
+        tables: Mapping[str, CheckedHarness] | None = info.data.get("harness")
+        if tables is not None:  # else one of them is wrong, which is told first
+            for entry in entries or ():
+                table = tables.get(entry.name)
+                if entry.name not in HARNESSES and (table is None or not table.described):
+                    raise ValueError(_unknown(entry.name))
         return entries
 
     @field_validator("harness")
     @classmethod
-    def _accepted(cls, tables: dict[str, HarnessSettings]) -> dict[str, HarnessSettings]:
+    def _accepted(cls, tables: Mapping[str, CheckedHarness]) -> Mapping[str, CheckedHarness]:
         for name, table in tables.items():
-            _check_known(name)
-            reason = control_character(table.extra_args) or HARNESSES[name].refused_argument(table.extra_args)
+            if table.described and name in HARNESSES:
+                raise ValueError(
+                    f"{name}: neuron has its own harness of this name: choose another for a preset or command"
+                )
+            if not table.described and name not in HARNESSES:
+                raise ValueError(_unknown(name))
+            reason = control_character(table.extra_args)
+            if reason is None and not table.described:
+                reason = HARNESSES[name].refused_argument(table.extra_args)
             if reason is not None:
                 raise ValueError(f"{name}.extra_args: {reason}")
         return tables
 
 
-def _check_known(name: str) -> None:
-    if name not in HARNESSES:
-        raise ValueError(f"unknown harness {name!r} (known: {', '.join(HARNESSES)})")
+def _unknown(name: str) -> str:
+    return (
+        f"unknown harness {name!r} (known: {', '.join(HARNESSES)}; for another engine set kind or preset in "
+        f"[harness.{name}])"
+    )
 
 
 def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
@@ -69,27 +123,25 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         raise InvalidRequest(f"served_names: more than {_MAX_SERVED_NAMES}", param="served_names")
     if command.quant is not None and not _QUANTIZATION.fullmatch(command.quant):
         raise InvalidRequest(f"quant: invalid quantization name {command.quant!r}", param="quant")
-    harness = _harness(command.harness, config.harness_names)
+    name = _harness(command.harness, config.harness_names)
+    harness, settings = harness_of(name, config), config.harness_settings(name)
     if len(command.args) > _MAX_ARGS:
         raise InvalidRequest(f"args: more than {_MAX_ARGS}", param="args")
-    reason = (
-        control_character(command.args) or HARNESSES[harness].refused_argument(command.args) or shell_word(command.args)
-    )
-    if reason is None and not config.harness_settings(harness).allow_code:
-        reason = _runs_code(harness, command.args)
+    reason = control_character(command.args) or harness.refused_argument(command.args) or shell_word(command.args)
+    if reason is None and not settings.allow_code:
+        reason = _runs_code(name, harness, command.args)
     if reason is not None:
         raise InvalidRequest(f"args: {reason}", param="args")
     tool_arguments: tuple[str, ...] = ()
     if command.tools:
-        given = [*command.args, *config.harness_settings(harness).extra_args]
-        tool_arguments = HARNESSES[harness].tool_arguments((source, command.model_id), given)
+        tool_arguments = harness.tool_arguments((source, command.model_id), [*command.args, *settings.extra_args])
     parallel = _parallel(command)
     if command.group is not None:
-        _check_group(command.group, harness, [*command.args, *config.harness_settings(harness).extra_args])
+        _check_group(command.group, name, harness, [*command.args, *settings.extra_args])
     said = {name for name in EXTENSIONS & command.model_fields_set if getattr(command, name) is not None}
-    return EngineSpec(
+    spec = EngineSpec(
         model_id=command.model_id,
-        harness=harness,
+        harness=name,
         source=source,
         quant=command.quant,
         tensor_parallel=parallel.tensor,
@@ -100,11 +152,18 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         devices=None if command.devices is None else tuple(command.devices),
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
+        max_model_len=command.max_model_len,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
         instance=command.instance or FIRST_INSTANCE,
         variant=command.variant,
         said=frozenset(said | {"args"} if tool_arguments else said),
     )
+    unable = harness.refused_spec(spec)
+    if unable is not None:
+        raise InvalidRequest(
+            f"{unable[0]}: engines of the harness {name!r} cannot do this: {unable[1]}", param=unable[0]
+        )
+    return spec
 
 
 def check_name(field: str, value: str) -> None:
@@ -146,13 +205,13 @@ def shell_word(args: Sequence[str]) -> str | None:
     return None
 
 
-def _runs_code(harness: str, args: Sequence[str]) -> str | None:
-    arg = HARNESSES[harness].code_argument(args)
+def _runs_code(name: str, harness: Harness, args: Sequence[str]) -> str | None:
+    arg = harness.code_argument(args)
     if arg is None:
         return None
     return (
         f"{arg!r} can make the engine run code of a model, a file or another host: "
-        f"to allow it, set allow_code = true in [harness.{harness}] of this host's neuron.toml"
+        f"to allow it, set allow_code = true in [harness.{name}] of this host's neuron.toml"
     )
 
 
@@ -202,11 +261,11 @@ def _parallel(command: LoadCommand) -> Parallelism:
     return wanted
 
 
-def _check_group(part: GroupPart, harness: str, args: Sequence[str]) -> None:
+def _check_group(part: GroupPart, name: str, harness: Harness, args: Sequence[str]) -> None:
     """Raises InvalidRequest: engines of this kind cannot span hosts, or not with `args`."""
-    if not HARNESSES[harness].spans_hosts:
-        raise InvalidRequest(f"group: engines of the harness {harness!r} cannot span hosts", param="group")
-    reason = HARNESSES[harness].refused_in_group(args)
+    if not harness.spans_hosts:
+        raise InvalidRequest(f"group: engines of the harness {name!r} cannot span hosts", param="group")
+    reason = harness.refused_in_group(args)
     if reason is not None:
         raise InvalidRequest(f"args: {reason}, but this is {part}", param="args")
 

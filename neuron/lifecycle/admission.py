@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neuron.config import NeuronConfig
-from neuron.estimate.estimator import estimate_of
+from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
 from neuron.gpu.topology import TopologySource
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
 from neuron.progress.history import LoadHistory
@@ -20,6 +20,7 @@ from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import ErrorCode, FailureCause
+from shared.protocol.context_length import AUTO
 from shared.retry_after import GPU_UNUSABLE_SECS
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,40 @@ class Admission:
             Unavailable: the engine needs a GPU, there is an NVIDIA driver, and it does not work.
         """
         topology = await self.source.discover()
-        on_gpu = not spec.without_devices
-        if on_gpu and HARNESSES[spec.harness].runs_on_gpu and topology.cuda_unavailable_reason and not topology.devices:
+        if (
+            not spec.without_devices
+            and harness_of(spec.harness, self.config).runs_on_gpu
+            and topology.cuda_unavailable_reason
+            and not topology.devices
+        ):
             reason = f"this host's GPUs cannot be used: {topology.cuda_unavailable_reason}"
             raise Unavailable(reason, code=ErrorCode.CUDA_UNAVAILABLE, retry_after=GPU_UNUSABLE_SECS)
         check_devices(spec, topology)
         await check_model_roots(spec.source, self.config.model_roots, param="source")
+
+    async def fitted(self, spec: EngineSpec) -> EngineSpec:
+        """`spec` with the longest context that fits, if it asks for that and the model's files say enough. On devices
+        that neuron is free to choose, that is the context for the largest ones."""
+        topology = await self.source.discover()
+        harness, settings = harness_of(spec.harness, self.config), self.config.harness_settings(spec.harness)
+        if spec.max_model_len != AUTO or harness.estimator is None:
+            return spec
+        devices = [device for device in topology.devices if spec.devices is None or device.index in spec.devices]
+        sizes = sorted((device.vram_total_mb for device in devices if device.usable), reverse=True)
+        if len(sizes) < spec.device_count:
+            return replace(spec, fitted_len=None)
+        whole = replace(spec, args=(*spec.args, *settings.extra_args), fitted_len=None)
+        try:
+            share = harness.estimator.options_of(whole).memory_fraction or harness.estimator.usable_share
+            limit = spec.share_mb or int(sizes[spec.device_count - 1] * share)
+            memory = AvailableMemory(devices, spec.tensor_parallel, limit)
+            length = await longest_context_of(harness.estimator, whole, {**os.environ, **settings.env}, memory)
+        except ServiceError as error:
+            log.info("%s: the context that fits cannot be estimated: %s", spec.key, error.message)
+            length = None
+        if length:
+            log.info("%s: a context of %d tokens fits", spec.key, length)
+        return replace(spec, fitted_len=length)
 
     async def share_of(self, spec: EngineSpec) -> int | None:
         """MiB that the engine takes on each device, or for each rank in RAM: from the spec, as much as an earlier
@@ -54,7 +83,7 @@ class Admission:
         the files are not on this host, lack a figure, or need more than the default."""
         topology = await self.source.discover()
         in_ram = topology.ram is not None and (spec.without_devices or not topology.devices)
-        harness = HARNESSES[spec.harness]
+        harness = harness_of(spec.harness, self.config)
         estimator = harness.estimator
         if spec.vram_mb is not None:
             return spec.share_mb
@@ -62,6 +91,8 @@ class Admission:
             return -(-used // spec.device_count)
         if estimator is None or not (topology.devices or in_ram):
             return None
+        if spec.max_model_len == AUTO and spec.fitted_len != 0:
+            return None  # the context was fitted to the engine's default
         settings = self.config.harness_settings(spec.harness)
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
@@ -74,7 +105,8 @@ class Admission:
             share += estimator.in_ram_mb // spec.device_count
             usable_mb: float = topology.ram.vram_total_mb - topology.ram_reserve_mb
         else:
-            usable_mb = estimator.usable_share * max(device.vram_total_mb for device in topology.devices)
+            largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
+            usable_mb = estimator.usable_share * largest
         return None if found.unknown or share > usable_mb else share
 
 

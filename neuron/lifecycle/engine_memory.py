@@ -12,7 +12,7 @@ from neuron.config import NeuronConfig
 from neuron.engine.engine import VRAM_RELEASE_SECS, Engine, measure
 from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.memory.cores import shared_cores
 from neuron.memory.host_memory import HostMemory
 from neuron.memory.ledger import EnginePlacement, Ledger
@@ -84,6 +84,14 @@ class EngineMemory:
     async def devices(self) -> dict[int, Device]:
         """This host's devices by index."""
         return {device.index: device for device in (await self._source.discover()).devices}
+
+    async def unusable(self, indices: Collection[int]) -> str | None:
+        """Why one of these devices cannot be used now, in words; None if all can."""
+        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+        for device in self.ledger.capacities(topology, health):
+            if device.index in indices and device.unusable is not None:
+                return str(device)
+        return None
 
     async def read(self) -> MemoryReading:
         """Measures every engine, then asks the driver: a booking counts the rest of the used memory as foreign, so
@@ -169,7 +177,8 @@ class EngineMemory:
         """Measures `engines` with one call to the driver, and updates their bookings."""
         held = await measure(engines, self._source)
         for engine in engines:
-            filling = engine.ready_at is None or engine.waking
+            grows = engine.harness.keeps_booking and engine.placement.share_mb is not None
+            filling = engine.ready_at is None or engine.waking or grows
             update = self.ledger.update_held if filling else self.ledger.settle
             file_mb = 0 if engine.ram is None else engine.ram.file_mb
             update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
@@ -182,7 +191,7 @@ class EngineMemory:
         whole RAM: there it is a guess instead."""
         # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
         args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
-        harness, topology = HARNESSES[spec.harness], reading.topology
+        harness, topology = harness_of(spec.harness, self._config), reading.topology
         needed = harness.memory_requirement(spec, share_mb, args)
         if share_mb is not None or needed.fraction is None or not _uses_ram(spec, topology):
             return needed

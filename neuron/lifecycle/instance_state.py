@@ -166,10 +166,12 @@ class InstanceState:
             ram_used_mb=None if engine is None or engine.ram is None else engine.ram.used_mb,
             ram_booked_mb=None if placement is None else self._ledger.promised_ram_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
-            endpoint=EndpointReply(url=engine.url, api_key=engine.api_key)
+            endpoint=EndpointReply(url=engine.api_url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED and engine.spec.serves
             else None,
             keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
+            max_model_len=None if engine is None else engine.max_model_len,
+            paths=None if engine is None or engine.harness.paths is None else list(engine.harness.paths),
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),
             placement=None if placement is None else placement.why or None,
             transitions=list(reversed(self.transitions)),

@@ -266,6 +266,9 @@ class InstanceSupervisor:
             assert result.error is not None
             if not came_up:
                 return result.error
+            unusable = await self._memory.unusable(request.spec.devices or ())
+            if unusable is not None:  # a restart on the devices that the load names would fail
+                return failures.device_unusable(unusable, result.error)
             starts = 0
             self.model.restarts = self.model.restarts.after_failure(result.served_secs)
             if self.model.restarts.given_up:

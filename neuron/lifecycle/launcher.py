@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
-from neuron.harness.registry import HARNESSES
+from neuron.harness.registry import harness_of
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
 from neuron.lifecycle.group_network import GroupListeners
@@ -113,7 +114,7 @@ class Launcher:
             if spare is not None:
                 cleanup.push_async_callback(spare.close)
             made = await self._prepared(spec, placement, port, facts, api_key=api_key, spare=spare, network=network)
-            plan, directory = made.plan, made.directory
+            plan, directory, harness = made.plan, made.directory, harness_of(spec.harness, self._config)
             cleanup.push_async_callback(asyncio.to_thread, directory.remove_tmp)
             record = RunRecord(
                 boot_id=records.boot_id(),
@@ -131,8 +132,8 @@ class Launcher:
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
-                can_sleep=HARNESSES[spec.harness].can_sleep(plan, facts),
-                keep_alive_secs=HARNESSES[spec.harness].keep_alive_secs(made.command.env),
+                can_sleep=harness.can_sleep(plan, facts),
+                keep_alive_secs=harness.keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
                 started_at=time.time(),
             )
@@ -224,6 +225,12 @@ class Launcher:
             LoadFailed: the engine's directory cannot be created.
         """
         control_key = secrets.token_urlsafe(32)
+        harness = harness_of(spec.harness, self._config)
+        if api_key is not None and not harness.takes_key:
+            api_key = None
+            log.warning(
+                "%s: harness %s takes no key: its engine serves everyone who reaches its port", spec.key, spec.harness
+            )
 
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
@@ -241,7 +248,7 @@ class Launcher:
                 ram_mb=placement.ram_mb,
                 cores=placement.cores if len(placement.cores) < len(usable_cores(self._config)) else (),
             )
-            return _Preparation(number, directory, plan, HARNESSES[spec.harness].command(plan, facts), spare)
+            return _Preparation(number, directory, plan, harness.command(plan, facts), spare)
 
         if spare is not None:
             made = prepared(spare.number, spare.directory, spare)
@@ -280,7 +287,7 @@ class Launcher:
         process: EngineProcess,
     ) -> Engine:
         settings = self._config.harness_settings(spec.harness)
-        harness = HARNESSES[spec.harness]
+        harness = harness_of(spec.harness, self._config)
         url = f"http://{_authority(local_address(record.host), record.port)}"
         return Engine(
             spec=spec,
@@ -293,6 +300,7 @@ class Launcher:
                 probe=harness.activity,
                 settings=self._config.health,
                 serves=spec.serves,
+                api_key=record.api_key,
             ),
             record=record,
             url=url,
@@ -302,6 +310,7 @@ class Launcher:
             process=process,
             output=EngineOutput(directory.log),
             startup_timeout_secs=settings.startup_timeout_secs,
+            stall_timeout_secs=settings.stall_timeout_secs,
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
             load_secs=record.load_secs,
@@ -354,7 +363,7 @@ class Launcher:
             if engine.kill:
                 await process.kill()
             else:
-                await process.stop(engine.stop_timeout_secs)
+                await process.stop(engine.stop_timeout_secs, signal.Signals[engine.harness.stop_signal])
         finally:
             self._memory.remove(engine)
         await engine.output.close()

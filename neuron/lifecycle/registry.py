@@ -17,6 +17,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
 from neuron.harness.checks import spec_of
+from neuron.harness.registry import is_known
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.engine_memory import EngineMemory, MemoryReading
 from neuron.lifecycle.instance_state import InstanceState, NeuronModelView
@@ -98,6 +99,7 @@ class Registry:
             return request
         spec = wanted or self._remembered_spec(supervisor.model)
         await self._admission.check(spec)
+        spec = await self._admission.fitted(spec)
         share_mb = await self._admission.share_of(spec)
         reading = await self._memory.read()
         if displace:
@@ -168,6 +170,7 @@ class Registry:
                 and record.boot_id == records.boot_id()
                 and record.pid is not None
                 and not record.stopping
+                and is_known(record.engine_spec.harness, self._config)
             ):
                 newest[record.engine_spec.key] = each, record
         alive = [record.engine_id for _, record in newest.values() if await asyncio.to_thread(_is_alive, record)]

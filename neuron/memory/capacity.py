@@ -12,7 +12,7 @@ from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import RAM, Device, DeviceFigures, DeviceHealth, ErrorCode, HostMemoryHealth
 
-MIG_REASON = "it is in MIG mode, and neuron supports whole GPUs only"
+MIG_REASON = "it is in MIG mode, in which only its MIG instances compute; each of them is a device of its own"
 SILENT_REASON = "it does not answer"
 
 
@@ -127,9 +127,7 @@ class InsufficientVram(Conflict):
 
 def unusable_reason(device: Device) -> str | None:
     """Why no engine can ever be placed on a device; None when one can."""
-    if device.lost is not None:
-        return device.lost
-    return MIG_REASON if device.mig_mode else None
+    return MIG_REASON if device.lost is None and device.mig_mode else device.lost
 
 
 def gpu_capacities(
@@ -204,7 +202,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
         booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
-        unusable=unusable_reason(device) or (SILENT_REASON if live is None else None),
+        unusable=unusable_reason(device) or (SILENT_REASON if live is None else live.fault),
     )
 
 

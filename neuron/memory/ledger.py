@@ -6,9 +6,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neuron.gpu.topology import Topology
-from neuron.memory.capacity import Booking, GpuCapacity, InsufficientVram, gpu_capacities
+from neuron.memory.capacity import MIG_REASON, Booking, GpuCapacity, InsufficientVram, gpu_capacities
 from neuron.memory.requirement import MemoryRequirement
-from neuron.memory.selection import DeviceSelection, check_devices, select_devices, select_ram
+from neuron.memory.selection import (
+    COMBINED_REASON,
+    DeviceSelection,
+    check_devices,
+    combines_devices,
+    select_devices,
+    select_ram,
+    without_mig_instances,
+)
 from neuron.spec import EngineSpec, InstanceKey
 from shared.protocol import RAM, Device, DeviceHealth
 
@@ -70,7 +78,10 @@ class Ledger:
             else:
                 capacities = tuple(device for device in capacities if device.index != RAM)
             needed = [requirement.on_device(device, device.total_mb) for device in capacities]
-            large_enough = [mb <= device.total_mb for device, mb in zip(capacities, needed, strict=True)]
+            large_enough = [
+                mb <= device.total_mb and device.unusable not in (MIG_REASON, COMBINED_REASON)
+                for device, mb in zip(capacities, needed, strict=True)
+            ]
             where, count = _devices_of(spec), spec.device_count
             if _is_in_ram(spec, topology):
                 where, count, needed = "in this host's RAM", 1, [mb * spec.device_count for mb in needed]
@@ -281,6 +292,8 @@ def _select(
     capacities = gpu_capacities(topology, health, bookings)
     if _is_in_ram(spec, topology):
         return capacities, select_ram(requirement, spec.device_count, capacities[-1])
+    if combines_devices(spec):
+        capacities = without_mig_instances(topology, capacities)
     if spec.devices is None:
         others = [each for each in bookings if each.key.model_id == spec.model_id and each.key != spec.key]
         lasting = [each for each in others if not each.stopping]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from math import comb
 
@@ -16,10 +16,13 @@ from shared.errors import InvalidRequest
 from shared.gpus import in_memory_steps
 from shared.protocol import RAM, Device, Parallelism
 from shared.protocol.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands
+from shared.protocol.topology import AMD
 
 MAX_SETS = 20_000
 """How many sets of devices are compared one by one: all sets of any size up to 16 devices. With more devices, see
 `_greedy_sets`."""
+
+COMBINED_REASON = "it is a MIG instance, which an engine cannot use together with other devices"
 
 Group = tuple[int, ...]
 """Device indices, ascending."""
@@ -50,24 +53,50 @@ def check_devices(spec: EngineSpec, topology: Topology) -> None:
     """Refuses a spec that this host's devices can never serve.
 
     Raises:
-        InvalidRequest: a device does not exist, is lost or in MIG mode, or there are fewer than the spec needs.
+        InvalidRequest: a device does not exist, is lost or in MIG mode, is a MIG instance although the spec needs
+            several devices, or there are fewer than the spec needs.
     """
     by_index = {device.index: device for device in topology.devices}
+    reasons = {device.index: _never_reason(spec, device) for device in topology.devices}
     for index in spec.devices or ():
         if index not in by_index:
             existing = ", ".join(map(str, sorted(by_index))) or "none"
             raise InvalidRequest(f"devices: no device {index} on this host (devices: {existing})", param="devices")
-        reason = unusable_reason(by_index[index])
-        if reason is not None:
-            raise InvalidRequest(f"devices: device {index} cannot be used: {reason}", param="devices")
-    reasons = {device.index: reason for device in topology.devices if (reason := unusable_reason(device)) is not None}
-    usable = len(topology.devices) - len(reasons)
+        if reasons[index] is not None:
+            raise InvalidRequest(f"devices: device {index} cannot be used: {reasons[index]}", param="devices")
+    usable = list(reasons.values()).count(None)
     if topology.devices and usable < spec.device_count and not spec.without_devices:
-        why = "".join(f"; device {index}: {reason}" for index, reason in reasons.items())
         field, split = ("tensor_parallel", "") if spec.parallel.tensor_only else ("parallel", f" for {spec.parallel}")
-        raise InvalidRequest(
-            f"{field}: {spec.device_count} devices are needed{split}, {usable} can be used here{why}", param=field
-        )
+        needed = f"{spec.device_count} devices are needed{split}, {usable} can be used here"
+        raise InvalidRequest(f"{field}: {'; '.join([needed, *_by_reason(reasons)])}", param=field)
+
+
+def _by_reason(reasons: Mapping[int, str | None]) -> Iterator[str]:
+    """Such as "device 0: it does not answer", with the devices that share a reason together."""
+    for reason in dict.fromkeys(reason for reason in reasons.values() if reason is not None):
+        indices = [index for index, each in reasons.items() if each == reason]
+        yield f"device{'s' if len(indices) > 1 else ''} {_listed(indices)}: {reason}"
+
+
+def combines_devices(spec: EngineSpec) -> bool:
+    """Whether its engine uses several devices together, those of other hosts included."""
+    return spec.parallel.devices > 1
+
+
+def _never_reason(spec: EngineSpec, device: Device) -> str | None:
+    if device.is_mig_instance and combines_devices(spec):
+        return COMBINED_REASON
+    return unusable_reason(device)
+
+
+def without_mig_instances(topology: Topology, capacities: Sequence[GpuCapacity]) -> tuple[GpuCapacity, ...]:
+    """The capacities, with the MIG instances marked unusable: CUDA shows a process only one of them, and NCCL does not
+    connect them."""
+    instances = {device.index for device in topology.devices if device.is_mig_instance}
+    return tuple(
+        replace(each, unusable=each.unusable or COMBINED_REASON) if each.index in instances else each
+        for each in capacities
+    )
 
 
 def select_devices(
@@ -81,8 +110,8 @@ def select_devices(
     """The devices `named`, or the best set of `parallel.devices` devices, in the order of the ranks; None when they
     have not enough memory, or no set has.
 
-    Never selects a lost device or one in MIG mode. Of the sets in which every device has enough memory, the best is the
-    one with, in this order:
+    Never selects a lost device or one in MIG mode, nor a MIG instance as one of several. Of the sets in which every
+    device has enough memory, the best is the one with, in this order:
 
     1. the better class of its worst path: NVLink (more links are better), PCIe switch, NUMA node, anything else. Every
        layer of a tensor-parallel model waits for all devices of a tensor group. Only paths within one count: pipeline
@@ -104,6 +133,8 @@ def select_devices(
     that need a pair.
     """
     capacities = [device for device in capacities if device.index != RAM]
+    if parallel.devices > 1:
+        capacities = without_mig_instances(topology, capacities)
     capacity_of = {device.index: device for device in capacities}
     by_index = {device.index: device for device in topology.devices}
     if not topology.devices:
@@ -255,7 +286,8 @@ def _why(groups: Sequence[Group], scorer: _Scorer, topology: Topology, capacitie
         complete = [island for island in nvlink_islands(topology.paths, _idle(capacities)) if island.isdisjoint(group)]
         names = ["+".join(map(str, sorted(island))) for island in complete]
         if names:
-            reasons.append(f"keeps NVLinked {', '.join(names)} free")
+            linked = "XGMI-linked" if topology.devices[0].vendor == AMD else "NVLinked"
+            reasons.append(f"keeps {linked} {', '.join(names)} free")
     return "; ".join(reasons)
 
 

@@ -26,7 +26,12 @@ class LoadProgress:
         self._started = self._phase_began = self._fraction_reached = started
         self._spent: dict[str, float] = {}
         self._overall: float | None = None
+        self._note: str | None = None
         self._reported = (reading.phase, reading.fraction, started)
+
+    def note(self, text: str | None) -> None:
+        """From now on the message is `text`; None: what the engine says."""
+        self._note = text
 
     @property
     def serving(self) -> bool:
@@ -62,7 +67,7 @@ class LoadProgress:
         return Progress(
             phase=self._reading.phase,
             fraction=self._reading.fraction,
-            message=self._reading.message,
+            message=self._note or self._reading.message,
             elapsed_secs=round(at.elapsed_secs, 3),
             phase_elapsed_secs=round(at.phase_secs, 3),
             overall=None if self._overall is None else round(self._overall, 4),

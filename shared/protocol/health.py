@@ -16,6 +16,9 @@ class DeviceHealth(WireModel):
     None: unknown to the driver, or not sent by a protocol v1 neuron. Reserved for neuron's engines: `vram_booked_mb`.
     Used by other processes: `vram_foreign_mb`. Free for a new reservation: `vram_bookable_mb`. Needed by sleeping
     engines when they wake: `vram_asleep_mb`.
+
+    `fault`: why nothing may be placed on the GPU now; None if it is fit for use. `warnings`: what an operator should
+    know of a GPU that is still used, such as a slowdown.
     """
 
     index: int
@@ -28,6 +31,8 @@ class DeviceHealth(WireModel):
     utilization_pct: float | None = None
     temp_c: float | None = None
     power_w: float | None = None
+    fault: Text | None = None
+    warnings: list[Text] = Field(default_factory=list)
 
 
 class HostMemoryHealth(WireModel):

@@ -129,8 +129,10 @@ class ModelView(ModelFacts):
     `vram_booked_mb`: reserved on all its devices together. `ram_used_mb`, `ram_booked_mb`: the host's RAM that its
     processes use and that is reserved for it; None where it is not counted. `slept_mb`: host memory of a sleeping
     model.
-    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `missing_paths`: paths of OpenAI's and
-    Anthropic's APIs that its engine is known to lack, such as `/v1/messages`. `keep_alive_secs`: how long its engine
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `max_model_len`: the tokens of prompt
+    and answer together that its engine serves, None until the engine has told. `paths`: what its engine serves;
+    None if that is not known. `missing_paths`: paths of OpenAI's and Anthropic's APIs that its engine is known to lack,
+    such as `/v1/messages`. `keep_alive_secs`: how long its engine
     keeps an idle connection open. `servable`: whether a loaded model can
     answer now, also a bare boolean; None means that it can.
     """
@@ -158,6 +160,8 @@ class ModelView(ModelFacts):
     ram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
+    max_model_len: Tokens | None = None
+    paths: NameList | None = None
     missing_paths: NameList = Field(default_factory=list)
     keep_alive_secs: float | None = None
     servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
@@ -175,17 +179,20 @@ class ModelView(ModelFacts):
 
     @property
     def loaded(self) -> bool:
-        return self.known_status is ModelStatus.LOADED
+        return self.status == "loaded" or self.known_status is ModelStatus.LOADED  # the first is fast and usual
 
     @property
     def servable_now(self) -> bool:
         """It is loaded and takes requests, and its neuron does not say that it cannot answer now."""
-        serves = self.group is None or self.group.serves
-        return serves and self.loaded and (self.servable is None or self.servable.ok)
+        if not self.loaded or (self.group is not None and not self.group.serves):
+            return False
+        return self.servable is None or self.servable.ok
 
     @property
     def coming(self) -> bool:
         """Its engine starts."""
+        if self.status == "loaded":
+            return False
         status = self.known_status
         return status is not None and status.coming
 
@@ -202,4 +209,4 @@ class ModelView(ModelFacts):
     @property
     def holds_devices(self) -> bool:
         """Its engine uses its devices, or will once it has started or woken."""
-        return self.coming or self.known_status in (ModelStatus.LOADED, ModelStatus.SLEEPING)
+        return self.loaded or self.coming or self.known_status is ModelStatus.SLEEPING

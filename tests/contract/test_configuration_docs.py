@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from pydantic import BaseModel
@@ -34,7 +34,7 @@ def inner_model(annotation: object) -> tuple[type[BaseModel], str] | None:
         if found is not None:
             if origin in (list, tuple):
                 return found[0], "list"
-            if origin is dict:
+            if origin in (dict, Mapping):
                 return found[0], "dict"
             return found
     return None

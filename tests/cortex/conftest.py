@@ -70,7 +70,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             neurons: Iterable[V1Neuron],
             models: list[dict[str, Any]],
             *,
-            aliases: dict[str, str] | None = None,
+            aliases: dict[str, Any] | None = None,
             wait_healthy: bool = True,
             host: str = "127.0.0.1",
             **settings: Any,

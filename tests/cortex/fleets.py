@@ -30,12 +30,14 @@ def node(
     harnesses: tuple[str, ...] = ("vllm",),
     lost: tuple[int, ...] = (),
     mig: tuple[int, ...] = (),
+    slices: tuple[int, ...] = (),
     healthy: bool = True,
     draining: bool = False,
     discovered: bool = True,
     capability: str | None = None,
 ) -> NodeSnapshot:
-    """A neuron with devices of these totals, by default all free; `models` is id -> status."""
+    """A neuron with devices of these totals, by default all free; `models` is id -> status. The devices `slices` are
+    MIG instances of the first of `mig`."""
     free = free_mb if free_mb is not None else total_mb
     discovery = Discovery(
         devices=[
@@ -46,6 +48,8 @@ def node(
                 compute_capability=capability,
                 lost="gone" if i in lost else None,
                 mig_mode=i in mig if mig else None,
+                kind="mig" if i in slices else "gpu",
+                parent=mig[0] if i in slices else None,
             )
             for i, mb in enumerate(total_mb)
         ],

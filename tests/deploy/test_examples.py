@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from cortex.config.catalogue import load_catalogue
 from cortex.config.settings import CortexConfig
 from neuron.config import HarnessEntry, NeuronConfig, SimulatedDevice
+from neuron.harness.checks import CheckedConfig
 from shared.protocol import LoadCommand
 from shared.settings import load_settings
 
@@ -72,7 +73,7 @@ def test_neuron_example_is_valid(tmp_path: Path, with_comments: bool) -> None:
     text = (DEPLOY / "neuron.example.toml").read_text(encoding="utf-8")
     path = tmp_path / "neuron.toml"
     path.write_text(uncommented(text) if with_comments else text, encoding="utf-8")
-    config = load_settings(NeuronConfig, path, env_prefix="NEURON_", environ={})
+    config = load_settings(CheckedConfig, path, env_prefix="NEURON_", environ={})
     assert config.harnesses == [HarnessEntry(name="vllm")]
     assert (config.simulate is not None) is with_comments
 

@@ -8,13 +8,20 @@ from collections.abc import Callable
 
 from tests.environment.cache import EnvironmentUnavailable
 from tests.environment.clients import node_clients, old_python_clients, python_clients
+from tests.environment.infinity import infinity_environment
+from tests.environment.llama_cpp import llama_cpp_environment
 from tests.environment.models import minilm, tiny_qwen3
 from tests.environment.vllm import vllm_environment
 
 
 def main() -> int:
     """Exit code 1 only in CI, where the tests must not be skipped."""
-    complete = [_built("real vLLM", _build_vllm), _built("clients", _build_clients)]
+    complete = [
+        _built("real vLLM", _build_vllm),
+        _built("llama.cpp", _build_llama_cpp),
+        _built("infinity", _build_infinity),
+        _built("clients", _build_clients),
+    ]
     return 1 if os.environ.get("CI") == "true" and not all(complete) else 0
 
 
@@ -22,6 +29,16 @@ def _build_vllm() -> None:
     vllm = vllm_environment()
     print(f"vLLM: {vllm.command[0]}")
     print(f"models: {tiny_qwen3(vllm)} {minilm()}")
+
+
+def _build_llama_cpp() -> None:
+    llama_cpp = llama_cpp_environment()
+    print(f"llama.cpp: {llama_cpp.server} {llama_cpp.tiny}")
+
+
+def _build_infinity() -> None:
+    infinity = infinity_environment()
+    print(f"infinity: {infinity.command[0]} {infinity.reranker}")
 
 
 def _build_clients() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
-from tests.environment.commands import run
+from tests.environment.commands import make_environment, run
 
 PYTHON: Mapping[str, str] = {
     "openai": "3.57.0",
@@ -95,7 +95,7 @@ def node_clients() -> NodeEnvironment:
 
     def build(directory: Path) -> None:
         print("installing the Node.js clients, once; takes about 1.4 GB on disk", flush=True)
-        _new_environment(directory, [_NODE])
+        make_environment(directory, [_NODE])
         _install_packages(NodeEnvironment(directory), packages)
 
     return NodeEnvironment(prepared(f"node-{_key(_NODE, json.dumps(packages))}", build))
@@ -107,7 +107,7 @@ def _python_environment(name: str, pins: Mapping[str, str], *more: str) -> Path:
 
     def build(directory: Path) -> None:
         print(f"installing the Python {name.replace('-', ' ')}, once", flush=True)
-        _new_environment(directory, requirements)
+        make_environment(directory, requirements)
 
     return prepared(f"{name}-{_key(*requirements)}", build) / "bin" / "python"
 
@@ -115,12 +115,6 @@ def _python_environment(name: str, pins: Mapping[str, str], *more: str) -> Path:
 def _key(*inputs: str) -> str:
     interpreter = f"{sys.version_info.major}.{sys.version_info.minor}-{platform.machine()}"
     return key_of(*inputs, _RECIPE, interpreter)
-
-
-def _new_environment(directory: Path, requirements: list[str]) -> None:
-    run([sys.executable, "-m", "venv", directory], timeout=120)
-    pip: list[str | Path] = [directory / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
-    run([*pip, *requirements], timeout=_INSTALL_TIMEOUT_SECS)
 
 
 def _install_packages(node: NodeEnvironment, packages: Mapping[str, str]) -> None:

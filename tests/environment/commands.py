@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,3 +32,15 @@ def run(command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str]
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-_LAST_LINES:])
         raise EnvironmentUnavailable(f"{brief} …: exit code {done.returncode}\n{tail}")
     return done.stdout
+
+
+def make_environment(directory: Path, requirements: Sequence[str], *, timeout: float = 900) -> Path:
+    """A virtual environment with these packages; its Python.
+
+    Raises:
+        EnvironmentUnavailable: venv or pip failed or timed out.
+    """
+    python = directory / "bin" / "python"
+    run([sys.executable, "-m", "venv", directory], timeout=120)
+    run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *requirements], timeout=timeout)
+    return python

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
-from tests.environment.commands import run
+from tests.environment.commands import make_environment, run
 
 OVERRIDE_VARIABLE = "CORTEX_TEST_VLLM"
 _VERSION = "0.32.0"
@@ -55,10 +55,8 @@ def vllm_environment() -> VllmEnvironment:
 
 def _build(directory: Path) -> None:
     print("building the vLLM environment, once; takes about 3 GB on disk", flush=True)
-    python = directory / "bin" / "python"
-    run([sys.executable, "-m", "venv", directory], timeout=120)
     try:
-        run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", _REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
+        python = make_environment(directory, [_REQUIREMENT], timeout=_BUILD_TIMEOUT_SECS)
     except EnvironmentUnavailable as error:
         hint = f"is torch's CPU build missing? see {Path(__file__).name}"
         raise EnvironmentUnavailable(f"{error}\n({hint})") from error

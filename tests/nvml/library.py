@@ -48,8 +48,42 @@ def build_library(directory: Path, *, old_driver: bool = False) -> dict[str, str
 
 
 @dataclass(frozen=True)
+class Slice:
+    """One MIG device of a GPU: its GPU instance and compute instance. `figures` as of `Gpu`."""
+
+    gpu_instance: int
+    profile: str = "1g.10gb"
+    total_mib: int = 9856
+    used_mib: int = 0
+    compute_instance: int = 0
+    processes: tuple[tuple[int, int | None], ...] = ()
+    figures: Mapping[str, object] = field(default_factory=dict)
+
+    def keys(self, name: str, gpu: int) -> dict[str, object]:
+        return {
+            "gi": self.gpu_instance,
+            "ci": self.compute_instance,
+            "name": f"{name} MIG {self.profile}",
+            "uuid": mig_uuid_of(gpu, self.gpu_instance, self.compute_instance),
+            "slices": self.profile[0],
+            "total": self.total_mib * MIB,
+            "reserved": 0,
+            "used": self.used_mib * MIB,
+            **_process_keys(self.processes),
+            **self.figures,
+        }
+
+
+def _process_keys(processes: tuple[tuple[int, int | None], ...]) -> dict[str, object]:
+    return {
+        f"process.{number}": f"{pid} {'unknown' if mib is None else mib * MIB}"
+        for number, (pid, mib) in enumerate(processes)
+    }
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """One GPU of a scenario; `figures` are further keys; `None` removes one."""
+    """One GPU of a scenario, in MIG mode if it has `slices`; `figures` are further keys; `None` removes one."""
 
     name: str = "NVIDIA GeForce RTX 5090"
     total_mib: int = 32607
@@ -57,6 +91,7 @@ class Gpu:
     compute_capability: str = "12.0"
     nvlinks: tuple[str, ...] = ()  # PCI bus id of the peer, "switch" or "off"
     processes: tuple[tuple[int, int | None], ...] = ()  # (pid, MiB or unknown)
+    slices: tuple[Slice, ...] = ()
     figures: Mapping[str, object] = field(default_factory=dict)
 
     def keys(self, index: int) -> dict[str, object]:
@@ -74,13 +109,20 @@ class Gpu:
             "power_mw": 65_500,
         }
         keys |= {f"nvlink.{number}": end for number, end in enumerate(self.nvlinks)}
-        for number, (pid, mib) in enumerate(self.processes):
-            keys[f"process.{number}"] = f"{pid} {'unknown' if mib is None else mib * MIB}"
+        keys |= _process_keys(self.processes)
+        if self.slices:
+            keys["mig"] = 1
+        for number, each in enumerate(self.slices):
+            keys |= {f"mig{number}.{key}": value for key, value in each.keys(self.name, index).items()}
         return keys | dict(self.figures)
 
 
 def uuid_of(index: int) -> str:
     return f"GPU-00000000-0000-4000-8000-{index:012d}"
+
+
+def mig_uuid_of(gpu: int, gpu_instance: int, compute_instance: int = 0) -> str:
+    return f"MIG-00000000-0000-5000-8000-{gpu:04d}{gpu_instance:04d}{compute_instance:04d}"
 
 
 def pci_bus_id_of(index: int) -> str:
@@ -110,4 +152,10 @@ NVLINKED_PAIR = (
     Gpu(nvlinks=(pci_bus_id_of(0),) * 4),
 )
 LONE_4090 = (Gpu(name="NVIDIA GeForce RTX 4090", total_mib=24564, used_mib=512, compute_capability="8.9"),)
+A100_SLICED = Gpu(
+    name="NVIDIA A100-SXM4-80GB",
+    total_mib=81920,
+    compute_capability="8.0",
+    slices=(Slice(9), Slice(10), Slice(2, "3g.40gb", 40192)),
+)
 ONE_LOST = (Gpu(), Gpu(figures={"handle_error": GPU_IS_LOST}))

@@ -10,54 +10,50 @@
  *   gpuI.error CODE              what every call with that GPU returns, gpuI.handle_error from its look-up on
  *   gpuI.error.FUNCTION CODE     what one function returns for that GPU
  *   gpuI.KEY VALUE               a figure; without it the function answers NOT_SUPPORTED
+ *   gpuI.process.N PID BYTES GI  a process; BYTES "unknown", and GI (its GPU instance) optional
+ *   gpuI.mig 1                   it is in MIG mode, 0: it could be
+ *   gpuI.migN.KEY VALUE          a figure of its MIG device N (0 to 6), which exists when it has `gi`; and `ci`
+ *   event.N GPU XID              the Nth event since the start of the process, for event sets (N from 0)
  *   topology.A.B LEVEL, p2p.A.B STATUS (A < B)
  *
  * -DOLD_DRIVER leaves out what drivers before 510 do not export.
  */
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
+
+#define SCENARIO_VARIABLE "FAKE_NVML_FILE"
+#include "scenario.h"
 
 typedef int Return;
 typedef void *Device;
 typedef unsigned long long Bytes;
 
 enum {
-    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7,
-    VERSION_MISMATCH = 25, MAX_LINKS = 18
+    SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
+    TIMEOUT = 10, VERSION_MISMATCH = 25, MAX_LINKS = 18, MAX_MIG = 7
 };
 
 static int initialised = 0;
 
-/* The value of a key in `value`; 0 when the file has no such key. */
-static int find(char *value, size_t size, const char *format, ...)
-{
-    char key[128], line[512];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(key, sizeof key, format, arguments);
-    va_end(arguments);
-    const char *path = getenv("FAKE_NVML_FILE");
-    FILE *file = path ? fopen(path, "r") : NULL;
-    size_t length = strlen(key);
-    int found = 0;
-    while (file && !found && fgets(line, sizeof line, file)) {
-        if (strncmp(line, key, length) == 0 && line[length] == ' ') {
-            line[strcspn(line, "\n")] = 0;
-            snprintf(value, size, "%s", line + length + 1);
-            found = 1;
-        }
-    }
-    if (file)
-        fclose(file);
-    return found;
-}
-
+/* A handle is the index plus one, never NULL; that of a MIG device has its number plus one in the upper half. */
 static unsigned index_of(Device device)
 {
-    return (unsigned)(size_t)device - 1; /* a handle is the index plus one: never NULL */
+    return ((unsigned)(size_t)device & 0xffff) - 1;
+}
+
+static int mig_of(Device device) /* -1: a GPU */
+{
+    return (int)((size_t)device >> 16) - 1;
+}
+
+/* What the keys of a device begin with. */
+static const char *prefix_of(Device device)
+{
+    static _Thread_local char prefix[32];
+    if (mig_of(device) < 0)
+        snprintf(prefix, sizeof prefix, "gpu%u", index_of(device));
+    else
+        snprintf(prefix, sizeof prefix, "gpu%u.mig%d", index_of(device), mig_of(device));
+    return prefix;
 }
 
 static Return global_state(const char *function)
@@ -78,8 +74,10 @@ static Return device_state(const char *function, Device device)
         return state;
     if (find(value, sizeof value, "gpu%u.error", index_of(device)))
         return atoi(value);
-    if (find(value, sizeof value, "gpu%u.error.%s", index_of(device), function))
+    if (find(value, sizeof value, "%s.error.%s", prefix_of(device), function))
         return atoi(value);
+    if (mig_of(device) >= 0 && !find(value, sizeof value, "%s.gi", prefix_of(device)))
+        return NOT_FOUND; /* it has been destroyed */
     return SUCCESS;
 }
 
@@ -89,7 +87,7 @@ static Return text(const char *function, Device device, const char *key, char *b
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    if (!find(value, sizeof value, "gpu%u.%s", index_of(device), key))
+    if (!find(value, sizeof value, "%s.%s", prefix_of(device), key))
         return NOT_SUPPORTED;
     if (strlen(value) >= length)
         return INSUFFICIENT_SIZE;
@@ -103,7 +101,7 @@ static Return number(const char *function, Device device, const char *key, Bytes
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    if (!find(value, sizeof value, "gpu%u.%s", index_of(device), key))
+    if (!find(value, sizeof value, "%s.%s", prefix_of(device), key))
         return NOT_SUPPORTED;
     *result = strtoull(value, NULL, 10);
     return SUCCESS;
@@ -225,6 +223,56 @@ Return nvmlDeviceGetMigMode(Device device, unsigned *current, unsigned *pending)
     return state;
 }
 
+Return nvmlDeviceGetMaxMigDeviceCount(Device device, unsigned *count)
+{
+    Bytes mode;
+    Return state = number("nvmlDeviceGetMaxMigDeviceCount", device, "mig", &mode);
+    *count = state == NOT_SUPPORTED ? 0 : MAX_MIG;
+    return state == NOT_SUPPORTED ? SUCCESS : state;
+}
+
+Return nvmlDeviceGetMigDeviceHandleByIndex(Device device, unsigned index, Device *mig)
+{
+    Return state = device_state("nvmlDeviceGetMigDeviceHandleByIndex", device);
+    if (state != SUCCESS || index >= MAX_MIG)
+        return state ? state : INVALID_ARGUMENT;
+    *mig = (Device)((size_t)device | (size_t)(index + 1) << 16);
+    return device_state("nvmlDeviceGetMigDeviceHandleByIndex", *mig);
+}
+
+static Return instance(const char *function, Device device, const char *key, unsigned *id)
+{
+    Bytes value = 0;
+    Return state = mig_of(device) < 0 ? INVALID_ARGUMENT : number(function, device, key, &value);
+    *id = (unsigned)value;
+    return state;
+}
+
+Return nvmlDeviceGetGpuInstanceId(Device device, unsigned *id)
+{
+    return instance("nvmlDeviceGetGpuInstanceId", device, "gi", id);
+}
+
+Return nvmlDeviceGetComputeInstanceId(Device device, unsigned *id)
+{
+    return instance("nvmlDeviceGetComputeInstanceId", device, "ci", id);
+}
+
+struct Attributes { /* nvmlDeviceAttributes_t */
+    unsigned multiprocessors, copy, decoder, encoder, jpeg, ofa, gpu_slices, compute_slices;
+    Bytes memory_mib;
+};
+
+Return nvmlDeviceGetAttributes_v2(Device device, struct Attributes *attributes)
+{
+    Bytes slices = 0, total = 0;
+    Return state = number("nvmlDeviceGetAttributes_v2", device, "slices", &slices);
+    number("nvmlDeviceGetAttributes_v2", device, "total", &total);
+    *attributes = (struct Attributes){.gpu_slices = (unsigned)slices, .compute_slices = (unsigned)slices};
+    attributes->memory_mib = total >> 20;
+    return state;
+}
+
 #ifndef OLD_DRIVER
 Return nvmlDeviceGetMemoryAffinity(Device device, unsigned size, unsigned long *nodes, unsigned scope)
 {
@@ -323,11 +371,11 @@ static Return processes(const char *function, Device device, unsigned *count, st
     Return state = device_state(function, device);
     if (state != SUCCESS)
         return state;
-    for (; find(value, sizeof value, "gpu%u.process.%u", index_of(device), there); there++) {
+    for (; find(value, sizeof value, "%s.process.%u", prefix_of(device), there); there++) {
         if (list && there < room) {
             char used[32] = "";
             list[there] = (struct Process){0, ~0ULL, ~0u, ~0u}; /* ~0: the figure is not available */
-            sscanf(value, "%u %31s", &list[there].pid, used);
+            sscanf(value, "%u %31s %u", &list[there].pid, used, &list[there].gpu_instance);
             if (strcmp(used, "unknown") != 0)
                 list[there].used = strtoull(used, NULL, 10);
         }
@@ -347,6 +395,115 @@ Return nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned *count, s
     return processes("nvmlDeviceGetComputeRunningProcesses_v3", device, count, list);
 }
 #endif
+
+/* ---- condition ---- */
+
+Return nvmlDeviceGetTotalEnergyConsumption(Device device, Bytes *millijoules)
+{
+    return number("nvmlDeviceGetTotalEnergyConsumption", device, "energy_mj", millijoules);
+}
+
+Return nvmlDeviceGetTotalEccErrors(Device device, unsigned error, unsigned counter, Bytes *count)
+{
+    if (error != 1 || counter != 0) /* uncorrected, volatile */
+        return NOT_SUPPORTED;
+    return number("nvmlDeviceGetTotalEccErrors", device, "ecc_uncorrected", count);
+}
+
+/* gpuI.remapped_rows: correctable, uncorrectable, pending, failed */
+Return nvmlDeviceGetRemappedRows(Device device, unsigned *correctable, unsigned *uncorrectable, unsigned *pending,
+                                 unsigned *failed)
+{
+    char value[64];
+    Return state = text("nvmlDeviceGetRemappedRows", device, "remapped_rows", value, sizeof value);
+    if (state == SUCCESS && sscanf(value, "%u %u %u %u", correctable, uncorrectable, pending, failed) != 4)
+        return NOT_SUPPORTED;
+    return state;
+}
+
+#ifndef OLD_DRIVER
+Return nvmlDeviceGetCurrentClocksEventReasons(Device device, Bytes *reasons)
+{
+    return number("nvmlDeviceGetCurrentClocksEventReasons", device, "clock_reasons", reasons);
+}
+
+struct FieldValue { /* nvmlFieldValue_t */
+    unsigned field, scope;
+    long long timestamp, latency;
+    unsigned type;
+    Return state;
+    Bytes value;
+};
+
+Return nvmlDeviceGetFieldValues(Device device, int count, struct FieldValue *values)
+{
+    Return state = device_state("nvmlDeviceGetFieldValues", device);
+    for (int at = 0; state == SUCCESS && at < count; at++) {
+        values[at].value = 0;
+        values[at].state = values[at].field != 230 /* recovery action */
+            ? NOT_SUPPORTED
+            : number("nvmlDeviceGetFieldValues", device, "recovery_action", &values[at].value);
+    }
+    return state;
+}
+#endif
+
+Return nvmlDeviceGetCurrentClocksThrottleReasons(Device device, Bytes *reasons)
+{
+    return number("nvmlDeviceGetCurrentClocksThrottleReasons", device, "clock_reasons", reasons);
+}
+
+/* ---- events ---- */
+
+enum { XID_EVENT = 8, MAX_GPUS = 64 };
+
+struct EventSet { unsigned next; char registered[MAX_GPUS]; };
+struct EventData { Device device; Bytes type, data; unsigned gpu_instance, compute_instance; }; /* nvmlEventData_t */
+
+Return nvmlEventSetCreate(struct EventSet **set)
+{
+    Return state = global_state("nvmlEventSetCreate");
+    if (state == SUCCESS)
+        *set = calloc(1, sizeof **set);
+    return state;
+}
+
+Return nvmlDeviceRegisterEvents(Device device, Bytes types, struct EventSet *set)
+{
+    Return state = device_state("nvmlDeviceRegisterEvents", device);
+    if (state == SUCCESS && (types & ~(Bytes)XID_EVENT))
+        return NOT_SUPPORTED;
+    if (state == SUCCESS)
+        set->registered[index_of(device) % MAX_GPUS] = 1;
+    return state;
+}
+
+Return nvmlEventSetWait_v2(struct EventSet *set, struct EventData *event, unsigned timeout_ms)
+{
+    char value[64];
+    unsigned gpu, waited;
+    Bytes xid;
+    Return state = SUCCESS;
+    for (waited = 0; state == SUCCESS; waited += 10, usleep(10000)) {
+        state = global_state("nvmlEventSetWait_v2");
+        while (state == SUCCESS && find(value, sizeof value, "event.%u", set->next)) {
+            set->next++;
+            if (sscanf(value, "%u %llu", &gpu, &xid) == 2 && set->registered[gpu % MAX_GPUS]) {
+                *event = (struct EventData){(Device)(size_t)(gpu + 1), XID_EVENT, xid, ~0u, ~0u};
+                return SUCCESS;
+            }
+        }
+        if (state == SUCCESS && waited >= timeout_ms)
+            return TIMEOUT;
+    }
+    return state;
+}
+
+Return nvmlEventSetFree(struct EventSet *set)
+{
+    free(set);
+    return global_state("nvmlEventSetFree");
+}
 
 /* ---- paths between devices ---- */
 

@@ -103,7 +103,7 @@ def models_table(example: Catalogue, hosts: list[SimulatedHost], engine: DevEngi
     profiles = [*example.models, *([CPU_MODEL] if any(host.has_ram for host in hosts) else [])]
     return {
         "models": [_model(profile, names, engine) for profile in profiles],
-        "aliases": dict(example.aliases),
+        "aliases": {name: alias.model_dump(mode="json") for name, alias in example.aliases.items()},
     }
 
 
@@ -114,4 +114,5 @@ def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[st
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]
     if engine.model_dir is not None:  # the settings are for a different model
         table |= {"source": engine.model_dir, "args": [], "tools": False}
+        table.pop("max_model_len", None)
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import email.parser
 import email.policy
-from typing import Final
+from typing import Final, NamedTuple
 
 from shared.errors import InvalidRequest
 
@@ -28,11 +28,21 @@ def delimiter_of(content_type: str) -> bytes:
     return b"--" + boundary.encode("utf-8", "surrogateescape")
 
 
+class FormPart(NamedTuple):
+    """A complete part of a form, which begins with the delimiter at `start`; the next one begins at `next`. `name` is
+    None for a file."""
+
+    name: str | None
+    start: int
+    next: int
+
+
 class FormScan:
     """Takes a form piece by piece and keeps only what it still has to look at.
 
     `model` is the place of the value of the last complete part of that name, as in Starlette, or None. `first_part` is
-    where the first part begins, None until it has arrived. Both count bytes from the start of the form.
+    where the first part begins, None until it has arrived. `parts` are those that have arrived completely. All count
+    bytes from the start of the form.
     """
 
     __slots__ = (
@@ -41,12 +51,14 @@ class FormScan:
         "_delimiter",
         "_ended",
         "_in_value",
+        "_name",
         "_names_model",
-        "_parts",
+        "_start",
         "_value",
         "_window",
         "first_part",
         "model",
+        "parts",
     )
 
     def __init__(self, delimiter: bytes) -> None:
@@ -54,13 +66,15 @@ class FormScan:
         self._window = b""
         self._base = 0  # where the window begins
         self._at = 0  # in the window: where to look next
-        self._parts = 0
+        self._start = 0  # of the current part
         self._in_value = False  # the head of the current part was read
+        self._name: str | None = None  # of that part, unless it is a file
         self._names_model = False  # that part is a `model`
         self._value = 0
         self._ended = False  # what follows cannot be parsed as parts
         self.first_part: int | None = None
         self.model: tuple[int, int] | None = None
+        self.parts: list[FormPart] = []
 
     def feed(self, data: bytes) -> None:
         """Raises InvalidRequest for more than MAX_PARTS parts."""
@@ -86,7 +100,7 @@ class FormScan:
         if at < 0:
             self._keep_last(len(self._delimiter) - 1)
             return False
-        self.first_part = self._base + at
+        self.first_part = self._start = self._base + at
         self._at = at + len(self._delimiter)
         return True
 
@@ -97,7 +111,10 @@ class FormScan:
             return False
         parser = email.parser.BytesHeaderParser(policy=email.policy.HTTP)
         part = parser.parsebytes(head.lstrip(b"\r\n") + _HEAD_END)
-        self._names_model = part.get_param("name", header="content-disposition") == "model"
+        name = part.get_param("name", header="content-disposition")
+        is_file = part.get_param("filename", header="content-disposition") is not None
+        self._name = None if is_file or not isinstance(name, str) else name
+        self._names_model = name == "model"
         self._value = self._base + self._at + len(head) + len(end)
         self._in_value = True
         return True
@@ -107,9 +124,11 @@ class FormScan:
         if end < 0:
             self._keep_last(len(self._delimiter) + 1)
             return False
-        self._parts += 1
-        if self._parts == MAX_PARTS:
+        if len(self.parts) + 1 == MAX_PARTS:
             raise InvalidRequest(f"the multipart body has more than {MAX_PARTS} parts")
+        following = self._base + end + 2
+        self.parts.append(FormPart(self._name, self._start, following))
+        self._start = following
         if self._names_model:
             self.model = self._value, max(self._value, self._base + end)
         self._in_value = False

@@ -128,14 +128,14 @@ def _of_another_kind(body: bytes, content_type: str) -> InvalidRequest | None:
     return None
 
 
-def form_names_model(start: bytes, content_type: str) -> bool:
-    """True if the start of a multipart form contains its `model` completely."""
+def model_at_start(start: bytes, content_type: str) -> str | None:
+    """The `model` of a multipart form, None unless its start contains that completely."""
     if not is_form(content_type):
-        return False
+        return None
     try:
-        return bool(_model_of_form(start, content_type).model)
+        return _model_of_form(start, content_type).model
     except InvalidRequest:
-        return False
+        return None
 
 
 def find_or_add_model(body: bytes, content_type: str, default: str | None) -> tuple[ModelField, bytes]:
@@ -154,7 +154,7 @@ def with_model(body: bytes, content_type: str, model: str) -> bytes:
     if is_form(content_type):
         delimiter = delimiter_of(content_type)
         start = max(0, body.find(delimiter))
-        return _spliced(body, start, start, form_part(delimiter, model))
+        return _spliced(body, start, start, form_part(delimiter, "model", model))
     end = body.rindex(b"}")
     comma = b"" if body[:end].rstrip(b" \t\r\n").endswith(b"{") else b","
     member = b'%b"model":%b' % (comma, json.dumps(model).encode())
@@ -264,9 +264,10 @@ def form_without_model() -> MissingModel:
     return MissingModel("the form has no complete part named 'model'", param="model")
 
 
-def form_part(delimiter: bytes, model: str) -> bytes:
+def form_part(delimiter: bytes, name: str, value: str) -> bytes:
     """A part of a form, to be put before another one."""
-    return b'%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (delimiter, model.encode())
+    escaped = name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A").encode()
+    return b'%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (delimiter, escaped, value.encode())
 
 
 def _spliced(body: bytes, start: int, end: int, value: bytes) -> bytes:

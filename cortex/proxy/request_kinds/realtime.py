@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlencode
 
-from cortex.config.profile import RequestedModel
+from cortex.config.aliases import Rewrite
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.upgrade import UpgradeAnswer
 from cortex.proxy.request_handler import RequestHandler
@@ -25,11 +25,11 @@ class RealtimeRequest(RequestHandler):
             self._refuse(InvalidRequest("the query must name the model: /v1/realtime?model=MODEL", param="model"))
             return
         request.upgrading = True
-        requested = self._context.control.aliases.get(model) or RequestedModel(model)
-        if requested.model_id != dict(given).get("model"):
+        rewrite = self._context.control.aliases.get(model) or Rewrite(model, model)
+        if rewrite.model_id != dict(given).get("model"):
             rest = [(name, value) for name, value in given if name != "model"]
-            request.target = path + b"?" + urlencode([*rest, ("model", requested.model_id)]).encode()
-        self._route(requested.name, requested.model_id)
+            request.target = path + b"?" + urlencode([*rest, ("model", rewrite.model_id)]).encode()
+        self._route(rewrite.name, rewrite.model_id)
 
     def _new_answer(self, extra: bytes) -> Answer:
         return UpgradeAnswer(self._client, self._request, extra=extra)

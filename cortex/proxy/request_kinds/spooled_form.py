@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from cortex.config.aliases import Rewrite
+from cortex.proxy.body.alias_edit import Splice, form_splices
 from cortex.proxy.body.form_scan import FormScan, delimiter_of
 from cortex.proxy.body.model_field import form_part, form_value, form_without_model
 from shared.errors import Unavailable
@@ -35,7 +37,8 @@ class SpooledForm:
             raise _no_place(error) from error
         self._loop = asyncio.get_running_loop()
         self._size = 0
-        self._replaced = 0, 0, b""  # start and end in the file, and what an engine gets instead
+        self._splices: list[Splice] = []  # parts of the file, and what an engine gets instead
+        self._segments: list[tuple[int, int] | bytes] = []  # what an engine still gets, the next one last
         self._write: Callable[[bytes], None] | None = None
         self._full = False
         self._sent = 0
@@ -61,24 +64,26 @@ class SpooledForm:
         start, end = self._scan.model
         return form_value(os.pread(self._file.fileno(), end - start, start))
 
-    def use_model(self, model: str) -> None:
-        """Replaces the form's `model` by this one, or adds it."""
-        if self._scan.model is None:
+    def rewrite(self, rewrite: Rewrite) -> None:
+        """Replaces the form's `model`, or adds it, and applies the other changes."""
+        if rewrite.edits is not None:
+            self._splices = form_splices(self._scan.parts, self._delimiter, rewrite.edits)
+        elif self._scan.model is None:
             start = self._scan.first_part or 0
-            self._replaced = start, start, form_part(self._delimiter, model)
+            self._splices = [(start, start, form_part(self._delimiter, "model", rewrite.model_id))]
         else:
-            self._replaced = (*self._scan.model, model.encode())
+            self._splices = [(*self._scan.model, rewrite.model_id.encode())]
 
     @property
     def left(self) -> int:
-        start, end, inserted = self._replaced
-        return self._size - (end - start) + len(inserted)
+        return self._size + sum(len(value) - (end - start) for start, end, value in self._splices)
 
     def framed(self, data: bytes) -> bytes:
         return data
 
     def open(self, write: Callable[[bytes], None]) -> None:
         self._write, self._sent, self._full, self.ended = write, 0, False, False
+        self._segments = list(reversed(_segments(self._size, self._splices)))
         self._go_on()
 
     def hold_back(self, full: bool) -> None:
@@ -109,14 +114,26 @@ class SpooledForm:
         self._write(piece)
 
     def _piece(self) -> bytes:
-        start, end, inserted = self._replaced
-        descriptor, at = self._file.fileno(), self._sent
-        if at < start:
-            return os.pread(descriptor, min(PIECE_BYTES, start - at), at)
-        at -= start
-        if at < len(inserted):
-            return inserted[at:]
-        return os.pread(descriptor, PIECE_BYTES, at - len(inserted) + end)
+        segment = self._segments.pop()
+        if isinstance(segment, bytes):
+            return segment
+        start, end = segment
+        stop = min(end, start + PIECE_BYTES)
+        if stop < end:
+            self._segments.append((stop, end))
+        return os.pread(self._file.fileno(), stop - start, start)
+
+
+def _segments(size: int, splices: Sequence[Splice]) -> list[tuple[int, int] | bytes]:
+    """What an engine gets of a file of this size: bytes from one position to another, and what takes the place of
+    others. None is empty."""
+    found: list[tuple[int, int] | bytes] = []
+    at = 0
+    for start, end, value in [*splices, (size, size, b"")]:
+        found += [(at, start)] if at < start else []
+        found += [value] if value else []
+        at = end
+    return found
 
 
 def spool_directory() -> str:

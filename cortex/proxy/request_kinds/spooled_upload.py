@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cortex.config.profile import RequestedModel
+from cortex.config.aliases import Rewrite
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.body.model_field import MissingModel
@@ -29,10 +29,10 @@ class SpooledUpload(RequestHandler):
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
-        requested = self._context.control.aliases.get(model) or RequestedModel(model)
-        if requested.model_id != named:
-            self._form.use_model(requested.model_id)
-        self._route(requested.name, requested.model_id)
+        rewrite = self._context.control.aliases.get(model) or Rewrite(model, model)
+        if rewrite.model_id != named or rewrite.edits is not None:
+            self._form.rewrite(rewrite)
+        self._route(rewrite.name, rewrite.model_id)
 
     def _named_model(self) -> tuple[str, str | None]:
         """The model to use, and the one that the form names."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
@@ -25,7 +26,8 @@ from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause, GroupPart
-from shared.protocol.reserved_arguments import refused_argument
+from shared.protocol.context_length import AUTO
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, sets_context
 
 DEFAULT_COMMAND = ("vllm",)
 CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
@@ -47,6 +49,7 @@ class VllmHarness(Harness):
     runs_on_gpu = True
     spans_hosts = True
     sizes_itself = True
+    cache_variables = MappingProxyType({"VLLM_CACHE_ROOT": "vllm"})
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
@@ -75,8 +78,7 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
+            own |= device_variables(plan.devices)
         else:
             argv += _ram_arguments(plan, facts)
         on_cpu = not facts.has_gpu or plan.ram_mb is not None
@@ -85,7 +87,7 @@ class VllmHarness(Harness):
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
-        argv += plan.arguments
+        argv += [*plan.arguments, *context_arguments(plan.spec)]
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
@@ -99,6 +101,11 @@ class VllmHarness(Harness):
 
     def refused_in_group(self, args: Sequence[str]) -> str | None:
         return refused_in_group(args)
+
+    def refused_spec(self, spec: EngineSpec) -> tuple[str, str] | None:
+        if spec.max_model_len is not None and sets_context(spec.args):
+            return "max_model_len", f"{CONTEXT_FLAG} is in its args too, remove one of them"
+        return super().refused_spec(spec)
 
     def code_argument(self, args: Sequence[str]) -> str | None:
         return code_argument(args)
@@ -140,6 +147,14 @@ def parallel_arguments(spec: EngineSpec) -> list[str]:
     }
     argv = [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
     return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
+
+
+def context_arguments(spec: EngineSpec) -> list[str]:
+    """Those that limit the context. They come last: of two equal flags vLLM takes the last, and a host's `extra_args`
+    must not make the model's longer. A vLLM of 0.14 or later fits `auto` to its memory itself."""
+    if spec.context is not None:
+        return [CONTEXT_FLAG, str(spec.context)]
+    return [CONTEXT_FLAG, AUTO] if spec.max_model_len == AUTO and spec.fitted_len is None else []
 
 
 def group_arguments(part: GroupPart) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine
 from neuron.engine.state_dir import StateDir
-from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.spare.program import NotPython
 from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareOrigin, SpareState
@@ -97,7 +96,7 @@ class Spares:
     def loaded(self, engine: Engine) -> None:
         """A load succeeded: its harness gets a spare, if it is configured and the harness can have one."""
         name = engine.spec.harness
-        imports = None if engine.command is None else HARNESSES[name].early_imports(engine.command.env)
+        imports = None if engine.command is None else engine.harness.early_imports(engine.command.env)
         if imports is None or engine.command is None or not self._wanted(name, automatic=imports.automatic):
             return
         origin = SpareOrigin(engine.command, engine.placement.devices, imports)

@@ -24,7 +24,7 @@ def test_tables_are_valid(engine: DevEngine) -> None:
     for number, host in enumerate(hosts):
         config = NeuronConfig.model_validate(neuron_table(host, number, engine))
         assert config.harness_names == [engine.harness]
-        ranges.append(config.harness_settings(config.harnesses[0].name).port_range)
+        ranges.append(config.harness_settings(config.harness_names[0]).port_range)
     assert all(first[1] < second[0] for first, second in itertools.pairwise(ranges))
     neurons = [(host.name, 1000 + number) for number, host in enumerate(hosts)]
     table = cortex_table(neurons, models_config="models.toml", metrics_listen="127.0.0.1:0")
@@ -49,7 +49,7 @@ def test_simulated_engines_get_the_arguments_of_the_catalogue() -> None:
     for profile, example in zip(found.models, example_catalogue().models, strict=True):
         assert profile.args == example.args
         assert example.limit is not None
-        assert str(example.limit.context) == profile.args[profile.args.index("--max-model-len") + 1]
+        assert profile.max_model_len == example.limit.context
 
 
 def test_fleets_are_parsed() -> None:

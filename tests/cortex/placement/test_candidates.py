@@ -7,10 +7,11 @@ from random import Random
 import pytest
 
 from cortex.placement.candidates import MAX_CANDIDATES, candidate_nodes
-from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts
+from cortex.placement.planner import MAX_GOOD_NODES, all_verdicts, best_plan, candidate_verdicts
 from cortex.placement.replicas import reconcile_replicas
+from cortex.routing.replica import ReplicaKey
 from tests.cortex.fleets import On, fleet, host
-from tests.cortex.views import profile, view
+from tests.cortex.views import profile, used, view
 
 
 def test_a_small_fleet_is_evaluated_in_full() -> None:
@@ -33,7 +34,10 @@ def test_the_best_node_is_a_candidate(seed: int, size: int) -> None:
         nodes.append(host(f"n{number}", *[total] * random.choice((1, 2)), models=models))
     moment = view(fleet(*nodes), wanted)
     assert len(candidate_nodes(moment, wanted)) == MAX_CANDIDATES
-    assert best_plan(candidate_verdicts(moment, wanted)) == best_plan(all_verdicts(moment, wanted))
+    found, best = best_plan(candidate_verdicts(moment, wanted)), best_plan(all_verdicts(moment, wanted))
+    assert found is not None
+    assert best is not None
+    assert (found.fit, found.spare_mb // 1024) == (best.fit, best.spare_mb // 1024)
 
 
 def test_a_node_that_lists_the_model_is_a_candidate() -> None:
@@ -66,3 +70,21 @@ def test_nodes_without_an_instance_are_candidates_first() -> None:
     assert len(found) == MAX_CANDIDATES
     added = reconcile_replicas(view(fleet(*there, *empty), wanted), [wanted]).loads
     assert [plan.node for plan, _ in added] == ["z0", "z1", "z2", "n000", "n001"]
+
+
+def test_a_large_full_fleet_looks_beyond_nodes_that_are_in_use() -> None:
+    """The first nodes would have to stop busy models; an idle one far behind them is found."""
+    wanted = profile(vram_mb=30000)
+    nodes = [host(f"n{i:03}", 32000, models={f"m{i}": On(31000)}) for i in range(200)]
+    busy = {ReplicaKey(f"m{i}", f"n{i:03}", ""): used(1, idle=0) for i in range(200) if i != 60}
+    moment = view(fleet(*nodes), wanted, *[profile(id=f"m{i}", vram_mb=31000) for i in range(200)], usages=busy)
+    plan = best_plan(candidate_verdicts(moment, wanted))
+    assert plan is not None
+    assert plan.node == "n060"
+
+
+def test_a_large_empty_fleet_is_not_evaluated_in_full() -> None:
+    """One node is as good as another: planning must stay fast."""
+    wanted = profile(vram_mb=4000)
+    found = candidate_verdicts(view(fleet(*[host(f"n{i}", 24000) for i in range(200)]), wanted), wanted)
+    assert len(found) == MAX_GOOD_NODES

@@ -54,6 +54,8 @@ def test_cached_answers_match_the_rule() -> None:
         node("twin", 24000, 12000, harnesses=("sim", "vllm")),
         node("lost", 24000, 48000, lost=(1,)),
         node("mig", 24000, 24000, 24000, mig=(0,)),
+        node("sliced", 24000, 12000, 12000, 12000, mig=(0,), slices=(1, 2, 3)),
+        node("whole", 12000, 12000, 12000),
         node("unknown", 24000, discovered=False),
         node("away", 48000, healthy=False),
         node("none"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from neuron.gpu.discovery_table import table_of
 from shared import __version__
 from shared.protocol import Device, Discovery, Link, LinkKind
 from tests.nvml.library import (
+    A100_SLICED,
     DRIVER_NOT_LOADED,
     HOST_BRIDGE,
     LONE_4090,
@@ -29,6 +31,7 @@ from tests.nvml.library import (
     REPOSITORY,
     UNKNOWN,
     VERSION_MISMATCH,
+    Gpu,
     build_library,
     uuid_of,
     write_scenario,
@@ -140,6 +143,14 @@ def test_table_output(library: dict[str, str], tmp_path: Path) -> None:
         "  NV#  # NVLinks\n"
         "  ?    the driver does not say\n"
     )
+
+
+def test_table_of_mig_instances(library: dict[str, str], tmp_path: Path) -> None:
+    """Each is a row that names its GPU; the matrix has GPUs only."""
+    text = discover(library | write_scenario(tmp_path / "hardware", (A100_SLICED, Gpu()), topology__0__1=HOST_BRIDGE))
+    assert re.search(r"109  NVIDIA A100-SXM4-80GB MIG 1g\.10gb +9856 MiB .* of GPU 0 +MIG-", text)
+    assert "GPU109" not in text
+    assert "GPU0  X     PHB" in text
 
 
 def test_table_of_a_host_with_unusable_gpus() -> None:

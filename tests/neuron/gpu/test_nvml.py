@@ -49,6 +49,10 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
             "devices": [
                 {
                     "index": 0,
+                    "kind": "gpu",
+                    "parent": None,
+                    "profile": None,
+                    "vendor": "nvidia",
                     "name": "NVIDIA GeForce RTX 4090",
                     "vram_total_mb": 24564,
                     "compute_capability": "8.9",
@@ -86,6 +90,8 @@ def test_each_call_reads_health_again(library: dict[str, str], hardware: Path) -
                 "utilization_pct": 7,
                 "temp_c": 41,
                 "power_w": 65.5,
+                "fault": None,
+                "warnings": [],
             }
         ]
         write_scenario(hardware, (replace(LONE_4090[0], used_mib=20000),))
@@ -186,10 +192,10 @@ def test_a_slow_driver_does_not_block_the_loop(library: dict[str, str], hardware
     """The event loop runs during an NVML call, however long it takes."""
     with probing(library | write_scenario(hardware, LONE_4090)) as probe:
         probe.ask("health")
-        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=1500)
+        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=3000)
         gap = probe.ask("gap")
-        assert gap["call_secs"] >= 1.5
-        assert gap["longest_secs"] < 1
+        assert gap["call_secs"] >= 3
+        assert gap["longest_secs"] < gap["call_secs"] / 2
 
 
 def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, str], hardware: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shared.gpus import DEVICE_MARGIN_MB
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.nvml.library import (
+    A100_SLICED,
     GPU_IS_LOST,
     LONE_4090,
     NVLINKED_PAIR,
@@ -19,6 +22,7 @@ from tests.nvml.library import (
     VERSION_MISMATCH,
     Gpu,
     build_library,
+    mig_uuid_of,
     uuid_of,
     write_scenario,
 )
@@ -76,6 +80,39 @@ async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Pa
     assert given["--tensor-parallel-size"] == "2"
     assert given["--quantization"] == "fp8"
     assert float(given["--gpu-memory-utilization"]) == pytest.approx(27000 / 32607, abs=0.02)
+
+
+async def test_models_on_mig_instances(library: dict[str, str], tmp_path: Path) -> None:
+    """Each engine gets an instance by its UUID, its share of it, and its memory booked there; an instance created
+    meanwhile takes the next one."""
+    gpu = replace(A100_SLICED, slices=A100_SLICED.slices[:1])
+    scenario = write_scenario(tmp_path / "gpus", (gpu,))
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+
+        async def load(model: str, **more: object) -> Any:
+            command = {"model_id": model, "harness": "vllm", "vram_mb": 8000, **more}
+            return await neuron.call("POST", "/models/load", json=command)
+
+        def given() -> tuple[str, float]:
+            arguments, variables = json.loads((tmp_path / "called.json").read_text())
+            share = float(arguments[arguments.index("--gpu-memory-utilization") + 1])
+            return variables["CUDA_VISIBLE_DEVICES"], share
+
+        assert (await load("first")).status == 200
+        uuid, share = given()
+        assert uuid == mig_uuid_of(0, 9)
+        assert share == pytest.approx(8000 / 9856, abs=0.02)
+        assert (await load("second")).status == 409
+        write_scenario(tmp_path / "gpus", (A100_SLICED,))
+        assert (await load("second", devices=[110])).status == 200
+        assert given()[0] == mig_uuid_of(0, 10)
+        live = {each["index"]: each for each in (await neuron.call("GET", "/health")).body["devices"]}
+        assert {index: each["vram_booked_mb"] for index, each in live.items()} == {0: 0, 102: 0, 109: 8000, 110: 8000}
+        assert live[0]["vram_bookable_mb"] == 0
+        both = await load("both", tensor_parallel=2, devices=[102, 110])
+        assert (both.status, both.error["param"]) == (400, "devices")
+        assert "MIG instance" in both.error["message"]
+        assert (await load("both", tensor_parallel=2)).status == 400
 
 
 async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path) -> None:

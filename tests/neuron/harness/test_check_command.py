@@ -20,7 +20,7 @@ def check(tmp_path: Path, text: str) -> int:
     [
         ("port = '13131'", "port = '13131': must be a whole number"),
         ("prot = 13131", "prot: unknown key (value 13131)"),
-        ("[[harnesses]]\nname = 'vlm'", "unknown harness 'vlm' (known: vllm, sim)"),
+        ("[[harnesses]]\nname = 'vlm'", "unknown harness 'vlm' (known: vllm, sim; for another"),
         ("[harness.vllm]\nextra_args = ['--port', '1']", "--port is set by neuron"),
         ("[harness.vllm]\nsleep_mode = 'yes'", "sleep_mode = 'yes': must be true or false or must be 'dev'"),
         ("[[default_models]]\nmodel_id = 'm'\nargs = ['--host', 'x']", "--host is set by neuron"),

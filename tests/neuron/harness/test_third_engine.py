@@ -70,9 +70,14 @@ def test_harness_names_are_checked(tmp_path: Path) -> None:
     path.write_text('[[harnesses]]\nname = "sglang"\n[harness.llama]\nextra_args = []\n')
     with pytest.raises(SettingsError) as refused:
         load_settings(CheckedConfig, path, env_prefix="NEURON_TEST_")
-    first, second = refused.value.problems
-    assert first.startswith(f"{path}: harnesses")
-    assert first.endswith("unknown harness 'sglang' (known: vllm, sim, echo)")
-    assert second == f"{path}: harness: unknown harness 'llama' (known: vllm, sim, echo)"
+    hint = "for another engine set kind or preset in"
+    (problem,) = refused.value.problems
+    assert problem == f"{path}: harness: unknown harness 'llama' (known: vllm, sim, echo; {hint} [harness.llama])"
+    path.write_text('[[harnesses]]\nname = "sglang"\n')
+    with pytest.raises(SettingsError) as refused:
+        load_settings(CheckedConfig, path, env_prefix="NEURON_TEST_")
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"{path}: harnesses")
+    assert problem.endswith(f"unknown harness 'sglang' (known: vllm, sim, echo; {hint} [harness.sglang])")
     path.write_text('[[harnesses]]\nname = "echo"\n')
     assert load_settings(CheckedConfig, path, env_prefix="NEURON_TEST_").harness_names == ["echo"]

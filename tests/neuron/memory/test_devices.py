@@ -13,14 +13,17 @@ import pytest
 
 from neuron.gpu.topology import Topology
 from neuron.memory.capacity import Booking, GpuCapacity, gpu_capacities
+from neuron.memory.ledger import Ledger
 from neuron.memory.requirement import MemoryRequirement as Need
 from neuron.memory.selection import DeviceSelection, check_devices, select_devices
 from neuron.spec import InstanceKey
 from shared.errors import InvalidRequest
-from shared.protocol import Link, LinkKind, Parallelism
+from shared.protocol import GroupPart, Link, LinkKind, Parallelism
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
 
 HALF = Need(fraction=0.5)
+_LINKED = host(*["H100"] * 4, links=linked([(0, 1), (2, 3)], LinkKind.XGMI))
+XGMI_PAIRS = replace(_LINKED, devices=tuple(each.model_copy(update={"vendor": "amd"}) for each in _LINKED.devices))
 
 
 def booked(*devices: int, mb: int = 8000) -> Booking:
@@ -152,6 +155,38 @@ def test_lost_and_mig_devices_are_skipped() -> None:
     ) == [3, 4]
 
 
+SLICED = host(
+    *["H100"] * 4,
+    d0={"mig_mode": True},
+    d1={"kind": "mig", "parent": 0, "vram_total_mb": 10_000},
+    d2={"kind": "mig", "parent": 0, "vram_total_mb": 20_000},
+)
+"""One GPU split into two MIG instances, 1 and 2, and one whole, 3."""
+
+
+def test_a_mig_instance_is_a_device() -> None:
+    """The smallest that is large enough is chosen, before a whole GPU."""
+    assert indices(chosen(SLICED, 1, Need(8000))) == [1]
+    assert indices(chosen(SLICED, 1, Need(15_000))) == [2]
+    assert indices(chosen(SLICED, 1, Need(30_000))) == [3]
+    check_devices(spec(devices=(1,)), SLICED)
+
+
+def test_mig_instances_are_never_combined() -> None:
+    """Neither chosen nor accepted as devices of an engine that uses several, on this host or with other hosts."""
+    assert chosen(SLICED, 2, Need(1000)) is None
+    with pytest.raises(InvalidRequest, match=r"device 1 cannot be used: it is a MIG instance, .* together with other"):
+        check_devices(spec(2, devices=(1, 2)), SLICED)
+    with pytest.raises(InvalidRequest, match=r"1 can be used here; device 0: .*MIG mode.*; devices 1 and 2: it is a"):
+        check_devices(spec(2), SLICED)
+    part = spec(2, group=GroupPart(id="g", rank=1, size=2, master_addr="10.0.0.1", master_port=29000), devices=(2,))
+    with pytest.raises(InvalidRequest, match="device 2 cannot be used: it is a MIG instance"):
+        check_devices(part, SLICED)
+    on_its_own = replace(part, devices=None)
+    selection = Ledger().book(1, on_its_own, Need(1000), SLICED, measured(SLICED))
+    assert [device.index for device in selection.devices] == [3]
+
+
 def test_named_devices() -> None:
     """They are used in the order named, regardless of links, if each has enough memory."""
     assert indices(chosen(MIXED, 2, Need(8000), named=(2, 0))) == [2, 0]
@@ -196,6 +231,8 @@ def test_one_fraction_for_unequal_cards() -> None:
          " 16303 MiB left over"),
         (MIXED, 4, Need(1), "4 of 4 devices with enough memory: 0, 1, 2 and 3, on one NUMA node;"
          " cards differ (3060, 5090, 4090)"),
+        (XGMI_PAIRS, 2, Need(1), "2 of 4 devices with enough memory: 0 and 1, connected by XGMI; closest fit, 163116"
+         " MiB left over; keeps XGMI-linked 2+3 free"),
         (host("4090", "4090"), 2, Need(1), "2 of 2 devices with enough memory: 0 and 1, no fast path between them"
          " known"),
     ],
@@ -249,7 +286,7 @@ def grade_of(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
     """The documented grade of a pair, calculated independently: class of the path, negated number of NVLinks, position
     in nvidia-smi's list."""
     link = next((link for link in topology.links if (link.a, link.b) == (min(a, b), max(a, b))), None)
-    kinds = {"nvlink": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
+    kinds = {"nvlink": 0, "xgmi": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
     grade = 3 if link is None else kinds[link.kind.value]
     nodes = {device.index: device.numa_node for device in topology.devices}
     if grade == 3 and nodes[a] is not None and nodes[a] == nodes[b]:

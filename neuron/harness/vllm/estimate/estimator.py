@@ -78,9 +78,13 @@ class VllmEstimator(MemoryEstimator):
 def estimate(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
     """See `MemoryEstimator.estimate`."""
     case = _case_of(model, options, devices)
-    usable = sorted((device.vram_total_mb for device in devices if device.lost is None), reverse=True)
-    looked_at = range(1, max(len(usable), options.tensor_parallel or 1, _LOOKED_AT) + 1)
-    splits = tuple(_option(case, case.split(size), usable) for size in looked_at)
+    single = sorted((device.vram_total_mb for device in devices if device.usable), reverse=True)
+    gpus = [device for device in devices if device.usable and not device.is_mig_instance]
+    together = sorted((device.vram_total_mb for device in gpus), reverse=True)
+    looked_at = range(1, max(len(single), options.tensor_parallel or 1, _LOOKED_AT) + 1)
+    splits = tuple(
+        _option(case, split, single if split.devices == 1 else together) for split in map(case.split, looked_at)
+    )
     fitting = next((split.tensor_parallel for split in splits if split.fits), None)
     split = case.split(options.tensor_parallel or fitting or 1)
     return Estimate(
@@ -90,7 +94,7 @@ def estimate(model: ModelFiles, options: EngineOptions, devices: Sequence[Device
         max_model_len=case.sequences.tokens,
         sequences=case.sequences.count,
         parallel=split,
-        host_devices=len(usable),
+        host_devices=len(single),
         lines=tuple(_lines(case, split)),
         options=splits,
         notes=tuple(_notes(case)),
@@ -99,7 +103,7 @@ def estimate(model: ModelFiles, options: EngineOptions, devices: Sequence[Device
 
 def _case_of(model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> _Case:
     architecture = model.architecture
-    first = next((device for device in devices if device.lost is None), Device(index=0))
+    first = next((device for device in devices if device.usable), Device(index=0))
     length = options.max_model_len or default_length(architecture.text)
     batching = batching_of(options, max_model_len=length, device_mb=first.vram_total_mb, device_name=first.name)
     count = options.full_sequences or min(FULL_SEQUENCES, batching.sequences)

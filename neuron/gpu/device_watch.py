@@ -1,0 +1,72 @@
+"""Notices when a GPU becomes unfit for use or fit again, tells the listeners of `/events` and writes it to the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from neuron.gpu.device_condition import RESET_ADVICE
+from neuron.gpu.topology import TopologySource
+from shared.protocol import Device, DeviceHealth
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECS = 5.0
+"""Between two looks at the GPUs while no one asks for their figures."""
+
+
+def faults_of(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> dict[int, str]:
+    """Why devices cannot be used, by index: lost ones too."""
+    lost = {device.index: device.lost for device in devices if device.lost is not None}
+    return lost | {live.index: live.fault for live in health if live.fault is not None}
+
+
+class DeviceWatch:
+    """Compares the condition of each device with the last one seen. `publish` takes an event's name and its JSON."""
+
+    def __init__(self, source: TopologySource, publish: Callable[[str, str], None]) -> None:
+        self._source = source
+        self._publish = publish
+        self._told: dict[int, tuple[str | None, tuple[str, ...]]] = {}
+        self._observed_at = float("-inf")
+
+    def observe(self, devices: Sequence[Device], health: Sequence[DeviceHealth]) -> None:
+        """What the driver has just reported. A device is told about when its fault or its warnings change."""
+        self._observed_at = time.monotonic()
+        faults = faults_of(devices, health)
+        warnings = {live.index: tuple(live.warnings) for live in health}
+        for device in devices:
+            index = device.index
+            before = self._told.get(index, (None, ()))
+            now = faults.get(index), warnings.get(index, ())
+            if now != before:
+                self._told[index] = now
+                self._log(index, before, now)
+                condition = {"index": index, "uuid": device.uuid, "fault": now[0], "warnings": list(now[1])}
+                self._publish("device", json.dumps(condition))
+
+    async def run(self) -> None:
+        """Looks at the GPUs whenever no one has for some time. Never returns."""
+        while True:
+            left = self._observed_at + INTERVAL_SECS - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            health = await self._source.health()
+            self.observe((await self._source.discover()).devices, health)
+
+    def _log(
+        self, index: int, before: tuple[str | None, tuple[str, ...]], now: tuple[str | None, tuple[str, ...]]
+    ) -> None:
+        fault, warnings = now
+        if fault != before[0]:
+            if fault is None:
+                log.warning("GPU %d can be used again", index)
+            else:
+                log.error("GPU %d cannot be used: %s; %s", index, fault, RESET_ADVICE)
+        for warning in warnings:
+            if warning not in before[1]:
+                log.warning("GPU %d: %s", index, warning)

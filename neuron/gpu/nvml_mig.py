@@ -1,0 +1,142 @@
+"""Reads the MIG instances of one GPU through nvidia-ml-py. Every function blocks, as those of `neuron.gpu.nvml_device`.
+
+An engine gets a compute instance by its UUID, and the memory belongs to the GPU instance around it. The compute
+instances of one GPU instance therefore share a memory, and only the first of them is a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pynvml
+
+from neuron.gpu.nvml_device import MIB, Handle, figure_or_none, memory_by_pid, read_memory, running_processes
+from shared.protocol import Device
+from shared.protocol.topology import MIG_KIND
+
+FIRST_INDEX = 100
+"""MIG instances get indices from here, a hundred for each GPU: more than any host has GPUs, and than a GPU has
+instances."""
+_MARK = " MIG "  # in the name of an instance, as "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
+
+
+@dataclass(frozen=True)
+class MigInstance:
+    """One compute instance: the ids of its GPU instance and its own, its UUID ("MIG-…"), and NVML's handle."""
+
+    gpu_instance: int
+    compute_instance: int
+    uuid: str
+    handle: Handle = field(compare=False)
+
+
+def index_of(gpu: int, gpu_instance: int) -> int:
+    """The index of a MIG instance as a device: 109 for GPU instance 9 of GPU 0, 201 for GPU instance 1 of GPU 1."""
+    return FIRST_INDEX * (gpu + 1) + gpu_instance
+
+
+def gpu_of(index: int) -> int:
+    """The index of the GPU of the MIG instance with this index. A GPU's own index gives -1."""
+    return index // FIRST_INDEX - 1
+
+
+def gpu_instance_of(index: int) -> int:
+    """The id of the GPU instance with this index."""
+    return index % FIRST_INDEX
+
+
+def read_mode_if_any(handle: Handle) -> bool | None:
+    """As `read_mode`; None when the GPU has no MIG mode.
+
+    Raises:
+        pynvml.NVMLError: the GPU is gone.
+    """
+    return figure_or_none(read_mode, handle)
+
+
+def read_mode(handle: Handle) -> bool:
+    """True when the GPU is in MIG mode.
+
+    Raises:
+        pynvml.NVMLError: the GPU is gone, has no MIG mode or does not answer.
+    """
+    current, _pending = pynvml.nvmlDeviceGetMigMode(handle)
+    return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
+
+
+def read_instances(handle: Handle) -> tuple[MigInstance, ...]:
+    """The compute instances of a GPU in MIG mode, by their ids.
+
+    Raises:
+        pynvml.NVMLError: the GPU is gone or does not answer.
+    """
+    found = []
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with contextlib.suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):  # none has this number
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+            found.append(
+                MigInstance(
+                    gpu_instance=pynvml.nvmlDeviceGetGpuInstanceId(instance),
+                    compute_instance=pynvml.nvmlDeviceGetComputeInstanceId(instance),
+                    uuid=pynvml.nvmlDeviceGetUUID(instance),
+                    handle=instance,
+                )
+            )
+    return tuple(sorted(found, key=lambda each: (each.gpu_instance, each.compute_instance)))
+
+
+def first_of_each(instances: tuple[MigInstance, ...]) -> list[MigInstance]:
+    """The first compute instance of each GPU instance."""
+    first: dict[int, MigInstance] = {}
+    for instance in instances:
+        first.setdefault(instance.gpu_instance, instance)
+    return list(first.values())
+
+
+def read_device(gpu: Device, instance: MigInstance) -> Device:
+    """The facts of one MIG instance; those that it lacks are the GPU's.
+
+    Raises:
+        pynvml.NVMLError: the GPU is gone, or does not report the instance's memory.
+    """
+    total, _, _ = read_memory(instance.handle)
+    name = figure_or_none(pynvml.nvmlDeviceGetName, instance.handle) or gpu.name
+    card, _, profile = name.partition(_MARK)
+    profile = profile or _profile(instance.handle)
+    return Device(
+        index=index_of(gpu.index, instance.gpu_instance),
+        kind=MIG_KIND,
+        parent=gpu.index,
+        profile=profile or None,
+        name=f"{card}{_MARK}{profile}".strip(),
+        uuid=instance.uuid,
+        vram_total_mb=total // MIB,
+        compute_capability=gpu.compute_capability,
+        pci_bus_id=gpu.pci_bus_id,
+        numa_node=gpu.numa_node,
+    )
+
+
+def _profile(handle: Handle) -> str:
+    """Such as "1g.10gb", from the instance's attributes: drivers before 470 do not name it. Empty if unknown."""
+    attributes: Any = figure_or_none(pynvml.nvmlDeviceGetAttributes_v2, handle)
+    if attributes is None:
+        return ""
+    slices = attributes.gpuInstanceSliceCount
+    return f"{slices}g.{-(-attributes.memorySizeMB // 1024)}gb"
+
+
+def read_process_memory(handle: Handle, gpu: Handle, gpu_instance: int) -> dict[int, int]:
+    """MiB by process id of every process in the GPU instance with this handle and id. Asks the instance, or else the
+    GPU, which lists the processes of all its instances only to a privileged caller.
+
+    Raises:
+        pynvml.NVMLError: the GPU is gone.
+    """
+    processes = running_processes(handle)
+    if processes is None:
+        everywhere = running_processes(gpu) or []
+        processes = [each for each in everywhere if each.gpuInstanceId == gpu_instance]
+    return memory_by_pid(processes)
