@@ -152,8 +152,7 @@ def gpu_capacities(
             ram,
             index=device.index,
             name=device.name,
-            booked_by=tuple((str(each.key), each.claim_mb(RAM)) for each in in_ram if not each.stopping),
-            unusable=unusable_reason(device) or (SILENT_REASON if device.index not in live else None),
+            unusable=_unusable_now(device, live.get(device.index)),
         )
         if device.unified
         else capacity(device)
@@ -202,8 +201,12 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
         booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
-        unusable=unusable_reason(device) or (SILENT_REASON if live is None else live.fault),
+        unusable=_unusable_now(device, live),
     )
+
+
+def _unusable_now(device: Device, live: DeviceHealth | None) -> str | None:
+    return unusable_reason(device) or (SILENT_REASON if live is None else live.fault)
 
 
 def _attributed(index: int, used_mb: int, bookings: Sequence[Booking]) -> tuple[list[tuple[Booking, int]], int]:
