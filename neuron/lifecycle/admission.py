@@ -12,6 +12,7 @@ from pathlib import Path
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import estimate_of
 from neuron.gpu.topology import TopologySource
+from neuron.harness.home import EngineHome
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
@@ -29,6 +30,7 @@ class Admission:
 
     config: NeuronConfig
     source: TopologySource
+    home: EngineHome
 
     async def check(self, spec: EngineSpec) -> None:
         """Refuses what this host cannot serve.
@@ -55,10 +57,13 @@ class Admission:
         estimator = harness_of(spec.harness, self.config).estimator
         if spec.vram_mb is not None or not topology.devices or estimator is None:
             return spec.share_mb
-        settings = self.config.harness_settings(spec.harness)
+        settings, harness = self.config.harness_settings(spec.harness), harness_of(spec.harness, self.config)
+        environ = await asyncio.to_thread(
+            self.home.usable, {**os.environ, **settings.env}, model=spec.source, caches=harness.cache_variables
+        )
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
-            found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
+            found = await estimate_of(estimator, whole, topology, environ)
         except ServiceError as error:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
