@@ -17,7 +17,9 @@ from pydantic import (
 )
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.context_length import ContextLength
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, sets_context
 from shared.settings import SettingsModel
 
 DEFAULT_PRIORITY = 100
@@ -135,6 +137,7 @@ class Variant(SettingsModel):
     pinned_on: tuple[str, ...] | None = None
     source: str | None = None
     args: tuple[str, ...] | None = None
+    max_model_len: ContextLength = None
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
@@ -163,6 +166,7 @@ class ModelProfile(SettingsModel):
     when_idle: Literal["unload", "sleep"] = "unload"
     source: str | None = None
     args: tuple[str, ...] = ()
+    max_model_len: ContextLength = None
     tools: bool = False
     limit: TokenLimit | None = None
     variants: tuple[Variant, ...] = ()
@@ -210,6 +214,13 @@ class ModelProfile(SettingsModel):
             raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
         if spans and any(choice.parallelism.data > 1 for choice in self.choices):
             raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
+        return self
+
+    @model_validator(mode="after")
+    def _one_context_length(self, info: ValidationInfo) -> ModelProfile:
+        choices = () if info.context is _OF_A_VARIANT else self.choices
+        if any(choice.max_model_len is not None and sets_context(choice.args) for choice in choices):
+            raise ValueError(f"max_model_len: {CONTEXT_FLAG} is in args too, remove one of them")
         return self
 
     @cached_property  # as the next two: pydantic takes long to find a private attribute
@@ -281,6 +292,11 @@ class ModelProfile(SettingsModel):
     def tensor_parallel(self) -> int | None:
         """The value sent to a neuron; None means a single device."""
         return self.parallelism.tensor if self.parallelism.tensor > 1 else None
+
+    @property
+    def serves_as_vllm(self) -> bool:
+        """True for vLLM and its simulation, whose arguments and errors are the same."""
+        return self.harness in ("vllm", "sim")
 
     @property
     def refuses_tools(self) -> bool:

@@ -11,6 +11,7 @@ from cortex.placement.eviction import NO_EVICTIONS, EvictionPlan
 from cortex.placement.starts import NO_STARTS, Starts
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import GroupPart, LoadCommand, Parallelism
+from shared.protocol.reserved_arguments import CONTEXT_FLAG
 
 
 class Fit(IntEnum):
@@ -142,6 +143,7 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
             tensor_parallel=len(view.devices) if len(view.devices) > 1 else None,
             devices=view.devices or None,
         )
+    context = [] if knows_context(node) else context_arguments(profile)
     return LoadCommand(
         model_id=profile.id,
         instance=instance,
@@ -152,7 +154,19 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         parallel=profile.parallel,
         devices=list(plan.devices),
         source=profile.source,
-        args=list(profile.args),
+        args=[*profile.args, *context],
         vram_mb=profile.vram_mb,
+        max_model_len=None if context else profile.max_model_len,
         tools=profile.tools or None,
     )
+
+
+def knows_context(node: NodeSnapshot) -> bool:
+    """Whether its loads may have a `max_model_len`. The version that brought it also brought the host's RAM."""
+    return node.discovery is not None and node.discovery.host is not None
+
+
+def context_arguments(profile: ModelProfile) -> list[str]:
+    """The context length of a load for a neuron that does not know `max_model_len`: for vLLM an argument says it."""
+    length = profile.max_model_len
+    return [CONTEXT_FLAG, str(length)] if isinstance(length, int) and profile.serves_as_vllm else []

@@ -65,10 +65,13 @@ class RunRecord(BaseModel):
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     """A spec as JSON values, without `instance` and `variant`, which the record itself has. `parallel` beyond the
-    tensor-parallel size is there only if the spec has it: an earlier version of neuron reads no record with other
-    fields."""
+    tensor-parallel size and the context length are there only if the spec has them: an earlier version of neuron reads
+    no record with other fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
     del values["instance"], values["variant"]
+    for name in ("max_model_len", "fitted_len"):
+        if values[name] is None:
+            del values[name]
     if spec.group is None:
         del values["group"]
     else:

@@ -70,7 +70,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def _expanded(path: str) -> Path:
-    """With the home directory for `~`; unchanged for a user who has none, as most programs do."""
+    """With the home directory for `~`; unchanged without one, as in most programs."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for such a user
 
 

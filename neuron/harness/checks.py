@@ -152,6 +152,7 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         devices=tuple(command.devices or ()) or None,
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
+        max_model_len=command.max_model_len,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
         instance=command.instance or FIRST_INSTANCE,
         variant=command.variant,

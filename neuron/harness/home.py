@@ -20,7 +20,7 @@ from shared.files import is_writable
 log = logging.getLogger(__name__)
 
 USER = "neuron"
-"""The name of a user who has none."""
+"""The name that a nameless user gets."""
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # in the order of Python's getpass
 # Where each program keeps its cache without the variable; empty: below TMPDIR.
 _CACHES = MappingProxyType(

@@ -264,7 +264,7 @@ class EngineLife:
         with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
             async with timeout(_MEASURE_SECS):
                 model_id = engine.spec.model_id
-                engine.max_model_len = await context_length(self._http, engine.url, engine.api_key, model_id)
+                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, model_id)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request

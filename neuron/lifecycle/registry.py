@@ -99,6 +99,7 @@ class Registry:
             return request
         spec = wanted or self._remembered_spec(supervisor.model)
         await self._admission.check(spec)
+        spec = await self._admission.fitted(spec)
         share_mb = await self._admission.share_of(spec)
         reading = await self._memory.read()
         if displace:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator
+
+AUTO: Final = "auto"
+"""Stands for the longest context that fits on the devices."""
+MAX_TOKENS: Final = 1 << 40
+
+
+def _context_length(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKENS
+    if value is None or value == AUTO or whole:
+        return value
+    raise ValueError(f'must be a number of tokens, at least 1, or "{AUTO}"')
+
+
+ContextLength = Annotated[int | Literal["auto"] | None, BeforeValidator(_context_length)]
+"""Tokens of prompt and answer together, or AUTO; None: as the engine decides."""
 
 
 def length_in(model_id: str, page: Any) -> int:

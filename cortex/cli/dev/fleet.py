@@ -101,4 +101,5 @@ def _model(profile: ModelProfile, names: set[str], engine: DevEngine) -> dict[st
     table["pinned_on"] = [name for name in profile.pinned_on if name in names]
     if engine.model_dir is not None:  # the settings are for a different model
         table |= {"source": engine.model_dir, "args": [], "tools": False}
+        table.pop("max_model_len", None)
     return table

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
@@ -25,7 +25,8 @@ from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause, GroupPart
-from shared.protocol.reserved_arguments import refused_argument
+from shared.protocol.context_length import AUTO
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, sets_context
 
 DEFAULT_COMMAND = ("vllm",)
 _DIGITS = 10_000  # the fraction on the command line has four
@@ -73,14 +74,13 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
+            own |= device_variables(plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
-        argv += plan.arguments
+        argv += [*plan.arguments, *context_arguments(plan.spec)]
         return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
@@ -94,6 +94,11 @@ class VllmHarness(Harness):
 
     def refused_in_group(self, args: Sequence[str]) -> str | None:
         return refused_in_group(args)
+
+    def refused_spec(self, spec: EngineSpec) -> tuple[str, str] | None:
+        if spec.max_model_len is not None and sets_context(spec.args):
+            return "max_model_len", f"{CONTEXT_FLAG} is in its args too, remove one of them"
+        return super().refused_spec(spec)
 
     def code_argument(self, args: Sequence[str]) -> str | None:
         return code_argument(args)
@@ -135,6 +140,14 @@ def parallel_arguments(spec: EngineSpec) -> list[str]:
     }
     argv = [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
     return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
+
+
+def context_arguments(spec: EngineSpec) -> list[str]:
+    """Those that limit the context. They come last: of two equal flags vLLM takes the last, and a host's `extra_args`
+    must not make the model's longer. A vLLM of 0.14 or later fits `auto` to its memory itself."""
+    if spec.context is not None:
+        return [CONTEXT_FLAG, str(spec.context)]
+    return [CONTEXT_FLAG, AUTO] if spec.max_model_len == AUTO and spec.fitted_len is None else []
 
 
 def group_arguments(part: GroupPart) -> list[str]:

@@ -49,7 +49,7 @@ def test_simulated_engines_get_the_arguments_of_the_catalogue() -> None:
     for profile, example in zip(found.models, example_catalogue().models, strict=True):
         assert profile.args == example.args
         assert example.limit is not None
-        assert str(example.limit.context) == profile.args[profile.args.index("--max-model-len") + 1]
+        assert profile.max_model_len == example.limit.context
 
 
 def test_fleets_are_parsed() -> None:

@@ -103,7 +103,7 @@ async def environment_of(neuron: NeuronProcess, directory: Path, model: str) -> 
 
 
 async def test_without_home_everything_is_below_the_state_directory(directory: Path) -> None:
-    """The engine has a name, a home directory and caches that it can write. The operator hears of it once."""
+    """The engine has a name, a home directory and caches that it can write. The log says so once."""
     async with nameless_neuron(directory) as neuron:
         found = await environment_of(neuron, directory, "org/model")
         assert (found["USER"], found["LOGNAME"]) == ("neuron", "neuron")
