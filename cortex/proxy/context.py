@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from time import monotonic
 from typing import Final
 
@@ -15,11 +16,13 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
+from cortex.proxy.body.local_tokenizer import longest_token_chars
+from cortex.proxy.body.prompt_size import SIZED, PromptSize, excess, prompt_size
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
 from cortex.routing.control import Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Replica, ReplicaKey
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -67,6 +70,27 @@ class ProxyContext:
             whitespace=waiting.plain_keepalive == "whitespace",
         )
         self.default_model = gateway.default_model  # for requests that name none
+
+    async def resolve(self, request: Request, model_id: str, failures: Sequence[Failure]) -> Route:
+        """As `Control.resolve`, for this request.
+
+        Raises:
+            ServiceError: it cannot be served, or certainly exceeds the context that the model would have once loaded.
+        """
+        await self._check_length(request, model_id)
+        return await self.control.resolve(model_id, failures)
+
+    async def _check_length(self, request: Request, model_id: str) -> None:
+        if request.path not in SIZED or model_id in self.control.table:
+            return
+        bound = await self.control.context_bound(model_id)
+        size = PromptSize() if bound is None else prompt_size(request.path, request.body)
+        if bound is None or max(size.limit, size.tokens, len(size.text)) <= bound.tokens:
+            return
+        longest = await asyncio.to_thread(longest_token_chars, bound.source)
+        error = excess(size, bound.tokens, longest)
+        if error is not None:
+            raise error
 
     def finished(self, replica: Replica) -> None:
         """A request at this replica has ended, or is given up."""

@@ -29,6 +29,7 @@ from tests.cortex.raw_http import bounded
 from tests.processes import alive, descendants
 
 MODEL = "org/small"
+SHORT = {"id": "org/short", "max_model_len": 100}
 TOP = Path(__file__).parents[3]
 
 
@@ -80,7 +81,7 @@ async def workers(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[Workers]:
         "neurons": [{"name": benjy.name, "endpoint": benjy.url}],
     }
     (tmp_path / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
-    (tmp_path / "models.toml").write_text(tomli_w.dumps({"models": [{"id": MODEL}]}), encoding="utf-8")
+    (tmp_path / "models.toml").write_text(tomli_w.dumps({"models": [{"id": MODEL}, SHORT]}), encoding="utf-8")
     log = tmp_path / "cortex.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -119,6 +120,15 @@ async def _log_with(workers: Workers, lines: int) -> str:
     """The log, once it has that many access lines."""
     await until(lambda: workers.log().count("POST /v1/chat/completions 200") >= lines)
     return workers.log()
+
+
+async def test_request_that_cannot_fit_costs_no_load(workers: Workers, benjy: V1Neuron) -> None:
+    """The worker asks how much context the model can have."""
+    body = {"model": SHORT["id"], "prompt": "hi", "max_tokens": 101}
+    async with aiohttp.ClientSession() as http, http.post(f"{workers.url}/v1/completions", json=body) as answer:
+        assert answer.status == 400
+        assert "max_tokens=101 cannot be greater than max_model_len=100" in await answer.text()
+    assert not benjy.loads
 
 
 async def test_worker_that_dies_is_replaced(workers: Workers, benjy: V1Neuron) -> None:
