@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
@@ -74,8 +74,7 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
+            own |= device_variables(plan.devices)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
