@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cortex.proxy.body.local_tokenizer import longest_token_chars
 from cortex.proxy.body.prompt_size import LONGEST_TOKEN_CHARS, PromptSize, excess, prompt_size
+from cortex.proxy.context import longest_token_chars
 
 CHAT, COMPLETION, MESSAGES, RESPONSES = (
     b"/v1/chat/completions",

@@ -153,7 +153,7 @@ async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: V1Ne
             text = await answer.text()
         assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 30.0' in text
         async with http.get(f"{workers.url}/v1/models") as answer:
-            assert [entry["id"] for entry in (await answer.json())["data"]] == [MODEL]
+            assert [entry["id"] for entry in (await answer.json())["data"]] == [MODEL, SHORT["id"]]
 
 
 def _metrics_port(workers: Workers) -> int:
