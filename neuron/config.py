@@ -154,6 +154,15 @@ class GroupSettings(SettingsModel):
     _ports = field_validator("port_range")(_ordered_ports)
 
 
+class AcceleratorEntry(SettingsModel):
+    """An entry of `[[accelerators]]`: equal devices of which neuron knows only what is written here."""
+
+    name: str = Field(min_length=1)
+    memory_mb: int = Field(gt=0)  # of each, for engines
+    count: int = Field(default=1, ge=1, le=64)
+    variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")  # gets an engine's indices; None: nothing
+
+
 class SimulatedDevice(SettingsModel):
     """A simulated GPU; missing values come from the preset `name`, if there is one."""
 
@@ -235,6 +244,7 @@ class NeuronConfig(SettingsModel):
     group: GroupSettings = Field(default_factory=GroupSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
+    accelerators: list[AcceleratorEntry] = Field(default_factory=list)  # not empty: no driver is asked
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
     default_models: list[DefaultModel] = Field(default_factory=list)
@@ -259,6 +269,8 @@ class NeuronConfig(SettingsModel):
                     f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
                     "of its own"
                 )
+        if len({entry.variable for entry in self.accelerators}) > 1:
+            raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:
             if not root.is_absolute():
                 raise ValueError(f"model_roots: {str(root)!r} is not an absolute path")

@@ -33,6 +33,7 @@ class LaunchFacts:
     cpus: tuple[int, ...]  # the cores this process may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
+    device_variable: str | None = None  # gets the indices of devices of an unknown vendor
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,7 @@ class Launcher:
             cpus=tuple(sorted(os.sched_getaffinity(0))),
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
+            device_variable=topology.device_variable,
         )
 
 

@@ -11,6 +11,7 @@ from neuron.spec import InstanceKey
 from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import Device, DeviceFigures, DeviceHealth, ErrorCode
+from shared.protocol.topology import UNKNOWN_VENDOR
 
 MIG_REASON = "it is in MIG mode, in which only its MIG instances compute; each of them is a device of its own"
 SILENT_REASON = "it does not answer"
@@ -46,7 +47,8 @@ class GpuCapacity:
     `booked_mb` is promised to engines that are not being stopped. `reserve_mb` is the driver's own: neither used nor
     free, and not visible to CUDA. `bookable_mb` can be booked for a new engine; `stopping_mb` is still held by engines
     that are being stopped, and `asleep_mb` is what sleeping engines need when they wake.
-    `unusable` says why no engine can be placed here; None when one can.
+    `unusable` says why no engine can be placed here; None when one can. `measured` False: nothing but the bookings is
+    known.
     """
 
     index: int
@@ -62,6 +64,7 @@ class GpuCapacity:
     asleep_mb: int = 0
     booked_by: tuple[tuple[str, int], ...] = ()  # engine, MiB promised; without stopping engines
     unusable: str | None = None
+    measured: bool = True
 
     def shortfall_on_wake(self, needed_mb: int) -> int:
         """MiB that the sleeping engines here would lack if `needed_mb` were booked for another."""
@@ -121,10 +124,12 @@ def gpu_capacities(
 ) -> tuple[GpuCapacity, ...]:
     """The capacity of every device of the host, in the topology's order."""
     live = {figures.index: figures for figures in health}
-    margin = 0 if topology.simulated else DEVICE_MARGIN_MB
     return tuple(
         _capacity(
-            device, live.get(device.index), [each for each in bookings if device.index in each.promised_mb], margin
+            device,
+            live.get(device.index),
+            [each for each in bookings if device.index in each.promised_mb],
+            0 if topology.simulated or device.vendor == UNKNOWN_VENDOR else DEVICE_MARGIN_MB,
         )
         for device in topology.devices
     )
@@ -152,6 +157,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
         booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
+        measured=device.vendor != UNKNOWN_VENDOR,
         unusable=unusable_reason(device) or (SILENT_REASON if live is None else live.fault),
     )
 
@@ -176,7 +182,8 @@ def _attributed(index: int, used_mb: int, bookings: Sequence[Booking]) -> tuple[
 
 
 def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapacity]) -> list[DeviceHealth]:
-    """Adds to live figures what is booked, foreign and bookable on each device."""
+    """Adds to live figures what is booked, foreign and bookable on each device. On a device that is not measured, what
+    is booked is in use."""
     by_index = {device.index: device for device in capacities}
     return [
         figures
@@ -187,10 +194,15 @@ def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapa
                 "vram_foreign_mb": device.foreign_mb,
                 "vram_asleep_mb": device.asleep_mb,
                 "vram_bookable_mb": device.bookable_mb if device.unusable is None else 0,
+                **({} if device.measured else _as_booked(device)),
             }
         )
         for figures in health
     ]
+
+
+def _as_booked(device: GpuCapacity) -> dict[str, int]:
+    return {"vram_used_mb": device.booked_mb, "vram_free_mb": max(0, device.total_mb - device.booked_mb)}
 
 
 def held_by(pids: Collection[int], usage: Mapping[int, Mapping[int, int]]) -> dict[int, int]:

@@ -102,4 +102,4 @@ class CommandHarness(Harness):
             return {}
         if setting != "auto":
             return {setting: ",".join(device_ids(plan.devices, self._settings.device_ids))}
-        return device_variables(plan.devices, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)
+        return device_variables(plan.devices, facts, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)

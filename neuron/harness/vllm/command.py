@@ -74,7 +74,7 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own |= device_variables(plan.devices)
+            own |= device_variables(plan.devices, facts)
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
