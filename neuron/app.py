@@ -119,7 +119,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         registry = Registry(
             config,
-            admission=Admission(config, source),
+            admission=Admission(config, source, state.home),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,
@@ -136,6 +136,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            home=state.home,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),
