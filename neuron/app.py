@@ -120,7 +120,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         registry = Registry(
             config,
-            admission=Admission(config, source, history),
+            admission=Admission(config, source, history, state.home),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,
@@ -137,6 +137,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            home=state.home,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),

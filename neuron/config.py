@@ -104,6 +104,7 @@ class EngineDescription(SettingsModel):
     health_path: UrlPath = "/health"
     ready_pattern: RegularExpression | None = None  # no output matches: it is not ready yet
     api_prefix: Annotated[str, AfterValidator(_url_prefix)] = ""  # what its URLs have before `/v1`
+    context_field: str = Field(default="max_model_len", min_length=1)  # where `/v1/models` has the context length
     paths: list[UrlPath] | None = None  # None: unknown
     missing_paths: list[UrlPath] = Field(default_factory=list)
     devices: str = Field(default="auto", pattern=r"^(auto|none|[A-Z_][A-Z0-9_]*)$")  # or a variable's name
@@ -152,6 +153,15 @@ class GroupSettings(SettingsModel):
     env: dict[str, str] = Field(default_factory=dict)  # added to the environment of a part
 
     _ports = field_validator("port_range")(_ordered_ports)
+
+
+class AcceleratorEntry(SettingsModel):
+    """An entry of `[[accelerators]]`: equal devices of which neuron knows only what is written here."""
+
+    name: str = Field(min_length=1)
+    memory_mb: int = Field(gt=0)  # of each, for engines
+    count: int = Field(default=1, ge=1, le=64)
+    variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")  # gets an engine's indices; None: nothing
 
 
 class SimulatedDevice(SettingsModel):
@@ -237,6 +247,7 @@ class NeuronConfig(SettingsModel):
     group: GroupSettings = Field(default_factory=GroupSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
+    accelerators: list[AcceleratorEntry] = Field(default_factory=list)  # not empty: no driver is asked
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
     default_models: list[DefaultModel] = Field(default_factory=list)
@@ -261,6 +272,8 @@ class NeuronConfig(SettingsModel):
                     f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
                     "of its own"
                 )
+        if len({entry.variable for entry in self.accelerators}) > 1:
+            raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:
             if not root.is_absolute():
                 raise ValueError(f"model_roots: {str(root)!r} is not an absolute path")

@@ -14,6 +14,7 @@ from neuron.config import NeuronConfig
 from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
 from neuron.gpu.sources.amd import AmdTopologySource
+from neuron.gpu.sources.configured import ConfiguredTopologySource
 from neuron.gpu.topology import Topology, TopologySource
 from shared import __version__
 from shared.protocol import DeviceHealth, Discovery, HostResources
@@ -38,14 +39,14 @@ def host_facts() -> HostFacts:
 
 
 def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
-    """The GPUs that a driver lists, or the simulated devices of `[simulate]`. `vram_dir` is where simulated engines
-    record their memory.
+    """The GPUs that a driver lists, the `[[accelerators]]`, or the simulated devices of `[simulate]`. `vram_dir` is
+    where simulated engines record their memory.
 
     Raises:
         SettingsError: `[simulate]` names an unknown device.
     """
     if config.simulate is None:
-        return DetectedTopologySource()
+        return ConfiguredTopologySource(config.accelerators) if config.accelerators else DetectedTopologySource()
     return SimulatedTopologySource(config.simulate, vram_dir, name=config.name or socket.gethostname())
 
 

@@ -35,7 +35,7 @@ def table_of(discovery: Discovery) -> str:
             ]
         )
     else:
-        blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no NVIDIA GPU on this host"])
+        blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no GPU on this host"])
     unified = [f"GPU {device.index} shares the host's RAM" for device in discovery.devices if device.unified]
     blocks.append(unified)
     lost = [f"GPU {device.index} cannot be used: {device.lost}" for device in discovery.devices if device.lost]

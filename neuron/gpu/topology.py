@@ -23,6 +23,8 @@ class Topology:
 
     `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA or AMD stack (driver/library
     mismatch, no permission); None when all is well, and on a host without one.
+
+    `device_variable` is the environment variable in which engines get the indices of devices of an unknown vendor.
     """
 
     devices: tuple[Device, ...] = ()
@@ -33,6 +35,7 @@ class Topology:
     simulated: bool = False
     ram: Device | None = None
     ram_reserve_mb: int = 0
+    device_variable: str | None = None
 
     @property
     def has_gpu(self) -> bool:

@@ -35,6 +35,7 @@ class LaunchFacts:
     vram_dir: Path  # memory of the simulated GPUs
     ram_total_mb: int | None = None  # of the host; None: not counted
     node_ram_mb: int | None = None  # of the NUMA node that engines on the CPU use first; None: unknown
+    device_variable: str | None = None  # gets the indices of devices of an unknown vendor
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ class Harness(ABC):
     """True: engines on several hosts can be parts of one."""
     api_prefix: str = ""
     """What the paths of its API have before `/v1`."""
+    context_field: str = "max_model_len"
+    """Where an entry of its `/v1/models` has the context length, with dots between nested keys."""
     takes_key: bool = True
     """False: it cannot be told a key, and serves everyone who reaches its port."""
     waits_for_line: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
-from neuron.harness.base import ENGINE_ID_VARIABLE, LaunchPlan
+from neuron.harness.base import ENGINE_ID_VARIABLE, LaunchFacts, LaunchPlan
 from shared.protocol import Device
 from shared.protocol.topology import AMD, NVIDIA
 
@@ -44,14 +44,15 @@ def device_ids(devices: Sequence[Device], by: DeviceIds = "uuid") -> list[str]:
     ]
 
 
-def device_variables(devices: Sequence[Device], by: DeviceIds = "uuid") -> dict[str, str]:
-    """The variables that show an engine these devices, at least one, and no others. None for devices of an unknown
-    vendor."""
+def device_variables(devices: Sequence[Device], facts: LaunchFacts, by: DeviceIds = "uuid") -> dict[str, str]:
+    """The variables that show an engine these devices, at least one, and no others. For devices of an unknown vendor
+    the one that neuron.toml names, if any."""
     ids = ",".join(device_ids(devices, by))
     vendors = {device.vendor for device in devices}
     if vendors == {NVIDIA}:
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ids}
-    return {"HIP_VISIBLE_DEVICES": ids} if vendors == {AMD} else {}
+    variable = "HIP_VISIBLE_DEVICES" if vendors == {AMD} else facts.device_variable
+    return {} if variable is None else {variable: ids}
 
 
 def engine_environment(

@@ -12,6 +12,7 @@ from pathlib import Path
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
 from neuron.gpu.topology import TopologySource
+from neuron.harness.home import EngineHome
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
@@ -33,6 +34,7 @@ class Admission:
     config: NeuronConfig
     source: TopologySource
     history: LoadHistory
+    home: EngineHome
 
     async def check(self, spec: EngineSpec) -> None:
         """Refuses what this host cannot serve.
@@ -69,13 +71,20 @@ class Admission:
             share = harness.estimator.options_of(whole).memory_fraction or harness.estimator.usable_share
             limit = spec.share_mb or int(sizes[spec.device_count - 1] * share)
             memory = AvailableMemory(devices, spec.tensor_parallel, limit)
-            length = await longest_context_of(harness.estimator, whole, {**os.environ, **settings.env}, memory)
+            length = await longest_context_of(harness.estimator, whole, await self._environ_of(spec), memory)
         except ServiceError as error:
             log.info("%s: the context that fits cannot be estimated: %s", spec.key, error.message)
             length = None
         if length:
             log.info("%s: a context of %d tokens fits", spec.key, length)
         return replace(spec, fitted_len=length)
+
+    async def _environ_of(self, spec: EngineSpec) -> dict[str, str]:
+        """What its engine finds its model's files with."""
+        settings, harness = self.config.harness_settings(spec.harness), harness_of(spec.harness, self.config)
+        environ = {**os.environ, **settings.env}
+        caches = harness.cache_variables
+        return await asyncio.to_thread(self.home.usable, environ, model=spec.source, caches=caches)
 
     async def share_of(self, spec: EngineSpec) -> int | None:
         """MiB that the engine takes on each device, or for each rank in RAM: from the spec, as much as an earlier
@@ -94,9 +103,10 @@ class Admission:
         if spec.max_model_len == AUTO and spec.fitted_len != 0:
             return None  # the context was fitted to the engine's default
         settings = self.config.harness_settings(spec.harness)
+        environ = await self._environ_of(spec)
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
-            found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
+            found = await estimate_of(estimator, whole, topology, environ)
         except ServiceError as error:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None

@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -248,10 +248,12 @@ class Launcher:
                 ram_mb=placement.ram_mb,
                 cores=placement.cores if len(placement.cores) < len(usable_cores(self._config)) else (),
             )
-            return _Preparation(number, directory, plan, harness.command(plan, facts), spare)
+            command = harness.command(plan, facts)
+            env = self._state.home.usable(command.env, model=spec.source, caches=harness.cache_variables)
+            return _Preparation(number, directory, plan, replace(command, env=env), spare)
 
         if spare is not None:
-            made = prepared(spare.number, spare.directory, spare)
+            made = await asyncio.to_thread(prepared, spare.number, spare.directory, spare)
             mismatch = spare.origin.mismatch(made.command, placement.devices)
             if mismatch is None:
                 return made
@@ -259,7 +261,7 @@ class Launcher:
             await spare.close()
             await asyncio.to_thread(spare.directory.remove)
         number = next(self._numbers)
-        return prepared(number, await self._directory(number))
+        return await asyncio.to_thread(prepared, number, await self._directory(number))
 
     async def _from_spare(self, made: _Preparation) -> EngineProcess | None:
         """The engine's process, made from the spare one; None when there is none, or it does not work."""
@@ -394,6 +396,7 @@ class Launcher:
             node_ram_mb=node_mb,
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
+            device_variable=topology.device_variable,
         )
 
 

@@ -11,6 +11,7 @@ from neuron.spec import InstanceKey
 from shared.errors import Conflict
 from shared.gpus import DEVICE_MARGIN_MB
 from shared.protocol import RAM, Device, DeviceFigures, DeviceHealth, ErrorCode, HostMemoryHealth
+from shared.protocol.topology import UNKNOWN_VENDOR
 
 MIG_REASON = "it is in MIG mode, in which only its MIG instances compute; each of them is a device of its own"
 SILENT_REASON = "it does not answer"
@@ -56,7 +57,8 @@ class GpuCapacity:
     `booked_mb` is promised to engines that are not being stopped. `reserve_mb` is the driver's own: neither used nor
     free, and not visible to CUDA. `bookable_mb` can be booked for a new engine; `stopping_mb` is still held by engines
     that are being stopped, and `asleep_mb` is what sleeping engines need when they wake.
-    `unusable` says why no engine can be placed here; None when one can.
+    `unusable` says why no engine can be placed here; None when one can. `measured` False: nothing but the bookings is
+    known.
     """
 
     index: int
@@ -72,6 +74,7 @@ class GpuCapacity:
     asleep_mb: int = 0
     booked_by: tuple[tuple[str, int], ...] = ()  # engine, MiB promised; without stopping engines
     unusable: str | None = None
+    measured: bool = True
 
     def shortfall_on_wake(self, needed_mb: int) -> int:
         """MiB that the sleeping engines here would lack if `needed_mb` were booked for another."""
@@ -136,9 +139,9 @@ def gpu_capacities(
     """The capacity of every device of the host, in the topology's order, and at the end that of its RAM if that is
     counted. Devices that share the RAM have its capacity."""
     live = {figures.index: figures for figures in health}
-    margin = 0 if topology.simulated else DEVICE_MARGIN_MB
 
     def capacity(device: Device) -> GpuCapacity:
+        margin = 0 if topology.simulated or device.vendor == UNKNOWN_VENDOR else DEVICE_MARGIN_MB
         there = [each for each in bookings if device.index in each.promised_mb]
         return _capacity(device, live.get(device.index), there, margin)
 
@@ -201,6 +204,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb
         ),
         booked_by=tuple((str(booking.key), booking.claim_mb(index)) for booking in lasting),
+        measured=device.vendor != UNKNOWN_VENDOR,
         unusable=_unusable_now(device, live),
     )
 
@@ -229,7 +233,8 @@ def _attributed(index: int, used_mb: int, bookings: Sequence[Booking]) -> tuple[
 
 
 def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapacity]) -> list[DeviceHealth]:
-    """Adds to live figures what is booked, foreign and bookable on each device."""
+    """Adds to live figures what is booked, foreign and bookable on each device. On a device that is not measured, what
+    is booked is in use."""
     by_index = {device.index: device for device in capacities}
     return [
         figures
@@ -240,6 +245,7 @@ def with_capacities(health: Sequence[DeviceHealth], capacities: Sequence[GpuCapa
                 "vram_foreign_mb": device.foreign_mb,
                 "vram_asleep_mb": device.asleep_mb,
                 "vram_bookable_mb": device.bookable_mb if device.unusable is None else 0,
+                **({} if device.measured else _as_booked(device)),
             }
         )
         for figures in health
@@ -261,6 +267,10 @@ def host_memory_health(health: Sequence[DeviceHealth], capacities: Sequence[GpuC
         ram_foreign_mb=ram.foreign_mb,
         ram_bookable_mb=ram.bookable_mb,
     )
+
+
+def _as_booked(device: GpuCapacity) -> dict[str, int]:
+    return {"vram_used_mb": device.booked_mb, "vram_free_mb": max(0, device.total_mb - device.booked_mb)}
 
 
 def held_by(pids: Collection[int], usage: Mapping[int, Mapping[int, int]]) -> dict[int, int]:

@@ -78,7 +78,7 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own |= device_variables(plan.devices)
+            own |= device_variables(plan.devices, facts)
         else:
             argv += _ram_arguments(plan, facts)
         on_cpu = not facts.has_gpu or plan.ram_mb is not None
