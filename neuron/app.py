@@ -103,7 +103,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         first_number = 1 + max((int(each.directory.path.name) for each in found), default=0)
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
-        memory = EngineMemory(config, source)
+        memory = EngineMemory(config, source, history)
         keys = await _engine_keys(config, state)
         numbers = itertools.count(first_number)
         spares = Spares(config, state, numbers, memory)

@@ -244,19 +244,13 @@ class EngineLife:
     async def _account(self) -> None:
         """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
-        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         if self._load_times is not None:
             await self._history.record(LoadKey.of(engine.spec), self._load_times)
-        await self._record_ram()
+        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         await engine.save_record()
         if not self.request.stop_requested.is_set():
             self._model.publish()  # with the memory that it takes
             self.request.settle(None)
-
-    async def _record_ram(self) -> None:
-        ram = self.engine.ram
-        if ram is not None and self.engine.placement.ram_mb is not None:
-            await self._history.record_ram(LoadKey.of(self.engine.spec), ram.used_mb)
 
     async def _measure(self) -> None:
         with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
@@ -289,7 +283,6 @@ class EngineLife:
             if event is not None:
                 return event
             await engine.record_shared_files()
-            await self._record_ram()
 
     async def _fulfil(self, sleep_request: SleepRequest) -> EngineEvent | None:
         """Puts the engine to sleep or wakes it. Returns the event that ends its life meanwhile, None if it lives on."""

@@ -17,6 +17,8 @@ from neuron.memory.cores import shared_cores
 from neuron.memory.host_memory import HostMemory
 from neuron.memory.ledger import EnginePlacement, Ledger
 from neuron.memory.requirement import MemoryRequirement, guessed_share_mb
+from neuron.progress.history import LoadHistory
+from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
 from shared.protocol import Device, DeviceHealth
 from shared.tasks import timeout
@@ -58,9 +60,10 @@ class StartLocks:
 
 class EngineMemory:
     """Single owner of the bookings of GPU memory and of the host's RAM (`ledger`), and of the list of running engines.
-    Hold `sleep_lock` while an engine falls asleep, so that two cannot count on the same RAM."""
+    Hold `sleep_lock` while an engine falls asleep, so that two cannot count on the same RAM. Records in `history` what
+    engines use of it."""
 
-    def __init__(self, config: NeuronConfig, source: TopologySource) -> None:
+    def __init__(self, config: NeuronConfig, source: TopologySource, history: LoadHistory) -> None:
         self.ledger = Ledger()
         self.sleep_lock = asyncio.Lock()
         self.start_locks = StartLocks()
@@ -68,6 +71,7 @@ class EngineMemory:
         self._released = asyncio.Event()  # set, and replaced, when an engine is gone
         self._config = config
         self._source = source
+        self._history = history
 
     @property
     def engines(self) -> list[Engine]:
@@ -174,7 +178,8 @@ class EngineMemory:
                     await released.wait()
 
     async def measure(self, engines: Collection[Engine]) -> None:
-        """Measures `engines` with one call to the driver, and updates their bookings."""
+        """Measures `engines` with one call to the driver, and updates their bookings and what is known of their
+        models."""
         held = await measure(engines, self._source)
         for engine in engines:
             grows = engine.harness.keeps_booking and engine.placement.share_mb is not None
@@ -182,6 +187,8 @@ class EngineMemory:
             update = self.ledger.update_held if filling else self.ledger.settle
             file_mb = 0 if engine.ram is None else engine.ram.file_mb
             update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
+            if engine.ready_at is not None and engine.ram is not None and engine.placement.ram_mb is not None:
+                await self._history.record_ram(LoadKey.of(engine.spec), engine.ram.used_mb)
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)

@@ -20,7 +20,7 @@ from neuron.engine import records, session, shared_memory
 from neuron.engine.engine import Engine, until_released
 from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
-from neuron.engine.ports import PortPool, lingering_ports
+from neuron.engine.ports import PortPool, lingering_ports, local_url
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
@@ -290,7 +290,7 @@ class Launcher:
     ) -> Engine:
         settings = self._config.harness_settings(spec.harness)
         harness = harness_of(spec.harness, self._config)
-        url = f"http://{_authority(local_address(record.host), record.port)}"
+        url = local_url(record.host, record.port)
         return Engine(
             spec=spec,
             placement=placement,
@@ -398,12 +398,3 @@ class Launcher:
             vram_dir=self._state.vram,
             device_variable=topology.device_variable,
         )
-
-
-def local_address(host: str) -> str:
-    """The address at which this host reaches a server bound to `host`."""
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-
-
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

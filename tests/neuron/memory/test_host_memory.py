@@ -16,6 +16,7 @@ from neuron.harness.registry import HARNESSES
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.memory.host import with_host_ram
 from neuron.memory.host_memory import HostMemory, needed_mb, slept_mb
+from neuron.progress.history import LoadHistory
 from shared.errors import Conflict
 
 
@@ -62,7 +63,7 @@ async def memory_of(tmp_path: Path, **settings: Any) -> AsyncIterator[EngineMemo
     config = NeuronConfig.model_validate(settings)
     source = with_host_ram(topology_source(config, tmp_path), config, tmp_path)
     try:
-        yield EngineMemory(config, source)
+        yield EngineMemory(config, source, LoadHistory(None))
     finally:
         await source.close()
 
