@@ -104,6 +104,7 @@ class EngineDescription(SettingsModel):
     health_path: UrlPath = "/health"
     ready_pattern: RegularExpression | None = None  # no output matches: it is not ready yet
     api_prefix: Annotated[str, AfterValidator(_url_prefix)] = ""  # what its URLs have before `/v1`
+    context_field: str = Field(default="max_model_len", min_length=1)  # where `/v1/models` has the context length
     paths: list[UrlPath] | None = None  # None: unknown
     missing_paths: list[UrlPath] = Field(default_factory=list)
     devices: str = Field(default="auto", pattern=r"^(auto|none|[A-Z_][A-Z0-9_]*)$")  # or a variable's name

@@ -133,6 +133,8 @@ class Harness(ABC):
     """True: engines on several hosts can be parts of one."""
     api_prefix: str = ""
     """What the paths of its API have before `/v1`."""
+    context_field: str = "max_model_len"
+    """Where an entry of its `/v1/models` has the context length, with dots between nested keys."""
     takes_key: bool = True
     """False: it cannot be told a key, and serves everyone who reaches its port."""
     waits_for_line: bool = False

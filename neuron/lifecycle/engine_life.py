@@ -263,8 +263,8 @@ class EngineLife:
             return
         with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
             async with timeout(_MEASURE_SECS):
-                model_id = engine.spec.model_id
-                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, model_id)
+                entry = engine.spec.model_id, engine.harness.context_field
+                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, *entry)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
