@@ -278,7 +278,7 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.control.resolve(self._name, self._failures)
+            route = await self._context.resolve(self._request, self._name, self._failures)
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
