@@ -37,6 +37,7 @@ from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
+from neuron.memory.host import with_host_ram
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
@@ -93,7 +94,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         holding = state.held(remove_after=config.state_dir is None)
         await asyncio.to_thread(holding.__enter__)
         stack.push_async_callback(asyncio.to_thread, holding.__exit__, None, None, None)
-        source = topology_source(config, state.vram)
+        source = with_host_ram(topology_source(config, state.vram), config, state.vram)
         stack.push_async_callback(source.close)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         instance_id = str(uuid.uuid4())
@@ -102,10 +103,10 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         first_number = 1 + max((int(each.directory.path.name) for each in found), default=0)
         history = LoadHistory(state.path / FILE_NAME)
         await history.read()
-        memory = EngineMemory(config, source)
+        memory = EngineMemory(config, source, history)
         keys = await _engine_keys(config, state)
         numbers = itertools.count(first_number)
-        spares = Spares(config, state, numbers, memory.sleep_budget)
+        spares = Spares(config, state, numbers, memory)
         stack.push_async_callback(spares.close)
         group_listeners = GroupListeners(config.group)
         stack.callback(group_listeners.close_all)
@@ -119,7 +120,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         registry = Registry(
             config,
-            admission=Admission(config, source),
+            admission=Admission(config, source, history, state.home),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,
@@ -136,6 +137,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            home=state.home,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),

@@ -104,6 +104,7 @@ class EngineDescription(SettingsModel):
     health_path: UrlPath = "/health"
     ready_pattern: RegularExpression | None = None  # no output matches: it is not ready yet
     api_prefix: Annotated[str, AfterValidator(_url_prefix)] = ""  # what its URLs have before `/v1`
+    context_field: str = Field(default="max_model_len", min_length=1)  # where `/v1/models` has the context length
     paths: list[UrlPath] | None = None  # None: unknown
     missing_paths: list[UrlPath] = Field(default_factory=list)
     devices: str = Field(default="auto", pattern=r"^(auto|none|[A-Z_][A-Z0-9_]*)$")  # or a variable's name
@@ -164,29 +165,36 @@ class AcceleratorEntry(SettingsModel):
 
 
 class SimulatedDevice(SettingsModel):
-    """A simulated GPU; missing values come from the preset `name`, if there is one."""
+    """A simulated device; missing values come from the preset `name`, if there is one, or for a MIG instance from its
+    GPU."""
 
-    index: int | None = Field(default=None, ge=0)  # optional; its position in the list
+    index: int | None = Field(default=None, ge=0)  # optional; its position in the list, or that of a MIG instance
+    kind: Literal["gpu", "mig"] = "gpu"
+    parent: int | None = Field(default=None, ge=0)  # a MIG instance's GPU, by index
+    profile: str | None = None  # of a MIG instance, such as "1g.10gb"
+    vendor: Literal["nvidia", "amd", "unknown"] = "nvidia"
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
+    unified: bool | None = None  # True: it shares the host's RAM
 
 
 class SimulateSettings(SettingsModel):
     """`[simulate]`: when present, it replaces the topology that NVML reports."""
 
-    devices: list[str | SimulatedDevice]
+    devices: list[str | SimulatedDevice] = Field(default_factory=list)
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
-    ram_mb: int | None = Field(default=None, gt=0)  # of the host, for engines that sleep; None: no limit
+    ram_mb: int | None = Field(default=None, gt=0)  # of the host; None: not counted
+    cores: int | None = Field(default=None, ge=1, le=4096)  # None: those of this machine
 
 
 class SleepSettings(SettingsModel):
-    """`[sleep]`: limits on the host memory of sleeping engines."""
+    """`[sleep]`: limits on the host memory of engines, sleeping ones included."""
 
-    ram_reserve_mb: int = Field(default=4096, ge=0)  # stays free for other programs
+    ram_reserve_mb: int | None = Field(default=None, ge=0)  # for other programs; None: 4096, at most an eighth
 
 
 class HealthSettings(SettingsModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from neuron.gpu.sources.amd import AmdTopologySource
 from neuron.gpu.sources.configured import ConfiguredTopologySource
 from neuron.gpu.topology import Topology, TopologySource
 from shared import __version__
-from shared.protocol import DeviceHealth, Discovery
+from shared.protocol import DeviceHealth, Discovery, HostResources
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ async def discovery_of(
     the speed of its link to the other hosts of an engine."""
     facts = await asyncio.to_thread(host_facts)
     topology = await source.discover()
+    ram = topology.ram
     simulated_name = config.name if topology.simulated else None
     return Discovery(
         hostname=simulated_name or facts.hostname,
@@ -111,4 +113,12 @@ async def discovery_of(
         instances=True,
         groups=True,
         network_mbps=network_mbps,
+        host=HostResources(ram_total_mb=0 if ram is None else ram.vram_total_mb, cores=len(usable_cores(config))),
     )
+
+
+def usable_cores(config: NeuronConfig) -> tuple[int, ...]:
+    """The cores that engines may use, by number."""
+    if config.simulate is not None and config.simulate.cores is not None:
+        return tuple(range(config.simulate.cores))
+    return tuple(sorted(os.sched_getaffinity(0)))

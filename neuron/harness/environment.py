@@ -14,6 +14,8 @@ _OWN_PREFIXES = ("NEURON_", "CORTEX_")
 _SUPERVISOR = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 )
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+"""How many threads the usual libraries start."""
 _PER_ENGINE = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TMPDIR"})
 
 
@@ -56,15 +58,22 @@ def device_variables(devices: Sequence[Device], facts: LaunchFacts, by: DeviceId
 def engine_environment(
     plan: LaunchPlan, inherited: Mapping[str, str], own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
-    """In order of precedence, lowest first: inherited, the harness's `own`, the operator's `env`, the harness's
-    `fixed`, and neuron's own variables."""
+    """In order of precedence, lowest first: inherited, the limits on threads, the harness's `own`, the operator's
+    `env`, the harness's `fixed`, and neuron's own variables."""
     filters = _HIP_FILTERS if any(device.vendor == AMD for device in plan.devices) else ()
     return {
         **{name: value for name, value in inherited.items() if name not in filters},
         "PYTHONUNBUFFERED": "1",
+        **thread_limits(plan),
         **own,
         **plan.settings.env,
         **fixed,
         "TMPDIR": str(plan.tmp_dir),
         ENGINE_ID_VARIABLE: plan.engine_id,
     }
+
+
+def thread_limits(plan: LaunchPlan) -> dict[str, str]:
+    """For an engine on the CPU that gets only some of the host's cores: those of each of its ranks."""
+    each = max(1, len(plan.cores) // plan.spec.device_count)
+    return dict.fromkeys(_THREADS, str(each)) if plan.cores else {}

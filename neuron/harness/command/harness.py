@@ -34,6 +34,7 @@ class CommandHarness(Harness):
         self._used = frozenset(name for word in words for name in placeholders_in(word))
         self.health_path = settings.health_path
         self.api_prefix = settings.api_prefix
+        self.context_field = settings.context_field
         self.runs_on_gpu = settings.devices != "none"
         self.takes_key = "key" in self._used
         self.waits_for_line = settings.ready_pattern is not None
