@@ -20,7 +20,6 @@ from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
 from cortex.control.loads.neurons import NeuronAccess
-from cortex.control.loads.served_contexts import ServedContexts
 from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
@@ -127,16 +126,8 @@ def build(
     live.changes.subscribe(routes.publish)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
-    contexts = ServedContexts(fleet)
     loader = Loader(
-        neurons=neurons,
-        evictor=evictor,
-        live=live,
-        metrics=metrics,
-        state=state,
-        contexts=contexts,
-        leases=leases,
-        clock=clock,
+        neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
     scheduler = Scheduler(
         live=live,
@@ -161,7 +152,7 @@ def build(
         demand=demand,
         shutdown=shutdown,
         state=state,
-        contexts=contexts,
+        contexts=loader.contexts,
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)

@@ -64,7 +64,7 @@ class LoadJob:
 
 
 class Loader:
-    """Owns the loads that this cortex has asked for."""
+    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served."""
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class Loader:
         live: LiveConfig,
         metrics: Metrics,
         state: StateFile,
-        contexts: ServedContexts,
         leases: LoadLeases | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,7 +84,7 @@ class Loader:
         self._live = live
         self._metrics = metrics
         self._state = state
-        self._contexts = contexts
+        self.contexts = ServedContexts(neurons.fleet)
         self._leases = leases
         self._clock = clock
         self._groups = GroupLoads(neurons, live)
@@ -146,7 +145,7 @@ class Loader:
     async def close(self) -> None:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
-        await self._contexts.close()
+        await self.contexts.close()
 
     async def _run(
         self,
@@ -261,7 +260,7 @@ class Loader:
             endpoint=reply.endpoint,
         )
         if choice is not None and not plan.wakes:
-            self._contexts.loaded(plan.key, choice)
+            self.contexts.loaded(plan.key, choice)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
