@@ -26,6 +26,7 @@ from neuron.engine.keys import EngineKeys
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import topology_source
+from neuron.harness.installed import InstalledEngines
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.engine_life import EngineTools
@@ -109,7 +110,19 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         stack.push_async_callback(spares.close)
         group_listeners = GroupListeners(config.group)
         stack.callback(group_listeners.close_all)
-        launcher = Launcher(config, source, state, http, memory, spares=spares, groups=group_listeners, numbers=numbers)
+        installed = InstalledEngines()
+        stack.push_async_callback(installed.close)
+        launcher = Launcher(
+            config,
+            source,
+            state,
+            http,
+            memory,
+            spares=spares,
+            groups=group_listeners,
+            installed=installed,
+            numbers=numbers,
+        )
         new_supervisor = functools.partial(
             InstanceSupervisor,
             config=config,

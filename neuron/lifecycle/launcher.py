@@ -29,6 +29,7 @@ from neuron.errors import LoadFailed
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
+from neuron.harness.installed import InstalledEngines
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
@@ -74,6 +75,7 @@ class Launcher:
         *,
         spares: Spares,
         groups: GroupListeners,
+        installed: InstalledEngines,
         numbers: Iterator[int],
     ) -> None:
         self._config = config
@@ -84,6 +86,7 @@ class Launcher:
         self._ports = PortPool(config.host)
         self._spares = spares
         self._groups = groups
+        self._installed = installed
         self._numbers = numbers
 
     @property
@@ -128,6 +131,7 @@ class Launcher:
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
+                engine_version=plan.installed.version,
                 can_sleep=harness.can_sleep(plan, facts),
                 keep_alive_secs=harness.keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
@@ -221,7 +225,8 @@ class Launcher:
             LoadFailed: the engine's directory cannot be created.
         """
         control_key = secrets.token_urlsafe(32)
-        harness = harness_of(spec.harness, self._config)
+        harness, settings = harness_of(spec.harness, self._config), self._config.harness_settings(spec.harness)
+        installed = await self._installed.of(harness, settings, facts.environ)
         if api_key is not None and not harness.takes_key:
             api_key = None
             log.warning(
@@ -231,7 +236,7 @@ class Launcher:
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
                 spec=spec,
-                settings=self._config.harness_settings(spec.harness),
+                settings=settings,
                 devices=placement.devices,
                 share_mb=placement.share_mb,
                 host=self._config.host,
@@ -241,6 +246,7 @@ class Launcher:
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=control_key,
                 network=network,
+                installed=installed,
             )
             return _Preparation(number, directory, plan, harness.command(plan, facts), spare)
 
