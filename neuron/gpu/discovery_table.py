@@ -12,6 +12,7 @@ _NUMERIC = frozenset({"GPU", "MEMORY", "CC", "NUMA"})
 
 _MEANINGS = {
     LinkKind.NVLINK: "NV#  # NVLinks",
+    LinkKind.XGMI: "XGMI direct XGMI",
     LinkKind.PIX: "PIX  at most one PCIe switch",
     LinkKind.PXB: "PXB  several PCIe switches, no host bridge",
     LinkKind.PHB: "PHB  a PCIe host bridge",

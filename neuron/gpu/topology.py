@@ -1,4 +1,5 @@
-"""The interface of GPU sources: the real one (`neuron.gpu.nvml`) and the simulated one (`neuron.gpu.simulated`)."""
+"""The interface of GPU sources: NVML (`neuron.gpu.nvml`), those of `neuron.gpu.sources`, and the simulated one
+(`neuron.gpu.simulated`)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Topology:
 
     The driver reports nothing about a pair of devices that `links` lacks.
 
-    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA stack (driver/library
+    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA or AMD stack (driver/library
     mismatch, no permission); None when all is well, and on a host without one.
     """
 

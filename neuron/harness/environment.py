@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 from neuron.harness.base import ENGINE_ID_VARIABLE, LaunchPlan
+from shared.protocol import Device
+from shared.protocol.topology import AMD, NVIDIA
 
 _OWN_PREFIXES = ("NEURON_", "CORTEX_")
 # systemd's: an engine that reported readiness or used the socket or watchdog would act as neuron.
@@ -20,13 +23,43 @@ def inheritable(environ: Mapping[str, str], *, secrets: frozenset[str] = frozens
     return {k: v for k, v in environ.items() if k not in dropped and not k.startswith(_OWN_PREFIXES)}
 
 
+DeviceIds = Literal["uuid", "index"]
+
+NO_DEVICES: Final[Mapping[str, str]] = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
+"""Hides the GPUs of either vendor. HIP takes an empty value as none at all."""
+# HIP numbers only what these leave visible, and neuron numbers every GPU.
+_HIP_FILTERS = ("ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+
+
+def device_ids(devices: Sequence[Device], by: DeviceIds = "uuid") -> list[str]:
+    """What an engine can address the devices by. HIP and the harnesses of other accelerators take numbers only; a MIG
+    instance has no number in CUDA."""
+    return [
+        device.uuid
+        if device.uuid is not None and device.vendor == NVIDIA and (by == "uuid" or device.is_mig_instance)
+        else str(device.index)
+        for device in devices
+    ]
+
+
+def device_variables(devices: Sequence[Device], by: DeviceIds = "uuid") -> dict[str, str]:
+    """The variables that show an engine these devices, at least one, and no others. None for devices of an unknown
+    vendor."""
+    ids = ",".join(device_ids(devices, by))
+    vendors = {device.vendor for device in devices}
+    if vendors == {NVIDIA}:
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ids}
+    return {"HIP_VISIBLE_DEVICES": ids} if vendors == {AMD} else {}
+
+
 def engine_environment(
     plan: LaunchPlan, inherited: Mapping[str, str], own: Mapping[str, str], fixed: Mapping[str, str]
 ) -> dict[str, str]:
     """In order of precedence, lowest first: inherited, the harness's `own`, the operator's `env`, the harness's
     `fixed`, and neuron's own variables."""
+    filters = _HIP_FILTERS if any(device.vendor == AMD for device in plan.devices) else ()
     return {
-        **inherited,
+        **{name: value for name, value in inherited.items() if name not in filters},
         "PYTHONUNBUFFERED": "1",
         **own,
         **plan.settings.env,

@@ -16,6 +16,7 @@ from shared.errors import InvalidRequest
 from shared.gpus import in_memory_steps
 from shared.protocol import Device, Parallelism
 from shared.protocol.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands
+from shared.protocol.topology import AMD
 
 MAX_SETS = 20_000
 """How many sets of devices are compared one by one: all sets of any size up to 16 devices. With more devices, see
@@ -272,7 +273,8 @@ def _why(groups: Sequence[Group], scorer: _Scorer, topology: Topology, capacitie
         complete = [island for island in nvlink_islands(topology.paths, _idle(capacities)) if island.isdisjoint(group)]
         names = ["+".join(map(str, sorted(island))) for island in complete]
         if names:
-            reasons.append(f"keeps NVLinked {', '.join(names)} free")
+            linked = "XGMI-linked" if topology.devices[0].vendor == AMD else "NVLinked"
+            reasons.append(f"keeps {linked} {', '.join(names)} free")
     return "; ".join(reasons)
 
 

@@ -17,7 +17,7 @@ from neuron.harness.command.placeholders import (
     values_of,
 )
 from neuron.harness.command.reading import DescribedLoadReading, failure_of, root_cause
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import NO_DEVICES, device_ids, device_variables, engine_environment
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import FailureCause
@@ -54,7 +54,7 @@ class CommandHarness(Harness):
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         settings = plan.settings
-        values = values_of(plan, facts, device_ids=settings.device_ids)
+        values = values_of(plan, facts, by=settings.device_ids)
         words = [*(settings.command or ()), *settings.arguments]
         # The operator's `extra_args` may have placeholders, a model's `args` are passed as they are.
         argv = [*filled(words, values), *plan.spec.args, *filled(settings.extra_args, values)]
@@ -106,7 +106,6 @@ class CommandHarness(Harness):
         setting = self._settings.devices
         if setting == "none" or not (plan.devices or facts.has_gpu):
             return {}
-        ids = values_of(plan, facts, device_ids=self._settings.device_ids)["devices"] or ""
         if setting != "auto":
-            return {setting: ids}
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ids}
+            return {setting: ",".join(device_ids(plan.devices, self._settings.device_ids))}
+        return device_variables(plan.devices, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)

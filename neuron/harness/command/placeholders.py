@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from neuron.harness.base import LaunchFacts, LaunchPlan
+from neuron.harness.environment import DeviceIds, device_ids
 
 PLACEHOLDERS: Final = (
     "model",
@@ -50,18 +51,15 @@ def unknown_placeholder(text: str) -> str | None:
     return None
 
 
-def values_of(plan: LaunchPlan, facts: LaunchFacts, *, device_ids: str) -> dict[str, str | None]:
-    """The value of each placeholder for one engine; None where it is not known. `device_ids`: "uuid" or "index"."""
+def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[str, str | None]:
+    """The value of each placeholder for one engine; None where it is not known. `by`: how its devices are addressed."""
     spec = plan.spec
     is_path = spec.source.startswith("/")
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
     share = None
     if plan.share_mb is not None and totals:
         share = min(max(plan.share_mb * _DIGITS // min(totals), 1), _DIGITS) / _DIGITS
-    ids = [
-        device.uuid if device_ids == "uuid" and device.uuid is not None else str(device.index)
-        for device in plan.devices
-    ]
+    ids = device_ids(plan.devices, by)
     return {
         "model": spec.source,
         "model_path": spec.source if is_path else None,

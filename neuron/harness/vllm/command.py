@@ -14,11 +14,10 @@ from neuron.harness.base import (
     EngineCommand,
     GroupNetwork,
     Harness,
-    InstalledEngine,
     LaunchFacts,
     LaunchPlan,
 )
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
@@ -33,7 +32,7 @@ from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
-from shared.protocol import Device, FailureCause, GroupPart
+from shared.protocol import FailureCause, GroupPart
 from shared.protocol.context_length import AUTO
 from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, sets_context
 
@@ -93,8 +92,8 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(visible_device(device, plan.installed) for device in plan.devices)
+            # vLLM 0.22 and older end with an error on the UUID of a GPU.
+            own |= device_variables(plan.devices, "index" if plan.installed.before(0, 23) else "uuid")
         if not facts.has_gpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.device_count, facts.cpus)
         if plan.control_key is not None and self.can_sleep(plan, facts):
@@ -134,13 +133,6 @@ class VllmHarness(Harness):
 
     def is_permanent(self, error: str, *, path_missing: bool) -> bool:
         return is_permanent(error, path_missing=path_missing)
-
-
-def visible_device(device: Device, installed: InstalledEngine) -> str:
-    """A device in CUDA_VISIBLE_DEVICES. vLLM 0.22 and older end with an error on the UUID of a GPU; a slice of a GPU
-    has no other name."""
-    by_index = installed.before(0, 23) and not (device.uuid or "").startswith("MIG-")
-    return str(device.index) if by_index or device.uuid is None else device.uuid
 
 
 def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[str]:

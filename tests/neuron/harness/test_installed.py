@@ -20,7 +20,7 @@ from tests.neuron.neurons import Neuron, marked_processes, until
 VLLM = HARNESSES["vllm"]
 SPEC = EngineSpec(model_id="org/model", harness="vllm", source="org/model")
 GPU = Device(index=3, name="A", vram_total_mb=32000, uuid="GPU-a")
-SLICE = Device(index=8, name="A", vram_total_mb=8000, uuid="MIG-b")
+SLICE = Device(index=8, name="A", vram_total_mb=8000, uuid="MIG-b", kind="mig", parent=0)
 FACTS = LaunchFacts(has_gpu=True, cpus=(0,), environ={}, vram_dir=Path("/v"))
 PLAN = LaunchPlan(SPEC, HarnessSettings(sleep_mode=True), (GPU,), "h", 1, Path("/t"), "k", "i/1", control_key="c")
 
