@@ -38,6 +38,7 @@ from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
+from neuron.memory.host import with_host_ram
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
@@ -91,16 +92,16 @@ def cross_site_policy(config: NeuronConfig) -> CrossSitePolicy:
 async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
     async with contextlib.AsyncExitStack() as stack:
         state = await _held_state(config, port, stack)
-        source = topology_source(config, state.vram)
+        source = with_host_ram(topology_source(config, state.vram), config, state.vram)
         stack.push_async_callback(source.close)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         hub, metrics = EventHub(), NeuronMetrics()
         found = await asyncio.to_thread(state.found)
         numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
         history = await _load_history(state)
-        memory = EngineMemory(config, source)
+        memory = EngineMemory(config, source, history)
         keys = await _engine_keys(config, state)
-        spares = Spares(config, state, numbers, memory.sleep_budget)
+        spares = Spares(config, state, numbers, memory)
         stack.push_async_callback(spares.close)
         groups, installed = GroupListeners(config.group), InstalledEngines()
         stack.callback(groups.close_all)
@@ -115,7 +116,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         registry = Registry(
             config,
-            admission=Admission(config, source),
+            admission=Admission(config, source, history, state.home),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,
@@ -132,6 +133,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            home=state.home,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),

@@ -44,8 +44,9 @@ class InstanceKey(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
-    MiB on all devices together. `instance` and the label `variant` change nothing about the engine itself.
+    """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks, or none of
+    them for an engine on the CPU; `vram_mb`: MiB on all devices together, or in RAM. `instance` and the label `variant`
+    change nothing about the engine itself.
 
     With `group` it is one part of an engine that spans several neurons: `parallel` describes the whole engine,
     `devices` and `vram_mb` this part.
@@ -95,6 +96,11 @@ class EngineSpec:
     def device_count(self) -> int:
         """Of this host."""
         return self.local_parallel.devices
+
+    @property
+    def without_devices(self) -> bool:
+        """True if it runs on the host's CPU: its memory is the host's RAM."""
+        return self.devices == ()
 
     @property
     def context(self) -> int | None:

@@ -118,6 +118,18 @@ def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> P
     return value
 
 
+_OF_DEVICES = ("min_devices", "parallel", "span_nodes", "min_device_vram_mb", "min_compute_capability")
+"""Keys that only mean something for a model that runs on devices."""
+
+
+def _without_devices(value: int | None) -> int | None:
+    if value not in (None, 0):
+        raise ValueError(
+            "must be 0, for a model that runs on the CPU; min_devices or parallel say how many GPUs it gets"
+        )
+    return value
+
+
 _OF_A_VARIANT: Final = {"variant": True}
 """Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
 
@@ -130,6 +142,7 @@ class Variant(SettingsModel):
     harness: str | None = None
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
+    devices: int | None = None
     min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
@@ -141,6 +154,7 @@ class Variant(SettingsModel):
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+    _no_devices = field_validator("devices")(_without_devices)
 
 
 class ModelProfile(SettingsModel):
@@ -153,6 +167,7 @@ class ModelProfile(SettingsModel):
     harness: str = "vllm"
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
+    devices: int | None = None
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     span_nodes: bool = False
@@ -176,6 +191,7 @@ class ModelProfile(SettingsModel):
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+    _no_devices = field_validator("devices")(_without_devices)
 
     @model_validator(mode="before")
     @classmethod
@@ -214,6 +230,15 @@ class ModelProfile(SettingsModel):
             raise ValueError("span_nodes: a model on one device has nothing to spread, set min_devices or parallel")
         if spans and any(choice.parallelism.data > 1 for choice in self.choices):
             raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
+        return self
+
+    @model_validator(mode="after")
+    def _on_the_cpu_or_on_devices(self) -> ModelProfile:
+        tables: tuple[ModelProfile | Variant, ...] = (self, *self.variants)
+        for table in tables:
+            both = sorted(table.model_fields_set.intersection(_OF_DEVICES)) if table.devices == 0 else []
+            if both:
+                raise ValueError(f"devices: a model with devices = 0 runs on the CPU, remove {' and '.join(both)}")
         return self
 
     @model_validator(mode="after")
@@ -259,7 +284,11 @@ class ModelProfile(SettingsModel):
 
     def _with(self, variant: Variant, place: int) -> ModelProfile:
         given = variant.model_dump(exclude_none=True, exclude={"name"})
-        own = self.model_dump(exclude_none=True, exclude={"variants"})
+        own = self.model_dump(exclude_none=True, exclude_unset=True, exclude={"variants"})
+        if given.get("devices") == 0:
+            own = {key: value for key, value in own.items() if key not in _OF_DEVICES}
+        elif not given.keys().isdisjoint(_OF_DEVICES):
+            own.pop("devices", None)
         if not given.keys().isdisjoint(("parallel", "min_devices")):
             own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
         found = ModelProfile.model_validate({**own, **given}, context=_OF_A_VARIANT)
@@ -284,9 +313,20 @@ class ModelProfile(SettingsModel):
         """How it is split: `parallel`, or `min_devices`, its short form."""
         return self.parallel or Parallelism.model_construct(tensor=self.min_devices)
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the host's CPU: its memory is the host's RAM, and it gets no devices."""
+        return self.devices == 0
+
     @cached_property
     def device_count(self) -> int:
-        return self.parallelism.devices
+        """0 for a model on the CPU."""
+        return 0 if self.on_cpu else self.parallelism.devices
+
+    @property
+    def shares(self) -> int:
+        """In how many parts its memory is split: one for each device, or one in RAM."""
+        return max(1, self.device_count)
 
     @property
     def tensor_parallel(self) -> int | None:
@@ -306,5 +346,5 @@ class ModelProfile(SettingsModel):
 
     @property
     def device_share_mb(self) -> int:
-        """What each device must give, in MiB; 0 when the footprint is unknown."""
-        return 0 if self.vram_mb is None else -(-self.vram_mb // self.device_count)
+        """What each device must give, or the host's RAM, in MiB; 0 when the footprint is unknown."""
+        return 0 if self.vram_mb is None else -(-self.vram_mb // self.shares)

@@ -12,6 +12,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.refusal import unknown_model_error
 from cortex.routing.choice import beyond_ours
+from cortex.routing.control import ContextBound
 from cortex.routing.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
@@ -61,6 +62,19 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
     return Refuse(unknown_model_error(model_id, catalogue, fleet))
+
+
+def context_bound(model_id: str, catalogue: Catalogue) -> ContextBound | None:
+    """The most context that an engine of `model_id` (as for `decide`) can have once it is loaded, from what the
+    catalogue says; None if it does not say, or if such an engine might serve a longer prompt in another way."""
+    profile = catalogue.profile(model_id)
+    choices = () if profile is None else profile.choices
+    lengths = [choice.max_model_len for choice in choices if choice.serves_as_vllm]
+    known = [length for length in lengths if isinstance(length, int)]
+    if profile is None or not known or len(known) < len(choices):
+        return None
+    sources = {choice.source or choice.id for choice in choices}
+    return ContextBound(max(known), sources.pop() if len(sources) == 1 else "")
 
 
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:

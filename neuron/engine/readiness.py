@@ -186,12 +186,15 @@ async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> b
     return (with_key, without) == (200, 401)
 
 
-async def context_length(session: aiohttp.ClientSession, url: str, api_key: str | None, model_id: str) -> int | None:
-    """The tokens that the engine at `url` says it serves of the model; None if it does not say."""
-    key = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+async def context_length(
+    session: aiohttp.ClientSession, url: str, api_key: str | None, model_id: str, field: str
+) -> int | None:
+    """The tokens that the engine at `url` says it serves of the model; None if it does not say. `field`: see
+    `length_in`."""
+    key = _key_headers(api_key)
     try:
         async with session.get(url + "/v1/models", headers=key, timeout=_TIMEOUT, allow_redirects=False) as response:
-            return length_in(model_id, await response.json(content_type=None))
+            return length_in(model_id, await response.json(content_type=None), field)
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
         return None
 

@@ -38,6 +38,8 @@ class RunRecord(BaseModel):
     devices: list[int]
     booked_mb: list[int]
     share_mb: int | None = None
+    ram_mb: int | None = None  # booked in the host's RAM
+    cores: list[int] = []  # of an engine without devices
     host: str
     port: int
     api_key: str | None = None  # None: it serves without a key

@@ -30,6 +30,8 @@ class MemoryEstimator(ABC):
 
     usable_share: float = 1.0
     """Fraction of a device that an engine can use."""
+    in_ram_mb: int = 0
+    """MiB that the processes of an engine on the CPU use in addition to what the model needs."""
 
     @abstractmethod
     def options_of(self, spec: EngineSpec) -> EngineOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ from neuron.config import NeuronConfig
 from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
 from neuron.gpu.sources.amd import AmdTopologySource
+from neuron.gpu.sources.configured import ConfiguredTopologySource
 from neuron.gpu.topology import Topology, TopologySource
 from shared import __version__
-from shared.protocol import DeviceHealth, Discovery
+from shared.protocol import DeviceHealth, Discovery, HostResources
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ def host_facts() -> HostFacts:
 
 
 def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
-    """The GPUs that a driver lists, or the simulated devices of `[simulate]`. `vram_dir` is where simulated engines
-    record their memory.
+    """The GPUs that a driver lists, the `[[accelerators]]`, or the simulated devices of `[simulate]`. `vram_dir` is
+    where simulated engines record their memory.
 
     Raises:
         SettingsError: `[simulate]` names an unknown device.
     """
     if config.simulate is None:
-        return DetectedTopologySource()
+        return ConfiguredTopologySource(config.accelerators) if config.accelerators else DetectedTopologySource()
     return SimulatedTopologySource(config.simulate, vram_dir, name=config.name or socket.gethostname())
 
 
@@ -92,6 +94,7 @@ async def discovery_of(
     the speed of its link to the other hosts of an engine."""
     facts = await asyncio.to_thread(host_facts)
     topology = await source.discover()
+    ram = topology.ram
     simulated_name = config.name if topology.simulated else None
     return Discovery(
         hostname=simulated_name or facts.hostname,
@@ -110,4 +113,12 @@ async def discovery_of(
         instances=True,
         groups=True,
         network_mbps=network_mbps,
+        host=HostResources(ram_total_mb=0 if ram is None else ram.vram_total_mb, cores=len(usable_cores(config))),
     )
+
+
+def usable_cores(config: NeuronConfig) -> tuple[int, ...]:
+    """The cores that engines may use, by number."""
+    if config.simulate is not None and config.simulate.cores is not None:
+        return tuple(range(config.simulate.cores))
+    return tuple(sorted(os.sched_getaffinity(0)))

@@ -148,4 +148,5 @@ def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> De
         uuid=table.uuid or f"GPU-{uuid.uuid5(_UUID_NAMESPACE, f'{host}/{index}')}",
         pci_bus_id=table.pci_bus_id or f"00000000:{index + 1:02X}:00.0",
         numa_node=table.numa_node if table.numa_node is not None else 0,
+        unified=table.unified if table.unified is not None else bool(preset and preset.unified),
     )

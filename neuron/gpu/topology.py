@@ -18,8 +18,13 @@ class Topology:
 
     The driver reports nothing about a pair of devices that `links` lacks.
 
+    `ram` is the host's RAM, with the index `RAM`; None where it is not counted. `ram_reserve_mb` of it stay free for
+    other programs.
+
     `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA or AMD stack (driver/library
     mismatch, no permission); None when all is well, and on a host without one.
+
+    `device_variable` is the environment variable in which engines get the indices of devices of an unknown vendor.
     """
 
     devices: tuple[Device, ...] = ()
@@ -28,6 +33,9 @@ class Topology:
     cuda_version: str | None = None
     cuda_unavailable_reason: str | None = None
     simulated: bool = False
+    ram: Device | None = None
+    ram_reserve_mb: int = 0
+    device_variable: str | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -50,7 +58,8 @@ class TopologySource(Protocol):
         ...
 
     async def health(self) -> Sequence[DeviceHealth]:
-        """Live figures of every device that answers, by index. Each call asks the driver."""
+        """Live figures of every device that answers, by index; of RAM too, where it is counted. Each call asks the
+        driver."""
         ...
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:

@@ -33,6 +33,9 @@ class LaunchFacts:
     cpus: tuple[int, ...]  # the cores this process may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
+    ram_total_mb: int | None = None  # of the host; None: not counted
+    node_ram_mb: int | None = None  # of the NUMA node that engines on the CPU use first; None: unknown
+    device_variable: str | None = None  # gets the indices of devices of an unknown vendor
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class LaunchPlan:
     network: GroupNetwork | None = None
     """Of a part of a group."""
     installed: InstalledEngine = InstalledEngine()
+    ram_mb: int | None = None
+    """What is booked for it in the host's RAM; None: none is counted."""
+    cores: tuple[int, ...] = ()
+    """Those of the host that an engine without devices is to use, some of `LaunchFacts.cpus`; empty: all."""
 
     @property
     def arguments(self) -> list[str]:
@@ -153,6 +160,8 @@ class Harness(ABC):
     """True: engines on several hosts can be parts of one."""
     api_prefix: str = ""
     """What the paths of its API have before `/v1`."""
+    context_field: str = "max_model_len"
+    """Where an entry of its `/v1/models` has the context length, with dots between nested keys."""
     takes_key: bool = True
     """False: it cannot be told a key, and serves everyone who reaches its port."""
     waits_for_line: bool = False
@@ -169,6 +178,8 @@ class Harness(ABC):
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""
+    sizes_itself: bool = False
+    """True: its engines take the memory that they are told to take, whatever the model's size."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
 

@@ -149,7 +149,7 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         data_parallel=parallel.data,
         expert_parallel=parallel.expert,
         group=command.group,
-        devices=tuple(command.devices or ()) or None,
+        devices=None if command.devices is None else tuple(command.devices),
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
         max_model_len=command.max_model_len,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import neuron
 from neuron.config import HarnessSettings
-from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
+from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, RAM_NAME, VRAM_DIR_VARIABLE
 from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.command import VllmHarness, context_arguments, serve_arguments, vllm_environment
@@ -41,6 +41,7 @@ class SimHarness(VllmHarness):
     """Takes simulated memory, answers with random words, and is supervised like vLLM otherwise."""
 
     runs_on_gpu = False
+    sizes_itself = False
     sleep = SimSleep()
     python_package = "cortex-neuron"
     option_files = ()
@@ -72,6 +73,8 @@ class SimHarness(VllmHarness):
         if total is not None and not has_flag(plan.arguments, "--vram-mb"):
             argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}
+        if plan.ram_mb is not None:
+            devices = {RAM_NAME: facts.ram_total_mb or plan.ram_mb}
         own = {
             VRAM_DIR_VARIABLE: str(facts.vram_dir),
             DEVICES_VARIABLE: json.dumps(devices),

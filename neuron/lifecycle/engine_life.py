@@ -244,9 +244,9 @@ class EngineLife:
     async def _account(self) -> None:
         """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
-        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         if self._load_times is not None:
             await self._history.record(LoadKey.of(engine.spec), self._load_times)
+        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         await engine.save_record()
         if not self.request.stop_requested.is_set():
             self._model.publish()  # with the memory that it takes
@@ -263,8 +263,8 @@ class EngineLife:
             return
         with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
             async with timeout(_MEASURE_SECS):
-                model_id = engine.spec.model_id
-                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, model_id)
+                entry = engine.spec.model_id, engine.harness.context_field
+                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, *entry)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request

@@ -13,6 +13,7 @@ from shared.protocol import ErrorCode, FailureCause
 _BY_CODE: dict[str, FailureCause] = {
     ErrorCode.CUDA_UNAVAILABLE: FailureCause.NODE,
     ErrorCode.GROUP_UNREACHABLE: FailureCause.NODE,
+    ErrorCode.INSUFFICIENT_RAM: FailureCause.NODE,
     ErrorCode.INSUFFICIENT_VRAM: FailureCause.NODE,
     ErrorCode.LOAD_TIMEOUT: FailureCause.NODE,
     ErrorCode.NEURON_STOPPING: FailureCause.NODE,

@@ -163,6 +163,8 @@ class InstanceState:
             retry_at=condition.retry_at,
             permanent=condition.permanent or None,
             vram_booked_mb=0 if placement is None else self._ledger.promised_mb(placement.number),
+            ram_used_mb=None if engine is None or engine.ram is None else engine.ram.used_mb,
+            ram_booked_mb=None if placement is None else self._ledger.promised_ram_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
             endpoint=EndpointReply(url=engine.api_url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED and engine.spec.serves

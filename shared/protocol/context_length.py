@@ -22,8 +22,9 @@ ContextLength = Annotated[int | Literal["auto"] | None, BeforeValidator(_context
 """Tokens of prompt and answer together, or AUTO; None: as the engine decides."""
 
 
-def length_in(model_id: str, page: Any) -> int:
-    """`max_model_len` of the model in an engine's `/v1/models`, or of the first entry that has one.
+def length_in(model_id: str, page: Any, field: str = "max_model_len") -> int:
+    """The context length of the model in an engine's `/v1/models`, or of the first entry that has one. `field` is where
+    an entry has it, with dots between the keys of nested objects.
 
     Raises:
         ValueError: there is none.
@@ -31,7 +32,9 @@ def length_in(model_id: str, page: Any) -> int:
     data = page.get("data") if isinstance(page, dict) else None
     entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     for entry in sorted(entries, key=lambda entry: entry.get("id") != model_id):
-        length = entry.get("max_model_len")
+        length: Any = entry
+        for key in field.split("."):
+            length = length.get(key) if isinstance(length, dict) else None
         if isinstance(length, int) and not isinstance(length, bool) and 0 < length < 1 << 53:
             return length
-    raise ValueError("no max_model_len")
+    raise ValueError(f"no {field}")

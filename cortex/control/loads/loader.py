@@ -187,7 +187,7 @@ class Loader:
             "loading %s on %s, devices %s (%s); %s",
             plan.model_id,
             plan.key.name,
-            list(plan.devices),
+            list(plan.gpus) or "none",
             job.why,
             plan.reason,
         )
@@ -251,7 +251,7 @@ class Loader:
         self._fleet.loaded(
             plan.key,
             harness=command.harness,
-            devices=plan.devices,
+            devices=plan.gpus,
             variant=plan.variant,
             endpoint=reply.endpoint,
         )
@@ -263,7 +263,7 @@ class Loader:
             await self._neurons.refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
-        status, devices = ModelStatus.LOADING.value, list(plan.devices)
+        status, devices = ModelStatus.LOADING.value, list(plan.gpus)
         instance = plan.instance or None
         view = ModelView(id=plan.model_id, instance=instance, variant=plan.variant, status=status, devices=devices)
         self._fleet.update_model(plan.node, view)

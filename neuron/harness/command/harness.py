@@ -34,6 +34,7 @@ class CommandHarness(Harness):
         self._used = frozenset(name for word in words for name in placeholders_in(word))
         self.health_path = settings.health_path
         self.api_prefix = settings.api_prefix
+        self.context_field = settings.context_field
         self.runs_on_gpu = settings.devices != "none"
         self.takes_key = "key" in self._used
         self.waits_for_line = settings.ready_pattern is not None
@@ -108,4 +109,4 @@ class CommandHarness(Harness):
             return {}
         if setting != "auto":
             return {setting: ",".join(device_ids(plan.devices, self._settings.device_ids))}
-        return device_variables(plan.devices, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)
+        return device_variables(plan.devices, facts, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)

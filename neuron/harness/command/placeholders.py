@@ -78,7 +78,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[st
         "data_parallel": str(spec.data_parallel),
         "memory_share": None if share is None else f"{share:.4f}",
         "memory_mb": None if plan.share_mb is None else str(plan.share_mb),
-        "cpu_count": str(len(facts.cpus)),
+        "cpu_count": str(len(plan.cores or facts.cpus)),
         "tmp_dir": str(plan.tmp_dir),
     }
 

@@ -24,6 +24,7 @@ from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
+from neuron.harness.vllm.estimate.overhead import CPU_PROCESSES_MB
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
@@ -37,6 +38,8 @@ from shared.protocol.context_length import AUTO
 from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, sets_context
 
 DEFAULT_COMMAND = ("vllm",)
+CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB of KV cache of a vLLM on the CPU, instead of a fraction of the memory."""
 _DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
@@ -53,6 +56,7 @@ class VllmHarness(Harness):
 
     runs_on_gpu = True
     spans_hosts = True
+    sizes_itself = True
     cache_variables = MappingProxyType({"VLLM_CACHE_ROOT": "vllm"})
     activity = VllmActivity()
     sleep = VllmSleep()
@@ -93,9 +97,12 @@ class VllmHarness(Harness):
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
             # vLLM 0.22 and older end with an error on the UUID of a GPU.
-            own |= device_variables(plan.devices, "index" if plan.installed.before(0, 23) else "uuid")
-        if not facts.has_gpu and THREADS_BIND not in facts.environ:
-            own |= cpu_binding(plan.spec.device_count, facts.cpus)
+            own |= device_variables(plan.devices, facts, "index" if plan.installed.before(0, 23) else "uuid")
+        else:
+            argv += _ram_arguments(plan, facts)
+        on_cpu = not facts.has_gpu or plan.ram_mb is not None
+        if on_cpu and THREADS_BIND not in facts.environ:
+            own |= cpu_binding(plan.spec.device_count, facts.cpus, plan.cores)
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
@@ -216,15 +223,31 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
 
 
-def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
-    """Cores for each rank of a parallel engine on a CPU host, in the order of the ranks.
+def _ram_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
+    """The same for an engine on the CPU: a fraction of the memory of the NUMA node, which a worker then holds, its
+    weights included. Without it a worker takes 92 % of the node. The other processes of the engine are not part of it.
+    A size of the cache that the operator has set goes first."""
+    given = (*plan.settings.env, *facts.environ)
+    if plan.share_mb is None or not facts.node_ram_mb or plan.ram_mb is None or CPU_CACHE in given:
+        return []
+    if has_flag(plan.arguments, *SIZES_MEMORY):
+        return []
+    worker_mb = max(plan.share_mb // 2, plan.share_mb - CPU_PROCESSES_MB // plan.spec.device_count)
+    parts = math.floor(worker_mb * _DIGITS / facts.node_ram_mb)
+    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
+
+
+def cpu_binding(ranks: int, cpus: Sequence[int], cores: Sequence[int] = ()) -> dict[str, str]:
+    """Cores for each rank of an engine on the CPU, in the order of the ranks: `cores`, where the engine gets only some
+    of the host's `cpus`.
 
     vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
     vLLM anyway: ranks that share a core would wait for each other in spin locks.
     """
-    if not 1 < ranks <= len(cpus):
+    some = bool(cores) and set(cores) < set(cpus)
+    ordered = sorted(cores if some else cpus)
+    if not (1 if some else 2) <= ranks <= len(ordered):
         return {}
-    ordered = sorted(cpus)
     per_rank = len(ordered) // ranks
     parts = [ordered[rank * per_rank : (rank + 1) * per_rank] for rank in range(ranks)]
     return {THREADS_BIND: "|".join(map(_core_list, parts))}

@@ -60,8 +60,9 @@ def sim_can_sleep(plan: LaunchPlan) -> bool:
 
 def _may_sleep(plan: LaunchPlan) -> bool:
     # A part of a group cannot: the neurons of the other parts would not learn that their memory is free.
-    alone = plan.spec.group is None
-    return alone and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
+    # On the CPU nothing would be freed: its weights are in RAM already.
+    may = plan.spec.group is None and plan.ram_mb is None
+    return may and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
 
 
 def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:

@@ -169,6 +169,7 @@ async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> Non
 def test_own_entry_comes_first() -> None:
     """Of several models in an engine's list its own name counts; a single one under another name counts too."""
     assert length_in(MODEL, PAGE) == 40960
+    assert length_in("m", {"data": [{"id": "m", "meta": {"n_ctx": 9}}]}, "meta.n_ctx") == 9
     assert length_in("other", {"data": [{"id": "path"}, {"id": "x", "max_model_len": 7}]}) == 7
     with pytest.raises(ValueError, match="no max_model_len"):
         length_in(MODEL, {"data": [{"id": MODEL, "max_model_len": True}]})

@@ -100,6 +100,23 @@ async def test_two_groups_do_not_wait_for_each_other(pair: list[Neuron], mark: s
         await neuron.until_status(other, "loaded")
 
 
+async def test_a_ring_of_starting_groups_ends(pair: list[Neuron], mark: str, tmp_path: Path) -> None:
+    """Each of three groups has begun on one host and would wait on the next for the group there. Whatever the order in
+    which their other parts come, the one that would close the ring is refused, and the others start."""
+    async with neuron_here(config_of(tmp_path / "c", sim={"port_range": [28900, 29299]})) as third:
+        ring: list[Client] = [*pair, third]
+        names = ["org/x", "org/y", "org/z"]
+        at = [await checked_group(f"g{i}", [ring[i], ring[(i + 1) % 3]]) for i in range(3)]
+        for i in range(3):
+            assert (await begin_part(ring[i], names[i], f"g{i}", 0, at[i])).status == 202
+        others = {i: await begin_part(ring[(i + 1) % 3], names[i], f"g{i}", 1, at[i]) for i in (2, 0, 1)}
+        assert {i: answer.status for i, answer in others.items()} == {0: 202, 1: 202, 2: 503}
+        assert (await ring[2].unload(names[2])).status == 200
+        for i in (0, 1):
+            for neuron in (ring[i], ring[i + 1]):
+                await neuron.until_status(names[i], "loaded")
+
+
 async def test_a_part_beside_another_group_is_accepted(pair: list[Neuron], mark: str) -> None:
     """It does not wait for anything if no engine starts on its devices."""
     both: list[Client] = list(pair)

@@ -72,6 +72,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         extra_args=["--gpus", "{device_count}"],
         paths=["/v1/chat/completions"],
         keep_alive_secs=7,
+        context_field="meta.n_ctx",
     )
     async with neuron_with(tmp_path, engine) as neuron:
         assert (await load(neuron, tensor_parallel=2, args=["--mine"])).status == 200
@@ -88,7 +89,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         entry = await neuron.model(MODEL)
         assert entry["paths"] == ["/v1/chat/completions"]
         assert entry["missing_paths"] == ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
-        assert (entry["keep_alive_secs"], entry["vram_booked_mb"]) == (7, 1000)
+        assert (entry["keep_alive_secs"], entry["max_model_len"], entry["vram_booked_mb"]) == (7, 4096, 1000)
         assert (await neuron.unload(MODEL)).status == 200
         assert stopped.read_text() == "SIGINT"
     assert marked_processes(mark) == []
