@@ -167,9 +167,14 @@ class AcceleratorEntry(SettingsModel):
 
 
 class SimulatedDevice(SettingsModel):
-    """A simulated GPU; missing values come from the preset `name`, if there is one."""
+    """A simulated device; missing values come from the preset `name`, if there is one, or for a MIG instance from its
+    GPU."""
 
-    index: int | None = Field(default=None, ge=0)  # optional; its position in the list
+    index: int | None = Field(default=None, ge=0)  # optional; its position in the list, or that of a MIG instance
+    kind: Literal["gpu", "mig"] = "gpu"
+    parent: int | None = Field(default=None, ge=0)  # a MIG instance's GPU, by index
+    profile: str | None = None  # of a MIG instance, such as "1g.10gb"
+    vendor: Literal["nvidia", "amd", "unknown"] = "nvidia"
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None

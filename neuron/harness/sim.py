@@ -14,6 +14,7 @@ from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, Launch
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.command import VllmHarness, context_arguments, serve_arguments, vllm_environment
 from neuron.harness.vllm.early_imports import LATE_VARIABLES
+from neuron.harness.vllm.ray import with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm.tools import family_of
 from neuron.memory.requirement import MemoryRequirement
@@ -84,9 +85,8 @@ class SimHarness(VllmHarness):
         fixed: dict[str, str] = {}
         if plan.control_key is not None and sim_can_sleep(plan):
             fixed = control_environment(plan.control_key)
-        return EngineCommand(
-            (*argv, *plan.arguments, *context_arguments(plan.spec)), vllm_environment(plan, facts, own, fixed)
-        )
+        argv += [*plan.arguments, *context_arguments(plan.spec)]
+        return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return sim_can_sleep(plan)

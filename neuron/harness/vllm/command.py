@@ -27,6 +27,7 @@ from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.estimate.overhead import CPU_PROCESSES_MB
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
+from neuron.harness.vllm.ray import spans_with_ray, with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
@@ -107,7 +108,7 @@ class VllmHarness(Harness):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
         argv += [*plan.arguments, *context_arguments(plan.spec)]
-        return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
+        return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
         return tool_arguments(names, args)
@@ -149,7 +150,7 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
     argv += ["--host", plan.host, "--port", str(plan.port)] if spec.serves else ["--headless"]
     argv += parallel_arguments(spec)
-    if spec.group is not None:
+    if spec.group is not None and not spans_with_ray(plan):
         argv += group_arguments(spec.group)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
