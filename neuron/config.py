@@ -115,6 +115,8 @@ class EngineDescription(SettingsModel):
     progress: list[ProgressPattern] = Field(default_factory=list)
     errors: list[ErrorPattern] = Field(default_factory=list)
     activity: ActivitySettings | Literal["none"] = "none"
+    python_package: str | None = Field(default=None, min_length=1)  # beside the executable: its version is the engine's
+    version_arguments: CommandLine = Field(default_factory=list)  # with these the command prints its version and exits
     reserved_arguments: list[str] = Field(default_factory=list)  # no load command may have them
     code_arguments: list[str] = Field(default_factory=list)  # they make it run other code
 
@@ -165,9 +167,14 @@ class AcceleratorEntry(SettingsModel):
 
 
 class SimulatedDevice(SettingsModel):
-    """A simulated GPU; missing values come from the preset `name`, if there is one."""
+    """A simulated device; missing values come from the preset `name`, if there is one, or for a MIG instance from its
+    GPU."""
 
-    index: int | None = Field(default=None, ge=0)  # optional; its position in the list
+    index: int | None = Field(default=None, ge=0)  # optional; its position in the list, or that of a MIG instance
+    kind: Literal["gpu", "mig"] = "gpu"
+    parent: int | None = Field(default=None, ge=0)  # a MIG instance's GPU, by index
+    profile: str | None = None  # of a MIG instance, such as "1g.10gb"
+    vendor: Literal["nvidia", "amd", "unknown"] = "nvidia"
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None

@@ -21,7 +21,7 @@ from neuron.gpu.nvml_device import Handle
 from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.nvml_mig import MigInstance
 from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import Topology
+from neuron.gpu.topology import Topology, gpu_instance_of, mig_parent
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class NvmlTopologySource:
         """Raises pynvml.NVMLError if the GPU is gone; then everything is as before."""
         first = nvml_mig.first_of_each(found)
         slices = tuple(nvml_mig.read_device(gpu, instance) for instance in first)
-        for index in [index for index in self._handles if nvml_mig.gpu_of(index) == gpu.index]:
+        for index in [index for index in self._handles if mig_parent(index) == gpu.index]:
             del self._handles[index]
             self._lost.pop(index, None)
         self._handles |= {device.index: each.handle for device, each in zip(slices, first, strict=True)}
@@ -177,7 +177,7 @@ class NvmlTopologySource:
         """A MIG instance is in the condition of its GPU, which is read before it."""
         health = nvml_device.read_health(index, handle)
         if index not in self._gpus:
-            return self._conditions.added_to(health, nvml_mig.gpu_of(index))
+            return self._conditions.added_to(health, mig_parent(index))
         self._conditions.read(index, handle)
         return self._conditions.added_to(health, index)
 
@@ -191,9 +191,7 @@ class NvmlTopologySource:
             return {}
         if device.parent is None:
             return nvml_device.read_process_memory(handle)
-        return nvml_mig.read_process_memory(
-            handle, self._handles[device.parent], nvml_mig.gpu_instance_of(device.index)
-        )
+        return nvml_mig.read_process_memory(handle, self._handles[device.parent], gpu_instance_of(device.index))
 
     def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
         """`read` of each device that answers, by index. Marks the others as lost."""

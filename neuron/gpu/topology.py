@@ -11,6 +11,25 @@ from shared.protocol import Device, DeviceHealth, Link
 from shared.protocol.interconnect import DevicePath, Pair, paths_between
 from shared.protocol.topology import combinable_numa_nodes
 
+MIG_MARK = " MIG "
+"""Stands in the name of a MIG instance before its profile, as in "NVIDIA A100-SXM4-80GB MIG 1g.10gb"."""
+_MIG_INDICES = 100  # for each GPU: more than a host has GPUs, and than a GPU has instances
+
+
+def mig_index(gpu: int, gpu_instance: int) -> int:
+    """The index of a MIG instance as a device: 109 for GPU instance 9 of GPU 0, 201 for GPU instance 1 of GPU 1."""
+    return _MIG_INDICES * (gpu + 1) + gpu_instance
+
+
+def mig_parent(index: int) -> int:
+    """The index of the GPU of the MIG instance with this index. A GPU's own index gives -1."""
+    return index // _MIG_INDICES - 1
+
+
+def gpu_instance_of(index: int) -> int:
+    """The id of the GPU instance with this index."""
+    return index % _MIG_INDICES
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
+from neuron.config import HarnessSettings
+from neuron.harness.base import (
+    EarlyImports,
+    EngineCommand,
+    GroupNetwork,
+    Harness,
+    LaunchFacts,
+    LaunchPlan,
+)
 from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
@@ -19,6 +27,7 @@ from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from neuron.harness.vllm.estimate.overhead import CPU_PROCESSES_MB
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
+from neuron.harness.vllm.ray import spans_with_ray, with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
@@ -53,6 +62,16 @@ class VllmHarness(Harness):
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
+    python_package = "vllm"
+    option_files: tuple[str, ...] = (
+        "vllm/engine/arg_utils.py",
+        "vllm/entrypoints/openai/cli_args.py",
+        "vllm/entrypoints/launchers/cli_args.py",
+    )
+    version_arguments: tuple[str, ...] = ("--version",)
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        return tuple(settings.command or DEFAULT_COMMAND)
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
@@ -78,7 +97,8 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own |= device_variables(plan.devices, facts)
+            # vLLM 0.22 and older end with an error on the UUID of a GPU.
+            own |= device_variables(plan.devices, facts, "index" if plan.installed.before(0, 23) else "uuid")
         else:
             argv += _ram_arguments(plan, facts)
         on_cpu = not facts.has_gpu or plan.ram_mb is not None
@@ -88,7 +108,7 @@ class VllmHarness(Harness):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
         argv += [*plan.arguments, *context_arguments(plan.spec)]
-        return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
+        return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
         return tool_arguments(names, args)
@@ -130,7 +150,7 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
     argv += ["--host", plan.host, "--port", str(plan.port)] if spec.serves else ["--headless"]
     argv += parallel_arguments(spec)
-    if spec.group is not None:
+    if spec.group is not None and not spans_with_ray(plan):
         argv += group_arguments(spec.group)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
