@@ -44,6 +44,7 @@ class RunRecord(BaseModel):
     port: int
     api_key: str | None = None  # None: it serves without a key
     control_key: str = ""
+    engine_version: str | None = None  # as its installation said before the start
     can_sleep: bool = False
     keep_alive_secs: float | None = None  # how long it keeps an idle connection, if that is known
     tmp_dir: Path

@@ -8,10 +8,13 @@ the leader, members are recognised by the engine's id, which they inherit in the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,11 @@ import psutil
 from neuron.harness.base import ENGINE_ID_VARIABLE
 from neuron.progress.stall import LoadWork, ProcessWork
 from shared.process_stat import ProcessStat, stat_of
+
+log = logging.getLogger(__name__)
+
+_KILL_SECS = 10.0
+_KILL_POLL_SECS = 0.05
 
 _TICKS_PER_SEC = os.sysconf("SC_CLK_TCK")
 
@@ -129,6 +137,24 @@ def kill(pid: int) -> None:
     """Sends SIGKILL to a process that may have exited already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+async def kill_strays(prefix: str, spared: Collection[str]) -> None:
+    """Kills every process that carries an engine id with this prefix, except those in `spared`, and waits until they
+    are gone."""
+
+    def strays() -> list[int]:
+        return [pid for pid, engine_id in engine_processes(prefix).items() if engine_id not in spared]
+
+    deadline = time.monotonic() + _KILL_SECS
+    while found := await asyncio.to_thread(strays):
+        if time.monotonic() >= deadline:
+            log.error("processes %s of ended engines survive SIGKILL", sorted(found))
+            return
+        log.warning("killing processes %s: their engines have ended", sorted(found))
+        for pid in found:
+            kill(pid)
+        await asyncio.sleep(_KILL_POLL_SECS)
 
 
 def reap_orphans(leader: Leader) -> None:

@@ -49,6 +49,26 @@ class GroupNetwork:
 
 
 @dataclass(frozen=True)
+class InstalledEngine:
+    """What an engine's installation says without being started. `version` None: unknown. `option_words`: the words of
+    each source file that defines its command line, as far as they were found."""
+
+    version: str | None = None
+    option_words: tuple[frozenset[str], ...] = ()
+
+    def before(self, *version: int) -> bool:
+        """True if it is known to be older. A release candidate or a development build counts as its release."""
+        found = re.match(r"\d+(?:\.\d+)*", self.version or "")
+        return found is not None and tuple(map(int, found[0].split("."))) < version
+
+    def lacks(self, option: str, *, beside: str) -> bool:
+        """True if it is known to have no `option`: the file that defines the option `beside` does not have it. Both as
+        Python names, such as `max_model_len`."""
+        words = [words for words in self.option_words if beside in words]
+        return bool(words) and all(option not in each for each in words)
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """Everything decided about one engine before it starts.
 
@@ -69,6 +89,7 @@ class LaunchPlan:
     """Secret that neuron sends to the engine to put it to sleep, different for each engine; None: it cannot sleep."""
     network: GroupNetwork | None = None
     """Of a part of a group."""
+    installed: InstalledEngine = InstalledEngine()
     ram_mb: int | None = None
     """What is booked for it in the host's RAM; None: none is counted."""
     cores: tuple[int, ...] = ()
@@ -161,6 +182,17 @@ class Harness(ABC):
     """True: its engines take the memory that they are told to take, whatever the model's size."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
+
+    python_package: str | None = None
+    """The Python package whose version is the engine's; it is looked for beside the executable."""
+    option_files: tuple[str, ...] = ()
+    """Its files that define the command line, relative to the directory of packages."""
+    version_arguments: tuple[str, ...] = ()
+    """With these its executable prints its version and exits."""
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        """The executable and its first arguments; empty if that depends on the load."""
+        return tuple(settings.command or ())
 
     @abstractmethod
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import neuron
+from neuron.config import HarnessSettings
 from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, RAM_NAME, VRAM_DIR_VARIABLE
 from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
@@ -43,6 +44,12 @@ class SimHarness(VllmHarness):
     runs_on_gpu = False
     sizes_itself = False
     sleep = SimSleep()
+    python_package = "cortex-neuron"
+    option_files = ()
+    version_arguments = ()
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        return tuple(settings.command or DEFAULT_COMMAND)
 
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
         return _IMPORTS

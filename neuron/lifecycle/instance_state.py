@@ -170,6 +170,7 @@ class InstanceState:
             if engine is not None and condition.state is State.LOADED and engine.spec.serves
             else None,
             keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
+            engine_version=None if engine is None else engine.record.engine_version,
             max_model_len=None if engine is None else engine.max_model_len,
             paths=None if engine is None or engine.harness.paths is None else list(engine.harness.paths),
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),

@@ -30,6 +30,7 @@ from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
+from neuron.harness.installed import InstalledEngines
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
@@ -45,8 +46,6 @@ from shared.protocol import FailureCause
 log = logging.getLogger(__name__)
 
 _NODE = because(FailureCause.NODE)
-_KILL_SECS = 10.0
-_KILL_POLL_SECS = 0.05
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Launcher:
         *,
         spares: Spares,
         groups: GroupListeners,
+        installed: InstalledEngines,
         numbers: Iterator[int],
     ) -> None:
         self._config = config
@@ -86,6 +86,7 @@ class Launcher:
         self._ports = PortPool(config.host)
         self._spares = spares
         self._groups = groups
+        self._installed = installed
         self._numbers = numbers
 
     @property
@@ -132,6 +133,7 @@ class Launcher:
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
+                engine_version=plan.installed.version,
                 can_sleep=harness.can_sleep(plan, facts),
                 keep_alive_secs=harness.keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
@@ -181,27 +183,11 @@ class Launcher:
     ) -> None:
         """Cleans up after an earlier neuron: kills its engines' processes except those of the engines `alive` (by
         engine id), and removes shared memory files and directories, except those in `keep`."""
-        await self._kill_strays(alive)
+        await session.kill_strays(self._state.engine_id_prefix, alive)
         # Files that a running engine has mapped are not removed.
         files = [shared_memory.recorded(each.record.shared_files) for each in found if each.record is not None]
         await asyncio.to_thread(shared_memory.remove, frozenset().union(*files))
         await asyncio.to_thread(self._state.clear_except, keep)
-
-    async def _kill_strays(self, spared: Sequence[str]) -> None:
-        """Kills every process that carries the id of an engine of this state directory, except those in `spared`."""
-        deadline = time.monotonic() + _KILL_SECS
-        while strays := await asyncio.to_thread(self._strays, spared):
-            if time.monotonic() >= deadline:
-                log.error("processes %s of ended engines survive SIGKILL", sorted(strays))
-                return
-            log.warning("killing processes %s: their engines have ended", sorted(strays))
-            for pid in strays:
-                session.kill(pid)
-            await asyncio.sleep(_KILL_POLL_SECS)
-
-    def _strays(self, spared: Sequence[str]) -> list[int]:
-        carriers = session.engine_processes(self._state.engine_id_prefix)
-        return [pid for pid, engine_id in carriers.items() if engine_id not in spared]
 
     def kill_all_now(self) -> None:
         """Sends SIGKILL to every engine before it returns."""
@@ -225,7 +211,8 @@ class Launcher:
             LoadFailed: the engine's directory cannot be created.
         """
         control_key = secrets.token_urlsafe(32)
-        harness = harness_of(spec.harness, self._config)
+        harness, settings = harness_of(spec.harness, self._config), self._config.harness_settings(spec.harness)
+        installed = await self._installed.of(harness, settings, facts.environ)
         if api_key is not None and not harness.takes_key:
             api_key = None
             log.warning(
@@ -235,7 +222,7 @@ class Launcher:
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
                 spec=spec,
-                settings=self._config.harness_settings(spec.harness),
+                settings=settings,
                 devices=placement.devices,
                 share_mb=placement.share_mb,
                 host=self._config.host,
@@ -245,6 +232,7 @@ class Launcher:
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=control_key,
                 network=network,
+                installed=installed,
                 ram_mb=placement.ram_mb,
                 cores=placement.cores if len(placement.cores) < len(usable_cores(self._config)) else (),
             )

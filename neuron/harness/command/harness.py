@@ -41,11 +41,17 @@ class CommandHarness(Harness):
         self.keeps_booking = settings.memory == "booked"
         self.stop_signal = settings.stop_signal
         self.paths = None if settings.paths is None else tuple(settings.paths)
+        self.python_package = settings.python_package
+        self.version_arguments = tuple(settings.version_arguments)
         missing = settings.missing_paths
         if settings.paths is not None:
             missing = [*missing, *(path for path in _TRANSLATABLE if path not in settings.paths)]
         self.missing_paths = tuple(dict.fromkeys(missing))
         self.activity = None if settings.activity == "none" else MetricsProbe(settings.activity)
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        command = tuple(settings.command or ())
+        return () if any(map(placeholders_in, command)) else command
 
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         settings = plan.settings

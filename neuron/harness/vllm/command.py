@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
+from neuron.config import HarnessSettings
+from neuron.harness.base import (
+    EarlyImports,
+    EngineCommand,
+    GroupNetwork,
+    Harness,
+    LaunchFacts,
+    LaunchPlan,
+)
 from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
@@ -54,6 +62,16 @@ class VllmHarness(Harness):
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
+    python_package = "vllm"
+    option_files: tuple[str, ...] = (
+        "vllm/engine/arg_utils.py",
+        "vllm/entrypoints/openai/cli_args.py",
+        "vllm/entrypoints/launchers/cli_args.py",
+    )
+    version_arguments: tuple[str, ...] = ("--version",)
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        return tuple(settings.command or DEFAULT_COMMAND)
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
@@ -79,7 +97,8 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own |= device_variables(plan.devices, facts)
+            # vLLM 0.22 and older end with an error on the UUID of a GPU.
+            own |= device_variables(plan.devices, facts, "index" if plan.installed.before(0, 23) else "uuid")
         else:
             argv += _ram_arguments(plan, facts)
         on_cpu = not facts.has_gpu or plan.ram_mb is not None

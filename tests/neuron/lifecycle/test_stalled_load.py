@@ -67,6 +67,7 @@ async def test_a_build_that_waits_for_a_dead_one_is_ended(mark: str, tmp_path: P
         stuck = asyncio.create_task(load(neuron, "waits", vram_mb=9000, devices=[0]))
         message = await until(lambda: _message(neuron, "org/waits", "no output, CPU time or I/O"))
         assert "it is ended after 5 s" in message
+        assert (await neuron.model("org/waits"))["progress"]["idle_secs"] >= 1
         assert str(lock) in message
         next_one = asyncio.create_task(load(neuron, "next", vram_mb=9000, devices=[0]))
         answer = await stuck
