@@ -17,7 +17,7 @@ def tokenizer_of(source: str, environ: Mapping[str, str] = os.environ) -> Path |
         directory = Path(source) if source.startswith("/") else _in_hub_cache(source, environ)
         path = directory / _NAME
         return path if path.is_file() else None
-    except (OSError, ValueError):  # a name with a null character
+    except (OSError, ValueError, RuntimeError):  # a name with a null character; a user without a home directory
         return None
 
 

@@ -14,6 +14,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Await, Place, Refuse, Serve, context_bound, decide
 from cortex.control.demand import Demand
+from cortex.control.loads.served_contexts import ServedContexts
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
@@ -50,7 +51,7 @@ END_EXPLAINED_SECS = 1.0
 
 
 class Resolver:
-    """What workers ask: `table` first, then `resolve`."""
+    """What workers ask: `table` first, then `resolve`. `contexts`: what engines have served."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Resolver:
         demand: Demand,
         shutdown: Shutdown,
         state: StateFile,
+        contexts: ServedContexts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -78,6 +80,7 @@ class Resolver:
         self._demand = demand
         self._shutdown = shutdown
         self._state = state
+        self.contexts = contexts
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -106,7 +109,7 @@ class Resolver:
         fleet = self._fleet.snapshot()
         if fleet.serving(model_id) or fleet.loading_on(model_id) is not None:
             return None
-        return context_bound(model_id, self._live.catalogue)
+        return context_bound(model_id, self._live.catalogue, self.contexts.longest)
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.

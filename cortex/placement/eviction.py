@@ -192,6 +192,8 @@ def plan_evictions(missing_mb: Mapping[int, int], evictable: Sequence[Eviction])
     holders = [each for each in evictable if any(map(each.resident.frees_on, missing_mb))]
     if not free_enough(missing_mb, holders):
         return None
+    if len(holders) == 1:  # the usual case: there is nothing to compare
+        return EvictionPlan(tuple(holders)) if _within_minimums(holders) else None
     if len(holders) <= MAX_EXHAUSTIVE:
         plans = (EvictionPlan(chosen) for chosen in _minimal(missing_mb, holders))
         return min(plans, key=lambda plan: (plan.order, plan.names), default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from neuron.engine import records, session, shared_memory
@@ -13,7 +13,7 @@ from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
-from neuron.engine.readiness import until_stalled
+from neuron.engine.readiness import TellIdle, until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -134,7 +134,7 @@ class Engine:
         """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
         self.kill, self.leave = kill, leave
 
-    async def until_stalled(self, tell: Callable[[str | None], None]) -> str:
+    async def until_stalled(self, tell: TellIdle) -> str:
         """As `readiness.until_stalled`. Never returns for an engine that has come up once, or that loads together with
         others: it may wait for them without doing anything."""
         if self.ready_at is not None or self.spec.group is not None:

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 import psutil
@@ -28,6 +28,9 @@ _GROWTH = 1.2
 _STALL_POLL_SECS = 5.0
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 _CONNECT_SECS = 5.0
+
+
+TellIdle: TypeAlias = Callable[[float | None, str], None]
 
 
 async def until_ready(
@@ -68,13 +71,13 @@ async def until_stalled(
     output: Path,
     *,
     timeout_secs: float,
-    tell: Callable[[str | None], None],
+    tell: TellIdle,
     cache_variables: Mapping[str, str],
 ) -> str:
     """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
-    `timeout_secs` (0: never). Calls `tell` when they have done nothing for part of that time (`stall.told_after`), and
-    with None when they work again. The reason names locks that a killed build has left behind; `cache_variables`: as
-    `Harness.cache_variables`."""
+    `timeout_secs` (0: never). Calls `tell` with the seconds and a text when they have done nothing for part of that
+    time (`stall.told_after`), and with None when they work again. The reason names locks that a killed build has left
+    behind; `cache_variables`: as `Harness.cache_variables`."""
     tells_after = told_after(timeout_secs)
     idle = IdleTime(await asyncio.to_thread(work_of, leader, output), time.monotonic())
     locks: str | None = None  # None: nothing is told at present
@@ -84,7 +87,7 @@ async def until_stalled(
         if secs < tells_after:
             if locks is not None:
                 locks = None
-                tell(None)
+                tell(None, "")
             continue
         if locks is None:
             locks = await asyncio.to_thread(_stale_locks_of, leader, cache_variables)
@@ -92,7 +95,7 @@ async def until_stalled(
         reason = f"no output, CPU time or I/O of the engine for {timeout_secs if ended else secs:.3g} s{locks}"
         if ended:
             return reason
-        tell(reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
+        tell(secs, reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
 
 
 def _stale_locks_of(leader: Leader, cache_variables: Mapping[str, str]) -> str:

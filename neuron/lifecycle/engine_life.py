@@ -159,7 +159,7 @@ class EngineLife:
             await self._weights_loaded.wait()
 
     async def _until_stalled(self) -> None:
-        self._fault = await self.engine.until_stalled(self._progress.note)
+        self._fault = await self.engine.until_stalled(self._progress.tell_idle)
 
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""

@@ -42,7 +42,8 @@ class Progress(WireModel):
     """Progress of a load. `fraction`: of the current phase, 0 to 1, None if unknown.
 
     `overall`: of the whole load, 0 to 1, never falling, None if unknown. `remaining_secs`: estimated from earlier loads
-    on that host, above 0, None if there are none.
+    on that host, above 0, None if there are none. `idle_secs`: for how long the load has done nothing, once that is
+    long; None while it works.
     """
 
     phase: str = ""
@@ -52,6 +53,7 @@ class Progress(WireModel):
     phase_elapsed_secs: float | None = None
     overall: float | None = None
     remaining_secs: float | None = None
+    idle_secs: float | None = None
 
 
 class Transition(WireModel):

@@ -10,7 +10,9 @@ import pytest
 from cortex.config.catalogue import Catalogue
 from cortex.control.decision import context_bound
 from cortex.routing.control import ContextBound
+from tests.cortex import instances_neuron
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.instances_neuron import InstancesNeuron
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
 MODEL = "org/m"
@@ -69,5 +71,28 @@ async def test_an_alias_counts_with_what_it_sets(start_cortex: StartCortex, benj
 )
 def test_bound(model: dict[str, Any], name: str, expected: ContextBound | int | None) -> None:
     catalogue = Catalogue.model_validate({"models": [{"id": "m", **model}]})
-    found = context_bound(name, catalogue)
+    found = context_bound(name, catalogue, lambda _: None)
     assert (found.tokens if found is not None and isinstance(expected, int) else found) == expected
+
+
+async def test_what_an_engine_served_counts_for_the_next_load(start_cortex: StartCortex) -> None:
+    """As long as the catalogue entry and the neuron process are the same: another may have other settings."""
+    model, one = instances_neuron.MODEL, InstancesNeuron("one", devices=1)
+    one.engines["0"], one.max_model_len = one.engine, 100
+    async with one.running():
+        cortex = await start_cortex([one], [{"id": model}])
+        resolver, live = cortex.parts.resolver, cortex.parts.live
+
+        async def ask_for_101() -> int:
+            return (await ask(cortex, {**TOO_MUCH, "model": model}))[0]
+
+        assert await ask_for_101() == 200  # nothing is known yet
+        await cortex.until(lambda: resolver.contexts.longest(live.catalogue.models[0]) == 100)
+        one.statuses.clear()
+        await cortex.until(lambda: not cortex.parts.fleet.snapshot().serving(model))
+        assert (await ask_for_101(), len(one.loads)) == (400, 1)
+        changed = Catalogue.model_validate({"models": [{"id": model, "args": ["--max-model-len", "200"]}]})
+        assert resolver.contexts.longest(changed.models[0]) is None
+        one.process = "one-2"
+        await cortex.until(lambda: resolver.contexts.longest(live.catalogue.models[0]) is None)
+        assert (await ask_for_101(), len(one.loads)) == (200, 2)
