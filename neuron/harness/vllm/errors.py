@@ -93,7 +93,7 @@ def root_cause(lines: Sequence[str]) -> str | None:
 
 
 def _last_error(lines: Sequence[LogLine]) -> str | None:
-    """The last error that is no reference to another; without one, the last reference."""
+    """The last error, if possible one that does not only point to another."""
     pointer: str | None = None
     for index in range(len(lines) - 1, -1, -1):
         text = lines[index].text
