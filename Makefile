@@ -1,6 +1,7 @@
 # Needs only python3 and make.
 #   make dev    install into .venv, then run a simulated fleet (ARGS="--port 8080" passes arguments on)
 #   make test   the whole suite: format, lint, types, tests, real vLLM, containers where Podman is installed
+#   make test-gpu  the tests that need real GPUs, and a report to send back (docs/gpu-tests.md)
 #   make bench  compares cortex with nginx and other gateways; writes docs/benchmarks.md (ARGS="--quick" only prints)
 #   make bench-cold          time that cortex and neuron add to an engine's start (ARGS="--engine vllm": real vLLM)
 #   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--protocol-v1": protocol v1 neurons)
@@ -28,7 +29,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test test-compiled wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev test test-compiled test-gpu wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +57,9 @@ test-compiled: $(DEV_STAMP)
 	CORTEX_COMPILE=yes $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
 	cp -r tests benchmarks deploy docs pyproject.toml *.md LICENSE models.example.toml Makefile build/compiled
 	cd build/compiled && $(abspath $(BIN))/python -m $(if $(ARGS),pytest -p no:cacheprovider $(ARGS),tests.lanes $(COMPILED_TESTS))
+
+test-gpu: $(DEV_STAMP)
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 wheel: $(RUN_STAMP)
 	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

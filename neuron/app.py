@@ -26,6 +26,7 @@ from neuron.engine.keys import EngineKeys
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import topology_source
+from neuron.harness.installed import InstalledEngines
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.engine_life import EngineTools
@@ -37,6 +38,7 @@ from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.spare.spares import Spares
+from neuron.memory.host import with_host_ram
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
@@ -89,37 +91,32 @@ def cross_site_policy(config: NeuronConfig) -> CrossSitePolicy:
 @contextlib.asynccontextmanager
 async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
     async with contextlib.AsyncExitStack() as stack:
-        state = StateDir(await asyncio.to_thread(config.state_directory, port))
-        holding = state.held(remove_after=config.state_dir is None)
-        await asyncio.to_thread(holding.__enter__)
-        stack.push_async_callback(asyncio.to_thread, holding.__exit__, None, None, None)
-        source = topology_source(config, state.vram)
+        state = await _held_state(config, port, stack)
+        source = with_host_ram(topology_source(config, state.vram), config, state.vram)
         stack.push_async_callback(source.close)
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        instance_id = str(uuid.uuid4())
         hub, metrics = EventHub(), NeuronMetrics()
         found = await asyncio.to_thread(state.found)
-        first_number = 1 + max((int(each.directory.path.name) for each in found), default=0)
-        history = LoadHistory(state.path / FILE_NAME)
-        await history.read()
-        memory = EngineMemory(config, source)
+        numbers = itertools.count(1 + max((int(each.directory.path.name) for each in found), default=0))
+        history = await _load_history(state)
+        memory = EngineMemory(config, source, history)
         keys = await _engine_keys(config, state)
-        numbers = itertools.count(first_number)
-        spares = Spares(config, state, numbers, memory.sleep_budget)
+        spares = Spares(config, state, numbers, memory)
         stack.push_async_callback(spares.close)
-        group_listeners = GroupListeners(config.group)
-        stack.callback(group_listeners.close_all)
-        launcher = Launcher(config, source, state, http, memory, spares=spares, groups=group_listeners, numbers=numbers)
+        groups, installed = GroupListeners(config.group), InstalledEngines()
+        stack.callback(groups.close_all)
+        stack.push_async_callback(installed.close)
+        launcher = Launcher(
+            config, source, state, http, memory, spares=spares, groups=groups, installed=installed, numbers=numbers
+        )
+        tools = EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares)
+        events = ModelEvents(hub, metrics)
         new_supervisor = functools.partial(
-            InstanceSupervisor,
-            config=config,
-            launcher=launcher,
-            tools=EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares),
-            events=ModelEvents(hub, metrics),
+            InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=events
         )
         registry = Registry(
             config,
-            admission=Admission(config, source),
+            admission=Admission(config, source, history, state.home),
             memory=memory,
             launcher=launcher,
             new_supervisor=new_supervisor,
@@ -132,10 +129,11 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         stack.push_async_callback(_running(default_models, spares, device_watch).close)
         yield Services(
             config=config,
-            instance_id=instance_id,
+            instance_id=str(uuid.uuid4()),
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            home=state.home,
             ledger=memory.ledger,
             registry=registry,
             v1=ProtocolV1(registry, keys),
@@ -144,8 +142,17 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             metrics=metrics,
             spares=spares,
             leases=LeaseTable(),
-            group_listeners=group_listeners,
+            group_listeners=groups,
         )
+
+
+async def _held_state(config: NeuronConfig, port: int, stack: contextlib.AsyncExitStack) -> StateDir:
+    """The state directory, which no other neuron uses until `stack` ends."""
+    state = StateDir(await asyncio.to_thread(config.state_directory, port))
+    holding = state.held(remove_after=config.state_dir is None)
+    await asyncio.to_thread(holding.__enter__)
+    stack.push_async_callback(asyncio.to_thread, holding.__exit__, None, None, None)
+    return state
 
 
 def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch) -> TaskSet:
@@ -155,6 +162,12 @@ def _running(default_models: DefaultModels, spares: Spares, device_watch: Device
     _ = tasks.spawn(spares.run(), name="spare processes")
     _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
     return tasks
+
+
+async def _load_history(state: StateDir) -> LoadHistory:
+    history = LoadHistory(state.path / FILE_NAME)
+    await history.read()
+    return history
 
 
 async def _engine_keys(config: NeuronConfig, state: StateDir) -> EngineKeys:

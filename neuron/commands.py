@@ -25,6 +25,7 @@ from neuron.gpu.simulated import resolve_devices
 from neuron.harness.checks import CheckedConfig, spec_of
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.group_network import link_mbps
+from neuron.memory.host import HostTopologySource, with_host_ram
 from neuron.spec import EngineSpec
 from shared.command_line import fail
 from shared.errors import InvalidRequest, ServiceError
@@ -162,8 +163,13 @@ def _open_to_network(sock: socket.socket, config: NeuronConfig) -> str | None:
     )
 
 
+def _source(config: NeuronConfig) -> HostTopologySource:
+    vram_dir = config.state_directory(config.port) / "vram"
+    return with_host_ram(topology_source(config, vram_dir), config, vram_dir)
+
+
 async def _discover(config: NeuronConfig) -> Discovery:
-    source = topology_source(config, config.state_directory(config.port) / "vram")
+    source = _source(config)
     try:
         mbps = await asyncio.to_thread(link_mbps, config.group, config.host)
         return await discovery_of(config, source, instance_id=None, network_mbps=mbps)
@@ -178,7 +184,7 @@ async def _estimate(config: NeuronConfig, name: str, options: Mapping[str, str])
     settings = config.harness_settings(DEFAULT_HARNESS)
     spec = EngineSpec(model_id=name, harness=DEFAULT_HARNESS, source=name, args=tuple(settings.extra_args))
     served = with_options(replace(estimator.options_of(spec), tensor_parallel=None), options)
-    source = topology_source(config, config.state_directory(config.port) / "vram")
+    source = _source(config)
     try:
         topology = await source.discover()
     finally:

@@ -104,6 +104,7 @@ class EngineDescription(SettingsModel):
     health_path: UrlPath = "/health"
     ready_pattern: RegularExpression | None = None  # no output matches: it is not ready yet
     api_prefix: Annotated[str, AfterValidator(_url_prefix)] = ""  # what its URLs have before `/v1`
+    context_field: str = Field(default="max_model_len", min_length=1)  # where `/v1/models` has the context length
     paths: list[UrlPath] | None = None  # None: unknown
     missing_paths: list[UrlPath] = Field(default_factory=list)
     devices: str = Field(default="auto", pattern=r"^(auto|none|[A-Z_][A-Z0-9_]*)$")  # or a variable's name
@@ -114,6 +115,8 @@ class EngineDescription(SettingsModel):
     progress: list[ProgressPattern] = Field(default_factory=list)
     errors: list[ErrorPattern] = Field(default_factory=list)
     activity: ActivitySettings | Literal["none"] = "none"
+    python_package: str | None = Field(default=None, min_length=1)  # beside the executable: its version is the engine's
+    version_arguments: CommandLine = Field(default_factory=list)  # with these the command prints its version and exits
     reserved_arguments: list[str] = Field(default_factory=list)  # no load command may have them
     code_arguments: list[str] = Field(default_factory=list)  # they make it run other code
 
@@ -128,6 +131,7 @@ class HarnessSettings(EngineDescription):
     port_range: tuple[int, int] = DEFAULT_PORT_RANGE  # first and last port
     extra_args: list[str] = Field(default_factory=list)  # appended to every command line
     startup_timeout_secs: float = Field(default=1800, gt=0)
+    stall_timeout_secs: float = Field(default=600, ge=0)  # of a load that does nothing; 0: never ended for that
     stop_timeout_secs: float = Field(default=15, gt=0)  # from SIGTERM to SIGKILL
     env: dict[str, str] = Field(default_factory=dict)  # added to the engine's environment
     allow_code: bool = False  # True: load commands may have arguments that make the engine run other code
@@ -153,30 +157,46 @@ class GroupSettings(SettingsModel):
     _ports = field_validator("port_range")(_ordered_ports)
 
 
-class SimulatedDevice(SettingsModel):
-    """A simulated GPU; missing values come from the preset `name`, if there is one."""
+class AcceleratorEntry(SettingsModel):
+    """An entry of `[[accelerators]]`: equal devices of which neuron knows only what is written here."""
 
-    index: int | None = Field(default=None, ge=0)  # optional; its position in the list
+    name: str = Field(min_length=1)
+    memory_mb: int = Field(gt=0)  # of each, for engines
+    count: int = Field(default=1, ge=1, le=64)
+    variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")  # gets an engine's indices; None: nothing
+
+
+class SimulatedDevice(SettingsModel):
+    """A simulated device; missing values come from the preset `name`, if there is one, or for a MIG instance from its
+    GPU."""
+
+    index: int | None = Field(default=None, ge=0)  # optional; its position in the list, or that of a MIG instance
+    kind: Literal["gpu", "mig"] = "gpu"
+    parent: int | None = Field(default=None, ge=0)  # a MIG instance's GPU, by index
+    profile: str | None = None  # of a MIG instance, such as "1g.10gb"
+    vendor: Literal["nvidia", "amd", "unknown"] = "nvidia"
     name: str = "Simulated GPU"
     vram_total_mb: int | None = Field(default=None, gt=0)
     compute_capability: str | None = None
     uuid: str | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
+    unified: bool | None = None  # True: it shares the host's RAM
 
 
 class SimulateSettings(SettingsModel):
     """`[simulate]`: when present, it replaces the topology that NVML reports."""
 
-    devices: list[str | SimulatedDevice]
+    devices: list[str | SimulatedDevice] = Field(default_factory=list)
     nvlink: bool = False  # True: all devices are NVLink peers; False: they share a PCIe host bridge
-    ram_mb: int | None = Field(default=None, gt=0)  # of the host, for engines that sleep; None: no limit
+    ram_mb: int | None = Field(default=None, gt=0)  # of the host; None: not counted
+    cores: int | None = Field(default=None, ge=1, le=4096)  # None: those of this machine
 
 
 class SleepSettings(SettingsModel):
-    """`[sleep]`: limits on the host memory of sleeping engines."""
+    """`[sleep]`: limits on the host memory of engines, sleeping ones included."""
 
-    ram_reserve_mb: int = Field(default=4096, ge=0)  # stays free for other programs
+    ram_reserve_mb: int | None = Field(default=None, ge=0)  # for other programs; None: 4096, at most an eighth
 
 
 class HealthSettings(SettingsModel):
@@ -234,6 +254,7 @@ class NeuronConfig(SettingsModel):
     group: GroupSettings = Field(default_factory=GroupSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     sleep: SleepSettings = Field(default_factory=SleepSettings)
+    accelerators: list[AcceleratorEntry] = Field(default_factory=list)  # not empty: no driver is asked
     simulate: SimulateSettings | None = None
     model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
     default_models: list[DefaultModel] = Field(default_factory=list)
@@ -258,6 +279,8 @@ class NeuronConfig(SettingsModel):
                     f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
                     "of its own"
                 )
+        if len({entry.variable for entry in self.accelerators}) > 1:
+            raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:
             if not root.is_absolute():
                 raise ValueError(f"model_roots: {str(root)!r} is not an absolute path")

@@ -53,6 +53,12 @@ class GuardFailed(ServiceError):
     default_code = ErrorCode.SLEEP_UNGUARDED
 
 
+def stalled(reason: str, lines: Sequence[str]) -> LoadFailed:
+    """For a load that was ended because it did nothing. `lines` is its last output."""
+    said = f"; its last line: {lines[-1].strip()}" if lines else ""
+    return LoadFailed(with_last_lines(reason + said, lines), extra={"cause": FailureCause.NODE.value})
+
+
 def device_unusable(device: str, ended: ServiceError) -> LoadFailed:
     """For an engine that `ended` and cannot start again on its devices."""
     return LoadFailed(f"{device}; the engine ended: {ended.message}", extra={"cause": FailureCause.NODE.value})

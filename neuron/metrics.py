@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from neuron.gpu.device_watch import faults_of
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
-from shared.protocol import Device, DeviceHealth, SpareView
+from shared.protocol import Device, DeviceHealth, HostMemoryHealth, SpareView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 1800)
@@ -58,10 +58,13 @@ class NeuronMetrics:
         devices: Sequence[Device],
         health: Sequence[DeviceHealth],
         spares: Iterable[SpareView],
+        host: HostMemoryHealth | None = None,
     ) -> bytes:
-        """The metrics page: the counters, and the given state of models, devices and spare processes."""
+        """The metrics page: the counters, and the given state of models, devices, spare processes and the host's
+        RAM."""
         now = CollectorRegistry()
-        now.register(_Snapshot([*_engine_states(models), *_device_gauges(devices, health), _spare_gauge(spares)]))
+        families = [*_engine_states(models), *_device_gauges(devices, health), _spare_gauge(spares)]
+        now.register(_Snapshot([*families, *_ram_gauges(models, host)]))
         return generate_latest(self._registry) + generate_latest(now)
 
 
@@ -98,6 +101,28 @@ def _spare_gauge(spares: Iterable[SpareView]) -> Metric:
     for spare in spares:
         memory.add_metric([spare.harness], float((spare.memory_mb or 0) * _MIB))
     return memory
+
+
+def _ram_gauges(models: Sequence[InstanceState], host: HostMemoryHealth | None) -> Iterator[Metric]:
+    if host is None:
+        return
+    columns = (
+        ("total", "RAM of the host, or of neuron's container.", host.ram_total_mb),
+        ("used", "RAM in use, foreign processes included.", host.ram_used_mb),
+        ("booked", "RAM promised to engines of this neuron.", host.ram_booked_mb),
+        ("foreign", "RAM in use by processes that are not this neuron's.", host.ram_foreign_mb),
+    )
+    for name, text, mib in columns:
+        yield GaugeMetricFamily(f"neuron_host_memory_{name}_bytes", text, value=mib * _MIB)
+    engines = GaugeMetricFamily(
+        "neuron_engine_host_memory_bytes",
+        "RAM that the processes of an engine use, where it is counted.",
+        labels=["model", "engine"],
+    )
+    for model in models:
+        if model.engine is not None and model.engine.ram is not None:
+            engines.add_metric([*model.key], float(model.engine.ram.used_mb * _MIB))
+    yield engines
 
 
 def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> Iterator[Metric]:

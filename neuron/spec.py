@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from shared.protocol import FIRST_INSTANCE, GroupPart, Parallelism
+from shared.protocol.context_length import AUTO, ContextLength
 from shared.protocol.group import split_over
 
-EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel"})
+EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel", "max_model_len"})
 """Fields of a load command that protocol v1 does not have."""
 _COMPARED = (
     "harness",
@@ -20,6 +21,7 @@ _COMPARED = (
     "devices",
     "args",
     "vram_mb",
+    "max_model_len",
     "served_names",
 )
 
@@ -42,11 +44,15 @@ class InstanceKey(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks; `vram_mb`:
-    MiB on all devices together. `instance` and the label `variant` change nothing about the engine itself.
+    """A load command, checked and completed. `devices` None: neuron chooses, else in the order of the ranks, or none of
+    them for an engine on the CPU; `vram_mb`: MiB on all devices together, or in RAM. `instance` and the label `variant`
+    change nothing about the engine itself.
 
     With `group` it is one part of an engine that spans several neurons: `parallel` describes the whole engine,
-    `devices` and `vram_mb` this part."""
+    `devices` and `vram_mb` this part.
+
+    `max_model_len` AUTO: `fitted_len` is the longest context that fits by the estimate, 0 if all of the model's does,
+    None if neuron cannot estimate it."""
 
     model_id: str
     harness: str
@@ -60,6 +66,8 @@ class EngineSpec:
     devices: tuple[int, ...] | None = None
     args: tuple[str, ...] = ()
     vram_mb: int | None = None
+    max_model_len: ContextLength = None
+    fitted_len: int | None = field(default=None, compare=False)
     served_names: tuple[str, ...] = ()
     instance: str = FIRST_INSTANCE
     variant: str | None = None
@@ -88,6 +96,16 @@ class EngineSpec:
     def device_count(self) -> int:
         """Of this host."""
         return self.local_parallel.devices
+
+    @property
+    def without_devices(self) -> bool:
+        """True if it runs on the host's CPU: its memory is the host's RAM."""
+        return self.devices == ()
+
+    @property
+    def context(self) -> int | None:
+        """The context length that neuron gives the engine, in tokens; None leaves it to the engine."""
+        return (self.fitted_len or None) if self.max_model_len == AUTO else self.max_model_len
 
     @property
     def serves(self) -> bool:

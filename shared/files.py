@@ -1,4 +1,4 @@
-"""Atomic file replacement, for state that must survive a crash or a power cut."""
+"""Atomic file replacement, for state that must survive a crash, and whether a directory can be written."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def is_writable(path: Path) -> bool:
+    """True for a directory that this user can write to, or could create. Blocks."""
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    return False

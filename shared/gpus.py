@@ -20,12 +20,14 @@ do not decide."""
 
 @dataclass(frozen=True)
 class GpuPreset:
-    """One GPU model. `aliases` are other spellings, such as NVML's name."""
+    """One GPU model. `aliases` are other spellings, such as NVML's name. `unified`: it shares the host's RAM, which is
+    that large."""
 
     name: str
     vram_total_mb: int
     compute_capability: str
     aliases: tuple[str, ...] = ()
+    unified: bool = False
 
 
 PRESETS = (
@@ -43,6 +45,7 @@ PRESETS = (
     GpuPreset("H100", 81559, "9.0", ("H100 80GB", "H100 80GB HBM3", "H100 SXM")),
     GpuPreset("H200", 143771, "9.0"),
     GpuPreset("B200", 183359, "10.0"),
+    GpuPreset("GB10", 122570, "12.1", ("DGX Spark",), unified=True),
 )
 """What `[simulate] devices` can name. Memory is `memory.total` in MiB as NVML reports it for the card with ECC in its
 factory setting, slightly less than the advertised size; the compute capability is NVIDIA's."""

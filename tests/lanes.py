@@ -39,7 +39,14 @@ REPEATS: Final = 3
 END_SECS: Final = 20
 """How long an interrupted pytest may take to end the processes of its tests."""
 
-LONGEST: Final = ("tests/e2e_vllm", "tests/cortex/proxy", "tests/neuron/lifecycle", "tests/e2e", "tests/clients")
+LONGEST: Final = (
+    "tests/e2e_vllm",
+    "tests/cortex/proxy",
+    "tests/neuron/lifecycle",
+    "tests/e2e",
+    "tests/clients",
+    "tests/e2e_engines",
+)
 """They start first, so that no lane is left with a long one at the end."""
 
 TOGETHER: Final = ("tests/clients",)

@@ -43,11 +43,14 @@ class Service:
         self.url = url
         self._name = package
         self._log = directory / f"{package}.log"
-        with self._log.open("wb") as output:
-            command = [sys.executable, "-m", package, "serve", "--config", str(config)]
-            environment = {**os.environ, "NEURON_TOKEN": TOKEN}
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        self._command = [sys.executable, "-m", package, "serve", "--config", str(config)]
+        self._child = self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "NEURON_TOKEN": TOKEN}
+        with self._log.open("ab") as output:
+            return subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
 
     @property
@@ -73,6 +76,12 @@ class Service:
             return self.request("/health", timeout=5).status == 200
         except OSError:
             return False
+
+    def kill_and_restart(self) -> None:
+        """kill -9, then the same command again; its engines survive."""
+        self._child.kill()
+        self._child.wait()
+        self._child = self._started()
 
     def stop(self) -> int:
         """Sends SIGTERM; the exit code. Kills a process that does not exit in time, and its engines."""

@@ -1,4 +1,4 @@
-"""The context length of each model, as its engine gives it in `/v1/models`."""
+"""The context length of each model: what its neuron tells, or else its engine in `/v1/models`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
+from cortex.config.profile import RequestedModel
 from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.fleet.neuron_http import AnswerTooLarge, fetch
@@ -23,6 +23,7 @@ from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import EndpointReply
+from shared.protocol.context_length import length_in
 from shared.tasks import TaskSet, running, timeout
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,23 @@ RETRY_SECS: Final = 30.0
 MAX_AT_ONCE: Final = 16
 
 
-class ContextLengths:
-    """Owner of `known`: model id to tokens. A length stays known when the model is unloaded, and over a restart of
-    cortex if it has a state directory.
+class KnownLengths(NamedTuple):
+    """Context lengths in tokens. `of_engines`: those of the engines that serve now. `remembered`: by model id or
+    `id@variant`, the shortest of its engines when there last were any."""
 
-    An engine whose neuron tells its endpoint is asked as soon as it has loaded; one of a protocol v1 neuron when a
-    client lists the models, because it costs a call to the neuron as well.
+    of_engines: Mapping[ReplicaKey, int]
+    remembered: Mapping[str, int]
+
+
+NO_LENGTHS: Final = KnownLengths({}, {})
+
+
+class ContextLengths:
+    """Owner of `known`, another object after each change. A length is remembered when the model is unloaded, and over a
+    restart of cortex if it has a state directory.
+
+    Where the neuron does not tell the length, the engine is asked: as soon as it has loaded if the neuron tells its
+    endpoint; one of a protocol v1 neuron when a client lists the models, because it costs a call to the neuron as well.
     """
 
     def __init__(
@@ -61,7 +73,7 @@ class ContextLengths:
         self._pool = EnginePool()
         self._tasks = TaskSet()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
-        self.known: Mapping[str, int] = MappingProxyType(dict(state.max_model_len))
+        self.known = KnownLengths({}, dict(state.max_model_len))
 
     async def follow(self) -> None:
         """Asks engines as they load. Never returns."""
@@ -87,18 +99,26 @@ class ContextLengths:
     def _ask(self, models: Iterable[str], *, told_only: bool) -> list[asyncio.Task[None]]:
         fleet, now = self._fleet.snapshot(), self._clock()
         begun: list[asyncio.Task[None]] = []
+        looked_at: set[str] = set()
+        all_serving: set[ReplicaKey] = set()
         for model_id in models:
             serving = {engine.key for engine in fleet.serving(model_id)}
+            looked_at.add(model_id)
+            all_serving |= serving
             for engine in fleet.engines(model_id):
                 node, view, key = engine
                 if key not in serving:
                     self._asked.pop(key, None)
+                    continue
+                if view.max_model_len is not None:
+                    self._note(engine, view.max_model_len)
                     continue
                 load, again_at = self._asked.get(key, (None, 0.0))
                 if (told_only and view.endpoint is None) or (load == (view.since, node.instance_id) and now < again_at):
                     continue
                 self._asked[key] = (view.since, node.instance_id), now + RETRY_SECS
                 begun.append(self._tasks.spawn(self._learn(engine), name=f"context length of {model_id}"))
+        self._forget({key for key in self.known.of_engines if key.model_id in looked_at} - all_serving)
         return begun
 
     async def _learn(self, engine: EngineSnapshot) -> None:
@@ -114,9 +134,34 @@ class ContextLengths:
             return
         load, _ = self._asked.get(key, (None, 0.0))
         self._asked[key] = load, float("inf")
-        if self.known.get(model_id) != length:
-            self.known = MappingProxyType({**self.known, model_id: length})
-            self._state.set_max_model_len(model_id, length)
+        self._note(engine, length)
+
+    def _note(self, engine: EngineSnapshot, length: int) -> None:
+        """The engine serves this length."""
+        if self.known.of_engines.get(engine.key) != length:
+            self._use({**self.known.of_engines, engine.key: length}, {engine.key.model_id})
+
+    def _forget(self, keys: Collection[ReplicaKey]) -> None:
+        """These engines serve no more."""
+        if keys:
+            left = {key: length for key, length in self.known.of_engines.items() if key not in keys}
+            self._use(left, {key.model_id for key in keys})
+
+    def _use(self, of_engines: Mapping[ReplicaKey, int], changed: Collection[str]) -> None:
+        """Remembers the shortest length of each changed model, and of each of its variants."""
+        remembered, fleet = dict(self.known.remembered), self._fleet.snapshot()
+        for model_id in changed:
+            shortest: dict[str, int] = {}
+            for engine in fleet.engines(model_id):
+                length, variant = of_engines.get(engine.key), engine.view.variant
+                if length is not None:
+                    for name in RequestedModel(model_id, variant).names:
+                        shortest[name] = min(length, shortest.get(name, length))
+            for name, length in shortest.items():
+                if remembered.get(name) != length:
+                    remembered[name] = length
+                    self._state.set_max_model_len(name, length)
+        self.known = KnownLengths(of_engines, remembered)
 
     async def _endpoint(self, engine: EngineSnapshot) -> EndpointReply:
         model_id, node, instance = engine.key
@@ -142,21 +187,6 @@ class ContextLengths:
         if answer.status != 200:
             raise ValueError(f"status {answer.status}")
         return length_in(model_id, json.loads(answer.body))
-
-
-def length_in(model_id: str, page: Any) -> int:
-    """`max_model_len` of the model in an engine's list, or of the first entry that has one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    data = page.get("data") if isinstance(page, dict) else None
-    entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
-    for entry in sorted(entries, key=lambda entry: entry.get("id") != model_id):
-        length = entry.get("max_model_len")
-        if isinstance(length, int) and not isinstance(length, bool) and 0 < length < 1 << 53:
-            return length
-    raise ValueError("no max_model_len")
 
 
 CONTEXT_LENGTHS = web.AppKey("context_lengths", ContextLengths)

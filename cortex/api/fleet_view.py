@@ -131,6 +131,15 @@ def _uptime(node: NodeSnapshot) -> float | None:
     return round(node.health.uptime_secs + since, 3)
 
 
+def _host(node: NodeSnapshot) -> dict[str, Any] | None:
+    """The host's RAM and cores; None if its neuron does not count the RAM."""
+    known = None if node.discovery is None else node.discovery.host
+    if known is None or not known.ram_total_mb:
+        return None
+    live = None if node.health is None else node.health.host
+    return {**known.model_dump(), **({} if live is None else live.model_dump())}
+
+
 def _node(node: NodeSnapshot) -> dict[str, Any]:
     """Everything about a node except its uptime and the keys of its engines."""
     discovery = node.discovery
@@ -153,6 +162,7 @@ def _node(node: NodeSnapshot) -> dict[str, Any]:
             {**device.model_dump(), **(live[device.index].model_dump() if device.index in live else {})}
             for device in (discovery.devices if discovery else [])
         ],
+        "host": _host(node),
         "links": [link.model_dump(mode="json") for link in discovery.links] if discovery else [],
         "models": [
             {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 from aiohttp import web
 
 from cortex.api.app_keys import CREATED, FLEET, LIVE
-from cortex.api.context_lengths import CONTEXT_LENGTHS
+from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
@@ -67,10 +67,9 @@ def model_entry(
     feasibility: FeasibilityCache,
     *,
     created: int,
-    length: int | None,
+    lengths: KnownLengths,
 ) -> dict[str, Any] | None:
-    """One entry of the list, for an id or `id@variant`; None if the model cannot be used. `created` is Unix time,
-    `length` the context length that the model's engine gives, None if unknown."""
+    """One entry of the list, for an id or `id@variant`; None if the model cannot be used. `created` is Unix time."""
     profile, variant = catalogue.profile(model_id), catalogue.requested(model_id).variant
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
     present = [
@@ -81,6 +80,8 @@ def model_entry(
     loaded = any(engine.view.loaded for engine in present)
     if not feasible_on and not loaded:
         return None
+    present_lengths = [lengths.of_engines[engine.key] for engine in present if engine.key in lengths.of_engines]
+    length = min(present_lengths, default=None) or lengths.remembered.get(model_id)
     told = told_facts(engine.view for engine in present)
     told_limit = told.pop("limit", {})
     limit = told_limit if profile is None or profile.limit is None else {**told_limit, **_given(profile.limit)}
@@ -91,7 +92,7 @@ def model_entry(
         "owned_by": OWNER,
         "loaded": loaded,
         "feasible_on": feasible_on,
-        "locations": [_location(profile, engine) for engine in present],
+        "locations": [_location(profile, engine, lengths.of_engines.get(engine.key)) for engine in present],
         "limit": limit or None,
         "max_model_len": length or limit.get("context"),
         "harness": None if profile is None else profile.harness,
@@ -104,11 +105,13 @@ def model_entry(
     }
 
 
-def _location(profile: ModelProfile | None, engine: EngineSnapshot) -> dict[str, Any]:
+def _location(profile: ModelProfile | None, engine: EngineSnapshot, length: int | None) -> dict[str, Any]:
     view = engine.view
     choice = None if profile is None else profile.choice(view.variant) or profile
     estimate = view.vram_used_mb or (None if choice is None else choice.vram_mb)
     location: dict[str, Any] = {**place(engine.key), "status": view.status, "vram_estimate_mb": estimate}
+    if length is not None:
+        location["max_model_len"] = length
     if view.variant is not None:
         location["variant"] = view.variant
     if view.parallel is not None:
@@ -130,9 +133,6 @@ def _alias(alias: str, target: str, entry: dict[str, Any], catalogue: Catalogue)
     return {**entry, "id": alias, "alias_of": target, **parameters}
 
 
-_NO_LENGTHS: Mapping[str, int] = {}
-
-
 class ModelList:
     """Catalogue models that some known hardware can hold, models loaded anywhere, and their aliases, as JSON: `data` in
     OpenAI's shape and `models` in Codex's. An entry is rendered again only after its contents have changed.
@@ -146,7 +146,7 @@ class ModelList:
         self._catalogue = Catalogue()
         self._fleet = FleetSnapshot()
         self._created = 0
-        self._lengths: Mapping[str, int] = _NO_LENGTHS
+        self._lengths: KnownLengths = NO_LENGTHS
         self._aliases: dict[str, list[str]] = {}  # of an id or `id@variant`
         self._others: dict[str, list[str]] = {}  # by id: the listed names of its variants, then aliases
         self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its other names, if listed
@@ -173,7 +173,7 @@ class ModelList:
         return entry if name == model_id else _alias(name, model_id, entry, self._catalogue)
 
     def blocks(
-        self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int, lengths: Mapping[str, int] = _NO_LENGTHS
+        self, catalogue: Catalogue, fleet: FleetSnapshot, *, created: int, lengths: KnownLengths = NO_LENGTHS
     ) -> tuple[bytes, ...]:
         """The whole answer in pieces; the same object until something changes. `lengths` (`ContextLengths.known`) must
         be another object after a change."""
@@ -188,7 +188,7 @@ class ModelList:
             self._fleet = fleet
             changed = _held_differently(before, fleet)
             if lengths is not self._lengths:
-                changed |= {model_id for model_id, _ in lengths.items() ^ self._lengths.items()}
+                changed |= _other_lengths(self._lengths, lengths)
                 self._lengths = lengths
             if self._answer is None or fleet.topology is None or fleet.topology is not before.topology:
                 changed |= self._feasible_elsewhere()
@@ -217,7 +217,7 @@ class ModelList:
             self._fleet,
             self._feasibility,
             created=self._created,
-            length=self._lengths.get(self._catalogue.requested(model_id).model_id),
+            lengths=self._lengths,
         )
 
     def _make(self, model_id: str) -> None:
@@ -296,6 +296,13 @@ def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
             ids = old.models.keys() | new.models.keys()
             changed.update(i for i in ids if old.models.get(i) is not new.models.get(i))
     return changed
+
+
+def _other_lengths(before: KnownLengths, after: KnownLengths) -> set[str]:
+    """Ids of the models of which another length is known."""
+    names = {name for name, _ in before.remembered.items() ^ after.remembered.items()}
+    engines = {key.model_id for key, _ in before.of_engines.items() ^ after.of_engines.items()}
+    return engines | names | {name.rpartition("@")[0] for name in names}
 
 
 MODEL_LIST = web.AppKey("model_list", ModelList)

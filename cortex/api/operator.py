@@ -50,7 +50,8 @@ class LoadAction(BaseModel):
 
 class UnloadAction(LoadAction):
     """Body of `POST /fleet/unload`. Without `node`: from every node; without `instance`: all of the model's there.
-    `drain`: let requests in flight finish first. `for_secs`: do not load it again before that time is over."""
+    `drain`: let requests in flight finish first. `for_secs`: do not load it again before that time is over, with
+    `instance` neither that one nor another on the node."""
 
     drain: bool = True
     for_secs: float | None = Field(default=None, gt=0, le=MAX_SECS, allow_inf_nan=False)
@@ -183,10 +184,9 @@ async def unload_model(request: web.Request) -> web.Response:
     model_id = app[LIVE].catalogue.resolve(action.model)
     _check_instance(fleet, action)
     requested = app[LIVE].catalogue.requested(model_id)
-    if action.for_secs is not None and (action.instance is not None or requested.variant is not None):
-        what = "instance" if action.instance is not None else "variant"
+    if action.for_secs is not None and requested.variant is not None:
         raise InvalidRequest(
-            f"--for (for_secs) holds back the model, not one {what}: leave one of them out", param="for_secs"
+            "--for (for_secs) holds back the model, not one variant: leave one of them out", param="for_secs"
         )
     if action.node is not None:
         node = _usable_node(fleet, action.node)

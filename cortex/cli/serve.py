@@ -33,6 +33,7 @@ from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
 from shared.command_line import fail
+from shared.files import is_writable
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
@@ -110,7 +111,7 @@ async def serve(
 
     host, port = socks[0].getsockname()[:2]
     reload_asked = asyncio.Event()
-    state = StateFile(state_directory(config, files.path))
+    state = StateFile(_state_directory(config, files))
     async with (
         told_to_stop(
             lifeline=lifeline,
@@ -180,3 +181,16 @@ def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[so
     port = first.getsockname()[1]
     first.close()
     return [bind(host, port, shared=True) for _ in range(settings.workers)]
+
+
+def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:
+    """As `state_directory`, with a warning if nothing can be kept there."""
+    directory = state_directory(config, files.path)
+    if directory is None and files.path.resolve().is_file():
+        log.warning(
+            "no state is kept (drained neurons, models held back, load times): this user has no home directory; set "
+            "state_dir in cortex.toml"
+        )
+    if directory is not None and not is_writable(directory):
+        log.warning("no state can be kept in %s, which cannot be written: set state_dir in cortex.toml", directory)
+    return directory

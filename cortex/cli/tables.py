@@ -24,7 +24,7 @@ def status_table(fleet: dict[str, Any]) -> str:
         state = "healthy" if node["healthy"] else _down(node)
         state += ", draining" if node["draining"] else ""
         colour = ("yellow" if node["draining"] else "green") if node["healthy"] else "red"
-        devices, models = [_device(device) for device in node["devices"]] or ["-"], _models(node)
+        devices, models = [*map(_device, node["devices"]), *_ram(node)] or ["-"], _models(node)
         rows.append([node["name"], Coloured(state, colour), devices[0], models[0]])
         rows += [["", "", *pair] for pair in zip_longest(devices[1:], models[1:], fillvalue="")]
     text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
@@ -204,6 +204,15 @@ def _yes_or_no(yes: bool) -> str:
     return Coloured("yes", "green") if yes else "no"
 
 
+def _ram(node: dict[str, Any]) -> list[str]:
+    """The host's RAM, on a host without GPUs or with models in RAM."""
+    host = node.get("host")
+    if not host or (node["devices"] and not any(model.get("ram_booked_mb") for model in node["models"])):
+        return []
+    used = host.get("ram_used_mb")
+    return [f"RAM {'?' if used is None else used}/{host['ram_total_mb']} MiB"]
+
+
 def _device(device: dict[str, Any]) -> str:
     name = f"{device['index']}: {device['name']}"
     if device.get("lost"):
@@ -211,7 +220,8 @@ def _device(device: dict[str, Any]) -> str:
     if device.get("fault"):
         return Coloured(f"{name} SICK: {device['fault']}", "red")
     used = device.get("vram_used_mb")
-    text = f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    memory = f"{'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    text = f"{name} {'in MIG mode' if device.get('mig_mode') else memory}"
     return Coloured(f"{text} ({'; '.join(device['warnings'])})", "yellow") if device.get("warnings") else text
 
 

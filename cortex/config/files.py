@@ -21,7 +21,7 @@ from shared.settings import SettingsError, load_settings
 ENV_PREFIX = "CORTEX_"
 
 HARNESSES = ("vllm", "sim", "candle")
-"""Kinds of engines that neurons offer; the last one is that of helexa's neurons."""
+"""Kinds of engines that neurons have by themselves; the last one is that of helexa's. A neuron may describe others."""
 
 Stamp = tuple[int, ...]
 """Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
@@ -119,17 +119,10 @@ def catalogue_problems(catalogue: Catalogue, path: Path) -> list[str]:
     have other rules, so a cortex serves such a catalogue."""
     problems = []
     for where, profile in _entries(catalogue, path):
-        close = difflib.get_close_matches(profile.harness, HARNESSES, n=1)
         if profile.harness in HARNESSES:
             reason = refused_argument(profile.args)
             if reason is not None:
                 problems.append(f"{where('args')}: {reason}")
-        elif close:
-            known = ", ".join(HARNESSES)
-            problems.append(
-                f"{where('harness')} = {profile.harness!r}: unknown harness (known: {known}), "
-                f"did you mean {close[0]!r}?"
-            )
     return list(dict.fromkeys(problems))
 
 
@@ -151,10 +144,11 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
     names = {entry.name for entry in config.neurons}
     warnings = [] if names else [f"{path}: neurons: empty, no model can be served"]
     for where, profile in _entries(catalogue, config.models_path(path)):
-        if profile.harness not in HARNESSES:  # one of other software's neurons may have it
+        close = difflib.get_close_matches(profile.harness, HARNESSES, n=1, cutoff=0.8)
+        if close and profile.harness not in HARNESSES:
             warnings.append(
-                f"{where('harness')}: {profile.id!r} can only be loaded by neurons that list the harness "
-                f"{profile.harness!r}, and none of this version does"
+                f"{where('harness')} = {profile.harness!r}: {profile.id!r} can only be loaded by neurons that describe "
+                f"this engine: did you mean {close[0]!r}?"
             )
         warnings += [
             f"{where('pinned_on')}: {profile.id!r} is pinned on {neuron!r}, which is not listed in {path}"

@@ -17,7 +17,9 @@ from pydantic import (
 )
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.context_length import ContextLength
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, sets_context
 from shared.settings import SettingsModel
 
 DEFAULT_PRIORITY = 100
@@ -116,6 +118,18 @@ def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> P
     return value
 
 
+_OF_DEVICES = ("min_devices", "parallel", "span_nodes", "min_device_vram_mb", "min_compute_capability")
+"""Keys that only mean something for a model that runs on devices."""
+
+
+def _without_devices(value: int | None) -> int | None:
+    if value not in (None, 0):
+        raise ValueError(
+            "must be 0, for a model that runs on the CPU; min_devices or parallel say how many GPUs it gets"
+        )
+    return value
+
+
 _OF_A_VARIANT: Final = {"variant": True}
 """Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
 
@@ -128,6 +142,7 @@ class Variant(SettingsModel):
     harness: str | None = None
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
+    devices: int | None = None
     min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
@@ -135,9 +150,11 @@ class Variant(SettingsModel):
     pinned_on: tuple[str, ...] | None = None
     source: str | None = None
     args: tuple[str, ...] | None = None
+    max_model_len: ContextLength = None
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+    _no_devices = field_validator("devices")(_without_devices)
 
 
 class ModelProfile(SettingsModel):
@@ -150,6 +167,7 @@ class ModelProfile(SettingsModel):
     harness: str = "vllm"
     quant: str | None = None
     vram_mb: int | None = Field(default=None, gt=0)
+    devices: int | None = None
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
     parallel: ParallelSettings | None = None
     span_nodes: bool = False
@@ -163,6 +181,7 @@ class ModelProfile(SettingsModel):
     when_idle: Literal["unload", "sleep"] = "unload"
     source: str | None = None
     args: tuple[str, ...] = ()
+    max_model_len: ContextLength = None
     tools: bool = False
     limit: TokenLimit | None = None
     variants: tuple[Variant, ...] = ()
@@ -172,6 +191,7 @@ class ModelProfile(SettingsModel):
 
     _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
     _one_tensor_size = field_validator("parallel")(_same_tensor_size)
+    _no_devices = field_validator("devices")(_without_devices)
 
     @model_validator(mode="before")
     @classmethod
@@ -212,6 +232,22 @@ class ModelProfile(SettingsModel):
             raise ValueError("span_nodes: an engine that spans hosts has no copies, use replicas instead of data")
         return self
 
+    @model_validator(mode="after")
+    def _on_the_cpu_or_on_devices(self) -> ModelProfile:
+        tables: tuple[ModelProfile | Variant, ...] = (self, *self.variants)
+        for table in tables:
+            both = sorted(table.model_fields_set.intersection(_OF_DEVICES)) if table.devices == 0 else []
+            if both:
+                raise ValueError(f"devices: a model with devices = 0 runs on the CPU, remove {' and '.join(both)}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_context_length(self, info: ValidationInfo) -> ModelProfile:
+        choices = () if info.context is _OF_A_VARIANT else self.choices
+        if any(choice.max_model_len is not None and sets_context(choice.args) for choice in choices):
+            raise ValueError(f"max_model_len: {CONTEXT_FLAG} is in args too, remove one of them")
+        return self
+
     @cached_property  # as the next two: pydantic takes long to find a private attribute
     def variant(self) -> str | None:
         """The name of the variant that this is one of the `choices` for; None for a model itself."""
@@ -248,7 +284,11 @@ class ModelProfile(SettingsModel):
 
     def _with(self, variant: Variant, place: int) -> ModelProfile:
         given = variant.model_dump(exclude_none=True, exclude={"name"})
-        own = self.model_dump(exclude_none=True, exclude={"variants"})
+        own = self.model_dump(exclude_none=True, exclude_unset=True, exclude={"variants"})
+        if given.get("devices") == 0:
+            own = {key: value for key, value in own.items() if key not in _OF_DEVICES}
+        elif not given.keys().isdisjoint(_OF_DEVICES):
+            own.pop("devices", None)
         if not given.keys().isdisjoint(("parallel", "min_devices")):
             own = {key: value for key, value in own.items() if key not in ("parallel", "min_devices")}
         found = ModelProfile.model_validate({**own, **given}, context=_OF_A_VARIANT)
@@ -273,14 +313,30 @@ class ModelProfile(SettingsModel):
         """How it is split: `parallel`, or `min_devices`, its short form."""
         return self.parallel or Parallelism.model_construct(tensor=self.min_devices)
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the host's CPU: its memory is the host's RAM, and it gets no devices."""
+        return self.devices == 0
+
     @cached_property
     def device_count(self) -> int:
-        return self.parallelism.devices
+        """0 for a model on the CPU."""
+        return 0 if self.on_cpu else self.parallelism.devices
+
+    @property
+    def shares(self) -> int:
+        """In how many parts its memory is split: one for each device, or one in RAM."""
+        return max(1, self.device_count)
 
     @property
     def tensor_parallel(self) -> int | None:
         """The value sent to a neuron; None means a single device."""
         return self.parallelism.tensor if self.parallelism.tensor > 1 else None
+
+    @property
+    def serves_as_vllm(self) -> bool:
+        """True for vLLM and its simulation, whose arguments and errors are the same."""
+        return self.harness in ("vllm", "sim")
 
     @property
     def refuses_tools(self) -> bool:
@@ -290,5 +346,5 @@ class ModelProfile(SettingsModel):
 
     @property
     def device_share_mb(self) -> int:
-        """What each device must give, in MiB; 0 when the footprint is unknown."""
-        return 0 if self.vram_mb is None else -(-self.vram_mb // self.device_count)
+        """What each device must give, or the host's RAM, in MiB; 0 when the footprint is unknown."""
+        return 0 if self.vram_mb is None else -(-self.vram_mb // self.shares)

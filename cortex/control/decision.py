@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cortex.config.catalogue import Catalogue
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.placement.refusal import unknown_model_error
 from cortex.routing.choice import beyond_ours
+from cortex.routing.control import ContextBound
 from cortex.routing.replica import ReplicaKey
 from shared.errors import ServiceError
 from shared.protocol import ModelStatus
@@ -61,6 +63,30 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
     return Refuse(unknown_model_error(model_id, catalogue, fleet))
+
+
+def context_bound(
+    model_id: str, catalogue: Catalogue, served: Callable[[ModelProfile], int | None]
+) -> ContextBound | None:
+    """The most context that an engine of `model_id` (as for `decide`) can have once it is loaded; None if that is not
+    known, or if such an engine might serve a longer prompt in another way.
+
+    `served`: how much engines like this one had, wherever it may be loaded.
+    """
+    profile = catalogue.profile(model_id)
+    choices = () if profile is None else profile.choices
+    lengths = [_context_of(choice, served) for choice in choices]
+    known = [length for length in lengths if length is not None]
+    if not known or len(known) < len(lengths):
+        return None
+    sources = {choice.source or choice.id for choice in choices}
+    return ContextBound(max(known), sources.pop() if len(sources) == 1 else "")
+
+
+def _context_of(choice: ModelProfile, served: Callable[[ModelProfile], int | None]) -> int | None:
+    if not choice.serves_as_vllm:
+        return None
+    return choice.max_model_len if isinstance(choice.max_model_len, int) else served(choice)
 
 
 def _is_loadable(model_id: str, fleet: FleetSnapshot) -> bool:

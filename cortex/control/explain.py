@@ -22,7 +22,7 @@ from cortex.placement.refusal import held_back_error, placement_error
 from cortex.placement.replicas import reconcile_replicas
 from cortex.placement.starts import starts_by_device
 from shared.errors import ServiceError
-from shared.protocol import LinkKind
+from shared.protocol import RAM, LinkKind
 
 _FIT_LABELS = {
     Fit.AWAKE: "awake",
@@ -163,7 +163,7 @@ def _placed(model_id: str, view: PlanningView, found: list[NodeVerdict], in_flig
             "node": plan.node,
             **({} if plan.variant is None else {"variant": plan.variant}),
             "reason": f"{plan.reason}; {because}" if because else plan.reason,
-            "devices": list(plan.devices),
+            "devices": list(plan.gpus),
             "devices_because": _why_devices(view, plan),
             "vram_mb_per_device": plan.device_share_mb,
             **_split(_choice(view, plan), plan),
@@ -181,7 +181,7 @@ def _parts(plan: LoadPlan) -> dict[str, Any]:
     """For an engine that spans several neurons, its parts by rank."""
     if not plan.parts:
         return {}
-    parts = [{"node": part.node, "devices": list(part.devices)} for part in (plan, *plan.parts)]
+    parts = [{"node": part.node, "devices": list(part.gpus)} for part in (plan, *plan.parts)]
     return {"parts": parts, "network": plan.network or None}
 
 
@@ -220,7 +220,7 @@ def _load_details(view: PlanningView, plan: LoadPlan) -> dict[str, Any]:
             {
                 "model": each.resident.key.model_id,
                 "frees_mb_per_device": each.resident.frees_mb,
-                "devices": sorted(each.resident.devices),
+                "devices": sorted(each.resident.devices - {RAM}),
                 "priority": each.resident.priority,
                 "in_flight": each.resident.in_flight,
                 "state": _STATE_LABELS[each.eviction_class],
@@ -242,7 +242,9 @@ def _why_devices(view: PlanningView, plan: LoadPlan) -> str:
     )
     memory = device_memory(view, node)
     free = ", ".join(
-        f"device {index} has {memory[index].free_mb} MiB free" for index in plan.devices if index in memory
+        f"{'RAM' if index == RAM else f'device {index}'} has {memory[index].free_text} free"
+        for index in plan.devices
+        if index in memory
     )
     if len(plan.devices) == 1:
         return free + busy
@@ -301,7 +303,7 @@ def _node(
     *,
     possible: bool,
 ) -> dict[str, Any]:
-    plan = None if verdict is None else verdict.plan
+    plan, capacities = None if verdict is None else verdict.plan, device_memory(view, node)
     return {
         "node": node.name,
         "healthy": node.healthy,
@@ -320,10 +322,11 @@ def _node(
         "feasible": possible and node.discovery is not None,
         **_variant(profile, verdict),
         "fits": None if plan is None else _FIT_LABELS[plan.fit],
-        "devices": [] if plan is None else list(plan.devices),
+        "devices": [] if plan is None else list(plan.gpus),
         "devices_because": None if plan is None else _why_devices(view, plan),
-        "spare_mb": None if plan is None else plan.spare_mb,
-        "free_mb": {str(index): memory.free_mb for index, memory in device_memory(view, node).items()},
+        "spare_mb": None if plan is None or not plan.memory_known else plan.spare_mb,
+        "free_mb": {str(index): memory.told_mb for index, memory in capacities.items() if index != RAM},
+        "free_ram_mb": capacities[RAM].told_mb if RAM in capacities else None,
         "evict": [] if plan is None else [each.resident.key.model_id for each in plan.eviction_plan.evictions],
         "expected_load_secs": None if plan is None else plan.expected_secs,
         "retry_in_secs": _pause_secs(model_id, profile, view, node),

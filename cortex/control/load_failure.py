@@ -56,7 +56,7 @@ def failure_of(plan: LoadPlan, refused: NeuronRefused) -> LoadFailure:
         return LoadFailure(reason, BackoffCause.BUSY)
     if refused.code in _TEMPORARY:
         return LoadFailure(reason, BackoffCause.TEMPORARY)
-    if refused.code == ErrorCode.INSUFFICIENT_VRAM:
+    if refused.code in (ErrorCode.INSUFFICIENT_VRAM, ErrorCode.INSUFFICIENT_RAM):
         needed = [each.needed_mb for each in refused.devices if each.index in plan.devices and each.needed_mb]
         return LoadFailure(
             reason,

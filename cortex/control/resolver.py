@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.decision import Await, Place, Refuse, Serve, decide
+from cortex.control.decision import Await, Place, Refuse, Serve, context_bound, decide
 from cortex.control.demand import Demand
+from cortex.control.loads.served_contexts import ServedContexts
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
@@ -23,6 +24,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
+from cortex.routing.control import ContextBound
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
@@ -49,7 +51,7 @@ END_EXPLAINED_SECS = 1.0
 
 
 class Resolver:
-    """What workers ask: `table` first, then `resolve`."""
+    """What workers ask: `table` first, then `resolve`. `contexts`: what engines have served."""
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Resolver:
         demand: Demand,
         shutdown: Shutdown,
         state: StateFile,
+        contexts: ServedContexts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -77,6 +80,7 @@ class Resolver:
         self._demand = demand
         self._shutdown = shutdown
         self._state = state
+        self.contexts = contexts
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -96,6 +100,16 @@ class Resolver:
     def knows(self, model_id: str) -> bool:
         """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
+
+    async def context_bound(self, model_id: str) -> ContextBound | None:
+        """As `routing.control.Control.context_bound`. Waits as `engine`."""
+        if self._fleet.snapshot().serving(model_id):
+            return None
+        await self._fleet.until_all_polled()
+        fleet = self._fleet.snapshot()
+        if fleet.serving(model_id) or fleet.loading_on(model_id) is not None:
+            return None
+        return context_bound(model_id, self._live.catalogue, self.contexts.longest)
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.

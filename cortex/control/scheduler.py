@@ -323,8 +323,8 @@ class Scheduler:
         """Records the memory the neuron booked for a model whose catalogue entry gives none."""
         profile = self._live.catalogue.profile(view.id)
         choice = None if profile is None else profile.choice(view.variant if profile.variants else None)
-        if choice is not None and choice.vram_mb is None and view.vram_booked_mb:
-            self._observed_share_mb[choice.requested.name] = -(-view.vram_booked_mb // max(1, len(view.devices)))
+        if choice is not None and choice.vram_mb is None and (booked := view.vram_booked_mb or view.ram_booked_mb):
+            self._observed_share_mb[choice.requested.name] = -(-booked // max(1, len(view.devices)))
 
     def _track_foreign_load(self, engine: EngineSnapshot) -> None:
         """Records how a load ends that others started and our requests wait for."""

@@ -100,6 +100,8 @@ def _progress_text(progress: Progress) -> str:
     parts = [phase] if phase else []
     if phase and fraction is not None:
         parts = [f"{phase} {100 * fraction:.0f} %"]
-    if left is not None:
+    if progress.idle_secs is not None:
+        parts.append(f"nothing done for {progress.idle_secs:.0f} s")
+    elif left is not None:
         parts.append(f"about {math.ceil(left)} s left")
     return ", ".join(parts)

@@ -152,6 +152,7 @@ def build(
         demand=demand,
         shutdown=shutdown,
         state=state,
+        contexts=loader.contexts,
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)

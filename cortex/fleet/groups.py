@@ -37,6 +37,12 @@ class EngineGroup:
         """The running parts on healthy neurons, rank 0 first."""
         return [part for part in self.running if part.node.healthy]
 
+    @property
+    def lacks_parts(self) -> bool:
+        """Whether a part is missing, has ended or is out of reach, and others are left that can be unloaded. What runs
+        on a neuron that is down has to wait until that is back."""
+        return bool(self.reachable) and not (self.complete and len(self.reachable) == self.size)
+
     def lost_part(self) -> str | None:
         """Which part has ended or cannot be reached, in words; None if none is known to. A part that is not listed may
         not have begun yet, unless rank 0 serves already."""
@@ -67,16 +73,6 @@ def groups_of(fleet: FleetSnapshot, model_ids: Iterable[str]) -> list[EngineGrou
                 found.setdefault((model_id, part.id), {})[part.rank] = engine
                 sizes[model_id, part.id] = part.size
     return [EngineGroup(group, model, sizes[model, group], parts) for (model, group), parts in found.items()]
-
-
-def incomplete_groups(fleet: FleetSnapshot, model_ids: Iterable[str]) -> list[EngineGroup]:
-    """The groups of these models that lack a part and still have others that can be unloaded. What runs on a neuron
-    that is down has to wait until that is back."""
-    return [
-        group
-        for group in groups_of(fleet, model_ids)
-        if group.reachable and not (group.complete and len(group.reachable) == group.size)
-    ]
 
 
 def group_with(fleet: FleetSnapshot, engine: EngineSnapshot) -> EngineGroup | None:

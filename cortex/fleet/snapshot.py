@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 from cortex.config.catalogue import NO_MODELS, Catalogue
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import (
+    RAM,
     Device,
     DeviceHealth,
     Discovery,
@@ -46,8 +47,9 @@ def by_instance(views: Iterable[ModelView]) -> dict[str, dict[str, ModelView]]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """VRAM reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of the
-    devices. `serves` False: it is a part of an engine that spans several nodes, and takes no requests."""
+    """Memory reserved for a load in progress, of this variant if the model has any: `device_share_mb` MiB on each of
+    the devices; the host's RAM has the index `RAM`. `serves` False: it is a part of an engine that spans several nodes,
+    and takes no requests."""
 
     model_id: str
     node: str
@@ -101,6 +103,24 @@ class NodeSnapshot:
         return [device for device in every if device.usable]
 
     @cached_property
+    def ram(self) -> Device | None:
+        """The host's RAM as a device, for models on the CPU. None if the neuron does not tell of it and has devices; if
+        it has none, RAM of unknown size."""
+        if self.discovery is None:
+            return None
+        host = self.discovery.host
+        if host is not None and host.ram_total_mb:
+            return Device(index=RAM, name="RAM", vram_total_mb=host.ram_total_mb)
+        return None if self.discovery.devices else Device(index=RAM, name="RAM")
+
+    @cached_property
+    def in_ram(self) -> frozenset[int]:
+        """The indices of the devices that share the host's RAM, and its own; none if it is not counted."""
+        if self.ram is None:
+            return frozenset()
+        return frozenset({RAM, *(device.index for device in self.devices if device.unified)})
+
+    @cached_property
     def device_health(self) -> dict[int, DeviceHealth]:
         return {} if self.health is None else {device.index: device for device in self.health.devices}
 
@@ -127,13 +147,19 @@ class NodeSnapshot:
 
     def free_mb_on_each_of(self, devices: int) -> int | None:
         """MiB available on each of the `devices` devices with the most free memory; None if there are fewer that work
-        together. Does not subtract what loads in progress and sleeping models will need."""
+        together. 0: in the host's RAM. Does not subtract what loads in progress and sleeping models will need."""
+        if not devices:
+            live = None if self.health is None else self.health.host
+            return None if self.ram is None else self.ram.vram_total_mb if live is None else live.ram_bookable_mb
         free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
         return free[-devices] if devices <= len(free) else None
 
     def tightest_fit_mb(self, devices: int, share_mb: int) -> int | None:
         """MiB available on the `devices` devices with the least free memory that have `share_mb` each, on all together;
         None if there are fewer. As `free_mb_on_each_of`."""
+        if not devices:
+            free_ram = self.free_mb_on_each_of(0)
+            return free_ram if free_ram is not None and free_ram >= share_mb else None
         free = self._free_mb_of_gpus if devices > 1 else self._free_mb_ascending
         first = bisect_left(free, share_mb)
         return sum(free[first : first + devices]) if first + devices <= len(free) else None

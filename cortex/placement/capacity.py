@@ -1,4 +1,5 @@
-"""How much memory each device of a node can give, and how much evicting a model frees. Pure. All sizes in MiB."""
+"""How much memory each device of a node can give, and its RAM, and how much evicting a model frees. Pure. All sizes in
+MiB; RAM has the index `RAM`."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
 from cortex.placement.inputs import NO_ARRIVALS, PlanningView
 from cortex.routing.replica import ReplicaKey
 from shared.gpus import in_memory_steps
-from shared.protocol import Device, DeviceHealth, ModelStatus, ModelView
+from shared.protocol import RAM, Device, DeviceHealth, ModelStatus, ModelView
 
 UNCOUNTED_MEMORY_MB = 1 << 30
-"""Assumed for a device that shares the host's memory and reports none of its own: never a reason to reject."""
+"""Assumed where a neuron does not tell how much memory there is: never a reason to reject."""
 
 LOAD_SECS_BASE = 5.0
 LOAD_SECS_PER_MB = 0.002
@@ -40,6 +41,20 @@ class DeviceCapacity:
     sleeping_mb: int = 0
 
     @property
+    def counted(self) -> bool:
+        return self.total_mb < UNCOUNTED_MEMORY_MB
+
+    @property
+    def told_mb(self) -> int | None:
+        """`free_mb` for people; None if it is not known."""
+        return self.free_mb if self.counted else None
+
+    @property
+    def free_text(self) -> str:
+        """As `20000 MiB`, for people."""
+        return f"{self.free_mb} MiB" if self.counted else "an unknown amount of memory"
+
+    @property
     def in_steps(self) -> int:
         """MiB available beside sleeping models, for comparisons: what is taken counts in whole GiB."""
         return in_memory_steps(self.free_mb - self.sleeping_mb, self.total_mb)
@@ -51,7 +66,8 @@ class DeviceCapacity:
 
 @dataclass(frozen=True)
 class ResidentModel:
-    """A model that may be evicted from a node. It frees `frees_mb` on each of its `devices`.
+    """A model that may be evicted from a node. It frees `frees_mb` on each of its `devices`, and `ram_mb` of the host's
+    RAM in addition. Of devices that share the RAM it has all, and RAM itself.
 
     `protected` says why no model may evict it; None when some may. `cost` is what evicting it is expected to
     cost, in seconds that requests will wait.
@@ -72,6 +88,16 @@ class ResidentModel:
     """How many replicas of the model a model of the same priority may evict together, because of its `replicas.min`.
     None: any number."""
     protected: str | None = None
+    ram_mb: int = 0
+
+    def frees_on(self, index: int) -> int:
+        """MiB that evicting it frees there."""
+        return (self.frees_mb if index in self.devices else 0) + (self.ram_mb if index == RAM else 0)
+
+    @property
+    def freed_mb(self) -> int:
+        """MiB that evicting it frees, all together. What it has in RAM counts once."""
+        return self.frees_mb * max(1, len(self.devices - {RAM})) + self.ram_mb
 
     @property
     def held_by_min_replicas(self) -> bool:
@@ -84,6 +110,8 @@ def device_memory(view: PlanningView, node: NodeSnapshot) -> dict[int, DeviceCap
     models there leave, minus what our loads in progress will take beyond those figures."""
     ours = [(each, unreported_mb(node, each)) for each in view.fleet.reservations if each.node == node.name]
     memory = {device.index: _memory_of(node, device, ours) for device in node.devices}
+    if node.ram is not None:
+        memory |= dict.fromkeys(node.in_ram, _memory_of_ram(node, node.ram, ours))
     unmeasured = [device for device in node.devices if not _is_measured(node, device)]
     if unmeasured:
         reserved = {each.key for each, _ in ours}
@@ -110,7 +138,7 @@ def unreported_mb(node: NodeSnapshot, reservation: Reservation) -> int:
     entry = node.view(reservation.model_id, reservation.instance)
     if entry is None or not (entry.loaded or entry.coming):
         return reservation.device_share_mb
-    if entry.vram_booked_mb:
+    if entry.vram_booked_mb or entry.ram_booked_mb:
         return 0
     return max(0, reservation.device_share_mb - (entry.vram_used_mb or 0) // len(reservation.devices))
 
@@ -125,6 +153,8 @@ def engines_by_device(view: PlanningView, node: NodeSnapshot) -> dict[int, int]:
 def reports_bookable_memory(node: NodeSnapshot) -> bool:
     """Whether the node reports bookable memory. Such a node refuses a load that does not fit at once; on others the
     engine fails later, when it runs out of memory."""
+    if node.health is not None and node.health.host is not None:
+        return True
     return any(live.vram_bookable_mb is not None for live in node.device_health.values())
 
 
@@ -158,6 +188,33 @@ def _memory_of(node: NodeSnapshot, device: Device, ours: Sequence[tuple[Reservat
         return DeviceCapacity(device.vram_total_mb, bookable - reserved, live.vram_asleep_mb or 0)
     measured = live.vram_used_mb or live.vram_free_mb  # both 0: the driver does not report memory
     return DeviceCapacity(device.vram_total_mb, (live.vram_free_mb if measured else device.vram_total_mb) - reserved)
+
+
+def _memory_of_ram(node: NodeSnapshot, ram: Device, ours: Sequence[tuple[Reservation, int]]) -> DeviceCapacity:
+    """Of the host's RAM, which devices may share."""
+    if not ram.vram_total_mb:
+        return DeviceCapacity(UNCOUNTED_MEMORY_MB, UNCOUNTED_MEMORY_MB)
+    pool = node.in_ram
+    reserved = sum(mb * len(pool.intersection(reservation.devices)) for reservation, mb in ours)
+    live = None if node.health is None else node.health.host
+    if live is None:
+        return DeviceCapacity(ram.vram_total_mb, ram.vram_total_mb - reserved)
+    there = [entry for entry in node.views if _booked_ram_mb(node, entry)]
+    coming = sum(_booked_ram_mb(node, entry) for entry in there if not entry.loaded)
+    booked = sum(_booked_ram_mb(node, entry) for entry in there)
+    since_poll = min(coming, max(0, booked - live.ram_booked_mb)) if coming else 0
+    asleep = max(
+        (figures.vram_asleep_mb or 0 for index, figures in node.device_health.items() if index in pool), default=0
+    )
+    return DeviceCapacity(ram.vram_total_mb, live.ram_bookable_mb - since_poll - reserved, asleep)
+
+
+def _booked_ram_mb(node: NodeSnapshot, entry: ModelView) -> int:
+    """What a loaded or loading model has booked in the host's RAM and on devices that share it."""
+    if not (entry.loaded or entry.coming):
+        return 0
+    on_devices = _booked_share_mb(entry) * len(node.in_ram.intersection(entry.devices))
+    return on_devices + (entry.ram_booked_mb or 0)
 
 
 def _booked_since_poll_mb(node: NodeSnapshot, device: Device, live: DeviceHealth) -> int:
@@ -215,11 +272,13 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
     serving = serving_engine(view.fleet, engine).key  # of a group the parts count as one
     use = view.usage(serving)
     totals = {device.index: device.vram_total_mb for device in node.devices}
-    devices = frozenset(entry.devices) or frozenset(totals)
+    devices, ram_mb = _places(node, entry, totals)
     asleep = entry.known_status is ModelStatus.SLEEPING
     declared = 0 if choice is None else choice.vram_mb or 0
     holds = entry.vram_booked_mb or entry.vram_used_mb or (0 if asleep else declared)
     share = holds // max(1, len(devices))
+    if RAM in devices:
+        share, ram_mb = (holds + ram_mb if entry.devices else ram_mb or holds), 0
     if not share and not asleep:  # size unknown: assume the whole device
         share = max((totals.get(index, 0) for index in devices), default=0)
     size = max(holds, declared) or share * len(devices)
@@ -239,7 +298,18 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         variant=entry.variant,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, serving),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,
+        ram_mb=ram_mb,
     )
+
+
+def _places(node: NodeSnapshot, entry: ModelView, totals: Mapping[int, int]) -> tuple[frozenset[int], int]:
+    """Where an engine holds memory, and what it has booked of the host's RAM, in MiB."""
+    devices, in_ram = frozenset(entry.devices), entry.ram_booked_mb or 0
+    if not devices and node.ram is not None and (in_ram or not totals):
+        return node.in_ram, in_ram
+    if devices & node.in_ram:
+        return devices | node.in_ram, in_ram
+    return devices or frozenset(totals), in_ram
 
 
 def _eviction_cost(view: PlanningView, engine: EngineSnapshot, reload_secs: float) -> float:

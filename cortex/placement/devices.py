@@ -24,7 +24,10 @@ MAX_EVICTION_SETS = 70
 
 def eligible_devices(profile: ModelProfile, node: NodeSnapshot) -> list[Device]:
     """Devices with at least the profile's minimum memory and compute capability, without MIG instances if the engine
-    uses several devices together; on a feasible node there are enough of them."""
+    uses several devices together; on a feasible node there are enough of them. For a model on the CPU that is the
+    host's RAM."""
+    if profile.on_cpu:
+        return [] if node.ram is None else [node.ram]
     return eligible(profile, node.devices)
 
 

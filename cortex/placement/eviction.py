@@ -72,7 +72,7 @@ class EvictionPlan:
 
     @property
     def cost_per_mb(self) -> float:
-        freed = sum(each.resident.frees_mb * len(each.resident.devices) for each in self.evictions)
+        freed = sum(each.resident.freed_mb for each in self.evictions)
         return self.cost / max(1, freed)
 
     @property
@@ -173,7 +173,7 @@ def plan_evictions_each(
     found: dict[frozenset[tuple[int, frozenset[int]]], EvictionPlan | None] = {}
     for missing in missing_mb:
         for index in missing.keys() - holders.keys():
-            holders[index] = frozenset(i for i, each in enumerate(evictable) if index in each.resident.devices)
+            holders[index] = frozenset(i for i, each in enumerate(evictable) if each.resident.frees_on(index))
         kind = frozenset((mb, holders[index]) for index, mb in missing.items())
         if kind not in found:
             found[kind] = plan_evictions(missing, evictable)
@@ -184,17 +184,18 @@ def free_enough(missing_mb: Mapping[int, int], evictions: Iterable[Eviction]) ->
     """Whether these evictions free what is missing on every device."""
     left = dict(missing_mb)
     for each in evictions:
-        for index in each.resident.devices:
-            if index in left:
-                left[index] -= each.resident.frees_mb
+        for index in left:
+            left[index] -= each.resident.frees_on(index)
     return all(mb <= 0 for mb in left.values())
 
 
 def plan_evictions(missing_mb: Mapping[int, int], evictable: Sequence[Eviction]) -> EvictionPlan | None:
     """The best set that frees what is missing on every device; None when even all of them together do not."""
-    holders = [each for each in evictable if each.resident.devices & missing_mb.keys()]
+    holders = [each for each in evictable if any(map(each.resident.frees_on, missing_mb))]
     if not free_enough(missing_mb, holders):
         return None
+    if len(holders) == 1:  # the usual case: there is nothing to compare
+        return EvictionPlan(tuple(holders)) if _within_minimums(holders) else None
     if len(holders) <= MAX_EXHAUSTIVE:
         plans = (EvictionPlan(chosen) for chosen in _minimal(missing_mb, holders))
         return min(plans, key=lambda plan: (plan.order, plan.names), default=None)

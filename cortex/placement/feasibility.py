@@ -36,10 +36,11 @@ def feasible_choices(profile: ModelProfile, node: NodeSnapshot) -> list[ModelPro
 def oversize_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why a feasible node could not hold the model in one of its `choices` even if it were empty, by the catalogue's
     figures; None when it could."""
-    share, size = profile.device_share_mb, profile.device_count
+    share, size = profile.device_share_mb, profile.shares
     totals = sorted((each.vram_total_mb or share for each in eligible_devices(profile, node)), reverse=True)
     if size <= len(totals) and totals[size - 1] < share:
-        return f"needs {share} MiB on each device, more than the {totals[size - 1]} MiB in total"
+        where = "of RAM" if profile.on_cpu else "on each device"
+        return f"needs {share} MiB {where}, more than the {totals[size - 1]} MiB in total"
     return None
 
 
@@ -51,6 +52,8 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     unsupported = _unsupported_reason(profile, node.discovery)
     if unsupported is not None:
         return unsupported
+    if profile.on_cpu:
+        return None if node.ram is not None else "runs on the CPU, and the neuron does not tell how much RAM it has"
     return _too_few_reason(profile, node)
 
 
@@ -141,6 +144,7 @@ class _Topology(NamedTuple):
     knows_groups: bool
     devices: tuple[tuple[int, tuple[int, ...], bool], ...]
     """Memory, compute capability and whether it is a MIG instance, of the usable ones, ascending."""
+    has_ram: bool
 
 
 class _Requirement(NamedTuple):
@@ -271,5 +275,9 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
         sorted((each.vram_total_mb, as_version(each.compute_capability), each.is_mig_instance) for each in node.devices)
     )
     return _Topology(
-        frozenset(node.discovery.harnesses), _knows_parallel(node.discovery), node.discovery.groups, devices
+        frozenset(node.discovery.harnesses),
+        _knows_parallel(node.discovery),
+        node.discovery.groups,
+        devices,
+        node.ram is not None,
     )

@@ -223,7 +223,7 @@ class PlanningView:
         return until if until > self.now else None
 
     def device_share_mb(self, profile: ModelProfile) -> int:
-        """MiB needed on each device: from the catalogue, else as observed, else 0."""
+        """MiB needed on each device, or in RAM: from the catalogue, else as observed, else 0."""
         return profile.device_share_mb or self.observed_share_mb.get(profile.requested.name, 0)
 
     def expected_load_secs(self, model_id: str, node: str) -> float | None:
@@ -250,6 +250,7 @@ class PlanningView:
         if not nodes:
             return None
         entry = next(iter(nodes[0].models[model_id].values()))
+        on_cpu = not entry.devices and (bool(entry.ram_booked_mb) or not nodes[0].devices)
         devices = max(1, len(entry.devices))
         given = entry.parallel
         parallel = None
@@ -259,6 +260,7 @@ class PlanningView:
         return ModelProfile.model_construct(
             id=model_id,
             harness=entry.harness or "vllm",
+            devices=0 if on_cpu else None,
             min_devices=devices if parallel is None else parallel.tensor,
             parallel=parallel,
             pinned_on=tuple(node.name for node in nodes),

@@ -10,7 +10,7 @@ from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
 from cortex.placement.devices import fit_devices
 from cortex.placement.inputs import DRAINING, PlanningView
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import ModelStatus, ModelView
+from shared.protocol import RAM, ModelStatus, ModelView
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def instances_on(view: PlanningView, model_id: str, node: NodeSnapshot, only: st
         if _is_active(view, each)
     }
     apart = (held for variant, held in (*reserved.values(), *listed.values()) if only in (None, variant))
-    return InstancesOnNode(len(reserved.keys() | listed.keys()), frozenset(chain.from_iterable(apart)))
+    return InstancesOnNode(len(reserved.keys() | listed.keys()), frozenset(chain.from_iterable(apart)) - {RAM})
 
 
 def _is_active(view: PlanningView, engine: EngineSnapshot) -> bool:
@@ -53,16 +53,20 @@ def _is_active(view: PlanningView, engine: EngineSnapshot) -> bool:
 
 def has_room(profile: ModelProfile, node: NodeSnapshot, here: InstancesOnNode) -> bool:
     """Whether the node may hold another instance of the model beside those `here`, whatever memory is free. A neuron
-    without `Discovery.instances` holds one."""
+    without `Discovery.instances` holds one, and so does every one of a model on the CPU, unless `per_node` says more: a
+    second would get no other cores."""
     if not here.count:
         return True
-    limit = profile.replicas.per_node or (None if node.devices else 1)
+    on_devices = bool(node.devices) and any(not choice.on_cpu for choice in profile.choices)
+    limit = profile.replicas.per_node or (None if on_devices else 1)
     if not node.has_instances or (limit is not None and here.count >= limit):
         return False
     return any(_has_devices(choice, node, here) for choice in profile.choices)
 
 
 def _has_devices(choice: ModelProfile, node: NodeSnapshot, here: InstancesOnNode) -> bool:
+    if choice.on_cpu:
+        return node.ram is not None
     free = sum(device.index not in here.devices for device in fit_devices(choice, node))
     return free >= choice.device_count
 

@@ -10,7 +10,8 @@ from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.eviction import NO_EVICTIONS, EvictionPlan
 from cortex.placement.starts import NO_STARTS, Starts
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import GroupPart, LoadCommand, Parallelism
+from shared.protocol import RAM, GroupPart, LoadCommand, Parallelism
+from shared.protocol.reserved_arguments import CONTEXT_FLAG
 
 
 class Fit(IntEnum):
@@ -27,11 +28,12 @@ class Fit(IntEnum):
 class LoadPlan:
     """Where to load a model, and what to evict for it. `variant`: in which of its variants, None without any.
 
-    `device_share_mb` is what each device must give, 0 when unknown. `reserve_mb` is what to count as taken on each
-    until the neuron reports it. `spare_mb` is what stays free on all devices together (negative: what is missing).
-    `ready_at` is when it can start, on the view's clock. `expected_secs` is the expected load time, if known. `wakes`:
-    the model sleeps there and is woken. `instance` names the engine among those of the model on the node, "" on a node
-    that has one for each model. `starts` are those of other engines that the neuron finishes first.
+    `devices` of a model on the CPU are `RAM`. `device_share_mb` is what each device must give, 0 when unknown.
+    `reserve_mb` is what to count as taken on each until the neuron reports it. `spare_mb` is what stays free on all
+    devices together (negative: what is missing). `ready_at` is when it can start, on the view's clock. `expected_secs`
+    is the expected load time, if known. `wakes`: the model sleeps there and is woken. `instance` names the engine among
+    those of the model on the node, "" on a node that has one for each model. `starts` are those of other engines that
+    the neuron finishes first.
 
     With `parts` the engine spans several nodes: this is the plan of the part that takes the requests, `parts` are those
     of the others by rank, `whole` says how it is split, and `network` what connects the nodes, for people ("" if
@@ -55,7 +57,14 @@ class LoadPlan:
     parts: tuple[LoadPlan, ...] = ()
     whole: Parallelism | None = None
     network: str = ""
+    memory_known: bool = True
+    """Whether the node tells how much memory is free there."""
     rank: tuple[object, ...] = field(default=(), compare=False)
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Its devices without the host's RAM."""
+        return tuple(index for index in self.devices if index != RAM)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -82,16 +91,20 @@ class LoadPlan:
     def _fit_reason(self) -> str:
         if self.fit is Fit.AWAKE:
             return "asleep there, can be woken"
+        memory = "MiB of RAM" if RAM in self.devices else "MiB"
+        if not self.memory_known and self.fit is not Fit.AFTER_EVICTION:
+            return "fits as far as is known: the neuron does not tell how much memory is free"
         if self.fit is Fit.NOW:
-            return f"fits now with {self.spare_mb} MiB to spare"
+            return f"fits now with {self.spare_mb} {memory} to spare"
         if self.fit is Fit.OVER_SLEEPERS:
-            return f"fits now with {self.spare_mb} MiB to spare, in memory that sleeping models need to wake"
+            return f"fits now with {self.spare_mb} {memory} to spare, in memory that sleeping models need to wake"
         names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
         if self.fit is Fit.AFTER_EVICTION:
             return f"fits after evicting {names}"
         after = f" even after evicting {names}" if names else ""
         missing = f"{-self.spare_mb} MiB more than available{after}"
-        return f"needs {self.device_share_mb} MiB on each device, {missing}; trying anyway"
+        where = memory if RAM in self.devices else "MiB on each device"
+        return f"needs {self.device_share_mb} {where}, {missing}; trying anyway"
 
     @property
     def requested(self) -> RequestedModel:
@@ -142,6 +155,7 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
             tensor_parallel=len(view.devices) if len(view.devices) > 1 else None,
             devices=view.devices or None,
         )
+    context = [] if knows_context(node) else context_arguments(profile)
     return LoadCommand(
         model_id=profile.id,
         instance=instance,
@@ -150,9 +164,28 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         quant=profile.quant,
         tensor_parallel=profile.tensor_parallel,
         parallel=profile.parallel,
-        devices=list(plan.devices),
+        devices=_named_devices(plan, profile, node),
         source=profile.source,
-        args=list(profile.args),
+        args=[*profile.args, *context],
         vram_mb=profile.vram_mb,
+        max_model_len=None if context else profile.max_model_len,
         tools=profile.tools or None,
     )
+
+
+def _named_devices(plan: LoadPlan, profile: ModelProfile, node: NodeSnapshot) -> list[int] | None:
+    """An empty list means the CPU, except to a neuron that tells nothing of RAM."""
+    if profile.on_cpu and (node.discovery is None or node.discovery.host is None):
+        return None
+    return list(plan.gpus)
+
+
+def knows_context(node: NodeSnapshot) -> bool:
+    """Whether its loads may have a `max_model_len`. The version that brought it also brought the host's RAM."""
+    return node.discovery is not None and node.discovery.host is not None
+
+
+def context_arguments(profile: ModelProfile) -> list[str]:
+    """The context length of a load for a neuron that does not know `max_model_len`: for vLLM an argument says it."""
+    length = profile.max_model_len
+    return [CONTEXT_FLAG, str(length)] if isinstance(length, int) and profile.serves_as_vllm else []

@@ -53,7 +53,7 @@ from cortex.placement.instances import instances_on, sleeping_instance
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.starts import Starts, longest, starts_by_device
 from shared.gpus import DEFAULT_ENGINE_SHARE, MEMORY_STEP_MB
-from shared.protocol import ModelStatus
+from shared.protocol import RAM, ModelStatus
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Candidate:
         return sorted(self.eligible, key=lambda i: (max(0, self.needed_mb[i] - self.memory[i].free_mb), i))
 
     def sets(self, devices: Sequence[int], **limit: int) -> Iterator[tuple[int, ...]]:
-        return device_sets(devices, self.profile.device_count, **limit)
+        return device_sets(devices, self.profile.shares, **limit)
 
     def may_replace(self, resident: ResidentModel) -> bool:
         """Whether an engine of the same model may be evicted: it is of another variant, which will not do."""
@@ -146,6 +146,7 @@ def _candidate(view: PlanningView, profile: ModelProfile, node: NodeSnapshot, *,
         needed_mb = dict.fromkeys(memory, share)
     else:  # an engine takes its share of an empty card, and a shortage only shows when it fails
         needed_mb = {device.index: int(device.vram_total_mb * DEFAULT_ENGINE_SHARE) for device in node.devices}
+        needed_mb |= dict.fromkeys(memory.keys() - needed_mb.keys(), 0)
     instance = view.instance_to_load(profile.id, node, profile.variant)
     waking = wake_mb(node, sleeping_instance(profile, node, instance, here), share, memory, needed_mb)
     starts = starts_by_device(view, node, profile.id)
@@ -183,7 +184,7 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
     residents = resident_models(view, candidate.node)
     others = [each for each in residents if each.key.model_id != model_id or candidate.may_replace(each)]
     load_secs = estimated_load_secs(
-        view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.device_count
+        view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.shares
     )
     priority = candidate.profile.residency_priority
     assess = partial(assess_eviction, view, waiting=waiting, priority=priority, load_secs=load_secs)
@@ -243,7 +244,7 @@ def _last_resort(
     figures are wrong, so the neuron decides. A neuron that books memory decides before anything starts, so nothing
     is evicted for it. None when a model that may not be evicted is in the way."""
     missing = candidate.missing_mb(indices)
-    concerned = {each.key for each in residents if each.devices & missing.keys()}
+    concerned = {each.key for each in residents if each.devices & missing.keys() or any(map(each.frees_on, missing))}
     evicting = tuple(each for each in evictable if each.resident.key in concerned)
     if len(evicting) < len(concerned):
         return None
@@ -262,12 +263,11 @@ def _plan(
     if not wakes and profile.parallelism.tensor_groups > 1:
         indices = _best_set(candidate, indices) or indices
     needed_mb = candidate.wake_mb if wakes else candidate.needed_mb
-    freed = sum(
-        each.resident.frees_mb * len(each.resident.devices.intersection(indices)) for each in eviction_plan.evictions
-    )
-    spare = sum(memory[index].free_mb - needed_mb[index] for index in indices) + freed
+    freed = sum(each.resident.frees_on(index) for each in eviction_plan.evictions for index in indices)
+    counted = all(memory[index].counted for index in indices)
+    spare = sum(memory[index].free_mb - needed_mb[index] for index in indices) + freed if counted else 0
     reserve = max(needed_mb[index] for index in indices)
-    if not reserve and not wakes:
+    if not reserve and not wakes and counted:
         reserve = max(0, *(memory[index].free_mb for index in indices))
     known = node.has_status(profile.id, ModelStatus.UNLOADED, ModelStatus.SLEEPING)
     layout, spare_steps = candidate.layout, spare // MEMORY_STEP_MB
@@ -287,6 +287,7 @@ def _plan(
         wakes=wakes,
         instance=candidate.instance,
         starts=starts,
+        memory_known=counted,
         rank=(
             fit,
             eviction_plan.order,
@@ -305,18 +306,23 @@ def _plan(
     )
 
 
+def _free_text(index: int, memory: DeviceCapacity, fault: str | None) -> str:
+    if index == RAM:
+        return f"{memory.free_text} of RAM free"
+    return f"device {index} cannot be used ({fault})" if fault else f"{memory.free_text} free on device {index}"
+
+
 def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejection:
     held, sick = sorted(candidate.held & candidate.memory.keys()), candidate.node.sick_devices
+    on_cpu = candidate.profile.on_cpu
     free = ", ".join(
-        f"device {index} cannot be used ({sick[index]})"
-        if index in sick
-        else f"{each.free_mb} MiB free on device {index}"
+        _free_text(index, each, sick.get(index))
         for index, each in candidate.memory.items()
-        if index not in held
+        if index not in held and (index == RAM) is on_cpu
     )
     devices = "devices" if len(held) > 1 else "device"
     taken = f"; another instance is on {devices} {', '.join(map(str, held))}" if held else ""
-    size = candidate.profile.device_count
+    size = candidate.profile.shares
     what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
     reasons = ((each.key.model_id, protection_reason(each, candidate.profile.residency_priority)) for each in residents)
     stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)

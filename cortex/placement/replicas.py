@@ -17,7 +17,7 @@ from cortex.placement.capacity import ResidentModel, estimated_load_secs
 from cortex.placement.eviction import EvictionClass
 from cortex.placement.fair_queue import after_start, is_served_or_loading
 from cortex.placement.inputs import NO_ARRIVALS, PlanningView, ReplicaUsage
-from cortex.placement.instances import coming
+from cortex.placement.instances import coming, instances_on
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
 from cortex.routing.replica import ReplicaKey
@@ -127,8 +127,19 @@ def _replicas_to_add(view: PlanningView, profile: ModelProfile) -> list[tuple[Lo
     since = view.overloaded_since.get(profile.id)
     if len(serving) < profile.replicas.max and since is not None and view.now - since >= view.rules.scale_up_secs:
         why = f"each of {len(serving)} replicas has more than {view.rules.replica_target} requests"
-        return _over_idle(view, profile, why, worst=Fit.NOW)
+        return _in_free_memory(view, profile, why)
     return []
+
+
+def _in_free_memory(view: PlanningView, profile: ModelProfile, why: str) -> list[tuple[LoadPlan, str]]:
+    """The best place that needs no eviction: first in the variant that each node would get, then in any other, best
+    first, on devices without an instance of the model."""
+    found = _over_idle(view, profile, why, worst=Fit.NOW)
+    for choice in profile.choices if profile.variants and not found else ():
+        for plan, _ in _over_idle(view, choice, why, worst=Fit.NOW):
+            if instances_on(view, profile.id, view.fleet.nodes[plan.node]).devices.isdisjoint(plan.devices):
+                return [(plan, why)]
+    return found
 
 
 def _replacement_for_leaving(view: PlanningView, profile: ModelProfile) -> list[tuple[LoadPlan, str]]:

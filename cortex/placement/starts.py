@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.capacity import estimated_load_secs
 from cortex.placement.inputs import PlanningView
-from shared.protocol import ModelView
+from shared.protocol import RAM, ModelView
 
 WAIT_STEP_SECS = 10.0
 """Waits are compared in steps of this: estimates change with each report, and plans should not."""
@@ -52,6 +52,8 @@ def starts_by_device(view: PlanningView, node: NodeSnapshot, model_id: str) -> d
         devices = entry.devices if entry is not None and entry.devices else ours[key].devices if key in ours else ()
         remaining = _remaining_secs(view, node, key.model_id, entry)
         for index in devices:
+            if index == RAM:
+                continue  # engines on the CPU start beside each other
             before = found.get(index, NO_STARTS)
             found[index] = Starts((*before.models, key.model_id), before.remaining_secs + remaining)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
+from typing import Final, Protocol
 
 from cortex.http.framing import SizedBody
 from cortex.http.heads import ResponseHead
@@ -19,6 +19,7 @@ from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.errors import ServiceError
 
+_BRACE: Final = 0x7B
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
 
@@ -147,7 +148,8 @@ class Relay:
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
         if head.status >= 400 and (self._must_hold(head, body, first) or self._goes_elsewhere(head, first)):
             return
-        if starts_dead(first) and self._refused("dead", head.status):
+        # A body that begins with a brace has no events: there is no need to search the usual plain answer.
+        if first and first[0] != _BRACE and starts_dead(first) and self._refused("dead", head.status):
             return
         self._begin(head, body, first)
 

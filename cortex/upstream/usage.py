@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from cortex.upstream.usage_fields import Usage, UsageFields, decode_fields
+
 _ATTEMPTS = 8
 """Objects that are read for one answer: a hostile one could hold hundreds in its last bytes, at 20 us each."""
 
@@ -19,16 +21,6 @@ _NAME = b'"usage"'
 _TO_OBJECT = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\{)")
 _FRAMING = re.compile(rb"\r\n[0-9a-fA-F]+(?:;[^\r\n]*)?\r\n")
 _read_json = JSONDecoder().raw_decode
-_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached` counts prompt tokens that the engine took from its prefix cache: part of `prompt`
-    in OpenAI's APIs, not in Anthropic's."""
-
-    prompt: int
-    completion: int
-    cached: int = 0
 
 
 def find_usage(tail: bytes | bytearray) -> Usage | None:
@@ -51,7 +43,7 @@ def _last_usage(tail: bytes | bytearray) -> Usage | None:
             continue
         attempts -= 1
         try:
-            found = _object_at(tail, match.end())
+            found = _fields_at(tail, match.end())
         except (ValueError, RecursionError):
             continue
         if (usage := _usage_of(found)) is not None:
@@ -59,29 +51,28 @@ def _last_usage(tail: bytes | bytearray) -> Usage | None:
     return None
 
 
-def _object_at(tail: bytes | bytearray, start: int) -> dict[str, Any]:
-    """The JSON object whose brace is at `start`, whatever follows it. Raises ValueError, or RecursionError."""
+def _fields_at(tail: bytes | bytearray, start: int) -> UsageFields:
+    """Of the JSON object whose brace is at `start`, whatever follows it. Raises ValueError, or RecursionError."""
     # The object usually ends at the first closing brace (the second if it has nested details). Try that slice first:
     # Python's parser must copy the rest of the answer and takes six times as long.
     end = tail.find(b"}", start)
     if tail.find(b"{", start + 1, end) >= 0:
         end = tail.find(b"}", end + 1)
     try:
-        return _decode_object(tail[start : end + 1])
+        return decode_fields(tail[start : end + 1])
     except (msgspec.DecodeError, ValueError, RecursionError):
         found: dict[str, Any] = _read_json(tail[start:].decode("utf-8", "replace"))[0]
-        return found
+        return msgspec.convert(found, UsageFields)
 
 
-def _usage_of(found: dict[str, Any]) -> Usage | None:
-    if "prompt_tokens" in found or "completion_tokens" in found:
-        prompt, completion, details = "prompt_tokens", "completion_tokens", found.get("prompt_tokens_details")
-    elif "input_tokens" in found or "output_tokens" in found:
-        prompt, completion, details = "input_tokens", "output_tokens", found.get("input_tokens_details")
-    else:
-        return None
-    cached = details.get("cached_tokens") if isinstance(details, dict) else found.get("cache_read_input_tokens")
-    return Usage(_count(found.get(prompt)), _count(found.get(completion)), _count(cached))
+def _usage_of(found: UsageFields) -> Usage | None:
+    prompt, completion, details = found.prompt_tokens, found.completion_tokens, found.prompt_tokens_details
+    if prompt is msgspec.UNSET and completion is msgspec.UNSET:
+        prompt, completion, details = found.input_tokens, found.output_tokens, found.input_tokens_details
+        if prompt is msgspec.UNSET and completion is msgspec.UNSET:
+            return None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else found.cache_read_input_tokens
+    return Usage(_count(prompt), _count(completion), 0 if cached is None else _count(cached))
 
 
 def _count(value: object) -> int:

@@ -22,6 +22,7 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     ConfigChanged,
+    ContextFound,
     Counted,
     DownChanged,
     EngineEnd,
@@ -93,7 +94,7 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
-                case Resolved() | Refused() | EngineFound() | EngineEnd() | Notes():
+                case Resolved() | Refused() | ContextFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -9,6 +9,7 @@ import msgspec
 
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
+from cortex.routing.control import ContextBound
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
@@ -101,6 +102,13 @@ class EngineFound(msgspec.Struct, frozen=True, tag=True):
     replica: Replica | None
 
 
+class ContextFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskContext."""
+
+    number: int
+    bound: ContextBound | None
+
+
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
 
@@ -135,6 +143,7 @@ ToWorker = (
     | ResponseMade
     | Resolved
     | Refused
+    | ContextFound
     | EngineFound
     | EngineEnd
     | Notes
@@ -167,6 +176,13 @@ class AskEngine(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     key: ReplicaKey
+
+
+class AskContext(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.context_bound`."""
+
+    number: int
+    model_id: str
 
 
 class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -209,6 +225,7 @@ FromWorker = (
     | CancelResolve
     | Released
     | RouteUnused
+    | AskContext
     | AskEngine
     | AskEngineEnd
     | InFlightNow

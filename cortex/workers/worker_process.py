@@ -15,10 +15,12 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Failure, Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AskContext,
     AskEngine,
     AskEngineEnd,
     CancelResolve,
     Collect,
+    ContextFound,
     Counted,
     Counts,
     EngineEnd,
@@ -113,8 +115,8 @@ class WorkerProcess:
                         self._resolve(number, model_id, failures, request_id)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
-                    case AskEngine() | AskEngineEnd():
-                        _task = self._tasks.spawn(self._tell_of_engine(message), name="worker's question")
+                    case AskContext() | AskEngine() | AskEngineEnd():
+                        _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released(replica):
                         self._release(replica)
                     case RouteUnused(replica):
@@ -202,12 +204,16 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _tell_of_engine(self, asked: AskEngine | AskEngineEnd) -> None:
-        if isinstance(asked, AskEngine):
-            engine = await self._resolver.engine(asked.key)
-            self._channel.send(EngineFound(asked.number, engine))
-        else:
-            self._channel.send(EngineEnd(asked.number, await self._resolver.engine_end(asked.replica)))
+    async def _answer_question(self, asked: AskContext | AskEngine | AskEngineEnd) -> None:
+        answer: ContextFound | EngineFound | EngineEnd
+        match asked:
+            case AskContext(number, model_id):
+                answer = ContextFound(number, await self._resolver.context_bound(model_id))
+            case AskEngine(number, key):
+                answer = EngineFound(number, await self._resolver.engine(key))
+            case AskEngineEnd(number, replica):
+                answer = EngineEnd(number, await self._resolver.engine_end(replica))
+        self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:
         self._in_flight = counts_from_wire(counts)

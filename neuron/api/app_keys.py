@@ -13,6 +13,7 @@ from neuron.config import NeuronConfig
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import discovery_of
 from neuron.gpu.topology import TopologySource
+from neuron.harness.home import EngineHome
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.group_network import GroupListeners, link_mbps
@@ -32,6 +33,7 @@ class Services:
     started: float  # monotonic
     source: TopologySource
     device_watch: DeviceWatch
+    home: EngineHome
     ledger: Ledger
     registry: Registry
     v1: ProtocolV1

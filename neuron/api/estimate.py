@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +37,12 @@ async def estimate(request: web.Request) -> web.Response:
     options = with_options(options if known else replace(options, tensor_parallel=None), query)
     await check_model_roots(spec.source, services.config.model_roots, param="model")
     topology = await services.source.discover()
-    environ = {**os.environ, **services.config.harness_settings(spec.harness).env}
+    environ = await asyncio.to_thread(
+        services.home.usable,
+        {**os.environ, **services.config.harness_settings(spec.harness).env},
+        model=spec.source,
+        caches=harness_of(spec.harness, services.config).cache_variables,
+    )
     made = await estimate_of(estimator, spec, topology, environ, options)
     return reply(reply_of(query["model"], made))
 

@@ -19,7 +19,7 @@ from neuron.lifecycle.events import Event, EventSubscriber
 from neuron.lifecycle.failure_cause import because, cause_of, is_permanent
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
-from neuron.memory.capacity import with_capacities
+from neuron.memory.capacity import host_memory_health, with_capacities
 from neuron.metrics import CONTENT_TYPE
 from shared.errors import InvalidRequest, NotFound, ServiceError
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT, read_model, reply
@@ -28,6 +28,7 @@ from shared.protocol import (
     Device,
     DeviceHealth,
     EndpointReply,
+    HostMemoryHealth,
     LeaseCommand,
     LoadCommand,
     LoadReply,
@@ -51,10 +52,11 @@ async def discovery(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    _, devices = await _figures(services)
+    _, devices, host = await _figures(services)
     figures = NeuronHealth(
         uptime_secs=round(time.monotonic() - services.started, 3),
         devices=devices,
+        host=host,
         instance_id=services.instance_id,
         activation=services.default_models.progress,
         models=services.registry.activity(),
@@ -79,7 +81,9 @@ async def load(request: web.Request) -> web.Response:
         wait = _flag(request, "wait", default=True)
         command = await read_model(request, LoadCommand)
         if not keyed:
-            command = command.model_copy(update={"model_id": plain_id(command.model_id)})
+            # To such a caller an empty list of devices says nothing.
+            names = {"model_id": plain_id(command.model_id), "devices": command.devices or None}
+            command = command.model_copy(update=names)
         load_request = await services.registry.load(command, carries_keys=keyed)
         if command.group is not None:
             services.group_listeners.close(command.group.id)
@@ -193,8 +197,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
 
 async def metrics(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
-    devices, live = await _figures(services)
-    page = services.metrics.render(services.registry.models, devices, live, services.spares.views())
+    devices, live, host = await _figures(services)
+    page = services.metrics.render(services.registry.models, devices, live, services.spares.views(), host)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -224,12 +228,13 @@ async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> N
         await response.write(event.encoded())
 
 
-async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth]]:
-    """The devices, with what the driver measures and this neuron has booked on each now."""
+async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth], HostMemoryHealth | None]:
+    """The devices, with what the driver measures and this neuron has booked on each now; the same of the host's RAM."""
     live = await services.source.health()
     topology = await services.source.discover()  # after health(), which finds lost devices
     services.device_watch.observe(topology.devices, live)
-    return topology.devices, with_capacities(live, services.ledger.capacities(topology, live))
+    capacities = services.ledger.capacities(topology, live)
+    return topology.devices, with_capacities(live, capacities), host_memory_health(live, capacities)
 
 
 def _flag(request: web.Request, name: str, *, default: bool) -> bool:

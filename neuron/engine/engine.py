@@ -13,6 +13,7 @@ from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
+from neuron.engine.readiness import TellIdle, until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -20,12 +21,16 @@ from neuron.gpu.topology import TopologySource
 from neuron.harness.base import EngineCommand, Harness
 from neuron.memory.capacity import held_by
 from neuron.memory.ledger import EnginePlacement
+from neuron.memory.ram import ProcessRam, ram_of
 from neuron.spec import EngineSpec
+from shared.protocol import RAM
 
 log = logging.getLogger(__name__)
 
 VRAM_RELEASE_SECS = 30.0
 _VRAM_POLL_SECS = 0.1
+_RAM_SECS = 5.0  # between two measurements of what an engine that serves uses of the host's RAM
+_RAM_LOADING_SECS = 0.5
 
 
 @dataclass
@@ -45,10 +50,14 @@ class Engine:
     output: EngineOutput
     health: HealthMonitor
     startup_timeout_secs: float
+    stall_timeout_secs: float
     stop_timeout_secs: float
     ready_at: float | None = None  # Unix time; long ago for an adopted engine
     load_secs: float | None = None
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
+    ram: ProcessRam | None = None  # when last measured; None: its RAM is not counted
+    ram_measured_at: float = 0.0  # Unix time
+    max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
     leave: bool = False
@@ -72,6 +81,20 @@ class Engine:
     @property
     def port(self) -> int:
         return self.record.port
+
+    @property
+    def counts_ram(self) -> bool:
+        """True if what its processes use of the host's RAM is part of its booking."""
+        placement = self.placement
+        return placement.ram_mb is not None or any(device.unified for device in placement.devices)
+
+    @property
+    def ram_is_due(self) -> bool:
+        """True if its RAM is to be measured again, which takes the kernel a while for a large process."""
+        if not self.counts_ram:
+            return False
+        settled = self.ready_at is not None and self.ram_measured_at > self.ready_at
+        return time.time() - self.ram_measured_at >= (_RAM_SECS if settled else _RAM_LOADING_SECS)
 
     @property
     def api_key(self) -> str | None:
@@ -110,6 +133,19 @@ class Engine:
     def end_with(self, *, kill: bool, leave: bool) -> None:
         """How `Launcher` ends it: `leave` it running, `kill` it, or by default stop it."""
         self.kill, self.leave = kill, leave
+
+    async def until_stalled(self, tell: TellIdle) -> str:
+        """As `readiness.until_stalled`. Never returns for an engine that has come up once, or that loads together with
+        others: it may wait for them without doing anything."""
+        if self.ready_at is not None or self.spec.group is not None:
+            await asyncio.Event().wait()
+        return await until_stalled(
+            self.process.leader,
+            self.output.file.path,
+            timeout_secs=self.stall_timeout_secs,
+            tell=tell,
+            cache_variables=self.harness.cache_variables,
+        )
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""
@@ -161,8 +197,8 @@ class Engine:
 
 
 async def measure(engines: Collection[Engine], source: TopologySource) -> dict[int, dict[int, int]]:
-    """Sets `vram_used_mb` of each engine to what its processes hold now. Returns MiB by booking number and device
-    index."""
+    """Sets `vram_used_mb` of each engine to what its processes hold now, and `ram` where it counts and is not fresh.
+    Returns MiB by booking number and device index."""
     if not engines:
         return {}
     usage = await source.process_memory_mb()
@@ -171,8 +207,14 @@ async def measure(engines: Collection[Engine], source: TopologySource) -> dict[i
     for engine in engines:
         pids = sessions.get(engine.process.pid, set())
         engine.process.pids_seen |= pids
-        engine.vram_used_mb = memory_of(pids, usage)
-        held[engine.placement.number] = held_by(pids, usage)
+        found = held[engine.placement.number] = held_by(pids, usage)
+        simulated_mb = found.pop(RAM, None)
+        engine.vram_used_mb = sum(found.values()) if found else None
+        if engine.ram_is_due:
+            engine.ram = await asyncio.to_thread(ram_of, pids) if simulated_mb is None else ProcessRam(simulated_mb)
+            engine.ram_measured_at = time.time()
+        if engine.counts_ram and engine.ram is not None:
+            found[RAM] = engine.ram.used_mb
     return held
 
 

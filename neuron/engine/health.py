@@ -62,7 +62,7 @@ class HealthMonitor:
         self.told_at = -math.inf
         """When a caller was last told the endpoint; monotonic."""
         self._told = 0
-        self._ended_before = 0.0
+        self._marks_before: tuple[float, ...] | None = None  # when it was told
         self._session = session
         self._health = url + health_path
         self._url = url
@@ -78,7 +78,7 @@ class HealthMonitor:
         sample = self.sample
         if sample is not None and (sample.running or sample.waiting):
             return True
-        came = sample is not None and sample.ended != self._ended_before
+        came = sample is not None and sample.marks != (self._marks_before or (0.0,) * len(sample.marks))
         return not came and time.monotonic() < self.told_at + EXPECT_SECS
 
     @property
@@ -90,7 +90,7 @@ class HealthMonitor:
         """The endpoint was told to a caller, who is about to send a request."""
         self.told_at = time.monotonic()
         self._told += 1
-        self._ended_before = 0.0 if self.sample is None else self.sample.ended
+        self._marks_before = None if self.sample is None else self.sample.marks
 
     async def until_unhealthy(self) -> str:
         """Returns the reason once the engine must be killed. Cancel it when the engine exits by itself.
@@ -120,7 +120,7 @@ class HealthMonitor:
 
         await self._get(self._url + probe.path, read)
         if sample is not None:
-            if sample.running or sample.waiting or (self.sample is not None and sample.ended != self.sample.ended):
+            if sample.running or sample.waiting or (self.sample is not None and sample.marks != self.sample.marks):
                 self.active_at = time.monotonic()
             self.sample, self._told = sample, 0
         return sample

@@ -139,3 +139,9 @@ def lingering_ports() -> frozenset[int]:
                 if state == _TIME_WAIT:
                     found.add(int(local.rpartition(":")[2], 16))
     return frozenset(found)
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this host reaches a server bound to `host`."""
+    address = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import aiohttp
+import psutil
 from yarl import URL
 
+from neuron.engine.session import Leader, work_of
+from neuron.progress.stale_locks import stale_locks
+from neuron.progress.stall import IdleTime, told_after
+from shared.protocol.context_length import length_in
 from shared.tasks import timeout
 
 CONNECT_PAUSE_SECS = (0.005, 0.02)
@@ -18,8 +25,12 @@ CONNECT_PAUSE_SECS = (0.005, 0.02)
 HEALTH_PAUSE_SECS = (0.02, 0.1)
 """First and longest pause between two health checks of an engine that is not healthy yet."""
 _GROWTH = 1.2
+_STALL_POLL_SECS = 5.0
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 _CONNECT_SECS = 5.0
+
+
+TellIdle: TypeAlias = Callable[[float | None, str], None]
 
 
 async def until_ready(
@@ -53,6 +64,48 @@ async def until_ready(
         return healthy and await _is_ours(session, url + api_prefix, api_key, model_id, owns_port)
 
     await _retry(serves, HEALTH_PAUSE_SECS, hint)
+
+
+async def until_stalled(
+    leader: Leader,
+    output: Path,
+    *,
+    timeout_secs: float,
+    tell: TellIdle,
+    cache_variables: Mapping[str, str],
+) -> str:
+    """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
+    `timeout_secs` (0: never). Calls `tell` with the seconds and a text when they have done nothing for part of that
+    time (`stall.told_after`), and with None when they work again. The reason names locks that a killed build has left
+    behind; `cache_variables`: as `Harness.cache_variables`."""
+    tells_after = told_after(timeout_secs)
+    idle = IdleTime(await asyncio.to_thread(work_of, leader, output), time.monotonic())
+    locks: str | None = None  # None: nothing is told at present
+    while True:
+        await asyncio.sleep(min(_STALL_POLL_SECS, tells_after / 4))
+        secs = idle.observe(await asyncio.to_thread(work_of, leader, output), time.monotonic())
+        if secs < tells_after:
+            if locks is not None:
+                locks = None
+                tell(None, "")
+            continue
+        if locks is None:
+            locks = await asyncio.to_thread(_stale_locks_of, leader, cache_variables)
+        ended = bool(timeout_secs) and secs >= timeout_secs
+        reason = f"no output, CPU time or I/O of the engine for {timeout_secs if ended else secs:.3g} s{locks}"
+        if ended:
+            return reason
+        tell(secs, reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
+
+
+def _stale_locks_of(leader: Leader, cache_variables: Mapping[str, str]) -> str:
+    """In words; empty if there are none."""
+    with contextlib.suppress(psutil.Error):
+        found = stale_locks(psutil.Process(leader.pid).environ(), cache_variables)
+        if found:
+            files = ", ".join(map(str, found))
+            return f"; no process holds the lock {files}: if a killed build or download left it, delete it"
+    return ""
 
 
 async def _retry(
@@ -134,6 +187,19 @@ async def knows_key(session: aiohttp.ClientSession, url: str, api_key: str) -> b
     key = _key_headers(api_key)
     with_key, without = await asyncio.gather(_status(session, listing, key), _status(session, listing))
     return (with_key, without) == (200, 401)
+
+
+async def context_length(
+    session: aiohttp.ClientSession, url: str, api_key: str | None, model_id: str, field: str
+) -> int | None:
+    """The tokens that the engine at `url` says it serves of the model; None if it does not say. `field`: see
+    `length_in`."""
+    key = _key_headers(api_key)
+    try:
+        async with session.get(url + "/v1/models", headers=key, timeout=_TIMEOUT, allow_redirects=False) as response:
+            return length_in(model_id, await response.json(content_type=None), field)
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        return None
 
 
 async def _status(session: aiohttp.ClientSession, url: str, headers: dict[str, str] | None = None) -> int | None:

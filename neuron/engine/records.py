@@ -38,10 +38,13 @@ class RunRecord(BaseModel):
     devices: list[int]
     booked_mb: list[int]
     share_mb: int | None = None
+    ram_mb: int | None = None  # booked in the host's RAM
+    cores: list[int] = []  # of an engine without devices
     host: str
     port: int
     api_key: str | None = None  # None: it serves without a key
     control_key: str = ""
+    engine_version: str | None = None  # as its installation said before the start
     can_sleep: bool = False
     keep_alive_secs: float | None = None  # how long it keeps an idle connection, if that is known
     tmp_dir: Path
@@ -65,10 +68,13 @@ class RunRecord(BaseModel):
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     """A spec as JSON values, without `instance` and `variant`, which the record itself has. `parallel` beyond the
-    tensor-parallel size is there only if the spec has it: an earlier version of neuron reads no record with other
-    fields."""
+    tensor-parallel size and the context length are there only if the spec has them: an earlier version of neuron reads
+    no record with other fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
     del values["instance"], values["variant"]
+    for name in ("max_model_len", "fitted_len"):
+        if values[name] is None:
+            del values[name]
     if spec.group is None:
         del values["group"]
     else:

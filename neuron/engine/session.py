@@ -8,16 +8,28 @@ the leader, members are recognised by the engine's id, which they inherit in the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
+from neuron.progress.stall import LoadWork, ProcessWork
 from shared.process_stat import ProcessStat, stat_of
+
+log = logging.getLogger(__name__)
+
+_KILL_SECS = 10.0
+_KILL_POLL_SECS = 0.05
+
+_TICKS_PER_SEC = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,30 @@ def live_members(leader: Leader) -> set[int]:
     return {each.pid for each in members(leader) if each.alive}
 
 
+def work_of(leader: Leader, output: Path) -> LoadWork:
+    """What the engine's processes have done since their start, with the size of its output file. Blocks as `processes`
+    does."""
+    size = 0
+    with contextlib.suppress(OSError):
+        size = output.stat().st_size
+    done = {
+        each.pid: ProcessWork(each.cpu_ticks / _TICKS_PER_SEC, _io_bytes(each.pid))
+        for each in members(leader)
+        if each.alive
+    }
+    return LoadWork(done, size)
+
+
+def _io_bytes(pid: int) -> int | None:
+    """What a process has read and written, by system calls and from disk; None if the kernel does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(": ", 1) for line in lines)
+    return sum(int(values[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
+
+
 def members_by_session() -> dict[int, set[int]]:
     """The pids of the live processes of every session, from one pass over all processes."""
     found: dict[int, set[int]] = {}
@@ -101,6 +137,24 @@ def kill(pid: int) -> None:
     """Sends SIGKILL to a process that may have exited already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+async def kill_strays(prefix: str, spared: Collection[str]) -> None:
+    """Kills every process that carries an engine id with this prefix, except those in `spared`, and waits until they
+    are gone."""
+
+    def strays() -> list[int]:
+        return [pid for pid, engine_id in engine_processes(prefix).items() if engine_id not in spared]
+
+    deadline = time.monotonic() + _KILL_SECS
+    while found := await asyncio.to_thread(strays):
+        if time.monotonic() >= deadline:
+            log.error("processes %s of ended engines survive SIGKILL", sorted(found))
+            return
+        log.warning("killing processes %s: their engines have ended", sorted(found))
+        for pid in found:
+            kill(pid)
+        await asyncio.sleep(_KILL_POLL_SECS)
 
 
 def reap_orphans(leader: Leader) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from neuron.engine import records
 from neuron.engine.records import RunRecord
+from neuron.harness.home import EngineHome
 
 # A Unix socket's path has at most 107 bytes. Engines put sockets named by a UUID into TMPDIR; Python's multiprocessing
 # needs 31 bytes for a directory and a name.
@@ -64,6 +65,7 @@ class StateDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.vram = path / "vram"
+        self.home = EngineHome(path / "home")
         self._engines = path / "engines"
         self.keep = True
         """Keep the engines' files when this neuron ends: set until the engines of an earlier neuron are known, and when

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from neuron.estimate.locate import model_at
 from neuron.estimate.options import EngineOptions
@@ -15,11 +16,22 @@ from neuron.spec import EngineSpec
 from shared.protocol import Device
 
 
+@dataclass(frozen=True)
+class AvailableMemory:
+    """What a model has to fit into: `limit_mb` MiB on each of its devices, in tensor groups of `tensor_parallel`."""
+
+    devices: Sequence[Device]
+    tensor_parallel: int
+    limit_mb: int
+
+
 class MemoryEstimator(ABC):
     """The rules of one kind of engine. Pure."""
 
     usable_share: float = 1.0
     """Fraction of a device that an engine can use."""
+    in_ram_mb: int = 0
+    """MiB that the processes of an engine on the CPU use in addition to what the model needs."""
 
     @abstractmethod
     def options_of(self, spec: EngineSpec) -> EngineOptions:
@@ -33,6 +45,50 @@ class MemoryEstimator(ABC):
     def estimate(self, model: ModelFiles, options: EngineOptions, devices: Sequence[Device]) -> Estimate:
         """The memory for `options.tensor_parallel` devices, or for the smallest sufficient number of `devices` (1
         if none is), and for each other number. Lost devices do not count."""
+
+
+_STEP = 256  # tokens: fitted lengths are multiples of it
+_CERTAIN_SHARE = 0.95
+"""Fraction of the available memory that a fitted context may need by the estimate: too short a context is better than
+an engine that does not start."""
+
+
+def longest_context(
+    estimator: MemoryEstimator, model: ModelFiles, options: EngineOptions, memory: AvailableMemory
+) -> int | None:
+    """The most tokens of context with which the model fits, a multiple of 256; 0 if all of its own context does. None
+    if that cannot be said: an item of the estimate is unknown, or too little is left for any."""
+    if options.kv_cache_bytes is not None:  # it does not depend on the context
+        return None
+    limit = memory.limit_mb * _CERTAIN_SHARE
+
+    def needed(tokens: int | None) -> Estimate:
+        return estimator.estimate(model, replace(options, max_model_len=tokens), memory.devices)
+
+    own = needed(None)
+    if own.unknown:
+        return None
+    if own.per_device_mb(memory.tensor_parallel) <= limit:
+        return 0
+    fits, too_long = 0, -(-own.max_model_len // _STEP)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if needed(middle * _STEP).per_device_mb(memory.tensor_parallel) <= limit:
+            fits = middle
+        else:
+            too_long = middle
+    return fits * _STEP or None
+
+
+async def longest_context_of(
+    estimator: MemoryEstimator, spec: EngineSpec, environ: Mapping[str, str], memory: AvailableMemory
+) -> int | None:
+    """`longest_context` for an engine of `spec`. Arguments and exceptions: see `estimate_of`."""
+    options = estimator.options_of(spec)
+    model = await asyncio.to_thread(
+        model_at, spec.source, environ, revision=options.revision, download_dir=options.download_dir
+    )
+    return longest_context(estimator, model, options, memory)
 
 
 async def estimate_of(

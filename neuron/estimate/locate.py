@@ -52,7 +52,7 @@ def directory_of(source: str, environ: Mapping[str, str], *, revision: str | Non
         raise files_not_found(source, error.strerror or str(error)) from error
     if path.is_absolute() or exists:
         raise files_not_found(source, "it is a file, not a directory" if exists else "there is no such directory")
-    cache = Path(download_dir).expanduser() if download_dir else hub_cache(environ)
+    cache = _expanded(download_dir) if download_dir else hub_cache(environ)
     return _in_hub_cache(source, cache, revision)
 
 
@@ -65,9 +65,13 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
         ("XDG_CACHE_HOME", "huggingface/hub"),
     ):
         if environ.get(variable):
-            return Path(environ[variable]).expanduser() / below
-    home = environ.get("HOME")
-    return (Path(home) if home else Path.home()) / ".cache" / "huggingface" / "hub"
+            return _expanded(environ[variable]) / below
+    return _expanded(environ.get("HOME") or "~") / ".cache" / "huggingface" / "hub"
+
+
+def _expanded(path: str) -> Path:
+    """With the home directory for `~`; unchanged without one, as in most programs."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for such a user
 
 
 def _in_hub_cache(name: str, cache: Path, revision: str | None) -> Path:

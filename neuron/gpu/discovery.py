@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from neuron.config import NeuronConfig
 from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
-from neuron.gpu.topology import TopologySource
+from neuron.gpu.sources.amd import AmdTopologySource
+from neuron.gpu.sources.configured import ConfiguredTopologySource
+from neuron.gpu.topology import Topology, TopologySource
 from shared import __version__
-from shared.protocol import Discovery
+from shared.protocol import DeviceHealth, Discovery, HostResources
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,52 @@ def host_facts() -> HostFacts:
 
 
 def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
-    """NVML, or the simulated devices of `[simulate]`. `vram_dir` is where simulated engines record their memory.
+    """The GPUs that a driver lists, the `[[accelerators]]`, or the simulated devices of `[simulate]`. `vram_dir` is
+    where simulated engines record their memory.
 
     Raises:
         SettingsError: `[simulate]` names an unknown device.
     """
     if config.simulate is None:
-        return NvmlTopologySource()
+        return ConfiguredTopologySource(config.accelerators) if config.accelerators else DetectedTopologySource()
     return SimulatedTopologySource(config.simulate, vram_dir, name=config.name or socket.gethostname())
+
+
+class DetectedTopologySource:
+    """`neuron.gpu.topology.TopologySource` of NVIDIA's GPUs or, on a host without one, of AMD's. A host with both has
+    NVIDIA's only."""
+
+    def __init__(self) -> None:
+        self._nvidia = NvmlTopologySource()
+        self._amd = AmdTopologySource()
+        self._chosen: TopologySource | None = None
+
+    async def discover(self) -> Topology:
+        return await (await self._source()).discover()
+
+    async def health(self) -> Sequence[DeviceHealth]:
+        return await (await self._source()).health()
+
+    async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
+        return await (await self._source()).process_memory_mb()
+
+    async def close(self) -> None:
+        await self._nvidia.close()
+        await self._amd.close()
+
+    async def _source(self) -> TopologySource:
+        if self._chosen is None:
+            self._chosen = await self._choose()
+        return self._chosen
+
+    async def _choose(self) -> TopologySource:
+        """AMD's if only that has devices, or a reason why not."""
+        nvidia = await self._nvidia.discover()
+        if nvidia.devices:
+            return self._nvidia
+        amd = await self._amd.discover()
+        only_amd_says_why = bool(amd.cuda_unavailable_reason) and not nvidia.cuda_unavailable_reason
+        return self._amd if amd.devices or only_amd_says_why else self._nvidia
 
 
 async def discovery_of(
@@ -52,6 +94,7 @@ async def discovery_of(
     the speed of its link to the other hosts of an engine."""
     facts = await asyncio.to_thread(host_facts)
     topology = await source.discover()
+    ram = topology.ram
     simulated_name = config.name if topology.simulated else None
     return Discovery(
         hostname=simulated_name or facts.hostname,
@@ -70,4 +113,12 @@ async def discovery_of(
         instances=True,
         groups=True,
         network_mbps=network_mbps,
+        host=HostResources(ram_total_mb=0 if ram is None else ram.vram_total_mb, cores=len(usable_cores(config))),
     )
+
+
+def usable_cores(config: NeuronConfig) -> tuple[int, ...]:
+    """The cores that engines may use, by number."""
+    if config.simulate is not None and config.simulate.cores is not None:
+        return tuple(range(config.simulate.cores))
+    return tuple(sorted(os.sched_getaffinity(0)))

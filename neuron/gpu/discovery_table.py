@@ -12,6 +12,7 @@ _NUMERIC = frozenset({"GPU", "MEMORY", "CC", "NUMA"})
 
 _MEANINGS = {
     LinkKind.NVLINK: "NV#  # NVLinks",
+    LinkKind.XGMI: "XGMI direct XGMI",
     LinkKind.PIX: "PIX  at most one PCIe switch",
     LinkKind.PXB: "PXB  several PCIe switches, no host bridge",
     LinkKind.PHB: "PHB  a PCIe host bridge",
@@ -34,7 +35,9 @@ def table_of(discovery: Discovery) -> str:
             ]
         )
     else:
-        blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no NVIDIA GPU on this host"])
+        blocks.append(["no GPU" if discovery.cuda_unavailable_reason else "no GPU on this host"])
+    unified = [f"GPU {device.index} shares the host's RAM" for device in discovery.devices if device.unified]
+    blocks.append(unified)
     lost = [f"GPU {device.index} cannot be used: {device.lost}" for device in discovery.devices if device.lost]
     blocks.append(lost)
     gpus = [device for device in discovery.devices if not device.is_mig_instance]
@@ -50,6 +53,8 @@ def _host(discovery: Discovery) -> list[str]:
         f"system  {discovery.os}, kernel {discovery.kernel}",
         f"driver  {discovery.driver_version or '-'}, CUDA {discovery.cuda_version or '-'}",
     ]
+    if discovery.host is not None:
+        lines.append(f"RAM     {discovery.host.ram_total_mb} MiB, {discovery.host.cores} cores")
     if discovery.cuda_unavailable_reason:
         lines.append(f"CUDA is unavailable: {discovery.cuda_unavailable_reason}")
     return lines

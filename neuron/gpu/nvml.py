@@ -5,11 +5,9 @@ NVML blocks (a call to a broken GPU may take seconds), so all calls run in one d
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, TypeVar
@@ -22,14 +20,13 @@ from neuron.gpu.nvml_condition import ConditionTracker
 from neuron.gpu.nvml_device import Handle
 from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.nvml_mig import MigInstance
-from neuron.gpu.topology import Topology
+from neuron.gpu.sources.driver_thread import DriverThread
+from neuron.gpu.topology import Topology, gpu_instance_of, mig_parent
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-CLOSE_TIMEOUT_SECS = 5.0  # a driver that hangs must not prevent an orderly exit
 
 
 class NvmlTopologySource:
@@ -44,7 +41,7 @@ class NvmlTopologySource:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvml")
+        self._thread = DriverThread("nvml")
         # Only that thread uses the attributes below.
         self._topology: Topology | None = None
         self._handles: dict[int, Handle] = {}
@@ -56,22 +53,17 @@ class NvmlTopologySource:
         self._initialised = False
 
     async def discover(self) -> Topology:
-        return await self._call(self._discover)
+        return await self._thread.call(self._discover)
 
     async def health(self) -> Sequence[DeviceHealth]:
-        return await self._call(self._read_health)
+        return await self._thread.call(self._read_health)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        return await self._call(self._read_process_memory)
+        return await self._thread.call(self._read_process_memory)
 
     async def close(self) -> None:
         """Shuts NVML down, unless the driver hangs. May be called again."""
-        with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # RuntimeError: already closed
-            await asyncio.wait_for(self._call(self._shut_down), CLOSE_TIMEOUT_SECS)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _call(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        await self._thread.close(self._shut_down)
 
     def _discover(self) -> Topology:
         if self._topology is None:
@@ -102,7 +94,7 @@ class NvmlTopologySource:
         """Raises pynvml.NVMLError if the GPU is gone; then everything is as before."""
         first = nvml_mig.first_of_each(found)
         slices = tuple(nvml_mig.read_device(gpu, instance) for instance in first)
-        for index in [index for index in self._handles if nvml_mig.gpu_of(index) == gpu.index]:
+        for index in [index for index in self._handles if mig_parent(index) == gpu.index]:
             del self._handles[index]
             self._lost.pop(index, None)
         self._handles |= {device.index: each.handle for device, each in zip(slices, first, strict=True)}
@@ -185,7 +177,7 @@ class NvmlTopologySource:
         """A MIG instance is in the condition of its GPU, which is read before it."""
         health = nvml_device.read_health(index, handle)
         if index not in self._gpus:
-            return self._conditions.added_to(health, nvml_mig.gpu_of(index))
+            return self._conditions.added_to(health, mig_parent(index))
         self._conditions.read(index, handle)
         return self._conditions.added_to(health, index)
 
@@ -199,9 +191,7 @@ class NvmlTopologySource:
             return {}
         if device.parent is None:
             return nvml_device.read_process_memory(handle)
-        return nvml_mig.read_process_memory(
-            handle, self._handles[device.parent], nvml_mig.gpu_instance_of(device.index)
-        )
+        return nvml_mig.read_process_memory(handle, self._handles[device.parent], gpu_instance_of(device.index))
 
     def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
         """`read` of each device that answers, by index. Marks the others as lost."""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 WAIT_MS = 500  # how long one wait for an event takes at most, and so the end of the thread
 _PAUSE_SECS = 1.0  # after a failed wait, as while a GPU is off the bus
-_JOIN_SECS = 2 * WAIT_MS / 1000
+_JOIN_SECS = 2.5  # several times that, on a busy host
 _EVENTS = pynvml.nvmlEventTypeXidCriticalError
 
 
@@ -105,7 +105,8 @@ class ConditionTracker:
 
     def close(self) -> None:
         """Ends the thread that listens."""
-        self._events.close()
+        if not self._events.close():
+            log.warning("the driver hangs while neuron waits for Xid events")
 
 
 class XidEvents:
@@ -115,6 +116,8 @@ class XidEvents:
         self._found: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.watched: frozenset[int] = frozenset()
+        """The device indices of the GPUs whose events arrive."""
 
     def start(self, handles: Mapping[int, Handle]) -> None:
         """Registers the GPUs, by device index. Without effect where the driver has no such events. Blocks."""
@@ -127,6 +130,7 @@ class XidEvents:
         if not registered:
             _free(events)
             return
+        self.watched = frozenset(registered)
         # A daemon: a driver that hangs must not prevent the end of the process.
         self._thread = threading.Thread(target=self._collect, args=(events, registered), name="nvml-xid", daemon=True)
         self._thread.start()
@@ -140,11 +144,12 @@ class XidEvents:
             except Empty:
                 return found
 
-    def close(self) -> None:
-        """Ends the thread, unless the driver hangs. Blocks for about a second at most."""
+    def close(self) -> bool:
+        """Ends the thread; False if it has not ended, as the driver hangs. Blocks for a few seconds at most."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(_JOIN_SECS)
+        return self._thread is None or not self._thread.is_alive()
 
     def _collect(self, events: Any, handles: Mapping[int, Handle]) -> None:
         by_address = {_address(handle): index for index, handle in handles.items()}

@@ -1,7 +1,7 @@
 """Reads one GPU through nvidia-ml-py. Every function blocks: `neuron.gpu.nvml` calls them in its own thread.
 
 A figure that a device or driver lacks is None. Functions raise `pynvml.NVMLError` only if the GPU is gone or does not
-report its memory, which every working GPU does.
+report its memory, which every working GPU with memory of its own does.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def read_device(index: int, handle: Handle) -> Device:
         pynvml.NVMLError: the device is gone, or does not report its memory.
     """
     total, _, _ = read_memory(handle)
+    # A GPU without memory of its own shares the host's (GB10, Jetson): `neuron.memory.host` adds its figures.
     pci = figure_or_none(pynvml.nvmlDeviceGetPciInfo, handle)
     capability = figure_or_none(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     return Device(
@@ -53,6 +54,7 @@ def read_device(index: int, handle: Handle) -> Device:
         name=figure_or_none(pynvml.nvmlDeviceGetName, handle) or "",
         uuid=figure_or_none(pynvml.nvmlDeviceGetUUID, handle),
         vram_total_mb=total // MIB,
+        unified=total == 0,
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         pci_bus_id=None if pci is None else pci.busId,
         numa_node=_numa_node(handle, pci),

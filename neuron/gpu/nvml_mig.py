@@ -13,13 +13,9 @@ from typing import Any
 import pynvml
 
 from neuron.gpu.nvml_device import MIB, Handle, figure_or_none, memory_by_pid, read_memory, running_processes
+from neuron.gpu.topology import MIG_MARK, mig_index
 from shared.protocol import Device
 from shared.protocol.topology import MIG_KIND
-
-FIRST_INDEX = 100
-"""MIG instances get indices from here, a hundred for each GPU: more than any host has GPUs, and than a GPU has
-instances."""
-_MARK = " MIG "  # in the name of an instance, as "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
 
 
 @dataclass(frozen=True)
@@ -30,21 +26,6 @@ class MigInstance:
     compute_instance: int
     uuid: str
     handle: Handle = field(compare=False)
-
-
-def index_of(gpu: int, gpu_instance: int) -> int:
-    """The index of a MIG instance as a device: 109 for GPU instance 9 of GPU 0, 201 for GPU instance 1 of GPU 1."""
-    return FIRST_INDEX * (gpu + 1) + gpu_instance
-
-
-def gpu_of(index: int) -> int:
-    """The index of the GPU of the MIG instance with this index. A GPU's own index gives -1."""
-    return index // FIRST_INDEX - 1
-
-
-def gpu_instance_of(index: int) -> int:
-    """The id of the GPU instance with this index."""
-    return index % FIRST_INDEX
 
 
 def read_mode_if_any(handle: Handle) -> bool | None:
@@ -103,14 +84,14 @@ def read_device(gpu: Device, instance: MigInstance) -> Device:
     """
     total, _, _ = read_memory(instance.handle)
     name = figure_or_none(pynvml.nvmlDeviceGetName, instance.handle) or gpu.name
-    card, _, profile = name.partition(_MARK)
+    card, _, profile = name.partition(MIG_MARK)
     profile = profile or _profile(instance.handle)
     return Device(
-        index=index_of(gpu.index, instance.gpu_instance),
+        index=mig_index(gpu.index, instance.gpu_instance),
         kind=MIG_KIND,
         parent=gpu.index,
         profile=profile or None,
-        name=f"{card}{_MARK}{profile}".strip(),
+        name=f"{card}{MIG_MARK}{profile}".strip(),
         uuid=instance.uuid,
         vram_total_mb=total // MIB,
         compute_capability=gpu.compute_capability,

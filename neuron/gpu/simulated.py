@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -10,15 +11,18 @@ from pathlib import Path
 
 from neuron.config import SimulatedDevice, SimulateSettings
 from neuron.gpu import simulated_vram as vram
-from neuron.gpu.topology import Topology
+from neuron.gpu.topology import MIG_MARK, Topology, mig_index
 from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
+from shared.protocol.topology import AMD, MIG_KIND, NVIDIA
 from shared.settings import SettingsError
 
 DRIVER_VERSION = "580.95.05"
 CUDA_VERSION = "13.0"
 NVLINKS = 4  # between each pair, with `nvlink = true`
 DEFAULT_COMPUTE_CAPABILITY = "8.0"  # of a device without one and without a preset
+
+MIB_PER_PROFILE_GB = 985  # of a MIG instance: drivers report about 9,850 MiB for 1g.10gb
 
 IDLE_TEMP_C = 34.0
 IDLE_POWER_W = 18.0
@@ -92,34 +96,75 @@ def health_of(device: Device, used_mb: int) -> DeviceHealth:
 
 
 def links_of(devices: Sequence[Device], *, nvlink: bool) -> tuple[Link, ...]:
-    """Equal links for all pairs: NVLink, or one PCIe host bridge."""
+    """Equal links for all pairs of GPUs: NVLink or XGMI, or one PCIe host bridge."""
+    gpus = [device for device in devices if not device.is_mig_instance]
     kind, count = (LinkKind.NVLINK, NVLINKS) if nvlink else (LinkKind.PHB, 0)
-    pairs = combinations(range(len(devices)), 2)
+    if nvlink and all(device.vendor == AMD for device in gpus):
+        kind, count = LinkKind.XGMI, 0
+    pairs = combinations([device.index for device in gpus], 2)
     return tuple(Link(a=a, b=b, kind=kind, nvlinks=count) for a, b in pairs)
 
 
 def resolve_devices(settings: SimulateSettings, *, host: str) -> tuple[Device, ...]:
-    """`[simulate] devices` as devices, numbered in the order written.
+    """`[simulate] devices` as devices: GPUs numbered in the order written, then MIG instances.
 
     Raises:
         SettingsError: with one line for each problem.
     """
     devices: list[Device] = []
     problems: list[str] = []
-    for index, entry in enumerate(settings.devices):
+    for place, entry in enumerate(settings.devices):
         try:
-            devices.append(resolve_device(entry, index=index, host=host))
+            if isinstance(entry, SimulatedDevice) and entry.kind == MIG_KIND:
+                devices.append(_resolve_mig_instance(entry, f"simulate.devices[{place}]", devices, host=host))
+            elif devices and devices[-1].is_mig_instance:
+                raise SettingsError([f"simulate.devices[{place}]: GPUs come before MIG instances"])
+            else:
+                devices.append(resolve_device(entry, index=place, host=host))
         except SettingsError as error:
             problems += error.problems
     uuids = [device.uuid for device in devices]
     problems += [
-        f"simulate.devices[{device.index}].uuid = {device.uuid!r}: another device has the same uuid"
+        f"simulate.devices[{place}].uuid = {device.uuid!r}: another device has the same uuid"
         for place, device in enumerate(devices)
         if device.uuid in uuids[:place]
     ]
     if problems:
         raise SettingsError(problems)
-    return tuple(devices)
+    split = {device.parent for device in devices}
+    return tuple(
+        device.model_copy(update={"mig_mode": True}) if device.index in split else device for device in devices
+    )
+
+
+def _resolve_mig_instance(table: SimulatedDevice, key: str, before: Sequence[Device], *, host: str) -> Device:
+    """One MIG instance of a GPU `before` it; it gets the next of that GPU's indices.
+
+    Raises:
+        SettingsError: names the key.
+    """
+    gpu = next((each for each in before if each.index == table.parent and not each.is_mig_instance), None)
+    if gpu is None or gpu.vendor != NVIDIA:
+        raise SettingsError([f"{key}.parent = {table.parent}: must be the index of an NVIDIA GPU before it"])
+    index = mig_index(gpu.index, 1 + sum(each.parent == gpu.index for each in before))
+    if table.index not in (None, index):
+        raise SettingsError([f"{key}.index = {table.index}: must be {index}, as it is numbered by its GPU"])
+    size = re.search(r"\.(\d+)gb$", table.profile or "")
+    total = table.vram_total_mb or (MIB_PER_PROFILE_GB * int(size[1]) if size else None)
+    if total is None:
+        raise SettingsError([f'{key}: must have vram_total_mb, or a profile such as "1g.10gb"'])
+    return Device(
+        index=index,
+        kind=MIG_KIND,
+        parent=gpu.index,
+        profile=table.profile,
+        name=table.name if "name" in table.model_fields_set else f"{gpu.name}{MIG_MARK}{table.profile or ''}".strip(),
+        vram_total_mb=total,
+        compute_capability=gpu.compute_capability,
+        uuid=table.uuid or f"MIG-{uuid.uuid5(_UUID_NAMESPACE, f'{host}/{index}')}",
+        pci_bus_id=gpu.pci_bus_id,
+        numa_node=gpu.numa_node,
+    )
 
 
 def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> Device:
@@ -139,13 +184,16 @@ def resolve_device(entry: str | SimulatedDevice, *, index: int, host: str) -> De
         raise SettingsError(
             [f"{key} = {table.name!r}: no such preset: write {{ name = …, vram_total_mb = … }}, or use one of {known}"]
         )
-    capability = table.compute_capability or (preset.compute_capability if preset else DEFAULT_COMPUTE_CAPABILITY)
+    usual = DEFAULT_COMPUTE_CAPABILITY if table.vendor == NVIDIA else None
+    capability = table.compute_capability or (preset.compute_capability if preset else usual)
     return Device(
         index=index,
+        vendor=table.vendor,
         name=preset.name if preset and isinstance(entry, str) else table.name,
         vram_total_mb=total,
         compute_capability=capability,
         uuid=table.uuid or f"GPU-{uuid.uuid5(_UUID_NAMESPACE, f'{host}/{index}')}",
         pci_bus_id=table.pci_bus_id or f"00000000:{index + 1:02X}:00.0",
         numa_node=table.numa_node if table.numa_node is not None else 0,
+        unified=table.unified if table.unified is not None else bool(preset and preset.unified),
     )

@@ -20,6 +20,8 @@ VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
 """Environment variable: the directory of the holders' files, for a simulated engine."""
 DEVICES_VARIABLE = "NEURON_SIM_DEVICES"
 """Environment variable: the engine's devices, as a JSON object of device uuid -> total MiB."""
+RAM_NAME = "RAM"
+"""Stands for the host's RAM where others have a device's uuid."""
 DEFAULT_DEVICE_VRAM_MB = 1024
 """What a simulated engine takes on each device by default."""
 

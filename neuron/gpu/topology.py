@@ -1,4 +1,5 @@
-"""The interface of GPU sources: the real one (`neuron.gpu.nvml`) and the simulated one (`neuron.gpu.simulated`)."""
+"""The interface of GPU sources: NVML (`neuron.gpu.nvml`), those of `neuron.gpu.sources`, and the simulated one
+(`neuron.gpu.simulated`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,25 @@ from shared.protocol import Device, DeviceHealth, Link
 from shared.protocol.interconnect import DevicePath, Pair, paths_between
 from shared.protocol.topology import combinable_numa_nodes
 
+MIG_MARK = " MIG "
+"""Stands in the name of a MIG instance before its profile, as in "NVIDIA A100-SXM4-80GB MIG 1g.10gb"."""
+_MIG_INDICES = 100  # for each GPU: more than a host has GPUs, and than a GPU has instances
+
+
+def mig_index(gpu: int, gpu_instance: int) -> int:
+    """The index of a MIG instance as a device: 109 for GPU instance 9 of GPU 0, 201 for GPU instance 1 of GPU 1."""
+    return _MIG_INDICES * (gpu + 1) + gpu_instance
+
+
+def mig_parent(index: int) -> int:
+    """The index of the GPU of the MIG instance with this index. A GPU's own index gives -1."""
+    return index // _MIG_INDICES - 1
+
+
+def gpu_instance_of(index: int) -> int:
+    """The id of the GPU instance with this index."""
+    return index % _MIG_INDICES
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -17,8 +37,13 @@ class Topology:
 
     The driver reports nothing about a pair of devices that `links` lacks.
 
-    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA stack (driver/library
+    `ram` is the host's RAM, with the index `RAM`; None where it is not counted. `ram_reserve_mb` of it stay free for
+    other programs.
+
+    `cuda_unavailable_reason` says why no GPU can be used although the host has an NVIDIA or AMD stack (driver/library
     mismatch, no permission); None when all is well, and on a host without one.
+
+    `device_variable` is the environment variable in which engines get the indices of devices of an unknown vendor.
     """
 
     devices: tuple[Device, ...] = ()
@@ -27,6 +52,9 @@ class Topology:
     cuda_version: str | None = None
     cuda_unavailable_reason: str | None = None
     simulated: bool = False
+    ram: Device | None = None
+    ram_reserve_mb: int = 0
+    device_variable: str | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -49,7 +77,8 @@ class TopologySource(Protocol):
         ...
 
     async def health(self) -> Sequence[DeviceHealth]:
-        """Live figures of every device that answers, by index. Each call asks the driver."""
+        """Live figures of every device that answers, by index; of RAM too, where it is counted. Each call asks the
+        driver."""
         ...
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:

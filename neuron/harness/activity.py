@@ -16,6 +16,11 @@ class RequestCounts:
     ended: float = 0
     """Requests that ended since the engine started, in any way."""
 
+    @property
+    def marks(self) -> tuple[float, ...]:
+        """Counters: if one differs between two samples, the engine had a request meanwhile."""
+        return (self.ended,)
+
 
 Sample = TypeVar("Sample", bound=RequestCounts)
 Observed_contra = TypeVar("Observed_contra", bound=RequestCounts, contravariant=True)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from neuron.config import HarnessSettings
@@ -32,6 +33,9 @@ class LaunchFacts:
     cpus: tuple[int, ...]  # the cores this process may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
+    ram_total_mb: int | None = None  # of the host; None: not counted
+    node_ram_mb: int | None = None  # of the NUMA node that engines on the CPU use first; None: unknown
+    device_variable: str | None = None  # gets the indices of devices of an unknown vendor
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ class GroupNetwork:
     address: str
     interface: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InstalledEngine:
+    """What an engine's installation says without being started. `version` None: unknown. `option_words`: the words of
+    each source file that defines its command line, as far as they were found."""
+
+    version: str | None = None
+    option_words: tuple[frozenset[str], ...] = ()
+
+    def before(self, *version: int) -> bool:
+        """True if it is known to be older. A release candidate or a development build counts as its release."""
+        found = re.match(r"\d+(?:\.\d+)*", self.version or "")
+        return found is not None and tuple(map(int, found[0].split("."))) < version
+
+    def lacks(self, option: str, *, beside: str) -> bool:
+        """True if it is known to have no `option`: the file that defines the option `beside` does not have it. Both as
+        Python names, such as `max_model_len`."""
+        words = [words for words in self.option_words if beside in words]
+        return bool(words) and all(option not in each for each in words)
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,11 @@ class LaunchPlan:
     """Secret that neuron sends to the engine to put it to sleep, different for each engine; None: it cannot sleep."""
     network: GroupNetwork | None = None
     """Of a part of a group."""
+    installed: InstalledEngine = InstalledEngine()
+    ram_mb: int | None = None
+    """What is booked for it in the host's RAM; None: none is counted."""
+    cores: tuple[int, ...] = ()
+    """Those of the host that an engine without devices is to use, some of `LaunchFacts.cpus`; empty: all."""
 
     @property
     def arguments(self) -> list[str]:
@@ -131,12 +160,17 @@ class Harness(ABC):
     """True: engines on several hosts can be parts of one."""
     api_prefix: str = ""
     """What the paths of its API have before `/v1`."""
+    context_field: str = "max_model_len"
+    """Where an entry of its `/v1/models` has the context length, with dots between nested keys."""
     takes_key: bool = True
     """False: it cannot be told a key, and serves everyone who reaches its port."""
     waits_for_line: bool = False
     """True: it is not ready before `LoadReading.serving`, whatever its health path answers."""
     keeps_booking: bool = False
     """True: what was booked for it stays booked while it holds less, as it may allocate more at any time."""
+    cache_variables: Mapping[str, str] = MappingProxyType({})
+    """The environment variables of the engine's own cache directories, with their names below the user's cache
+    directory."""
     stop_signal: str = "SIGTERM"
     """Asks it to stop."""
     paths: tuple[str, ...] | None = None
@@ -144,8 +178,21 @@ class Harness(ABC):
     missing_paths: tuple[str, ...] = ()
     """Which of `/v1/messages`, `/v1/messages/count_tokens` and `/v1/responses` its engines lack: cortex translates such
     requests. It also notices by itself where an engine answers 404 or 405."""
+    sizes_itself: bool = False
+    """True: its engines take the memory that they are told to take, whatever the model's size."""
     estimator: MemoryEstimator | None = None
     """Estimates the memory of a model from its files; None: only `vram_mb` says what it needs."""
+
+    python_package: str | None = None
+    """The Python package whose version is the engine's; it is looked for beside the executable."""
+    option_files: tuple[str, ...] = ()
+    """Its files that define the command line, relative to the directory of packages."""
+    version_arguments: tuple[str, ...] = ()
+    """With these its executable prints its version and exits."""
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        """The executable and its first arguments; empty if that depends on the load."""
+        return tuple(settings.command or ())
 
     @abstractmethod
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:

@@ -149,9 +149,10 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         data_parallel=parallel.data,
         expert_parallel=parallel.expert,
         group=command.group,
-        devices=tuple(command.devices or ()) or None,
+        devices=None if command.devices is None else tuple(command.devices),
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
+        max_model_len=command.max_model_len,
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
         instance=command.instance or FIRST_INSTANCE,
         variant=command.variant,

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import neuron
-from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, VRAM_DIR_VARIABLE
+from neuron.config import HarnessSettings
+from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, RAM_NAME, VRAM_DIR_VARIABLE
 from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
-from neuron.harness.vllm.command import VllmHarness, serve_arguments, vllm_environment
+from neuron.harness.vllm.command import VllmHarness, context_arguments, serve_arguments, vllm_environment
 from neuron.harness.vllm.early_imports import LATE_VARIABLES
+from neuron.harness.vllm.ray import with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
 from neuron.harness.vllm.tools import family_of
 from neuron.memory.requirement import MemoryRequirement
@@ -40,7 +42,14 @@ class SimHarness(VllmHarness):
     """Takes simulated memory, answers with random words, and is supervised like vLLM otherwise."""
 
     runs_on_gpu = False
+    sizes_itself = False
     sleep = SimSleep()
+    python_package = "cortex-neuron"
+    option_files = ()
+    version_arguments = ()
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        return tuple(settings.command or DEFAULT_COMMAND)
 
     def early_imports(self, env: Mapping[str, str]) -> EarlyImports:
         return _IMPORTS
@@ -65,6 +74,8 @@ class SimHarness(VllmHarness):
         if total is not None and not has_flag(plan.arguments, "--vram-mb"):
             argv += ["--vram-mb", str(total)]
         devices = {device.uuid: device.vram_total_mb for device in plan.devices if device.uuid is not None}
+        if plan.ram_mb is not None:
+            devices = {RAM_NAME: facts.ram_total_mb or plan.ram_mb}
         own = {
             VRAM_DIR_VARIABLE: str(facts.vram_dir),
             DEVICES_VARIABLE: json.dumps(devices),
@@ -74,7 +85,8 @@ class SimHarness(VllmHarness):
         fixed: dict[str, str] = {}
         if plan.control_key is not None and sim_can_sleep(plan):
             fixed = control_environment(plan.control_key)
-        return EngineCommand((*argv, *plan.arguments), vllm_environment(plan, facts, own, fixed))
+        argv += [*plan.arguments, *context_arguments(plan.spec)]
+        return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 
     def can_sleep(self, plan: LaunchPlan, facts: LaunchFacts) -> bool:
         return sim_can_sleep(plan)

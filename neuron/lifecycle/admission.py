@@ -10,14 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neuron.config import NeuronConfig
-from neuron.estimate.estimator import estimate_of
+from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
 from neuron.gpu.topology import TopologySource
+from neuron.harness.home import EngineHome
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
 from neuron.memory.selection import check_devices
+from neuron.progress.history import LoadHistory
+from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest, ServiceError, Unavailable
 from shared.protocol import ErrorCode, FailureCause
+from shared.protocol.context_length import AUTO
 from shared.retry_after import GPU_UNUSABLE_SECS
 
 log = logging.getLogger(__name__)
@@ -25,10 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Admission:
-    """Checks specs against this host and its configuration."""
+    """Checks specs against this host, its configuration and what earlier engines used."""
 
     config: NeuronConfig
     source: TopologySource
+    history: LoadHistory
+    home: EngineHome
 
     async def check(self, spec: EngineSpec) -> None:
         """Refuses what this host cannot serve.
@@ -39,7 +45,8 @@ class Admission:
         """
         topology = await self.source.discover()
         if (
-            harness_of(spec.harness, self.config).runs_on_gpu
+            not spec.without_devices
+            and harness_of(spec.harness, self.config).runs_on_gpu
             and topology.cuda_unavailable_reason
             and not topology.devices
         ):
@@ -48,23 +55,69 @@ class Admission:
         check_devices(spec, topology)
         await check_model_roots(spec.source, self.config.model_roots, param="source")
 
-    async def share_of(self, spec: EngineSpec) -> int | None:
-        """MiB that the engine takes on each device: from the spec, or estimated from the model's files. None leaves it
-        to the engine's default: the files are not on this host, lack a figure, or need more than the default."""
+    async def fitted(self, spec: EngineSpec) -> EngineSpec:
+        """`spec` with the longest context that fits, if it asks for that and the model's files say enough. On devices
+        that neuron is free to choose, that is the context for the largest ones."""
         topology = await self.source.discover()
-        estimator = harness_of(spec.harness, self.config).estimator
-        if spec.vram_mb is not None or not topology.devices or estimator is None:
+        harness, settings = harness_of(spec.harness, self.config), self.config.harness_settings(spec.harness)
+        if spec.max_model_len != AUTO or harness.estimator is None:
+            return spec
+        devices = [device for device in topology.devices if spec.devices is None or device.index in spec.devices]
+        sizes = sorted((device.vram_total_mb for device in devices if device.usable), reverse=True)
+        if len(sizes) < spec.device_count:
+            return replace(spec, fitted_len=None)
+        whole = replace(spec, args=(*spec.args, *settings.extra_args), fitted_len=None)
+        try:
+            share = harness.estimator.options_of(whole).memory_fraction or harness.estimator.usable_share
+            limit = spec.share_mb or int(sizes[spec.device_count - 1] * share)
+            memory = AvailableMemory(devices, spec.tensor_parallel, limit)
+            length = await longest_context_of(harness.estimator, whole, await self._environ_of(spec), memory)
+        except ServiceError as error:
+            log.info("%s: the context that fits cannot be estimated: %s", spec.key, error.message)
+            length = None
+        if length:
+            log.info("%s: a context of %d tokens fits", spec.key, length)
+        return replace(spec, fitted_len=length)
+
+    async def _environ_of(self, spec: EngineSpec) -> dict[str, str]:
+        """What its engine finds its model's files with."""
+        settings, harness = self.config.harness_settings(spec.harness), harness_of(spec.harness, self.config)
+        environ = {**os.environ, **settings.env}
+        caches = harness.cache_variables
+        return await asyncio.to_thread(self.home.usable, environ, model=spec.source, caches=caches)
+
+    async def share_of(self, spec: EngineSpec) -> int | None:
+        """MiB that the engine takes on each device, or for each rank in RAM: from the spec, as much as an earlier
+        engine of the model used in RAM, or estimated from the model's files. None leaves it to the engine's default:
+        the files are not on this host, lack a figure, or need more than the default."""
+        topology = await self.source.discover()
+        in_ram = topology.ram is not None and (spec.without_devices or not topology.devices)
+        harness = harness_of(spec.harness, self.config)
+        estimator = harness.estimator
+        if spec.vram_mb is not None:
             return spec.share_mb
+        if in_ram and not harness.sizes_itself and (used := self.history.ram_mb(LoadKey.of(spec))) is not None:
+            return -(-used // spec.device_count)
+        if estimator is None or not (topology.devices or in_ram):
+            return None
+        if spec.max_model_len == AUTO and spec.fitted_len != 0:
+            return None  # the context was fitted to the engine's default
         settings = self.config.harness_settings(spec.harness)
+        environ = await self._environ_of(spec)
         whole = replace(spec, args=(*spec.args, *settings.extra_args))
         try:
-            found = await estimate_of(estimator, whole, topology, {**os.environ, **settings.env})
+            found = await estimate_of(estimator, whole, topology, environ)
         except ServiceError as error:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
-        largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
-        return None if found.unknown or share > estimator.usable_share * largest else share
+        if in_ram and topology.ram is not None:
+            share += estimator.in_ram_mb // spec.device_count
+            usable_mb: float = topology.ram.vram_total_mb - topology.ram_reserve_mb
+        else:
+            largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
+            usable_mb = estimator.usable_share * largest
+        return None if found.unknown or share > usable_mb else share
 
 
 async def check_model_roots(source: str, roots: Sequence[Path], *, param: str) -> None:

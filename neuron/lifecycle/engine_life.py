@@ -17,10 +17,10 @@ from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
-from neuron.engine.readiness import until_ready
+from neuron.engine.readiness import context_length, until_ready
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.engine_sleep import EngineSleep
-from neuron.lifecycle.failure_cause import because, cause_of_end, exit_reason, is_permanent_end
+from neuron.lifecycle.failure_cause import because, error_of_end
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
 from neuron.lifecycle.spare.spares import Spares
@@ -54,6 +54,7 @@ class EngineEvent(Enum):
     STOP_REQUESTED = "stop requested"
     SLEEP_REQUESTED = "sleep requested"  # or a wake
     TIMED_OUT = "timed out"
+    STALLED = "stalled"  # it neither works nor ends while it loads
     UNHEALTHY = "unhealthy"  # its process runs but does not serve
 
 
@@ -112,6 +113,7 @@ class EngineLife:
                     EngineEvent.STOP_REQUESTED: request.stop_requested.wait(),
                     EngineEvent.EXITED: engine.process.main_exited.wait(),
                     EngineEvent.READY: ready,
+                    EngineEvent.STALLED: self._until_stalled(),
                 },
                 timeout_secs=ADOPT_SECS if served_before else self._startup_secs_left(),
             )
@@ -156,6 +158,9 @@ class EngineLife:
         if self.engine.ready_at is None:
             await self._weights_loaded.wait()
 
+    async def _until_stalled(self) -> None:
+        self._fault = await self.engine.until_stalled(self._progress.tell_idle)
+
     async def serve(self) -> None:
         """Returns when the engine has ended or must be stopped."""
         since = time.monotonic()
@@ -194,26 +199,25 @@ class EngineLife:
             why = ": no line of its output matched ready_pattern" if silent else ""
             reason = f"not ready within {engine.startup_timeout_secs:g} s{why}"
             return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
+        if self.ended_by is EngineEvent.STALLED:
+            return failures.stalled(self._fault, lines), False
         if self.ended_by is EngineEvent.UNHEALTHY:
             cause = engine.harness.root_cause(lines)
             reason = self._fault if cause is None else f"{self._fault}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
         code = await engine.process.wait()
-        reason = exit_reason(engine.harness, code, lines)
         path_missing = await asyncio.to_thread(_is_missing_path, engine.spec.source)
-        permanent = is_permanent_end(engine.harness, code, lines, path_missing=path_missing)
-        cause = cause_of_end(engine.harness, code, lines, path_missing=path_missing)
-        extra = because(cause, permanent=permanent)
-        return failures.LoadFailed(failures.with_last_lines(reason, lines), extra=extra), engine.harness.port_was_taken(
-            lines
-        )
+        error = error_of_end(engine.harness, code, lines, path_missing=path_missing)
+        return error, engine.harness.port_was_taken(lines)
 
     def _end(self, event: EngineEvent, *, hung: bool = False) -> None:
         """`hung`: it stopped answering while it drained, so asking it to stop is useless."""
         self.ended_by = event
         self.engine.end_with(
             # A part without a server has nothing to finish, and may take ten seconds to end when asked to.
-            kill=hung or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT) or not self.engine.spec.serves,
+            kill=hung
+            or event in (EngineEvent.UNHEALTHY, EngineEvent.TIMED_OUT, EngineEvent.STALLED)
+            or not self.engine.spec.serves,
             leave=self.request.leave_engine and event is EngineEvent.STOP_REQUESTED,
         )
 
@@ -240,9 +244,9 @@ class EngineLife:
     async def _account(self) -> None:
         """Measures and records an engine that has just come up, then answers the callers of the load."""
         engine = self.engine
-        await asyncio.gather(self._measure(), engine.record_shared_files())
         if self._load_times is not None:
             await self._history.record(LoadKey.of(engine.spec), self._load_times)
+        await asyncio.gather(self._measure(), self._learn_context_length(), engine.record_shared_files())
         await engine.save_record()
         if not self.request.stop_requested.is_set():
             self._model.publish()  # with the memory that it takes
@@ -252,6 +256,15 @@ class EngineLife:
         with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay a stop
             async with timeout(_MEASURE_SECS):
                 await self._memory.measure([self.engine])
+
+    async def _learn_context_length(self) -> None:
+        engine = self.engine
+        if not engine.spec.serves:
+            return
+        with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
+            async with timeout(_MEASURE_SECS):
+                entry = engine.spec.model_id, engine.harness.context_field
+                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, *entry)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request

@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from neuron.config import NeuronConfig
 from neuron.engine.engine import VRAM_RELEASE_SECS, Engine, measure
+from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.registry import harness_of
-from neuron.memory.host_memory import SleepBudget
+from neuron.memory.cores import shared_cores
+from neuron.memory.host_memory import HostMemory
 from neuron.memory.ledger import EnginePlacement, Ledger
-from neuron.memory.requirement import MemoryRequirement
+from neuron.memory.requirement import MemoryRequirement, guessed_share_mb
+from neuron.progress.history import LoadHistory
+from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
 from shared.protocol import Device, DeviceHealth
 from shared.tasks import timeout
@@ -55,17 +59,19 @@ class StartLocks:
 
 
 class EngineMemory:
-    """Single owner of the bookings of GPU memory (`ledger`), of the host memory that sleeping engines take
-    (`sleep_budget`), and of the list of running engines."""
+    """Single owner of the bookings of GPU memory and of the host's RAM (`ledger`), and of the list of running engines.
+    Hold `sleep_lock` while an engine falls asleep, so that two cannot count on the same RAM. Records in `history` what
+    engines use of it."""
 
-    def __init__(self, config: NeuronConfig, source: TopologySource) -> None:
+    def __init__(self, config: NeuronConfig, source: TopologySource, history: LoadHistory) -> None:
         self.ledger = Ledger()
-        self.sleep_budget = SleepBudget()
+        self.sleep_lock = asyncio.Lock()
         self.start_locks = StartLocks()
         self._engines: dict[str, Engine] = {}
         self._released = asyncio.Event()  # set, and replaced, when an engine is gone
         self._config = config
         self._source = source
+        self._history = history
 
     @property
     def engines(self) -> list[Engine]:
@@ -78,7 +84,6 @@ class EngineMemory:
     def remove(self, engine: Engine) -> None:
         """The engine is gone, or left to the next neuron. Its booking stays until `Ledger.release`."""
         self._engines.pop(engine.engine_id, None)
-        self.sleep_budget.release(engine.placement.number)
 
     async def devices(self) -> dict[int, Device]:
         """This host's devices by index."""
@@ -107,15 +112,27 @@ class EngineMemory:
             InsufficientVram: the devices have not enough memory. InvalidRequest: as
             `neuron.memory.selection.check_devices`.
         """
-        requirement = self._requirement(spec, share_mb)
+        requirement = self._requirement(spec, share_mb, reading)
         choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health)
-        return EnginePlacement(number, choice.devices, choice.booked_mb, share_mb, choice.why)
+        return EnginePlacement(
+            number,
+            choice.devices,
+            choice.booked_mb,
+            requirement.mb if requirement.guessed else share_mb,
+            choice.why,
+            choice.ram_mb,
+            () if choice.devices else self._cores(number),
+        )
+
+    def _cores(self, number: int) -> tuple[int, ...]:
+        others = [each.placement for each in self._engines.values() if each.placement.number != number]
+        return shared_cores(usable_cores(self._config), [each.cores for each in others if not each.devices])
 
     def to_displace(
         self, candidates: Sequence[int], spec: EngineSpec, share_mb: int | None, reading: MemoryReading
     ) -> list[int]:
         """As `Ledger.to_displace`: which of the engines `candidates`, by booking number, must end for `spec`."""
-        requirement = self._requirement(spec, share_mb)
+        requirement = self._requirement(spec, share_mb, reading)
         return self.ledger.to_displace(candidates, spec, requirement, reading.topology, reading.health)
 
     async def rebook(self, placement: EnginePlacement, spec: EngineSpec) -> EnginePlacement:
@@ -124,6 +141,16 @@ class EngineMemory:
         reading = await self.read()
         self.release(placement.number)
         return self.book(placement.number, spec, placement.share_mb, reading)
+
+    async def host_memory(self, *, taken_mb: int = 0) -> HostMemory | None:
+        """What can be taken of the host's RAM now; None where it is not counted. On a simulated host `taken_mb` is
+        taken in addition."""
+        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+        if topology.ram is None:
+            return None
+        ram = self.ledger.capacities(topology, health)[-1]
+        taken = taken_mb if topology.simulated else 0
+        return HostMemory(ram.bookable_mb + topology.ram_reserve_mb - taken, topology.ram_reserve_mb)
 
     def release(self, number: int) -> None:
         """The engine of this booking is gone. Starts that wait for it look again at once."""
@@ -151,22 +178,43 @@ class EngineMemory:
                     await released.wait()
 
     async def measure(self, engines: Collection[Engine]) -> None:
-        """Measures `engines` with one call to the driver, and updates their bookings."""
+        """Measures `engines` with one call to the driver, and updates their bookings and what is known of their
+        models."""
         held = await measure(engines, self._source)
         for engine in engines:
             grows = engine.harness.keeps_booking and engine.placement.share_mb is not None
             filling = engine.ready_at is None or engine.waking or grows
             update = self.ledger.update_held if filling else self.ledger.settle
-            update(engine.placement.number, held[engine.placement.number])
+            file_mb = 0 if engine.ram is None else engine.ram.file_mb
+            update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
+            if engine.ready_at is not None and engine.ram is not None and engine.placement.ram_mb is not None:
+                await self._history.record_ram(LoadKey.of(engine.spec), engine.ram.used_mb)
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)
 
-    def _requirement(self, spec: EngineSpec, share_mb: int | None) -> MemoryRequirement:
+    def _requirement(self, spec: EngineSpec, share_mb: int | None, reading: MemoryReading) -> MemoryRequirement:
+        """With `share_mb` None by the harness's default. That is a part of a whole device, and no engine may take the
+        whole RAM: there it is a guess instead."""
         # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.
         args = [*spec.args, *self._config.harness_settings(spec.harness).extra_args]
-        return harness_of(spec.harness, self._config).memory_requirement(spec, share_mb, args)
+        harness, topology = harness_of(spec.harness, self._config), reading.topology
+        needed = harness.memory_requirement(spec, share_mb, args)
+        if share_mb is not None or needed.fraction is None or not _uses_ram(spec, topology):
+            return needed
+        ram = self.ledger.capacities(topology, reading.health)[-1]
+        guess = guessed_share_mb(ram, spec.device_count)
+        guessed = harness.memory_requirement(spec, guess, args)
+        return guessed if guessed.fraction is not None else replace(guessed, guessed=True)
 
     async def held_by(self, engine: Engine) -> dict[int, int]:
         """Measures one engine, without updating its booking: MiB by device index."""
         return (await measure([engine], self._source))[engine.placement.number]
+
+
+def _uses_ram(spec: EngineSpec, topology: Topology) -> bool:
+    """Whether the memory of an engine is the host's RAM, and that is counted."""
+    if topology.ram is None:
+        return False
+    devices = [each for each in topology.devices if spec.devices is None or each.index in spec.devices]
+    return all(device.unified for device in devices)

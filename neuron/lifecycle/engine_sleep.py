@@ -35,7 +35,7 @@ class EngineSleep:
             serving. SleepFailed: as `SleepControl.sleep`. WakeFailed: it neither sleeps nor serves.
         """
         control, memory, number = _control_of(engine), self._memory, engine.placement.number
-        async with memory.sleep_budget.lock, self._spares.paused():
+        async with memory.sleep_lock, self._spares.paused():
             await memory.measure([engine])
             before_mb = engine.vram_used_mb
             lines = await engine.output.tail(_LOG_LINES)
@@ -49,20 +49,16 @@ class EngineSleep:
             await control.sleep(self._http, engine.url, engine.control_key, level=level)
             held = await memory.held_by(engine)
             engine.fell_asleep(host_memory.slept_mb(weights_mb, before_mb, engine.vram_used_mb))
-            memory.sleep_budget.take(number, engine.slept_mb)
-            memory.ledger.shrink_to_sleep(number, held)
+            memory.ledger.shrink_to_sleep(number, held, slept_mb=engine.slept_mb)
         await engine.save_record()
 
     async def _check_host_memory(self, engine: Engine, control: SleepControl, weights_mb: int | None) -> None:
         """Raises Conflict: the host has not enough memory for the engine's weights."""
-        await host_memory.check_sleep(
-            self._config,
-            str(engine.spec.key),
-            sleeps_in_ram=control.weights_in_ram,
-            weights_mb=weights_mb,
-            vram_used_mb=engine.vram_used_mb,
-            taken_mb=self._memory.sleep_budget.taken_mb + self._spares.memory_mb,
-        )
+        if not control.weights_in_ram and self._config.simulate is None:
+            return  # a simulated engine, and no simulated memory
+        memory = await self._memory.host_memory(taken_mb=self._spares.memory_mb)
+        if memory is not None:
+            memory.check_fits(str(engine.spec.key), host_memory.needed_mb(weights_mb, engine.vram_used_mb))
 
     async def found_asleep(self, engine: Engine) -> bool:
         """True for an adopted engine that sleeps; its memory is accounted for then."""
@@ -71,9 +67,9 @@ class EngineSleep:
             return False
         if not await control.is_sleeping(self._http, engine.url, engine.control_key):
             return False
-        memory.sleep_budget.take(placement.number, engine.slept_mb)
         awake_mb = dict(zip(placement.indices, placement.booked_mb, strict=False))
-        memory.ledger.shrink_to_sleep(placement.number, await memory.held_by(engine), awake_mb=awake_mb)
+        held = await memory.held_by(engine)
+        memory.ledger.shrink_to_sleep(placement.number, held, awake_mb=awake_mb, slept_mb=engine.slept_mb)
         return True
 
     async def wake_up(self, engine: Engine, waiting: Callable[[Sequence[str]], None]) -> None:
@@ -91,7 +87,6 @@ class EngineSleep:
             await memory.until_available(number, waiting)
             await control.wake(self._http, engine.url, engine.control_key)
             engine.woke()
-            memory.sleep_budget.release(number)
             await memory.measure([engine])
         await engine.save_record()
 

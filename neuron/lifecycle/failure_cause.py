@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+from neuron.errors import LoadFailed, with_last_lines
 from neuron.harness.base import Harness
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode, FailureCause
@@ -12,6 +13,7 @@ from shared.protocol import ErrorCode, FailureCause
 _BY_CODE: dict[str, FailureCause] = {
     ErrorCode.CUDA_UNAVAILABLE: FailureCause.NODE,
     ErrorCode.GROUP_UNREACHABLE: FailureCause.NODE,
+    ErrorCode.INSUFFICIENT_RAM: FailureCause.NODE,
     ErrorCode.INSUFFICIENT_VRAM: FailureCause.NODE,
     ErrorCode.LOAD_TIMEOUT: FailureCause.NODE,
     ErrorCode.NEURON_STOPPING: FailureCause.NODE,
@@ -61,6 +63,14 @@ def is_permanent_end(harness: Harness, code: int | None, lines: Sequence[str], *
         return False
     error = harness.root_cause(lines)
     return path_missing if error is None else harness.is_permanent(error, path_missing=path_missing)
+
+
+def error_of_end(harness: Harness, code: int | None, lines: Sequence[str], *, path_missing: bool) -> LoadFailed:
+    """For an engine that ended by itself. Arguments: see `cause_of_end`."""
+    permanent = is_permanent_end(harness, code, lines, path_missing=path_missing)
+    cause = cause_of_end(harness, code, lines, path_missing=path_missing)
+    reason = exit_reason(harness, code, lines)
+    return LoadFailed(with_last_lines(reason, lines), extra=because(cause, permanent=permanent))
 
 
 def exit_reason(harness: Harness, code: int | None, lines: Sequence[str]) -> str:

@@ -163,11 +163,15 @@ class InstanceState:
             retry_at=condition.retry_at,
             permanent=condition.permanent or None,
             vram_booked_mb=0 if placement is None else self._ledger.promised_mb(placement.number),
+            ram_used_mb=None if engine is None or engine.ram is None else engine.ram.used_mb,
+            ram_booked_mb=None if placement is None else self._ledger.promised_ram_mb(placement.number),
             slept_mb=0 if engine is None else engine.slept_mb,
             endpoint=EndpointReply(url=engine.api_url, api_key=engine.api_key)
             if engine is not None and condition.state is State.LOADED and engine.spec.serves
             else None,
             keep_alive_secs=None if engine is None else engine.record.keep_alive_secs,
+            engine_version=None if engine is None else engine.record.engine_version,
+            max_model_len=None if engine is None else engine.max_model_len,
             paths=None if engine is None or engine.harness.paths is None else list(engine.harness.paths),
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),
             placement=None if placement is None else placement.why or None,

@@ -192,8 +192,9 @@ class InstanceSupervisor:
             return
         current = request is self.model.request
         spec = request.spec
-        if spec.devices is None and current and request.placement.devices:
-            spec = replace(spec, devices=request.placement.indices)
+        placement = request.placement
+        if spec.devices is None and current and (placement.devices or placement.ram_mb is not None):
+            spec = replace(spec, devices=placement.indices)
         difference = spec.difference(wanted)
         if difference is not None:
             loaded = current and self.model.state is State.LOADED

@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -20,15 +20,17 @@ from neuron.engine import records, session, shared_memory
 from neuron.engine.engine import Engine, until_released
 from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
-from neuron.engine.ports import PortPool, lingering_ports
+from neuron.engine.ports import PortPool, lingering_ports, local_url
 from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
 from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
 from neuron.errors import LoadFailed
+from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
 from neuron.harness.environment import inheritable
+from neuron.harness.installed import InstalledEngines
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because
@@ -36,6 +38,7 @@ from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareRefused
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import EnginePlacement
+from neuron.memory.ram import node_ram_mb
 from neuron.spec import EngineSpec
 from shared.errors import Unavailable
 from shared.protocol import FailureCause
@@ -43,8 +46,6 @@ from shared.protocol import FailureCause
 log = logging.getLogger(__name__)
 
 _NODE = because(FailureCause.NODE)
-_KILL_SECS = 10.0
-_KILL_POLL_SECS = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Launcher:
         *,
         spares: Spares,
         groups: GroupListeners,
+        installed: InstalledEngines,
         numbers: Iterator[int],
     ) -> None:
         self._config = config
@@ -84,6 +86,7 @@ class Launcher:
         self._ports = PortPool(config.host)
         self._spares = spares
         self._groups = groups
+        self._installed = installed
         self._numbers = numbers
 
     @property
@@ -106,7 +109,7 @@ class Launcher:
             topology = await self._source.discover()
             port = await self._port(settings.port_range)
             cleanup.callback(self._ports.release, port)
-            facts = self._facts(topology)
+            facts = await asyncio.to_thread(self._facts, topology)
             network = None if spec.group is None else await self._groups.network_of(spec.group)
             spare = self._spares.take(spec.harness) if use_spare else None
             if spare is not None:
@@ -124,10 +127,13 @@ class Launcher:
                 devices=list(placement.indices),
                 booked_mb=list(placement.booked_mb),
                 share_mb=placement.share_mb,
+                ram_mb=placement.ram_mb,
+                cores=list(placement.cores),
                 host=plan.host,
                 port=port,
                 api_key=plan.api_key,
                 control_key=plan.control_key or "",
+                engine_version=plan.installed.version,
                 can_sleep=harness.can_sleep(plan, facts),
                 keep_alive_secs=harness.keep_alive_secs(made.command.env),
                 tmp_dir=plan.tmp_dir,
@@ -177,27 +183,11 @@ class Launcher:
     ) -> None:
         """Cleans up after an earlier neuron: kills its engines' processes except those of the engines `alive` (by
         engine id), and removes shared memory files and directories, except those in `keep`."""
-        await self._kill_strays(alive)
+        await session.kill_strays(self._state.engine_id_prefix, alive)
         # Files that a running engine has mapped are not removed.
         files = [shared_memory.recorded(each.record.shared_files) for each in found if each.record is not None]
         await asyncio.to_thread(shared_memory.remove, frozenset().union(*files))
         await asyncio.to_thread(self._state.clear_except, keep)
-
-    async def _kill_strays(self, spared: Sequence[str]) -> None:
-        """Kills every process that carries the id of an engine of this state directory, except those in `spared`."""
-        deadline = time.monotonic() + _KILL_SECS
-        while strays := await asyncio.to_thread(self._strays, spared):
-            if time.monotonic() >= deadline:
-                log.error("processes %s of ended engines survive SIGKILL", sorted(strays))
-                return
-            log.warning("killing processes %s: their engines have ended", sorted(strays))
-            for pid in strays:
-                session.kill(pid)
-            await asyncio.sleep(_KILL_POLL_SECS)
-
-    def _strays(self, spared: Sequence[str]) -> list[int]:
-        carriers = session.engine_processes(self._state.engine_id_prefix)
-        return [pid for pid, engine_id in carriers.items() if engine_id not in spared]
 
     def kill_all_now(self) -> None:
         """Sends SIGKILL to every engine before it returns."""
@@ -221,7 +211,8 @@ class Launcher:
             LoadFailed: the engine's directory cannot be created.
         """
         control_key = secrets.token_urlsafe(32)
-        harness = harness_of(spec.harness, self._config)
+        harness, settings = harness_of(spec.harness, self._config), self._config.harness_settings(spec.harness)
+        installed = await self._installed.of(harness, settings, facts.environ)
         if api_key is not None and not harness.takes_key:
             api_key = None
             log.warning(
@@ -231,7 +222,7 @@ class Launcher:
         def prepared(number: int, directory: EngineDir, spare: Spare | None = None) -> _Preparation:
             plan = LaunchPlan(
                 spec=spec,
-                settings=self._config.harness_settings(spec.harness),
+                settings=settings,
                 devices=placement.devices,
                 share_mb=placement.share_mb,
                 host=self._config.host,
@@ -241,11 +232,16 @@ class Launcher:
                 engine_id=f"{self._state.engine_id_prefix}{number}",
                 control_key=control_key,
                 network=network,
+                installed=installed,
+                ram_mb=placement.ram_mb,
+                cores=placement.cores if len(placement.cores) < len(usable_cores(self._config)) else (),
             )
-            return _Preparation(number, directory, plan, harness.command(plan, facts), spare)
+            command = harness.command(plan, facts)
+            env = self._state.home.usable(command.env, model=spec.source, caches=harness.cache_variables)
+            return _Preparation(number, directory, plan, replace(command, env=env), spare)
 
         if spare is not None:
-            made = prepared(spare.number, spare.directory, spare)
+            made = await asyncio.to_thread(prepared, spare.number, spare.directory, spare)
             mismatch = spare.origin.mismatch(made.command, placement.devices)
             if mismatch is None:
                 return made
@@ -253,7 +249,7 @@ class Launcher:
             await spare.close()
             await asyncio.to_thread(spare.directory.remove)
         number = next(self._numbers)
-        return prepared(number, await self._directory(number))
+        return await asyncio.to_thread(prepared, number, await self._directory(number))
 
     async def _from_spare(self, made: _Preparation) -> EngineProcess | None:
         """The engine's process, made from the spare one; None when there is none, or it does not work."""
@@ -282,7 +278,7 @@ class Launcher:
     ) -> Engine:
         settings = self._config.harness_settings(spec.harness)
         harness = harness_of(spec.harness, self._config)
-        url = f"http://{_authority(local_address(record.host), record.port)}"
+        url = local_url(record.host, record.port)
         return Engine(
             spec=spec,
             placement=placement,
@@ -304,6 +300,7 @@ class Launcher:
             process=process,
             output=EngineOutput(directory.log),
             startup_timeout_secs=settings.startup_timeout_secs,
+            stall_timeout_secs=settings.stall_timeout_secs,
             stop_timeout_secs=settings.stop_timeout_secs,
             ready_at=record.ready_at,
             load_secs=record.load_secs,
@@ -374,19 +371,18 @@ class Launcher:
         log.info("%s: engine process %d is left running", engine.spec.key, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
+        """Blocks for a moment."""
         hidden = frozenset({self._config.token_env} if self._config.token_env else ())
+        cpus = tuple(sorted(os.sched_getaffinity(0)))
+        node_mb = None
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            node_mb = node_ram_mb(cpus[0])
         return LaunchFacts(
             has_gpu=topology.has_gpu,
-            cpus=tuple(sorted(os.sched_getaffinity(0))),
+            cpus=cpus,
+            ram_total_mb=None if topology.ram is None else topology.ram.vram_total_mb,
+            node_ram_mb=node_mb,
             environ=inheritable(os.environ, secrets=hidden),
             vram_dir=self._state.vram,
+            device_variable=topology.device_variable,
         )
-
-
-def local_address(host: str) -> str:
-    """The address at which this host reaches a server bound to `host`."""
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-
-
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -99,6 +99,7 @@ class Registry:
             return request
         spec = wanted or self._remembered_spec(supervisor.model)
         await self._admission.check(spec)
+        spec = await self._admission.fitted(spec)
         share_mb = await self._admission.share_of(spec)
         reading = await self._memory.read()
         if displace:
@@ -179,8 +180,17 @@ class Registry:
             spec = record.engine_spec
             placed = tuple(devices[index] for index in record.devices if index in devices)
             number, booked = next(self._numbers), tuple(record.booked_mb)
-            placement = EnginePlacement(number, placed, booked, record.share_mb, "chosen by an earlier neuron")
-            self._memory.ledger.adopt(number, spec.key, placement.indices, max(booked, default=None))
+            placement = EnginePlacement(
+                number,
+                placed,
+                booked,
+                record.share_mb,
+                "chosen by an earlier neuron",
+                record.ram_mb,
+                tuple(record.cores),
+            )
+            share_mb = max(booked, default=None)
+            self._memory.ledger.adopt(number, spec.key, placement.indices, share_mb, ram_mb=record.ram_mb)
             supervisor = self._new(spec.key)
             self._list(supervisor)
             supervisor.adopt(each, placement)

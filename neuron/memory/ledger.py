@@ -1,4 +1,4 @@
-"""The bookings of GPU memory: how much of which device is promised to which engine."""
+"""The bookings of GPU memory and RAM: how much of which device is promised to which engine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from neuron.memory.selection import (
     check_devices,
     combines_devices,
     select_devices,
+    select_ram,
     without_mig_instances,
 )
 from neuron.spec import EngineSpec, InstanceKey
-from shared.protocol import Device, DeviceHealth
+from shared.protocol import RAM, Device, DeviceHealth
 
 
 @dataclass(frozen=True)
 class EnginePlacement:
     """The devices of an engine, the MiB booked on each of them under `number`, and why these devices. `share_mb` is
-    what the engine is told to use on each device; None: its default."""
+    what the engine is told to use on each device; None: its default. `ram_mb` is booked in the host's RAM; None: no RAM
+    is counted for it. `cores` are those that an engine without devices gets."""
 
     number: int
     devices: tuple[Device, ...] = ()
     booked_mb: tuple[int, ...] = ()
     share_mb: int | None = None
     why: str = ""
+    ram_mb: int | None = None
+    cores: tuple[int, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -56,8 +60,8 @@ class Ledger:
         topology: Topology,
         health: Sequence[DeviceHealth],
     ) -> DeviceSelection:
-        """Books `requirement` on the devices it selects, under `number`, until `release`. On a host without devices the
-        selection is empty.
+        """Books `requirement` on the devices it selects, under `number`, until `release`. For an engine without devices
+        that is the host's RAM, where it is counted.
 
         Raises:
             InsufficientVram: no devices, or not those that the spec names, have enough memory.
@@ -67,50 +71,86 @@ class Ledger:
         bookings = list(self._bookings.values())
         capacities, selection = _select(spec, requirement, topology, health, bookings)
         if selection is None:
-            if spec.devices is not None:
+            if _is_in_ram(spec, topology):
+                capacities = capacities[-1:]
+            elif spec.devices is not None:
                 capacities = tuple(device for device in capacities if device.index in spec.devices)
+            else:
+                capacities = tuple(device for device in capacities if device.index != RAM)
             needed = [requirement.on_device(device, device.total_mb) for device in capacities]
             large_enough = [
                 mb <= device.total_mb and device.unusable not in (MIG_REASON, COMBINED_REASON)
                 for device, mb in zip(capacities, needed, strict=True)
             ]
+            where, count = _devices_of(spec), spec.device_count
+            if _is_in_ram(spec, topology):
+                where, count, needed = "in this host's RAM", 1, [mb * spec.device_count for mb in needed]
+                large_enough = [needed[0] <= capacities[0].total_mb - topology.ram_reserve_mb]
             raise InsufficientVram(
-                f"{str(spec.key)!r} needs {requirement} on {_devices_of(spec)}",
+                f"{str(spec.key)!r} needs {requirement} {where}",
                 capacities,
                 needed,
-                permanent=large_enough.count(True) < spec.device_count,
+                permanent=large_enough.count(True) < count,
             )
         promised = dict(zip((device.index for device in selection.devices), selection.booked_mb, strict=True))
+        if selection.ram_mb is not None:
+            promised[RAM] = selection.ram_mb
         foreign = {device.index: device.foreign_mb for device in capacities}
-        self._bookings[number] = Booking(spec.key, promised, foreign_mb=foreign, alone=spec.devices is None)
+        self._bookings[number] = Booking(
+            spec.key,
+            promised,
+            foreign_mb=foreign,
+            alone=spec.devices is None,
+            grows=requirement.size_known,
+        )
         return selection
 
-    def adopt(self, number: int, key: InstanceKey, devices: Sequence[int], share_mb: int | None) -> None:
+    def adopt(
+        self,
+        number: int,
+        key: InstanceKey,
+        devices: Sequence[int],
+        share_mb: int | None,
+        *,
+        ram_mb: int | None = None,
+    ) -> None:
         """Books for a running engine of an earlier neuron, without a check: it has its memory. With `share_mb` None it
-        books nothing until the engine is measured; until then its memory counts as foreign."""
-        self._bookings[number] = Booking(key, dict.fromkeys(devices, share_mb or 0))
+        books nothing until the engine is measured; until then its memory counts as foreign. `ram_mb` is what it has
+        booked in RAM; None: none is counted."""
+        promised = dict.fromkeys(devices, share_mb or 0)
+        self._bookings[number] = Booking(key, promised if ram_mb is None else {**promised, RAM: ram_mb})
 
-    def update_held(self, number: int, by_device: Mapping[int, int]) -> None:
+    def update_held(self, number: int, by_device: Mapping[int, int], *, file_mb: int = 0) -> None:
         """Records what an engine that still allocates (it loads or wakes) holds now; its promise does not change. Call
         it before each booking, so that memory which other processes took meanwhile is not attributed to the engine.
 
         Here and in the other methods, a device that `by_device` lacks is one whose driver does not report the engine's
-        memory. A measurement may arrive after the engine is gone, and is ignored then.
+        memory. A measurement may arrive after the engine is gone, and is ignored then. `file_mb`: see `Booking`.
         """
-        self._measure(number, by_device, settled=False)
+        self._measure(number, by_device, file_mb, settled=False)
 
-    def settle(self, number: int, by_device: Mapping[int, int]) -> None:
-        """Replaces the promise of a loaded or sleeping engine by what it holds."""
-        self._measure(number, by_device, settled=True)
+    def settle(self, number: int, by_device: Mapping[int, int], *, file_mb: int = 0) -> None:
+        """Replaces the promise of a loaded or sleeping engine by what it holds; in RAM only a promise that was a guess,
+        as an engine may take memory there when it gets requests."""
+        self._measure(number, by_device, file_mb, settled=True)
 
     def shrink_to_sleep(
-        self, number: int, by_device: Mapping[int, int], *, awake_mb: Mapping[int, int] | None = None
+        self,
+        number: int,
+        by_device: Mapping[int, int],
+        *,
+        awake_mb: Mapping[int, int] | None = None,
+        slept_mb: int = 0,
     ) -> None:
-        """The engine sleeps: keeps booked only what it still holds. `awake_mb` is what it needs when it wakes, if that
-        is not its present promise: an adopted engine that sleeps may have been measured already."""
+        """The engine sleeps: keeps booked only what it still holds, and in RAM `slept_mb` for its weights. `awake_mb`
+        is what it needs when it wakes, if that is not its present promise: an adopted engine that sleeps may have been
+        measured already."""
         booking = self._bookings.get(number)
         if booking is not None:
             awake_mb = awake_mb or booking.awake_mb or booking.promised_mb
+            if slept_mb:
+                in_ram = {RAM: awake_mb.get(RAM, 0) + slept_mb}
+                booking = replace(booking, promised_mb={**booking.promised_mb, **in_ram})
             self._bookings[number] = replace(booking, awake_mb=awake_mb)
             self.settle(number, by_device)
 
@@ -123,8 +163,8 @@ class Ledger:
         booking = self._bookings.get(number)
         if booking is None or booking.awake_mb is None:
             return
-        own = [device for device in self.capacities(topology, health) if device.index in booking.promised_mb]
-        more = {index: max(0, mb - booking.claim_mb(index)) for index, mb in booking.awake_mb.items()}
+        own = [device for device in self.capacities(topology, health) if device.index in booking.devices]
+        more = {index: max(0, mb - booking.claim_mb(index)) for index, mb in booking.awake_mb.items() if index != RAM}
         if not all(device.can_hold(more[device.index]) for device in own):
             needs = ", ".join(f"{mb} MiB more on device {index}" for index, mb in sorted(more.items()))
             raise InsufficientVram(f"{str(booking.key)!r} needs {needs} to wake", own)
@@ -171,8 +211,8 @@ class Ledger:
     def counts_on(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> tuple[str, ...]:
         """The engines that are being stopped and without whose memory booking `number` does not fit, or with which it
         may not share a device; empty when its engine may start beside them. Earlier bookings get freed memory first.
-        Where memory is not known (no devices, or devices that share the host's memory) every stopping engine counts:
-        room for two cannot be shown."""
+        Where memory is not known (neither devices nor RAM are counted) every stopping engine counts: room for two
+        cannot be shown."""
         own = self._bookings.get(number)
         if own is None:
             return ()
@@ -183,13 +223,15 @@ class Ledger:
             for each in stopping
             if not short.isdisjoint(each.promised_mb)
             or not (own.promised_mb or each.promised_mb)
-            or (own.alone and own.key.model_id == each.key.model_id and own.promised_mb.keys() & each.promised_mb)
+            or (own.alone and own.key.model_id == each.key.model_id and own.devices & each.devices)
         )
 
     def lacks_memory(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> bool:
         """True while booking `number` does not fit into what the driver measures."""
         own = self._bookings.get(number)
         totals = {device.index: device.vram_total_mb for device in topology.devices}
+        if topology.ram is not None:
+            totals[RAM] = topology.ram.vram_total_mb
         return own is not None and any(totals[index] for index in self._missing_mb(number, topology, health))
 
     def _missing_mb(self, number: int, topology: Topology, health: Sequence[DeviceHealth]) -> dict[int, int]:
@@ -216,19 +258,26 @@ class Ledger:
     def promised_mb(self, number: int) -> int:
         """What is promised to booking `number` now, on all its devices together."""
         booking = self._bookings.get(number)
-        return 0 if booking is None else sum(booking.promised_mb.values())
+        return 0 if booking is None else sum(mb for index, mb in booking.promised_mb.items() if index != RAM)
+
+    def promised_ram_mb(self, number: int) -> int | None:
+        """What is promised to booking `number` in the host's RAM; None where none is counted."""
+        booking = self._bookings.get(number)
+        return None if booking is None else booking.promised_mb.get(RAM)
 
     def release(self, number: int) -> None:
         """The engine is gone. Memory of it that the driver still reports as used counts as foreign from now on."""
         self._bookings.pop(number, None)
 
-    def _measure(self, number: int, by_device: Mapping[int, int], *, settled: bool) -> None:
+    def _measure(self, number: int, by_device: Mapping[int, int], file_mb: int = 0, *, settled: bool) -> None:
         booking = self._bookings.get(number)
         if booking is None:
             return
         held = {index: mb for index, mb in by_device.items() if index in booking.promised_mb}
-        promised = {**booking.promised_mb, **held} if settled else booking.promised_mb
-        self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held)
+        promised = {**booking.promised_mb, **held} if settled else dict(booking.promised_mb)
+        if settled and booking.grows and RAM in promised:
+            promised[RAM] = booking.promised_mb[RAM]
+        self._bookings[number] = replace(booking, promised_mb=promised, held_mb=held, file_mb=file_mb)
 
 
 def _select(
@@ -241,6 +290,8 @@ def _select(
     """The devices for `spec`, and the capacities that they were chosen by. Without named devices none that holds
     another instance of the model: one that holds a stopping instance only if there is no other."""
     capacities = gpu_capacities(topology, health, bookings)
+    if _is_in_ram(spec, topology):
+        return capacities, select_ram(requirement, spec.device_count, capacities[-1])
     if combines_devices(spec):
         capacities = without_mig_instances(topology, capacities)
     if spec.devices is None:
@@ -257,7 +308,7 @@ def _select(
 
 def _without_holders(capacities: tuple[GpuCapacity, ...], bookings: Sequence[Booking]) -> tuple[GpuCapacity, ...]:
     """The capacities, with the devices of the bookings marked unusable."""
-    holders = {index: each.key.instance for each in bookings for index in each.promised_mb}
+    holders = {index: each.key.instance for each in bookings for index in each.devices}
     advice = "of this model: name the device in the load to share it"
     return tuple(
         replace(device, unusable=f"it holds instance {holders[device.index]} {advice}")
@@ -267,9 +318,14 @@ def _without_holders(capacities: tuple[GpuCapacity, ...], bookings: Sequence[Boo
     )
 
 
+def _is_in_ram(spec: EngineSpec, topology: Topology) -> bool:
+    """True if the engine gets no devices and its memory is counted."""
+    return topology.ram is not None and (spec.without_devices or not topology.devices)
+
+
 def _devices_of(spec: EngineSpec) -> str:
     """The devices that a spec asks for, in words."""
     if spec.devices is not None:
         listed = ", ".join(map(str, spec.devices))
-        return f"device {listed}" if len(spec.devices) == 1 else f"each of the devices {listed}"
-    return "one device" if spec.device_count == 1 else f"each of {spec.device_count} devices"
+        return f"on device {listed}" if len(spec.devices) == 1 else f"on each of the devices {listed}"
+    return "on one device" if spec.device_count == 1 else f"on each of {spec.device_count} devices"

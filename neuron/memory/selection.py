@@ -14,8 +14,9 @@ from neuron.memory.requirement import MemoryRequirement
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
 from shared.gpus import in_memory_steps
-from shared.protocol import Device, Parallelism
+from shared.protocol import RAM, Device, Parallelism
 from shared.protocol.interconnect import SINGLE_DEVICE, DevicePath, Pair, nvlink_islands
+from shared.protocol.topology import AMD
 
 MAX_SETS = 20_000
 """How many sets of devices are compared one by one: all sets of any size up to 16 devices. With more devices, see
@@ -31,11 +32,21 @@ Groups = tuple[Group, ...]
 
 @dataclass(frozen=True)
 class DeviceSelection:
-    """The devices of an engine, the MiB it gets on each of them, and why these, for an operator."""
+    """The devices of an engine, the MiB it gets on each of them, and why these, for an operator. `ram_mb` is what it
+    gets in the host's RAM; None: that is not counted for it."""
 
     devices: tuple[Device, ...]
     booked_mb: tuple[int, ...]
     why: str
+    ram_mb: int | None = None
+
+
+def select_ram(requirement: MemoryRequirement, ranks: int, ram: GpuCapacity) -> DeviceSelection | None:
+    """Memory in the host's RAM for an engine on the CPU with this many ranks; None if there is not enough."""
+    needed = ranks * requirement.on_device(ram, ram.total_mb)
+    if not ram.can_hold(needed):
+        return None
+    return DeviceSelection((), (), f"{needed} of {ram.bookable_mb} MiB in this host's RAM", ram_mb=needed)
 
 
 def check_devices(spec: EngineSpec, topology: Topology) -> None:
@@ -54,7 +65,7 @@ def check_devices(spec: EngineSpec, topology: Topology) -> None:
         if reasons[index] is not None:
             raise InvalidRequest(f"devices: device {index} cannot be used: {reasons[index]}", param="devices")
     usable = list(reasons.values()).count(None)
-    if topology.devices and usable < spec.device_count:
+    if topology.devices and usable < spec.device_count and not spec.without_devices:
         field, split = ("tensor_parallel", "") if spec.parallel.tensor_only else ("parallel", f" for {spec.parallel}")
         needed = f"{spec.device_count} devices are needed{split}, {usable} can be used here"
         raise InvalidRequest(f"{field}: {'; '.join([needed, *_by_reason(reasons)])}", param=field)
@@ -121,12 +132,15 @@ def select_devices(
     Memory comes before complete sets: a card too large for its model costs every later model, a cut pair only those
     that need a pair.
     """
+    capacities = [device for device in capacities if device.index != RAM]
     if parallel.devices > 1:
         capacities = without_mig_instances(topology, capacities)
     capacity_of = {device.index: device for device in capacities}
     by_index = {device.index: device for device in topology.devices}
     if not topology.devices:
         return DeviceSelection((), (), "this host has no GPUs")
+    if named is not None and not named:
+        return DeviceSelection((), (), "on the CPU, as the load command says")
     if named is not None:
         group = tuple(by_index[index] for index in named)
         shares = requirement.per_device([capacity_of[index] for index in named])
@@ -272,7 +286,8 @@ def _why(groups: Sequence[Group], scorer: _Scorer, topology: Topology, capacitie
         complete = [island for island in nvlink_islands(topology.paths, _idle(capacities)) if island.isdisjoint(group)]
         names = ["+".join(map(str, sorted(island))) for island in complete]
         if names:
-            reasons.append(f"keeps NVLinked {', '.join(names)} free")
+            linked = "XGMI-linked" if topology.devices[0].vendor == AMD else "NVLinked"
+            reasons.append(f"keeps {linked} {', '.join(names)} free")
     return "; ".join(reasons)
 
 

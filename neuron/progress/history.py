@@ -33,9 +33,23 @@ class LoadHistory:
         """See `History.expected`."""
         return self._history.expected(key)
 
+    def ram_mb(self, key: LoadKey) -> int | None:
+        """The most that an engine of this key used of the host's RAM; None: never measured."""
+        return self._history.ram_mb.get(key)
+
+    async def record_ram(self, key: LoadKey, mb: int) -> None:
+        """Adds a measurement of an engine's RAM."""
+        history = self._history.with_ram(key, mb)
+        if history is not self._history:
+            self._history = history
+            await self._save()
+
     async def record(self, key: LoadKey, times: LoadTimes) -> None:
         """Adds a successful load. Returns when it is in the file, or a warning in the log."""
         self._history = self._history.with_load(key, times)
+        await self._save()
+
+    async def _save(self) -> None:
         if self._path is not None:
             # In its own task: cancelling the caller must not let two threads write at once.
             await asyncio.shield(asyncio.create_task(self._write(self._path), name="write history of loads"))

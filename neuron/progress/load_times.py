@@ -49,12 +49,22 @@ class History:
     """The last successful loads of each key, oldest first; the key with the latest load comes last."""
 
     loads: Mapping[LoadKey, tuple[LoadTimes, ...]] = field(default_factory=dict)
+    ram_mb: Mapping[LoadKey, int] = field(default_factory=dict)
+    """The most that an engine of a key used of the host's RAM; only of keys with a load."""
 
     def with_load(self, key: LoadKey, times: LoadTimes) -> History:
         """With one more load; drops the key's oldest load and the key that has not loaded for longest, if too many."""
         kept = {other: loads for other, loads in self.loads.items() if other != key}
         kept[key] = (*self.loads.get(key, ()), times)[-MAX_LOADS:]
-        return History(dict(list(kept.items())[-MAX_MODELS:]))
+        loads = dict(list(kept.items())[-MAX_MODELS:])
+        return History(loads, {other: mb for other, mb in self.ram_mb.items() if other in loads})
+
+    def with_ram(self, key: LoadKey, mb: int) -> History:
+        """With a measurement of the RAM that an engine uses. The same without a load of the key, and if more was
+        measured before."""
+        if key not in self.loads or mb <= self.ram_mb.get(key, 0):
+            return self
+        return History(self.loads, {**self.ram_mb, key: mb})
 
     def expected(self, key: LoadKey) -> LoadTimes | None:
         """Expected times of the next load; None without an earlier one.
@@ -90,6 +100,7 @@ def to_json(history: History) -> dict[str, Any]:
                 "quant": key.quant,
                 "source": key.source,
                 **({"parallel": key.parallel} if key.parallel else {}),
+                **({"ram_mb": history.ram_mb[key]} if key in history.ram_mb else {}),
                 "loads": [{phase: round(secs, 3) for phase, secs in times.phases.items()} for times in loads],
             }
             for key, loads in history.loads.items()
@@ -105,12 +116,14 @@ def from_json(data: object) -> History:
     """
     match data:
         case {"version": int(version), "models": list(models)} if version == VERSION:
-            return History(dict(_entry(entry) for entry in models[-MAX_MODELS:]))
+            entries = [_entry(entry) for entry in models[-MAX_MODELS:]]
+            ram_mb = {key: mb for key, _, mb in entries if mb is not None}
+            return History({key: loads for key, loads, _ in entries}, ram_mb)
         case _:
             raise ValueError(f"not version {VERSION} of the format")
 
 
-def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...]]:
+def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...], int | None]:
     match entry:
         case {
             "model_id": str(model_id),
@@ -122,7 +135,10 @@ def _entry(entry: object) -> tuple[LoadKey, tuple[LoadTimes, ...]]:
             **rest,
         } if isinstance(parallel := rest.get("parallel", ""), str):
             key = LoadKey(model_id, harness, tensor_parallel, quant, source, parallel)
-            return key, tuple(_times(times) for times in loads[-MAX_LOADS:])
+            ram_mb = rest.get("ram_mb")
+            if ram_mb is not None and not (isinstance(ram_mb, int) and ram_mb > 0):
+                raise ValueError(f"invalid ram_mb {ram_mb!r:.100}")
+            return key, tuple(_times(times) for times in loads[-MAX_LOADS:]), ram_mb
         case _:
             raise ValueError(f"invalid entry {entry!r:.100}")
 

@@ -26,7 +26,13 @@ class LoadProgress:
         self._started = self._phase_began = self._fraction_reached = started
         self._spent: dict[str, float] = {}
         self._overall: float | None = None
+        self._idle: tuple[float, str] | None = None
         self._reported = (reading.phase, reading.fraction, started)
+
+    def tell_idle(self, secs: float | None, text: str = "") -> None:
+        """The load has done nothing for `secs`, and `text` is the message. None: it works, and the message is its
+        own."""
+        self._idle = None if secs is None else (secs, text)
 
     @property
     def serving(self) -> bool:
@@ -62,7 +68,8 @@ class LoadProgress:
         return Progress(
             phase=self._reading.phase,
             fraction=self._reading.fraction,
-            message=self._reading.message,
+            message=self._idle[1] if self._idle else self._reading.message,
+            idle_secs=round(self._idle[0], 1) if self._idle else None,
             elapsed_secs=round(at.elapsed_secs, 3),
             phase_elapsed_secs=round(at.phase_secs, 3),
             overall=None if self._overall is None else round(self._overall, 4),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from shared.protocol.base import Mib, NameList, Text, WireModel
+from shared.protocol.context_length import ContextLength
 from shared.protocol.group import GroupPart
 from shared.protocol.parallel import Parallelism
 
@@ -32,8 +33,9 @@ class WantedModel(WireModel):
     `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
     one device. `parallel`, if given, says how the model is split; its `tensor` is `tensor_parallel`. `devices` None
     lets the neuron choose, else they are in the order of the ranks. `vram_mb` (MiB, sum of all devices) is the engine's
-    limit and reservation; None leaves it to the engine. `tools`: neuron puts the arguments that the model's family
-    needs for tools before `args`. A body with only `model_id` repeats the spec of an earlier load.
+    limit and reservation; None leaves it to the engine. `max_model_len`: the context length that the engine serves.
+    `tools`: neuron puts the arguments that the model's family needs for tools before `args`. A body with only
+    `model_id` repeats the spec of an earlier load.
 
     `instance` names one of several engines of the model on this neuron; None means any that has this spec. `variant`
     labels the spec: the name of a variant in the catalogue.
@@ -50,6 +52,7 @@ class WantedModel(WireModel):
     source: str | None = None
     args: NameList = Field(default_factory=list)
     vram_mb: Mib | None = Field(default=None, ge=1, le=MAX_VRAM_MB)
+    max_model_len: ContextLength = None
     served_names: NameList = Field(default_factory=list)
     tools: bool | None = None
 
@@ -70,7 +73,11 @@ class LoadCommand(WantedModel):
 
     def body(self) -> dict[str, Any]:
         """As JSON: a bare command has only names, and fields of later versions are there only if they are given."""
-        left_out = {name for name in ("parallel", "instance", "variant", "group") if getattr(self, name) is None}
+        left_out = {
+            name
+            for name in ("parallel", "instance", "variant", "group", "max_model_len")
+            if getattr(self, name) is None
+        }
         return self.model_dump(mode="json", exclude_defaults=self.bare, exclude=left_out)
 
 

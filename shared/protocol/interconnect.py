@@ -17,6 +17,7 @@ class LinkKind(str, Enum):
     """How two devices reach each other, best first (the legend of `nvidia-smi topo -m`)."""
 
     NVLINK = "nvlink"  # direct NVLink
+    XGMI = "xgmi"  # direct XGMI, between AMD's GPUs
     PIX = "pix"  # same board or at most one PCIe switch
     PXB = "pxb"  # several PCIe switches, no host bridge
     PHB = "phb"  # through a PCIe host bridge
@@ -36,7 +37,7 @@ class Link(WireModel):
 class LinkClass(IntEnum):
     """How two devices are connected, best first."""
 
-    NVLINK = 0
+    NVLINK = 0  # or XGMI
     PCIE_SWITCH = 1  # PCIe switches, no host bridge
     NUMA_NODE = 2  # a host bridge or a NUMA node
     UNKNOWN = 3  # across NUMA nodes, or unknown
@@ -65,6 +66,8 @@ class DevicePath(NamedTuple):
 
     def described(self, devices: int) -> str:
         """The connection of a set of `devices` devices, in words, if this is its worst path."""
+        if self.link_class is LinkClass.NVLINK and self.rank == _XGMI:
+            return "connected by XGMI"
         if self.link_class is LinkClass.NVLINK:
             least = "at least " if devices > 2 else ""
             return f"connected by NVLink ({least}{self.nvlinks} link{'s' if self.nvlinks != 1 else ''})"
@@ -80,8 +83,10 @@ SINGLE_DEVICE = DevicePath(LinkClass.NVLINK, 0, 0)
 
 _KINDS = list(LinkKind)  # best first
 _UNKNOWN = len(_KINDS)
+_XGMI = _KINDS.index(LinkKind.XGMI)
 _CLASSES = {
     LinkKind.NVLINK: LinkClass.NVLINK,
+    LinkKind.XGMI: LinkClass.NVLINK,
     LinkKind.PIX: LinkClass.PCIE_SWITCH,
     LinkKind.PXB: LinkClass.PCIE_SWITCH,
     LinkKind.PHB: LinkClass.NUMA_NODE,
@@ -109,8 +114,8 @@ def _path_of(link: Link | None) -> DevicePath:
 
 
 def nvlink_islands(paths: Mapping[Pair, DevicePath], among: Collection[int]) -> list[frozenset[int]]:
-    """The sets of two or more devices of `among` that are connected by NVLink, directly or through other devices of the
-    set."""
+    """The sets of two or more devices of `among` that are connected by NVLink or XGMI, directly or through others of
+    them."""
     found = [frozenset((index,)) for index in sorted(among)]
     for pair, path in paths.items():
         if path.link_class is LinkClass.NVLINK and set(among).issuperset(pair):

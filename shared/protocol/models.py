@@ -42,7 +42,8 @@ class Progress(WireModel):
     """Progress of a load. `fraction`: of the current phase, 0 to 1, None if unknown.
 
     `overall`: of the whole load, 0 to 1, never falling, None if unknown. `remaining_secs`: estimated from earlier loads
-    on that host, above 0, None if there are none.
+    on that host, above 0, None if there are none. `idle_secs`: for how long the load has done nothing, once that is
+    long; None while it works.
     """
 
     phase: str = ""
@@ -52,6 +53,7 @@ class Progress(WireModel):
     phase_elapsed_secs: float | None = None
     overall: float | None = None
     remaining_secs: float | None = None
+    idle_secs: float | None = None
 
 
 class Transition(WireModel):
@@ -129,11 +131,12 @@ class ModelView(ModelFacts):
     `vram_booked_mb`: reserved on all its devices together. `ram_used_mb`, `ram_booked_mb`: the host's RAM that its
     processes use and that is reserved for it; None where it is not counted. `slept_mb`: host memory of a sleeping
     model.
-    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `paths`: what its engine serves;
-    None if that is not known. `missing_paths`: paths of OpenAI's and Anthropic's APIs that its engine is known to lack,
-    such as `/v1/messages`. `keep_alive_secs`: how long its engine
-    keeps an idle connection open. `servable`: whether a loaded model can
-    answer now, also a bare boolean; None means that it can.
+    `endpoint`: where a loaded model answers, as in `GET /models/{id}/endpoint`. `engine_version`: of its engine's
+    program, None if that is not known. `max_model_len`: the tokens of prompt and answer together that its engine
+    serves, None until the engine has told. `paths`: what its engine serves; None if that is not known.
+    `missing_paths`: paths of OpenAI's and Anthropic's APIs that its engine is known to lack, such as `/v1/messages`.
+    `keep_alive_secs`: how long its engine keeps an idle connection open. `servable`: whether a loaded model can answer
+    now, also a bare boolean; None means that it can.
     """
 
     id: Text
@@ -159,6 +162,8 @@ class ModelView(ModelFacts):
     ram_booked_mb: Mib | None = None
     slept_mb: Mib | None = None
     endpoint: EndpointReply | None = None
+    engine_version: Text | None = None
+    max_model_len: Tokens | None = None
     paths: NameList | None = None
     missing_paths: NameList = Field(default_factory=list)
     keep_alive_secs: float | None = None

@@ -44,6 +44,16 @@ _SWITCHES = ("--data-parallel-hybrid-lb", "--data-parallel-external-lb", "--enab
 """Those with a `--no-` form."""
 
 
+CONTEXT_FLAG = "--max-model-len"
+_LIKE_CONTEXT_FLAG = "--max-mo"  # the shortest abbreviation that vLLM's parser takes for it alone
+
+
+def sets_context(args: Sequence[str]) -> bool:
+    """True if one of `args` sets the context length of a vLLM."""
+    names = (flag_name(arg) for arg in args)
+    return any(name.startswith(_LIKE_CONTEXT_FLAG) and CONTEXT_FLAG.startswith(name) for name in names)
+
+
 def refused_argument(args: Sequence[str]) -> str | None:
     """Why one of `args` cannot be passed to vLLM; None when all can.
 

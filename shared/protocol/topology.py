@@ -61,8 +61,8 @@ def combinable_numa_nodes(devices: Iterable[Device]) -> dict[int, int | None]:
 
 
 class HostResources(WireModel):
-    """What the host has besides its devices: RAM in MiB, at most what neuron's container may use, and the cores that
-    neuron may use."""
+    """What the host has besides its devices: RAM in MiB, at most what neuron's container may use, 0 where it is not
+    counted; and the cores that neuron may use."""
 
     ram_total_mb: Mib = 0
     cores: int = 0

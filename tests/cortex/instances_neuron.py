@@ -27,6 +27,7 @@ class InstancesNeuron(V1Neuron):
         self.since = 1.0
         self.process = f"{name}-1"  # another one after a restart
         self.variant: str | None = None  # of all engines
+        self.max_model_len: int | None = None  # of all engines
 
     def requests(self) -> dict[str, int]:
         """How many requests each engine got."""
@@ -42,6 +43,7 @@ class InstancesNeuron(V1Neuron):
                 "id": MODEL,
                 "instance": instance,
                 "variant": self.variant,
+                "max_model_len": self.max_model_len,
                 "harness": "vllm",
                 "status": status,
                 "devices": [place],

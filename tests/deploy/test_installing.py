@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from neuron.harness.command.preset_files import preset_names
+
 TOP = Path(__file__).parents[2]
 LINE = "cortex-neuron: request path not compiled, installing plain Python: no C compiler (absent-cc not found)"
 
@@ -40,6 +42,8 @@ def test_without_a_compiler_the_wheel_is_plain_python_and_one_line_says_so(tmp_p
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"cortex/models.example.toml", "cortex/proxy/relay.py", "neuron/sim/__main__.py"} <= set(names)
+    presets = {name.rpartition("/")[2] for name in names if name.startswith("neuron/harness/command/presets/")}
+    assert presets == {f"{preset}.toml" for preset in preset_names()}
     assert not [name for name in names if name.endswith(".so")]
 
 

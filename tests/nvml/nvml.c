@@ -18,11 +18,10 @@
  *
  * -DOLD_DRIVER leaves out what drivers before 510 do not export.
  */
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
+
+#define SCENARIO_VARIABLE "FAKE_NVML_FILE"
+#include "scenario.h"
 
 typedef int Return;
 typedef void *Device;
@@ -34,30 +33,6 @@ enum {
 };
 
 static int initialised = 0;
-
-/* The value of a key in `value`; 0 when the file has no such key. */
-static int find(char *value, size_t size, const char *format, ...)
-{
-    char key[128], line[512];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(key, sizeof key, format, arguments);
-    va_end(arguments);
-    const char *path = getenv("FAKE_NVML_FILE");
-    FILE *file = path ? fopen(path, "r") : NULL;
-    size_t length = strlen(key);
-    int found = 0;
-    while (file && !found && fgets(line, sizeof line, file)) {
-        if (strncmp(line, key, length) == 0 && line[length] == ' ') {
-            line[strcspn(line, "\n")] = 0;
-            snprintf(value, size, "%s", line + length + 1);
-            found = 1;
-        }
-    }
-    if (file)
-        fclose(file);
-    return found;
-}
 
 /* A handle is the index plus one, never NULL; that of a MIG device has its number plus one in the upper half. */
 static unsigned index_of(Device device)

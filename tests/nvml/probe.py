@@ -1,4 +1,4 @@
-"""A real process with an `NvmlTopologySource`: reads one command a line and answers each with a line of JSON.
+"""A real process with a `DetectedTopologySource`: reads one command a line and answers each with a line of JSON.
 
 Commands: discover, health, processes, and gap (the longest time in seconds that the event loop stood still during a
 `health`, and the time that call took).
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, Any
 
-from neuron.gpu.nvml import NvmlTopologySource
+from neuron.gpu.discovery import DetectedTopologySource
 from tests.nvml.library import REPOSITORY
 
 
@@ -57,7 +57,7 @@ def probing(environment: Mapping[str, str]) -> Iterator[Probe]:
         process.communicate()
 
 
-async def answer(source: NvmlTopologySource, command: str) -> Any:
+async def answer(source: DetectedTopologySource, command: str) -> Any:
     if command == "discover":
         topology = await source.discover()
         return {
@@ -72,7 +72,7 @@ async def answer(source: NvmlTopologySource, command: str) -> Any:
     return await _gap(source)
 
 
-async def _gap(source: NvmlTopologySource) -> dict[str, float]:
+async def _gap(source: DetectedTopologySource) -> dict[str, float]:
     longest, started = 0.0, time.monotonic()
     call = asyncio.create_task(source.health())
     while not call.done():
@@ -84,7 +84,7 @@ async def _gap(source: NvmlTopologySource) -> dict[str, float]:
 
 
 async def main() -> None:
-    source = NvmlTopologySource()
+    source = DetectedTopologySource()
     while line := await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps(await answer(source, line.strip())), flush=True)
     await source.close()

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from cortex.control.loads.neurons import NeuronAccess
-from cortex.fleet.groups import EngineGroup, incomplete_groups
+from cortex.fleet.groups import EngineGroup, groups_of
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot
 from cortex.fleet.state import NodeRemoved, RouteChanges
@@ -19,7 +19,9 @@ from shared.tasks import TaskSet, timeout
 log = logging.getLogger(__name__)
 
 BEGIN_SECS = 15.0
-"""How long all parts of a group may take to be listed, from the first: a neuron may wait for its GPUs' figures."""
+"""How long all parts of a group may take to be listed at first: a neuron may wait for its GPUs' figures."""
+VANISHED_SECS = 1.0
+"""How long a part that was listed may be missing: one answer of a neuron may lack an entry that does not read."""
 RETRY_SECS = 2.0
 """Pause before a part that could not be unloaded is tried again, and between two looks at incomplete groups."""
 _LOOK_SECS = 0.2
@@ -36,6 +38,7 @@ class GroupKeeper:
         self._fleet = neurons.fleet
         self._clock = clock
         self._seen: dict[str, float] = {}  # group -> when it was first seen incomplete
+        self._listed: dict[str, dict[str, frozenset[int]]] = {}  # model -> group -> the parts that have been listed
         self._ending: set[str] = set()
         self._tasks = TaskSet()
 
@@ -56,11 +59,14 @@ class GroupKeeper:
     def _look(self, models: set[str]) -> set[str]:
         """Takes down the broken groups of these models. Returns the models that have incomplete ones."""
         fleet = self._fleet.snapshot()
-        incomplete = {group.id: group for group in incomplete_groups(fleet, models)}
+        groups = groups_of(fleet, models)
+        self._note_listed(models, groups)
+        incomplete = {group.id: group for group in groups if group.lacks_parts}
         self._seen = {group: self._seen.get(group, self._clock()) for group in incomplete}
         for group in incomplete.values():
             reason = group.lost_part()
-            if reason is None and self._clock() - self._seen[group.id] >= BEGIN_SECS:
+            vanished = self._listed[group.model_id][group.id] - group.parts.keys()
+            if reason is None and self._clock() - self._seen[group.id] >= (VANISHED_SECS if vanished else BEGIN_SECS):
                 reason = group.missing_parts()
             evicting = any(part.key in fleet.evicting for part in group.parts.values())  # it goes as a whole
             if reason is not None and not evicting and group.id not in self._ending:
@@ -68,6 +74,12 @@ class GroupKeeper:
                 self._ending.add(group.id)
                 _ = self._tasks.spawn(self._take_down(group), name=f"take down group {group.id}")
         return {group.model_id for group in incomplete.values()}
+
+    def _note_listed(self, models: Iterable[str], groups: Sequence[EngineGroup]) -> None:
+        before = {group: parts for model in models for group, parts in self._listed.pop(model, {}).items()}
+        for group in groups:
+            listed = before.get(group.id, frozenset()) | group.parts.keys()
+            self._listed.setdefault(group.model_id, {})[group.id] = listed
 
     async def _take_down(self, group: EngineGroup) -> None:
         try:

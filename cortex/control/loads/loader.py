@@ -16,6 +16,7 @@ from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_pe
 from cortex.control.loads.evictor import Evictor, NoLongerNeeded
 from cortex.control.loads.group_loads import GroupLoads
 from cortex.control.loads.neurons import NeuronAccess
+from cortex.control.loads.served_contexts import ServedContexts
 from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
@@ -63,7 +64,7 @@ class LoadJob:
 
 
 class Loader:
-    """Owns the loads that this cortex has asked for."""
+    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Loader:
         self._live = live
         self._metrics = metrics
         self._state = state
+        self.contexts = ServedContexts(neurons.fleet)
         self._leases = leases
         self._clock = clock
         self._groups = GroupLoads(neurons, live)
@@ -143,6 +145,7 @@ class Loader:
     async def close(self) -> None:
         """Drops the loads; the neurons continue them."""
         await self._tasks.close()
+        await self.contexts.close()
 
     async def _run(
         self,
@@ -187,7 +190,7 @@ class Loader:
             "loading %s on %s, devices %s (%s); %s",
             plan.model_id,
             plan.key.name,
-            list(plan.devices),
+            list(plan.gpus) or "none",
             job.why,
             plan.reason,
         )
@@ -216,7 +219,8 @@ class Loader:
         job.loading_since = started_at = started
         node, client = self._neurons.node(plan.node), self._neurons.client(plan.node)
         fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
-        command = load_command(plan, self._live.catalogue.profile(plan.requested.name), node)
+        choice = self._live.catalogue.profile(plan.requested.name)
+        command = load_command(plan, choice, node)
         before = node.view(plan.model_id, plan.instance)
         asleep = before is not None and before.known_status is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.
@@ -251,10 +255,12 @@ class Loader:
         self._fleet.loaded(
             plan.key,
             harness=command.harness,
-            devices=plan.devices,
+            devices=plan.gpus,
             variant=plan.variant,
             endpoint=reply.endpoint,
         )
+        if choice is not None and not plan.wakes:
+            self.contexts.loaded(plan.key, choice)
         self._metrics.cold_start(plan.model_id, plan.node, took)
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
@@ -263,7 +269,7 @@ class Loader:
             await self._neurons.refresh(plan.node)
 
     def _count_as_loading(self, plan: LoadPlan) -> None:
-        status, devices = ModelStatus.LOADING.value, list(plan.devices)
+        status, devices = ModelStatus.LOADING.value, list(plan.gpus)
         instance = plan.instance or None
         view = ModelView(id=plan.model_id, instance=instance, variant=plan.variant, status=status, devices=devices)
         self._fleet.update_model(plan.node, view)

@@ -23,6 +23,10 @@ class MetricsSample(RequestCounts):
 
     work: tuple[float, ...] = ()
 
+    @property
+    def marks(self) -> tuple[float, ...]:
+        return (self.ended, *self.work)
+
 
 class MetricsProbe(ActivityProbe[MetricsSample]):
     """Reads the metrics that the description names; values of several label sets are added."""

@@ -17,7 +17,7 @@ from neuron.harness.command.placeholders import (
     values_of,
 )
 from neuron.harness.command.reading import DescribedLoadReading, failure_of, root_cause
-from neuron.harness.environment import engine_environment
+from neuron.harness.environment import NO_DEVICES, device_ids, device_variables, engine_environment
 from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.protocol import FailureCause
@@ -34,21 +34,28 @@ class CommandHarness(Harness):
         self._used = frozenset(name for word in words for name in placeholders_in(word))
         self.health_path = settings.health_path
         self.api_prefix = settings.api_prefix
+        self.context_field = settings.context_field
         self.runs_on_gpu = settings.devices != "none"
         self.takes_key = "key" in self._used
         self.waits_for_line = settings.ready_pattern is not None
         self.keeps_booking = settings.memory == "booked"
         self.stop_signal = settings.stop_signal
         self.paths = None if settings.paths is None else tuple(settings.paths)
+        self.python_package = settings.python_package
+        self.version_arguments = tuple(settings.version_arguments)
         missing = settings.missing_paths
         if settings.paths is not None:
             missing = [*missing, *(path for path in _TRANSLATABLE if path not in settings.paths)]
         self.missing_paths = tuple(dict.fromkeys(missing))
         self.activity = None if settings.activity == "none" else MetricsProbe(settings.activity)
 
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        command = tuple(settings.command or ())
+        return () if any(map(placeholders_in, command)) else command
+
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         settings = plan.settings
-        values = values_of(plan, facts, device_ids=settings.device_ids)
+        values = values_of(plan, facts, by=settings.device_ids)
         words = [*(settings.command or ()), *settings.arguments]
         # The operator's `extra_args` may have placeholders, a model's `args` are passed as they are.
         argv = [*filled(words, values), *plan.spec.args, *filled(settings.extra_args, values)]
@@ -73,6 +80,8 @@ class CommandHarness(Harness):
                 return "parallel", f"{name} is {size}, but the command line has no {{{name}}}"
         if spec.expert_parallel:
             return "parallel", "expert parallelism is not known of this engine"
+        if spec.context is not None and "context" not in self._used:
+            return "max_model_len", "its command line has no {context}"
         if spec.served_names and "names" not in self._used:
             return "served_names", "its command line has no {names}"
         return None
@@ -98,7 +107,6 @@ class CommandHarness(Harness):
         setting = self._settings.devices
         if setting == "none" or not (plan.devices or facts.has_gpu):
             return {}
-        ids = values_of(plan, facts, device_ids=self._settings.device_ids)["devices"] or ""
         if setting != "auto":
-            return {setting: ids}
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ids}
+            return {setting: ",".join(device_ids(plan.devices, self._settings.device_ids))}
+        return device_variables(plan.devices, facts, self._settings.device_ids) if plan.devices else dict(NO_DEVICES)

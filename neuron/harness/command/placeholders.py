@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from neuron.harness.base import LaunchFacts, LaunchPlan
+from neuron.harness.environment import DeviceIds, device_ids
 
 PLACEHOLDERS: Final = (
     "model",
@@ -50,18 +51,15 @@ def unknown_placeholder(text: str) -> str | None:
     return None
 
 
-def values_of(plan: LaunchPlan, facts: LaunchFacts, *, device_ids: str) -> dict[str, str | None]:
-    """The value of each placeholder for one engine; None where it is not known. `device_ids`: "uuid" or "index"."""
+def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[str, str | None]:
+    """The value of each placeholder for one engine; None where it is not known. `by`: how its devices are addressed."""
     spec = plan.spec
     is_path = spec.source.startswith("/")
     totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
     share = None
     if plan.share_mb is not None and totals:
         share = min(max(plan.share_mb * _DIGITS // min(totals), 1), _DIGITS) / _DIGITS
-    ids = [
-        device.uuid if device_ids == "uuid" and device.uuid is not None else str(device.index)
-        for device in plan.devices
-    ]
+    ids = device_ids(plan.devices, by)
     return {
         "model": spec.source,
         "model_path": spec.source if is_path else None,
@@ -69,7 +67,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, device_ids: str) -> dict[
         "id": spec.model_id,
         "names": ",".join((spec.model_id, *spec.served_names)),
         "quant": spec.quant,
-        "context": None,
+        "context": None if spec.context is None else str(spec.context),
         "host": plan.host,
         "port": str(plan.port),
         "key": plan.api_key,
@@ -80,7 +78,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, device_ids: str) -> dict[
         "data_parallel": str(spec.data_parallel),
         "memory_share": None if share is None else f"{share:.4f}",
         "memory_mb": None if plan.share_mb is None else str(plan.share_mb),
-        "cpu_count": str(len(facts.cpus)),
+        "cpu_count": str(len(plan.cores or facts.cpus)),
         "tmp_dir": str(plan.tmp_dir),
     }
 

@@ -13,6 +13,9 @@ from shared.protocol import FailureCause
 
 _MAX_MESSAGE: Final = 200  # characters
 _MAX_CAUSE: Final = 1000
+_CAUSE_LINES: Final = 300
+"""Of the end of the output: every pattern may look at all of them, while neuron does nothing else."""
+_AROUND: Final = " \t│"  # Python's command lines draw a box around their errors
 _GENERAL_ERRORS: Final = (
     ErrorPattern(pattern=r"(?i)out of memory|OutOfMemory|cannot allocate memory|bad_alloc", cause="node"),
     ErrorPattern(pattern=r"(?i)no space left on device|read-only file system|disk quota exceeded", cause="node"),
@@ -70,7 +73,7 @@ def _share(found: re.Match[str]) -> float | None:
 def root_cause(lines: Sequence[str], errors: Sequence[ErrorPattern]) -> str | None:
     """The line that says why the engine ended: the last one that matches the first pattern that any matches; None when
     none does."""
-    shortened = [line.strip()[:_MAX_CAUSE] for line in lines]
+    shortened = [line.strip(_AROUND)[:_MAX_CAUSE] for line in lines[-_CAUSE_LINES:]]
     for each in (*errors, *_GENERAL_ERRORS):
         found = next((line for line in reversed(shortened) if re.search(each.pattern, line)), None)
         if found is not None:

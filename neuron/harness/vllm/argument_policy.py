@@ -24,13 +24,20 @@ def has_flag(args: Sequence[str], *flags: str) -> bool:
     return any(arg.partition("=")[0].replace("_", "-") in flags for arg in args)
 
 
-def refused_in_group(args: Sequence[str]) -> str | None:
-    """Why vLLM's multi-node engine would refuse `args`: it has only the executor `mp`. Sees abbreviations too."""
+def executor(args: Sequence[str]) -> str | None:
+    """vLLM's executor for several workers that `args` choose last; None if they choose none. Sees abbreviations too."""
+    found = None
     for place, arg in enumerate(args):
         name = flag_name(arg)
         if name.startswith("--di") and _EXECUTOR.startswith(name):
             _, given, value = arg.partition("=")
-            backend = value if given else args[place + 1] if place + 1 < len(args) else ""
-            if backend != "mp":
-                return f"{arg!r}: {_EXECUTOR} {backend} cannot span hosts in this way"
-    return None
+            found = value if given else args[place + 1] if place + 1 < len(args) else ""
+    return found
+
+
+def refused_in_group(args: Sequence[str]) -> str | None:
+    """Why `args` cannot span hosts: vLLM's multi-node engine has the executor `mp`, and the other way is `ray`."""
+    chosen = executor(args)
+    if chosen in (None, "mp", "ray"):
+        return None
+    return f"{_EXECUTOR} {chosen} cannot span hosts, use mp or ray"

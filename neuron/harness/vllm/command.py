@@ -5,18 +5,29 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
-from neuron.harness.base import EarlyImports, EngineCommand, GroupNetwork, Harness, LaunchFacts, LaunchPlan
-from neuron.harness.environment import engine_environment
+from neuron.config import HarnessSettings
+from neuron.harness.base import (
+    EarlyImports,
+    EngineCommand,
+    GroupNetwork,
+    Harness,
+    LaunchFacts,
+    LaunchPlan,
+)
+from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
 from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
+from neuron.harness.vllm.estimate.overhead import CPU_PROCESSES_MB
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
+from neuron.harness.vllm.ray import spans_with_ray, with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
 from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
@@ -24,9 +35,12 @@ from neuron.progress.phases import LoadReading
 from neuron.spec import EngineSpec
 from shared.gpus import DEFAULT_ENGINE_SHARE
 from shared.protocol import FailureCause, GroupPart
-from shared.protocol.reserved_arguments import refused_argument
+from shared.protocol.context_length import AUTO
+from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, sets_context
 
 DEFAULT_COMMAND = ("vllm",)
+CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB of KV cache of a vLLM on the CPU, instead of a fraction of the memory."""
 _DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
@@ -43,9 +57,21 @@ class VllmHarness(Harness):
 
     runs_on_gpu = True
     spans_hosts = True
+    sizes_itself = True
+    cache_variables = MappingProxyType({"VLLM_CACHE_ROOT": "vllm"})
     activity = VllmActivity()
     sleep = VllmSleep()
     estimator = VllmEstimator()
+    python_package = "vllm"
+    option_files: tuple[str, ...] = (
+        "vllm/engine/arg_utils.py",
+        "vllm/entrypoints/openai/cli_args.py",
+        "vllm/entrypoints/launchers/cli_args.py",
+    )
+    version_arguments: tuple[str, ...] = ("--version",)
+
+    def program(self, settings: HarnessSettings) -> tuple[str, ...]:
+        return tuple(settings.command or DEFAULT_COMMAND)
 
     def memory_requirement(self, spec: EngineSpec, share_mb: int | None, args: Sequence[str]) -> MemoryRequirement:
         """The fraction that its arguments set, else `share_mb`, else vLLM's default fraction."""
@@ -71,15 +97,18 @@ class VllmHarness(Harness):
         fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
-            own["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or str(device.index) for device in plan.devices)
-        if not facts.has_gpu and THREADS_BIND not in facts.environ:
-            own |= cpu_binding(plan.spec.device_count, facts.cpus)
+            # vLLM 0.22 and older end with an error on the UUID of a GPU.
+            own |= device_variables(plan.devices, facts, "index" if plan.installed.before(0, 23) else "uuid")
+        else:
+            argv += _ram_arguments(plan, facts)
+        on_cpu = not facts.has_gpu or plan.ram_mb is not None
+        if on_cpu and THREADS_BIND not in facts.environ:
+            own |= cpu_binding(plan.spec.device_count, facts.cpus, plan.cores)
         if plan.control_key is not None and self.can_sleep(plan, facts):
             argv += sleep_arguments(plan, facts)
             fixed = guarded_environment(plan, facts, plan.control_key)
-        argv += plan.arguments
-        return EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed))
+        argv += [*plan.arguments, *context_arguments(plan.spec)]
+        return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 
     def tool_arguments(self, names: Sequence[str], args: Sequence[str]) -> tuple[str, ...]:
         return tool_arguments(names, args)
@@ -92,6 +121,11 @@ class VllmHarness(Harness):
 
     def refused_in_group(self, args: Sequence[str]) -> str | None:
         return refused_in_group(args)
+
+    def refused_spec(self, spec: EngineSpec) -> tuple[str, str] | None:
+        if spec.max_model_len is not None and sets_context(spec.args):
+            return "max_model_len", f"{CONTEXT_FLAG} is in its args too, remove one of them"
+        return super().refused_spec(spec)
 
     def code_argument(self, args: Sequence[str]) -> str | None:
         return code_argument(args)
@@ -116,7 +150,7 @@ def serve_arguments(plan: LaunchPlan, default_command: Sequence[str]) -> list[st
     argv += ["--served-model-name", spec.model_id, *spec.served_names]
     argv += ["--host", plan.host, "--port", str(plan.port)] if spec.serves else ["--headless"]
     argv += parallel_arguments(spec)
-    if spec.group is not None:
+    if spec.group is not None and not spans_with_ray(plan):
         argv += group_arguments(spec.group)
     if spec.quant is not None:
         argv += ["--quantization", spec.quant]
@@ -133,6 +167,14 @@ def parallel_arguments(spec: EngineSpec) -> list[str]:
     }
     argv = [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
     return [*argv, "--enable-expert-parallel"] if spec.expert_parallel else argv
+
+
+def context_arguments(spec: EngineSpec) -> list[str]:
+    """Those that limit the context. They come last: of two equal flags vLLM takes the last, and a host's `extra_args`
+    must not make the model's longer. A vLLM of 0.14 or later fits `auto` to its memory itself."""
+    if spec.context is not None:
+        return [CONTEXT_FLAG, str(spec.context)]
+    return [CONTEXT_FLAG, AUTO] if spec.max_model_len == AUTO and spec.fitted_len is None else []
 
 
 def group_arguments(part: GroupPart) -> list[str]:
@@ -182,15 +224,31 @@ def _memory_arguments(plan: LaunchPlan) -> list[str]:
     return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
 
 
-def cpu_binding(ranks: int, cpus: Sequence[int]) -> dict[str, str]:
-    """Cores for each rank of a parallel engine on a CPU host, in the order of the ranks.
+def _ram_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
+    """The same for an engine on the CPU: a fraction of the memory of the NUMA node, which a worker then holds, its
+    weights included. Without it a worker takes 92 % of the node. The other processes of the engine are not part of it.
+    A size of the cache that the operator has set goes first."""
+    given = (*plan.settings.env, *facts.environ)
+    if plan.share_mb is None or not facts.node_ram_mb or plan.ram_mb is None or CPU_CACHE in given:
+        return []
+    if has_flag(plan.arguments, *SIZES_MEMORY):
+        return []
+    worker_mb = max(plan.share_mb // 2, plan.share_mb - CPU_PROCESSES_MB // plan.spec.device_count)
+    parts = math.floor(worker_mb * _DIGITS / facts.node_ram_mb)
+    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
+
+
+def cpu_binding(ranks: int, cpus: Sequence[int], cores: Sequence[int] = ()) -> dict[str, str]:
+    """Cores for each rank of an engine on the CPU, in the order of the ranks: `cores`, where the engine gets only some
+    of the host's `cpus`.
 
     vLLM's own binding needs a NUMA node for each rank and fails with fewer. With fewer cores than ranks it is left to
     vLLM anyway: ranks that share a core would wait for each other in spin locks.
     """
-    if not 1 < ranks <= len(cpus):
+    some = bool(cores) and set(cores) < set(cpus)
+    ordered = sorted(cores if some else cpus)
+    if not (1 if some else 2) <= ranks <= len(ordered):
         return {}
-    ordered = sorted(cpus)
     per_rank = len(ordered) // ranks
     parts = [ordered[rank * per_rank : (rank + 1) * per_rank] for rank in range(ranks)]
     return {THREADS_BIND: "|".join(map(_core_list, parts))}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from neuron.estimate.options import EngineOptions, human_number, length_of
 from neuron.spec import EngineSpec
 from shared.errors import InvalidRequest
+from shared.protocol.reserved_arguments import CONTEXT_FLAG
 
 UTILIZATION = ("--gpu-memory-utilization", "--device-memory-utilization")
 SIZES_MEMORY = (*UTILIZATION, "--kv-cache-memory-bytes")
@@ -38,7 +39,7 @@ def options_of(spec: EngineSpec) -> EngineOptions:
     given = dict(_flags(spec.args))
     utilization = _fraction(given, "--gpu-memory-utilization")
     return EngineOptions(
-        max_model_len=length_of(given["--max-model-len"], "args") if "--max-model-len" in given else None,
+        max_model_len=spec.context or _context_in(given),
         max_num_seqs=_whole(given, "--max-num-seqs"),
         max_num_batched_tokens=_whole(given, "--max-num-batched-tokens"),
         kv_cache_dtype=given.get("--kv-cache-dtype", "auto"),
@@ -57,6 +58,10 @@ def options_of(spec: EngineSpec) -> EngineOptions:
         expert_parallel=spec.expert_parallel,
         not_counted=tuple(flag for flag in _NOT_COUNTED if flag in given),
     )
+
+
+def _context_in(given: Mapping[str, str]) -> int | None:
+    return length_of(given[CONTEXT_FLAG], "args") if CONTEXT_FLAG in given else None
 
 
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,10 @@ _MARKS = tuple(
     )
 )
 # The weights are loaded: compiling follows, unless it is switched off.
-_MODEL_LOADED = re.compile(r"Model loading took|Memory profiling takes|Available KV cache memory|KV cache size:")
+# A part of an engine with Ray says no more than that its node runs: what its workers say is in the output of rank 0.
+_MODEL_LOADED = re.compile(
+    r"Model loading took|Memory profiling takes|Available KV cache memory|KV cache size:|Ray runtime started"
+)
 _SERVING = re.compile(r"Starting vLLM (?:API )?server|Application startup complete")
 
 

@@ -16,8 +16,9 @@ from neuron.harness.vllm.errors import weights_mb
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE, digest_of
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
+_GUARD_ARGUMENTS = ("--middleware", "neuron_guard.Guard")
 # Development mode logs a traceback for each refused request, which would hide the cause of a failure.
-_GUARD_ARGUMENTS = ("--middleware", "neuron_guard.Guard", "--no-log-error-stack")
+_QUIET = "--no-log-error-stack"
 _GUARD_DIRECTORY = str(Path(guard.__file__).parent)
 
 
@@ -47,6 +48,8 @@ def vllm_can_sleep(plan: LaunchPlan, facts: LaunchFacts) -> bool:
     sleep and frees no memory. A model with `--no-enable-sleep-mode` among its arguments never sleeps.
     """
     mode = plan.settings.sleep_mode
+    if plan.installed.lacks("enable_sleep_mode", beside="gpu_memory_utilization"):
+        return False
     return _may_sleep(plan) and (mode == "dev" or (mode is True and facts.has_gpu))
 
 
@@ -57,8 +60,9 @@ def sim_can_sleep(plan: LaunchPlan) -> bool:
 
 def _may_sleep(plan: LaunchPlan) -> bool:
     # A part of a group cannot: the neurons of the other parts would not learn that their memory is free.
-    alone = plan.spec.group is None
-    return alone and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
+    # On the CPU nothing would be freed: its weights are in RAM already.
+    may = plan.spec.group is None and plan.ram_mb is None
+    return may and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
 
 
 def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
@@ -68,7 +72,8 @@ def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
     sees the same path as the routes.
     """
     pool = facts.has_gpu and not has_flag(plan.arguments, "--enable-sleep-mode")
-    return [*_GUARD_ARGUMENTS, *(["--enable-sleep-mode"] if pool else [])]
+    quiet = not plan.installed.lacks("log_error_stack", beside="middleware")
+    return [*_GUARD_ARGUMENTS, *([_QUIET] if quiet else []), *(["--enable-sleep-mode"] if pool else [])]
 
 
 def control_environment(control_key: str) -> dict[str, str]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from neuron.config import NeuronConfig
 from neuron.engine.engine import Engine
 from neuron.engine.state_dir import StateDir
+from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.spare.program import NotPython
 from neuron.lifecycle.spare.spare import Spare, SpareFailed, SpareOrigin, SpareState
-from neuron.memory.host_memory import SleepBudget, host_memory
 from shared.protocol import SpareView
 from shared.tasks import first_of
 
@@ -47,13 +47,11 @@ class Spares:
     A harness gets one after its first load: what that load was started with is what the next is likely to need.
     """
 
-    def __init__(
-        self, config: NeuronConfig, state: StateDir, numbers: Iterator[int], sleep_budget: SleepBudget
-    ) -> None:
+    def __init__(self, config: NeuronConfig, state: StateDir, numbers: Iterator[int], memory: EngineMemory) -> None:
         self._config = config
         self._state = state
         self._numbers = numbers
-        self._sleep_budget = sleep_budget
+        self._memory = memory
         self._kinds: dict[str, _Kind] = {}
         self._pauses = 0
         self._pause_began = asyncio.Event()
@@ -158,7 +156,7 @@ class Spares:
     async def _has_room(self, name: str, size_mb: int) -> bool:
         if self._config.harness_settings(name).spare is True:
             return True
-        memory = await host_memory(self._config, taken_mb=self._sleep_budget.taken_mb + self.memory_mb)
+        memory = await self._memory.host_memory(taken_mb=self.memory_mb)
         return memory is None or memory.has_room(size_mb)
 
     async def _make(self, name: str, kind: _Kind) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from cortex.api.context_lengths import length_in
+from shared.protocol.context_length import length_in
 from shared.tasks import timeout
+from tests.cortex import instances_neuron
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import cortex_process
+from tests.cortex.instances_neuron import InstancesNeuron
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import connected, request, until
@@ -101,6 +103,31 @@ async def test_reloaded_engine_is_asked_again(start_cortex: StartCortex, engine:
                 pass
 
 
+async def test_the_shortest_of_the_present_engines_is_told(start_cortex: StartCortex) -> None:
+    """Each location has its own, as its neuron tells it; `id@variant` has that of its engines. Without any, what was
+    last known stays."""
+    model = instances_neuron.MODEL
+    one, two = InstancesNeuron("one", "0"), InstancesNeuron("two", "0")
+    one.variant, one.max_model_len = "fp8", 8000
+    two.variant, two.max_model_len = "awq", 4000
+    async with one.running(), two.running():
+        cortex = await start_cortex([one, two], [{"id": model, "variants": [{"quant": "fp8"}, {"quant": "awq"}]}])
+
+        async def length(name: str) -> int:
+            tokens: int = (await told(cortex.url, f"/v1/models/{name}"))["max_model_len"]
+            return tokens
+
+        entry = await told(cortex.url, f"/v1/models/{model}")
+        assert {each["node"]: each["max_model_len"] for each in entry["locations"]} == {"one": 8000, "two": 4000}
+        assert [await length(name) for name in (model, f"{model}@fp8", f"{model}@awq")] == [4000, 8000, 4000]
+        for neuron, left in ((two, {"one"}), (one, set())):
+            neuron.statuses["0"] = "unloaded"
+            await cortex.until(lambda: {e.node.name for e in cortex.parts.fleet.snapshot().serving(model)} == left)  # noqa: B023
+            assert [await length(name) for name in (model, f"{model}@awq")] == [8000, 4000]
+        assert not one.engines["0"].listed
+        assert not two.engines["0"].listed
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"no", b"[]", b'{"data": 1}', b'{"data": [1, {"id": "x", "max_model_len": "9"}]}']
 )
@@ -142,6 +169,7 @@ async def test_length_survives_a_restart(tmp_path: Path, benjy: V1Neuron) -> Non
 def test_own_entry_comes_first() -> None:
     """Of several models in an engine's list its own name counts; a single one under another name counts too."""
     assert length_in(MODEL, PAGE) == 40960
+    assert length_in("m", {"data": [{"id": "m", "meta": {"n_ctx": 9}}]}, "meta.n_ctx") == 9
     assert length_in("other", {"data": [{"id": "path"}, {"id": "x", "max_model_len": 7}]}) == 7
     with pytest.raises(ValueError, match="no max_model_len"):
         length_in(MODEL, {"data": [{"id": MODEL, "max_model_len": True}]})

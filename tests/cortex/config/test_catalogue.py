@@ -208,6 +208,16 @@ def test_aliases(tmp_path: Path) -> None:
         ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),
         ("[[models]]\nid = 'a'\n[models.limit]\ncontext = 0", "models[0].limit.context = 0: "),
         ("[[models]]\nid = 'a'\n[models.limit]\nmax = 1", "models[0].limit.max: unknown key"),
+        (
+            "[[models]]\nid = 'a'\nmax_model_len = 0",
+            "models[0].max_model_len = 0: must be a number of tokens, at least 1,",
+        ),
+        ("[[models]]\nid = 'a'\nmax_model_len = '32k'", "models[0].max_model_len = '32k': must be a number of tokens"),
+        (
+            "[[models]]\nid = 'a'\nmax_model_len = 9\nargs = ['--max_model_len=8']",
+            "max_model_len: --max-model-len is in args too, remove one of them",
+        ),
+        (f"{TWO}args = ['--max-model-len', '8']\nmax_model_len = 'auto'", "--max-model-len is in args too"),
         ("[aliases]\nx = 'nothing'", "'x' points to 'nothing', which is not in this catalogue"),
         ("[[models]]\nid = 'a'\n[aliases]\na = 'a'", "'a' is also the id of a model"),
         ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' points to 'b', which is not in this catalogue"),

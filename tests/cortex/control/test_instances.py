@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -143,6 +144,17 @@ async def test_unloading_one_instance_leaves_the_others_served(cortex: RunningCo
     assert set(host.statuses) == set(EIGHT) - {"2"}
 
 
+async def test_an_instance_is_unloaded_for_some_time(cortex: RunningCortex, host: InstancesNeuron) -> None:
+    """The others stay, and its neuron gets no other one in its place until the time is over or an operator loads it."""
+    status, answer = await act(cortex, "unload", node="box", instance="1", for_secs=3600)
+    assert (status, host.unloads) == (200, ["1"])
+    assert answer["held_until"] > time.time()
+    assert instances(cortex) == set(EIGHT) - {"1"}
+    assert cortex.parts.scheduler.view().held_until(MODEL, "box") is not None
+    assert (await act(cortex, "load", node="box", instance="1"))[0] == 200
+    assert cortex.parts.scheduler.view().held_until(MODEL, "box") is None
+
+
 async def test_an_operator_names_the_instance_to_load(cortex: RunningCortex, host: InstancesNeuron) -> None:
     """One that serves is left alone, another one is loaded beside it."""
     assert await act(cortex, "load", node="box", instance="1") == (
@@ -161,12 +173,6 @@ async def test_an_operator_names_the_instance_to_load(cortex: RunningCortex, hos
         ("load", {"instance": "1"}, 400, "name the neuron too (--on, node)"),
         ("unload", {"instance": "1"}, 400, "name the neuron too (--on, node)"),
         ("unload", {"node": "box", "instance": "9"}, 404, "no instance '9' of 'org/m', only 0, 1, 2, 3, 4, 5, 6, 7"),
-        (
-            "unload",
-            {"node": "box", "instance": "1", "for_secs": 9},
-            400,
-            "--for (for_secs) holds back the model, not one instance",
-        ),
         ("load", {"node": "box", "instance": "a b"}, 400, "instance"),
     ],
 )

@@ -33,6 +33,7 @@ def told(status: str, progress: Progress | None = None, *, loading: bool = False
             ": loading weights 40 %, about 35 s left",
         ),
         (Progress(phase="compiling", remaining_secs=3), ": compiling, about 3 s left"),
+        (Progress(phase="compiling", remaining_secs=3, idle_secs=130.2), ": compiling, nothing done for 130 s"),
         (Progress(phase="compiling"), ": compiling"),
         (Progress(remaining_secs=3), ": about 3 s left"),
         (Progress(), " for 12 s"),

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 
-from cortex.fleet.groups import incomplete_groups
+from cortex.fleet.groups import groups_of
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from shared.protocol import GroupPart, ModelView
 from tests.cortex.fleets import node
@@ -39,5 +39,6 @@ def host(name: str, rank: int, status: str = "loaded", *, healthy: bool = True) 
 )
 def test_parts_to_take_down(first: NodeSnapshot, second: NodeSnapshot, left: list[str] | None) -> None:
     """`left`: the neurons whose parts can be unloaded, None if there is nothing to do."""
-    found = incomplete_groups(FleetSnapshot({each.name: each for each in (first, second)}), [MODEL])
+    fleet = FleetSnapshot({each.name: each for each in (first, second)})
+    found = [group for group in groups_of(fleet, [MODEL]) if group.lacks_parts]
     assert [[part.node.name for part in group.reachable] for group in found] == ([] if left is None else [left])

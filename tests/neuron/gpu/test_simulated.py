@@ -11,9 +11,9 @@ import pytest
 
 from neuron.config import NeuronConfig, SimulatedDevice, SimulateSettings
 from neuron.gpu import simulated_vram as vram
-from neuron.gpu.simulated import SimulatedTopologySource, resolve_device
+from neuron.gpu.simulated import SimulatedTopologySource, links_of, resolve_device, resolve_devices
 from shared.gpus import PRESETS, find_preset
-from shared.protocol import LinkKind
+from shared.protocol import Device, LinkKind
 from shared.settings import SettingsError, validate_settings
 
 
@@ -138,3 +138,48 @@ def test_devices_in_neuron_toml() -> None:
     assert config.simulate is not None
     names = [resolve_device(entry, index=0, host="").name for entry in config.simulate.devices]
     assert names == ["RTX 5090", "RTX 4090"]
+
+
+MIG = {"kind": "mig", "parent": 1}
+
+
+def simulated(*devices: object) -> tuple[Device, ...]:
+    return resolve_devices(SimulateSettings.model_validate({"devices": devices}), host="x")
+
+
+def test_mig_instances() -> None:
+    """They are numbered by their GPU, have its facts and the memory of their profile; the GPU is in MIG mode."""
+    found = simulated("L4", "A100", {**MIG, "profile": "1g.10gb"}, {**MIG, "vram_total_mb": 40000, "name": "half"})
+    assert [(each.index, each.name, each.vram_total_mb, each.parent, each.mig_mode) for each in found] == [
+        (0, "L4", 23034, None, None),
+        (1, "A100 80GB", 81920, None, True),
+        (201, "A100 80GB MIG 1g.10gb", 9850, 1, None),
+        (202, "half", 40000, 1, None),
+    ]
+    assert found[2].is_mig_instance
+    assert found[2].compute_capability == "8.0"
+    assert str(found[2].uuid).startswith("MIG-")
+    assert [(link.a, link.b) for link in links_of(found, nvlink=True)] == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        (("L4", MIG), r"devices\[1\].parent = 1: must be the index of an NVIDIA GPU before it"),
+        (("L4", "L4", MIG), r"devices\[2\]: must have vram_total_mb, or a profile"),
+        (("L4", "L4", {**MIG, "profile": "1g.10gb"}, "L4"), r"devices\[3\]: GPUs come before MIG instances"),
+        (("L4", "L4", {**MIG, "profile": "1g.10gb", "index": 2}), r"devices\[2\].index = 2: must be 201"),
+    ],
+)
+def test_impossible_mig_instances(devices: tuple[object, ...], reason: str) -> None:
+    """Refused with the key."""
+    with pytest.raises(SettingsError, match=reason):
+        simulated(*devices)
+
+
+def test_amd_gpus() -> None:
+    """They have XGMI where NVIDIA's have NVLink, and no compute capability."""
+    card = {"name": "MI300X", "vram_total_mb": 196592, "vendor": "amd"}
+    found = simulated(card, card)
+    assert [(each.vendor, each.compute_capability) for each in found] == [("amd", None)] * 2
+    assert [link.kind for link in links_of(found, nvlink=True)] == [LinkKind.XGMI]

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 from blockbuster import blockbuster_ctx
 
@@ -98,6 +100,23 @@ async def test_two_groups_do_not_wait_for_each_other(pair: list[Neuron], mark: s
     assert [(await begin_part(pair[1 - rank], other, "g3", rank, again)).status for rank in (0, 1)] == [202, 202]
     for neuron in pair:
         await neuron.until_status(other, "loaded")
+
+
+async def test_a_ring_of_starting_groups_ends(pair: list[Neuron], mark: str, tmp_path: Path) -> None:
+    """Each of three groups has begun on one host and would wait on the next for the group there. Whatever the order in
+    which their other parts come, the one that would close the ring is refused, and the others start."""
+    async with neuron_here(config_of(tmp_path / "c", sim={"port_range": [28900, 29299]})) as third:
+        ring: list[Client] = [*pair, third]
+        names = ["org/x", "org/y", "org/z"]
+        at = [await checked_group(f"g{i}", [ring[i], ring[(i + 1) % 3]]) for i in range(3)]
+        for i in range(3):
+            assert (await begin_part(ring[i], names[i], f"g{i}", 0, at[i])).status == 202
+        others = {i: await begin_part(ring[(i + 1) % 3], names[i], f"g{i}", 1, at[i]) for i in (2, 0, 1)}
+        assert {i: answer.status for i, answer in others.items()} == {0: 202, 1: 202, 2: 503}
+        assert (await ring[2].unload(names[2])).status == 200
+        for i in (0, 1):
+            for neuron in (ring[i], ring[i + 1]):
+                await neuron.until_status(names[i], "loaded")
 
 
 async def test_a_part_beside_another_group_is_accepted(pair: list[Neuron], mark: str) -> None:
@@ -215,3 +234,27 @@ async def test_a_neuron_that_cannot_be_reached_is_named(pair: list[Neuron]) -> N
     assert (await pair[1].call("POST", "/groups/reach", json=told)).body == {
         "unreachable": {"gone": "Connection refused"}
     }
+
+
+async def test_an_engine_with_ray(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each neuron runs one Ray node of a cluster that only this engine uses, and rank 0 the engine beside it. All of it
+    ends with the parts. `ray` is a stand-in."""
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("fake_ray.py")}" "$@"\n')
+    ray.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ray.parent}:{os.environ['PATH']}")
+    async with neurons_here(tmp_path) as pair:
+        answers = await load_parts("g1", list(pair), "--distributed-executor-backend", "ray")
+        assert [answer.status for answer in answers] == [200, 200], answers
+        assert await ask(answers[0].body["url"], answers[0].body["api_key"]) == 200
+        for neuron in pair:
+            assert (await neuron.unload(MODEL)).status == 200
+        assert not marked_processes(mark)
+        await load_parts("g2", list(pair), "--distributed-executor-backend", "ray")
+        [head] = [pid for pid in marked_processes(mark) if "--head" in psutil.Process(pid).cmdline()]
+        os.kill(head, signal.SIGKILL)
+        await pair[0].until_status(MODEL, "failed")
+        assert "the Ray node exited with status -9" in (await pair[0].model(MODEL))["error"]
+        assert (await pair[1].unload(MODEL)).status == 200
+        await until(lambda: not marked_processes(mark))

@@ -69,8 +69,8 @@ def test_devices_and_memory_are_those_of_the_part() -> None:
         ({"parallel": {"tensor": 3}}, "parallel", "cannot be split evenly"),
         ({}, "parallel", "1 devices cannot be split evenly over 2 neurons"),
         ({"parallel": {"tensor": 2}, "devices": [0, 1]}, "devices", "part 1 of 2 of group g1 has 1 of tensor 2"),
-        ({"parallel": {"tensor": 2}, "args": ["--distributed-executor-backend", "ray"]}, "args", "cannot span hosts"),
-        ({"parallel": {"tensor": 2}, "args": ["--distributed-ex=ray"]}, "args", "cannot span hosts"),
+        ({"parallel": {"tensor": 2}, "args": ["--distributed-executor-backend", "uni"]}, "args", "cannot span hosts"),
+        ({"parallel": {"tensor": 2}, "args": ["--distributed-ex=external_launcher"]}, "args", "cannot span hosts"),
         ({"parallel": {"tensor": 2}, "args": ["--master-port", "1"]}, "args", "--master-port is set by neuron"),
         ({"parallel": {"tensor": 2}, "args": ["--headless"]}, "args", "--headless is set by neuron"),
     ],
@@ -108,6 +108,24 @@ def test_the_command_line_of_a_part(harness: str, rank: int) -> None:
     assert ("--headless" in command.argv, words(command.argv, "--port")) == ((True, None) if rank else (False, "20001"))
     assert command.env["VLLM_HOST_IP"] == "10.0.0.2"
     assert command.env["NCCL_SOCKET_IFNAME"] == command.env["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+@pytest.mark.parametrize(("executable", "ray"), [(None, "ray"), ("/opt/vllm/bin/vllm", "/opt/vllm/bin/ray")])
+def test_the_command_lines_with_ray(executable: str | None, ray: str) -> None:
+    """Each part brings a Ray node with its devices; only rank 0 runs vLLM, without the multi-node flags."""
+    argvs: list[tuple[str, ...]] = []
+    for rank in (0, 1):
+        fields = {"parallel": {"tensor": 2}, "group": {**PART, "rank": rank}}
+        plan, facts = planned(spec(args=["--distributed-executor-backend=ray"], **fields))
+        settings = plan.settings.model_copy(update={"command": None if executable is None else [executable]})
+        plan = replace(plan, settings=settings, network=GroupNetwork("10.0.0.2", "eth0"))
+        command = HARNESSES["vllm"].command(plan, facts)
+        assert command.env["RAY_ADDRESS"] == "10.0.0.1:21000"
+        argvs.append(command.argv)
+    given = [{flag: words(argv, flag) for flag in ("--ray", "--address", "--own-address", "--gpus")} for argv in argvs]
+    assert given == [{"--ray": ray, "--address": "10.0.0.1:21000", "--own-address": "10.0.0.2", "--gpus": "1"}] * 2
+    assert [any("serve" in word for word in argv) for argv in argvs] == [True, False]
+    assert not {"--nnodes", "--master-addr", "--headless"} & {*argvs[0], *argvs[1]}
 
 
 def test_whose_network_variables_count() -> None:

@@ -32,13 +32,15 @@ async def test_load_answers_when_the_engine_is_healthy(neuron: Neuron) -> None:
 
 
 async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
-    """`vram_used_mb` is what the engine really holds, and the device's own figure agrees."""
-    await neuron.load(MODEL, tensor_parallel=2, vram_mb=20_000)
+    """`vram_used_mb` is what the engine really holds, and the device's own figure agrees; `max_model_len` is what the
+    engine says."""
+    await neuron.load(MODEL, "--max-model-len", "5000", tensor_parallel=2, vram_mb=20_000)
     view = await neuron.model(MODEL)
     assert view["status"] == "loaded"
     assert view["harness"] == "sim"
     assert view["devices"] == [0, 1]
     assert view["vram_used_mb"] == 20_000
+    assert view["max_model_len"] == 5000
     assert view["error"] is None
     devices = (await neuron.call("GET", "/health")).body["devices"]
     assert [device["vram_used_mb"] for device in devices] == [10_000, 10_000]

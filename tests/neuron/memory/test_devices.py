@@ -22,6 +22,8 @@ from shared.protocol import GroupPart, Link, LinkKind, Parallelism
 from tests.neuron.hosts import ISLANDS, MESH, MIXED, PAIRS, SWITCHES, host, linked, measured, spec
 
 HALF = Need(fraction=0.5)
+_LINKED = host(*["H100"] * 4, links=linked([(0, 1), (2, 3)], LinkKind.XGMI))
+XGMI_PAIRS = replace(_LINKED, devices=tuple(each.model_copy(update={"vendor": "amd"}) for each in _LINKED.devices))
 
 
 def booked(*devices: int, mb: int = 8000) -> Booking:
@@ -229,6 +231,8 @@ def test_one_fraction_for_unequal_cards() -> None:
          " 16303 MiB left over"),
         (MIXED, 4, Need(1), "4 of 4 devices with enough memory: 0, 1, 2 and 3, on one NUMA node;"
          " cards differ (3060, 5090, 4090)"),
+        (XGMI_PAIRS, 2, Need(1), "2 of 4 devices with enough memory: 0 and 1, connected by XGMI; closest fit, 163116"
+         " MiB left over; keeps XGMI-linked 2+3 free"),
         (host("4090", "4090"), 2, Need(1), "2 of 2 devices with enough memory: 0 and 1, no fast path between them"
          " known"),
     ],
@@ -282,7 +286,7 @@ def grade_of(topology: Topology, a: int, b: int) -> tuple[int, int, int]:
     """The documented grade of a pair, calculated independently: class of the path, negated number of NVLinks, position
     in nvidia-smi's list."""
     link = next((link for link in topology.links if (link.a, link.b) == (min(a, b), max(a, b))), None)
-    kinds = {"nvlink": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
+    kinds = {"nvlink": 0, "xgmi": 0, "pix": 1, "pxb": 1, "phb": 2, "node": 2, "sys": 3}
     grade = 3 if link is None else kinds[link.kind.value]
     nodes = {device.index: device.numa_node for device in topology.devices}
     if grade == 3 and nodes[a] is not None and nodes[a] == nodes[b]:

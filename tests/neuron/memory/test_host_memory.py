@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from neuron.config import NeuronConfig
+from neuron.gpu.discovery import topology_source
 from neuron.harness.registry import HARNESSES
-from neuron.memory.host_memory import HostMemory, check_sleep, host_memory, needed_mb, slept_mb
+from neuron.lifecycle.engine_memory import EngineMemory
+from neuron.memory.host import with_host_ram
+from neuron.memory.host_memory import HostMemory, needed_mb, slept_mb
+from neuron.progress.history import LoadHistory
 from shared.errors import Conflict
 
 
@@ -50,32 +58,33 @@ def test_memory_taken_by_a_sleeping_engine(
     assert slept_mb(weights, before, after) == slept
 
 
-async def test_memory_of_a_real_host() -> None:
+@contextlib.asynccontextmanager
+async def memory_of(tmp_path: Path, **settings: Any) -> AsyncIterator[EngineMemory]:
+    config = NeuronConfig.model_validate(settings)
+    source = with_host_ram(topology_source(config, tmp_path), config, tmp_path)
+    try:
+        yield EngineMemory(config, source, LoadHistory(None))
+    finally:
+        await source.close()
+
+
+async def test_memory_of_a_real_host(tmp_path: Path) -> None:
     """Available memory is at most the machine's, and the reserve is the configured one."""
-    real = await host_memory(NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 7}}), taken_mb=0)
+    async with memory_of(tmp_path, sleep={"ram_reserve_mb": 7}) as memory:
+        real = await memory.host_memory()
     assert real is not None
     assert 0 < real.available_mb <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
     assert real.reserve_mb == 7
 
 
-async def test_memory_of_a_simulated_host_is_configured() -> None:
-    simulated = {"simulate": {"devices": ["RTX 4090"]}}
-    assert await host_memory(NeuronConfig.model_validate(simulated), taken_mb=5) is None
-    limited = NeuronConfig.model_validate({"simulate": {"devices": ["RTX 4090"], "ram_mb": 10_000}})
-    assert await host_memory(limited, taken_mb=2_000) == HostMemory(8_000, 4_096)
-
-
-async def test_check_before_a_sleep() -> None:
-    """A simulated engine needs host memory only if that is simulated too; a real one always does."""
-    real = NeuronConfig.model_validate({"sleep": {"ram_reserve_mb": 1 << 40}})
-    assert await check_sleep(real, "m", sleeps_in_ram=False, weights_mb=5, vram_used_mb=9) == 0
-    with pytest.raises(Conflict, match="m cannot sleep"):
-        await check_sleep(real, "m", sleeps_in_ram=True, weights_mb=5, vram_used_mb=9)
-    simulate = {"devices": ["RTX 4090"], "ram_mb": 6_000}
-    limited = NeuronConfig.model_validate({"simulate": simulate, "sleep": {"ram_reserve_mb": 1_000}})
-    assert await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000) == 5_000
-    with pytest.raises(Conflict):
-        await check_sleep(limited, "m", sleeps_in_ram=False, weights_mb=5_000, vram_used_mb=9_000, taken_mb=1)
+async def test_memory_of_a_simulated_host_is_configured(tmp_path: Path) -> None:
+    """Without `ram_mb` it is not counted. The reserve is at most an eighth."""
+    async with memory_of(tmp_path, simulate={"devices": ["RTX 4090"]}) as memory:
+        assert await memory.host_memory(taken_mb=5) is None
+    async with memory_of(tmp_path, simulate={"devices": ["RTX 4090"], "ram_mb": 10_000}) as memory:
+        assert await memory.host_memory(taken_mb=2_000) == HostMemory(8_000, 1_250)
+    async with memory_of(tmp_path, simulate={"ram_mb": 64_000}) as memory:
+        assert await memory.host_memory() == HostMemory(64_000, 4_096)
 
 
 def test_size_of_the_weights_in_the_log() -> None:

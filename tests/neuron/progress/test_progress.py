@@ -97,6 +97,7 @@ def test_progress_of_a_load() -> None:
         "phase_elapsed_secs": 0.0,
         "overall": None,
         "remaining_secs": 100.0,
+        "idle_secs": None,
     }
     steps = [
         (110.0, [SHARDS.format(0)], 0.1),

@@ -17,6 +17,7 @@ from neuron.harness.vllm.estimate.kv_cache import Sequences, cached_of, unknown_
 from neuron.harness.vllm.estimate.overhead import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
+    CPU_PROCESSES_MB,
     Batching,
     activation_bytes,
     batching_of,
@@ -65,6 +66,7 @@ class VllmEstimator(MemoryEstimator):
     """The rules of vLLM 0.32."""
 
     usable_share = DEFAULT_ENGINE_SHARE
+    in_ram_mb = CPU_PROCESSES_MB
 
     def options_of(self, spec: EngineSpec) -> EngineOptions:
         return options_of(spec)

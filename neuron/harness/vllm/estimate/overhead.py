@@ -20,6 +20,8 @@ Llama 3 8B vLLM logged (pull request 10511) 1.8 GiB outside PyTorch on one H100 
 included the neighbour's context."""
 GRAPH_BYTES_PER_LAYER = 20 * MIB
 """CUDA graphs of the default 51 and 35 batch sizes: vLLM logs 0.5 to 0.8 GiB for models of 32 to 36 layers."""
+CPU_PROCESSES_MB = 2048
+"""What the API server and the core of a vLLM on the CPU use of the host's RAM beside its workers."""
 LOGIT_BYTES = 28
 """Peak of the sampler per sequence and vocabulary entry: logits of 2 and 4 bytes, sorted values 4 and indices 8,
 probabilities 4, their sums 4, and a share of the mask. vLLM runs it once with all sequences: 256 x 128,256 entries are

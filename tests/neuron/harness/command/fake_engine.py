@@ -47,7 +47,9 @@ class Api(BaseHTTPRequestHandler):
         elif self.path == "/metrics" and OPTIONS.metrics:
             self._send(200, "text/plain", Path(OPTIONS.metrics).read_bytes())
         elif self.path == f"{OPTIONS.prefix}/v1/models":
-            self._reply(200, {"object": "list", "data": [{"id": OPTIONS.name, "object": "model"}]})
+            self._reply(
+                200, {"object": "list", "data": [{"id": OPTIONS.name, "object": "model", "meta": {"n_ctx": 4096}}]}
+            )
         else:
             self._reply(404, {"error": {"message": f"no such path: {self.path}", "type": "not_found_error"}})
 

@@ -51,7 +51,7 @@ def table(**keys: object) -> HarnessSettings:
 def test_every_placeholder_has_its_value() -> None:
     """All of them, for an engine with two GPUs, a share and a key. The share is of the smallest GPU."""
     spec = EngineSpec("org/m", "x", "/models/m.gguf", quant="q4", tensor_parallel=2, served_names=("alias",))
-    values = values_of(planned(table(), spec), FACTS, device_ids="uuid")
+    values = values_of(planned(table(), spec), FACTS, by="uuid")
     assert set(values) == set(PLACEHOLDERS)
     assert {name: value for name, value in values.items() if name != "context"} == {
         "model": "/models/m.gguf",
@@ -73,7 +73,7 @@ def test_every_placeholder_has_its_value() -> None:
         "cpu_count": "3",
         "tmp_dir": "/tmp/e1",
     }
-    by_index = values_of(planned(table(), replace(spec, source="org/repo")), FACTS, device_ids="index")
+    by_index = values_of(planned(table(), replace(spec, source="org/repo")), FACTS, by="index")
     assert (by_index["devices"], by_index["model_path"], by_index["model_repo"]) == ("1,3", None, "org/repo")
 
 

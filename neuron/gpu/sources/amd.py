@@ -1,0 +1,234 @@
+"""AMD GPUs through amdsmi, AMD's Python package over libamd_smi.so."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, TypeVar
+
+from neuron.gpu.sources.driver_thread import DriverThread
+from neuron.gpu.topology import Topology
+from shared.protocol import Device, DeviceHealth, Link, LinkKind
+from shared.protocol.topology import AMD
+
+log = logging.getLogger(__name__)
+
+Figure = TypeVar("Figure")
+Result = TypeVar("Result")
+Handle = Any
+
+MIB = 1024 * 1024
+_NO_NUMA_NODE = 0xFFFFFFFF
+_POWER_KEYS = ("socket_power", "current_socket_power", "average_socket_power")  # which exists depends on the GPU
+
+
+class AmdTopologySource:
+    """`neuron.gpu.topology.TopologySource` of AMD's GPUs. A device's index is its number for HIP.
+
+    Without the package or its library there are no devices; with an unusable driver there are none, and a reason. A GPU
+    that does not report its memory is lost until it does again.
+    """
+
+    def __init__(self) -> None:
+        self._thread = DriverThread("amdsmi")
+        # Only that thread uses the attributes below.
+        self._smi: Any = None
+        self._errors: tuple[type[Exception], ...] = ()
+        self._topology: Topology | None = None
+        self._handles: dict[int, Handle] = {}
+        self._lost: dict[int, str] = {}
+
+    async def discover(self) -> Topology:
+        return await self._thread.call(self._discover)
+
+    async def health(self) -> Sequence[DeviceHealth]:
+        return await self._thread.call(self._read_health)
+
+    async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
+        return await self._thread.call(self._read_process_memory)
+
+    async def close(self) -> None:
+        """Shuts amdsmi down, unless the driver hangs. May be called again."""
+        await self._thread.close(self._shut_down)
+
+    def _discover(self) -> Topology:
+        if self._topology is None:
+            self._topology = self._read_topology()
+        devices = tuple(
+            device.model_copy(update={"lost": self._lost.get(device.index)}) for device in self._topology.devices
+        )
+        return replace(self._topology, devices=devices)
+
+    def _read_topology(self) -> Topology:
+        smi = _library()
+        if smi is None:
+            return Topology()
+        # An older package or library lacks functions, and some figures do not read as text or numbers.
+        self._errors = (smi.AmdSmiException, AttributeError, KeyError, ValueError)
+        try:
+            smi.amdsmi_init()
+            self._smi = smi
+            found = list(smi.amdsmi_get_processor_handles())
+        except self._errors as error:
+            reason = f"AMD SMI: {_text(error)}: look at `amd-smi list` and `dmesg`, then restart neuron"
+            log.warning("no AMD GPU can be used: %s", reason)
+            return Topology(cuda_unavailable_reason=reason)
+        self._handles = dict(sorted(zip(self._indices(found), found, strict=True)))
+        devices = tuple(self._read_device(index, handle) for index, handle in self._handles.items())
+        driver = self._optional("amdsmi_get_gpu_driver_info", found[0]) if found else None
+        return Topology(
+            devices=devices,
+            links=tuple(self._links(devices)),
+            driver_version=None if driver is None else _known(driver.get("driver_version")),
+        )
+
+    def _indices(self, handles: Sequence[Handle]) -> list[int]:
+        """HIP's numbers; the order in which amdsmi lists the GPUs if it does not say them."""
+        told = [(self._optional("amdsmi_get_gpu_enumeration_info", each) or {}).get("hip_id") for each in handles]
+        numbers = [each for each in told if isinstance(each, int)]
+        return numbers if len(set(numbers)) == len(handles) else list(range(len(handles)))
+
+    def _read_device(self, index: int, handle: Handle) -> Device:
+        asic = self._optional("amdsmi_get_gpu_asic_info", handle) or {}
+        numa = self._optional("amdsmi_topo_get_numa_node_number", handle)
+        total = 0
+        try:
+            total = self._memory(handle)[0]
+        except self._errors as error:
+            self._mark_lost(index, error)
+        return Device(
+            index=index,
+            vendor=AMD,
+            name=_known(asic.get("market_name")) or "",
+            vram_total_mb=total // MIB,
+            uuid=self._optional("amdsmi_get_gpu_device_uuid", handle) or None,
+            pci_bus_id=self._optional("amdsmi_get_gpu_device_bdf", handle),
+            numa_node=None if numa == _NO_NUMA_NODE else numa,
+            lost=self._lost.get(index),
+        )
+
+    def _links(self, devices: Sequence[Device]) -> Iterator[Link]:
+        for first, second in combinations(devices, 2):
+            a, b = self._handles[first.index], self._handles[second.index]
+            path = self._optional("amdsmi_topo_get_link_type", a, b) or {}
+            kind = None
+            if path.get("type") == self._smi.AmdSmiLinkType.AMDSMI_LINK_TYPE_XGMI:
+                kind = LinkKind.XGMI if path.get("hops") == 1 else None
+            elif path.get("type") == self._smi.AmdSmiLinkType.AMDSMI_LINK_TYPE_PCIE:
+                kind = LinkKind.NODE if first.numa_node == second.numa_node else LinkKind.SYS
+            if kind is not None:
+                yield Link(a=first.index, b=second.index, kind=kind)
+
+    def _read_health(self) -> list[DeviceHealth]:
+        self._discover()
+        figures = self._read_devices(self._health_of)
+        for index in figures:
+            if self._lost.pop(index, None) is not None:
+                log.warning("GPU %d answers again", index)
+        return list(figures.values())
+
+    def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
+        total, used = self._memory(handle)
+        activity = self._optional("amdsmi_get_gpu_activity", handle) or {}
+        return DeviceHealth(
+            index=index,
+            vram_used_mb=used // MIB,
+            vram_free_mb=max(0, total - used) // MIB,
+            utilization_pct=_number(activity.get("gfx_activity")),
+            temp_c=self._temperature(handle),
+            power_w=self._power(handle),
+        )
+
+    def _memory(self, handle: Handle) -> tuple[int, int]:
+        """(total, used) in bytes. Raises one of `_errors` if the GPU does not report them."""
+        kind = self._smi.AmdSmiMemoryType.VRAM
+        return (
+            int(self._smi.amdsmi_get_gpu_memory_total(handle, kind)),
+            int(self._smi.amdsmi_get_gpu_memory_usage(handle, kind)),
+        )
+
+    def _temperature(self, handle: Handle) -> float | None:
+        """Degrees Celsius of the edge sensor, or of the hottest spot: MI300 has no edge sensor."""
+        current = self._smi.AmdSmiTemperatureMetric.CURRENT
+        for sensor in (self._smi.AmdSmiTemperatureType.EDGE, self._smi.AmdSmiTemperatureType.HOTSPOT):
+            degrees = _number(self._optional("amdsmi_get_temp_metric", handle, sensor, current))
+            if degrees:
+                return degrees
+        return None
+
+    def _power(self, handle: Handle) -> float | None:
+        power = self._optional("amdsmi_get_power_info", handle) or {}
+        watts = (_number(power.get(key)) for key in _POWER_KEYS)
+        return next((each for each in watts if each), None)
+
+    def _read_process_memory(self) -> dict[int, dict[int, int]]:
+        self._discover()
+        return self._read_devices(lambda _, handle: self._processes(handle))
+
+    def _processes(self, handle: Handle) -> dict[int, int]:
+        """MiB by process id, without those of unknown size."""
+        listed = self._optional("amdsmi_get_gpu_process_list", handle) or []
+        held = {each["pid"]: _number(each["memory_usage"]["vram_mem"]) for each in listed}
+        return {pid: int(used) // MIB for pid, used in held.items() if used is not None}
+
+    def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
+        """`read` of each device that answers, by index. Marks the others as lost."""
+        results = {}
+        for index, handle in self._handles.items():
+            try:
+                results[index] = read(index, handle)
+            except self._errors as error:
+                self._mark_lost(index, error)
+        return results
+
+    def _mark_lost(self, index: int, error: Exception) -> None:
+        reason = f"AMD SMI: {_text(error)}: look at `amd-smi` and `dmesg`"
+        if self._lost.get(index) != reason:
+            log.error("GPU %d cannot be used: %s", index, reason)
+        self._lost[index] = reason
+
+    def _optional(self, function: str, *arguments: Any) -> Any:
+        """The result of one of amdsmi's functions; None when it returns an error or does not exist."""
+        try:
+            return getattr(self._smi, function)(*arguments)
+        except self._errors:
+            return None
+
+    def _shut_down(self) -> None:
+        if self._smi is not None:
+            self._handles.clear()
+            self._optional("amdsmi_shut_down")
+            self._smi = None
+
+
+def _library() -> Any:
+    """The package amdsmi; None without it, or without its library, of which it complains on standard output."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return importlib.import_module("amdsmi")
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, KeyError, AttributeError, OSError) as error:
+        told = said.getvalue().partition("\n")[0] or repr(error)
+        log.info("the package amdsmi cannot be used: %s", told)
+        return None
+
+
+def _known(value: Any) -> str | None:
+    """A text that amdsmi knows; it says "N/A" for others."""
+    return value if isinstance(value, str) and value not in ("", "N/A") else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _text(error: Exception) -> str:
+    """One line, such as "AMDSMI_STATUS_NO_PERM - Permission Denied"."""
+    return str(getattr(error, "err_info", None) or repr(error))

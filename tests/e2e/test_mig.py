@@ -1,0 +1,91 @@
+"""cortex and a neuron on a GPU that is split into MIG instances: real processes, and a real library as NVML."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.cortex.cortex_process import cortex_process
+from tests.neuron.neurons import REPOSITORY, neuron_process, until
+from tests.neuron.sim_process import free_port
+from tests.nvml.library import A100_SLICED, build_library, mig_uuid_of, write_scenario
+
+SMALL = {"harness": "vllm", "vram_mb": 8000}
+MODELS: list[dict[str, Any]] = [
+    {"id": "first", **SMALL},
+    {"id": "second", **SMALL},
+    {"id": "wide", "harness": "vllm", "vram_mb": 8000, "min_devices": 2},
+]
+
+
+@dataclass
+class _Address:
+    url: str
+    name: str = "sliced"
+
+
+def configuration(directory: Path, port: int) -> Path:
+    """neuron.toml; its "vllm" appends its environment to a file and serves like vLLM."""
+    program = directory / "vllm"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        f"print(json.dumps(dict(os.environ)), file=open({str(directory / 'called.jsonl')!r}, 'a'))\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
+    )
+    program.chmod(0o755)
+    path = directory / "neuron.toml"
+    path.write_text(
+        f'name = "sliced"\nport = {port}\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
+        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29500, 29549]\n'
+    )
+    return path
+
+
+async def test_models_on_instances_that_come_while_it_runs(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A model gets an instance by its UUID. The next one gets an instance created meanwhile: no model is evicted and
+    nothing is restarted. One that needs two devices is refused with the reason."""
+    library = build_library(tmp_path_factory.getbasetemp() / "nvml")
+    one = (replace(A100_SLICED, slices=A100_SLICED.slices[:1]),)
+    environment = {**library, **write_scenario(tmp_path / "gpus", one), "PYTHONPATH": str(REPOSITORY)}
+    port = free_port()
+    async with (
+        neuron_process(configuration(tmp_path, port), env=environment),
+        cortex_process(tmp_path, [_Address(f"http://127.0.0.1:{port}")], MODELS) as cortex,
+        aiohttp.ClientSession(cortex.url) as session,
+    ):
+
+        async def ask(model: str) -> tuple[int, Mapping[str, Any]]:
+            body = {"model": model, "prompt": "x", "max_tokens": 2}
+            async with session.post("/v1/completions", json=body) as response:
+                return response.status, await response.json()
+
+        assert (await ask("first"))[0] == 200
+        status, refusal = await ask("wide")
+        assert status >= 400
+        assert "needs 2 devices, has 1" in json.dumps(refusal)
+        write_scenario(tmp_path / "gpus", (A100_SLICED,))
+
+        async def noticed() -> bool:
+            async with session.get("/fleet") as response:
+                (node,) = (await response.json())["nodes"]
+            return [device["index"] for device in node["devices"]] == [0, 102, 109, 110]
+
+        await until(noticed)
+        assert (await ask("second"))[0] == 200
+        _, refusal = await ask("wide")
+        assert "2 devices that can work with others, has 0: 3 of 3 are MIG instances" in json.dumps(refusal)
+        async with session.get("/v1/models") as response:
+            listed = {each["id"]: each for each in (await response.json())["data"]}
+        assert {model for model, each in listed.items() if each["locations"]} >= {"first", "second"}
+    given = [json.loads(line)["CUDA_VISIBLE_DEVICES"] for line in (tmp_path / "called.jsonl").read_text().splitlines()]
+    assert given == [mig_uuid_of(0, 9), mig_uuid_of(0, 10)]
