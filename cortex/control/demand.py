@@ -19,7 +19,7 @@ REPORT_AGE_SECS = 5.0
 looks at its engines every second."""
 
 SESSION_PAUSE_SECS = 60.0
-"""A request that comes so long after the last one for the model begins a session."""
+"""A request that comes at least this long after the last one for the model begins a session."""
 SESSION_MEMORY_SECS = 2 * 3600.0
 """Sessions count less and less: after this time, 1/e."""
 SESSION_PRIOR_SECS = 300.0
