@@ -44,7 +44,7 @@ def configuration(directory: Path, port: int) -> Path:
     path = directory / "neuron.toml"
     path.write_text(
         f'name = "sliced"\nport = {port}\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [28640, 28649]\n'
+        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29500, 29549]\n'
     )
     return path
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import ModelProfile
+from shared.protocol.topology import MIG_KIND
 
 FIRST_ENGINE_PORT = 20000
 ENGINE_PORTS_PER_HOST = 200
@@ -18,15 +20,18 @@ CPU_HOST_RAM_MB = 64_000
 CPU_MODEL = ModelProfile(id="BAAI/bge-m3", devices=0, vram_mb=4000)
 """For a fleet with a host without GPUs."""
 
+MAX_MIG_INSTANCES = 7
+
+_MIG_INSTANCE = re.compile(r"(?P<gpu>.+)-(?P<profile>\d+g\.\d+gb)")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?:(?P<count>\d+)x)?(?P<device>[^,=]+)")
 
 
 @dataclass(frozen=True)
 class SimulatedHost:
-    """One host of the fleet, with one kind of GPU, or without any."""
+    """One host of the fleet, with one kind of GPU, or without any. `devices` as in `[simulate]`."""
 
     name: str
-    devices: tuple[str, ...]
+    devices: tuple[str | Mapping[str, Any], ...]
 
     @property
     def has_ram(self) -> bool:
@@ -44,7 +49,7 @@ class DevEngine:
 
 
 def parse_fleet(text: str) -> list[SimulatedHost]:
-    """`NAME=COUNTxDEVICE,…` as hosts; the device `cpu` means none.
+    """`NAME=COUNTxDEVICE,…` as hosts. The device `cpu` means none, `A100-1g.10gb` a MIG instance of one A100.
 
     Raises:
         ValueError: naming the part that is wrong.
@@ -60,10 +65,21 @@ def parse_fleet(text: str) -> list[SimulatedHost]:
         if any(host.name == match["name"] for host in hosts):
             raise ValueError(f"{part!r}: duplicate host name")
         device = match["device"].strip()
-        hosts.append(SimulatedHost(match["name"], () if device.lower() == CPU else (device,) * count))
+        hosts.append(SimulatedHost(match["name"], _devices(part, device, count)))
     if not 1 <= len(hosts) <= MAX_HOSTS:
         raise ValueError(f"a fleet has 1 to {MAX_HOSTS} hosts")
     return hosts
+
+
+def _devices(part: str, device: str, count: int) -> tuple[str | Mapping[str, Any], ...]:
+    if device.lower() == CPU:
+        return ()
+    instance = _MIG_INSTANCE.fullmatch(device)
+    if instance is None:
+        return (device,) * count
+    if count > MAX_MIG_INSTANCES:
+        raise ValueError(f"{part!r}: a GPU has at most {MAX_MIG_INSTANCES} MIG instances")
+    return (instance["gpu"], *[{"kind": MIG_KIND, "parent": 0, "profile": instance["profile"]}] * count)
 
 
 def neuron_table(host: SimulatedHost, number: int, engine: DevEngine) -> dict[str, Any]:

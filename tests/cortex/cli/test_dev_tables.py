@@ -11,7 +11,8 @@ from cortex.cli.dev.command import example_catalogue
 from cortex.cli.dev.fleet import DevEngine, cortex_table, models_table, neuron_table, parse_fleet
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
-from neuron.config import NeuronConfig
+from neuron.config import NeuronConfig, SimulateSettings
+from neuron.gpu.simulated import resolve_devices
 
 VLLM = DevEngine("vllm", ("/opt/vllm/bin/vllm",), "/srv/tiny")
 
@@ -50,6 +51,17 @@ def test_simulated_engines_get_the_arguments_of_the_catalogue() -> None:
         assert profile.args == example.args
         assert example.limit is not None
         assert profile.max_model_len == example.limit.context
+
+
+def test_a_host_of_mig_instances() -> None:
+    """All of one GPU; neuron accepts the table."""
+    (host,) = parse_fleet("a=7xA100-1g.10gb")
+    settings = SimulateSettings.model_validate(neuron_table(host, 0, DevEngine())["simulate"])
+    found = resolve_devices(settings, host="a")
+    assert [device.index for device in found] == [0, *range(101, 108)]
+    assert {device.profile for device in found[1:]} == {"1g.10gb"}
+    with pytest.raises(ValueError, match="at most 7 MIG instances"):
+        parse_fleet("a=8xA100-1g.10gb")
 
 
 def test_fleets_are_parsed() -> None:

@@ -66,6 +66,18 @@ def test_status_says_which_device_has_which_engine() -> None:
     assert rows[-1].split() == ["s", "n#11", "loading", "fits"]
 
 
+def test_status_says_that_a_gpu_is_split() -> None:
+    """Its memory belongs to its MIG instances."""
+    devices = [
+        {"index": 0, "name": "A100", "vram_total_mb": 80000, "vram_used_mb": 0, "mig_mode": True},
+        {"index": 101, "name": "A100 MIG 1g.10gb", "vram_total_mb": 9850, "vram_used_mb": 7, "mig_mode": None},
+    ]
+    node = {"name": "n", "healthy": True, "draining": False, "models": [], "devices": devices}
+    text = status_table({"nodes": [node], "loads": []})
+    assert "0: A100 in MIG mode" in text
+    assert "101: A100 MIG 1g.10gb 7/9850 MiB" in text
+
+
 def test_an_operator_is_told_which_instance() -> None:
     """As `node#instance`, except for the only or first one."""
     assert loaded_line({"model": "m", "node": "n", "instance": "2"}) == "m was already loaded on n#2"

@@ -156,7 +156,7 @@ async def test_a_model_over_an_xgmi_pair(library: dict[str, str], tmp_path: Path
     config = tmp_path / "neuron.toml"
     config.write_text(
         f'port = 0\nstate_dir = "{tmp_path / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29100, 29199]\n'
+        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29400, 29449]\n'
     )
     apart = {f"link__{a}__{b}": f"1 {PCIE}" for a in (0, 1) for b in (2, 3)}
     pairs = {"link__0__1": f"1 {PCIE}", "link__2__3": "1 2"}

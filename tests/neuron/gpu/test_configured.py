@@ -29,7 +29,7 @@ async def test_what_is_written_is_booked(tmp_path: Path) -> None:
     entry = "\n".join(f"{key} = {json.dumps(value)}" for key, value in GAUDI.items())
     config.write_text(
         f'port = 0\nstate_dir = "{tmp_path / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29100, 29199]\n'
+        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29450, 29499]\n'
         f"[[accelerators]]\n{entry}\n"
     )
     async with neuron_process(config, env={"PYTHONPATH": str(REPOSITORY)}) as neuron:

@@ -174,8 +174,10 @@ def test_arguments_that_run_code(args: list[str]) -> None:
 
 
 def test_defaults() -> None:
-    """Defaults: one device, the first harness, the id as source; an empty list equals none."""
-    assert spec(devices=[], args=None, served_names=None) == EngineSpec("org/model", "vllm", "org/model")
+    """Defaults: one device, the first harness, the id as source. An empty list of devices means the CPU."""
+    assert spec(devices=None, args=None, served_names=None) == EngineSpec("org/model", "vllm", "org/model")
+    assert not spec(devices=None).without_devices
+    assert spec(devices=[]).without_devices
 
 
 def test_devices_imply_tensor_parallel() -> None:
