@@ -220,7 +220,8 @@ def _device(device: dict[str, Any]) -> str:
     if device.get("fault"):
         return Coloured(f"{name} SICK: {device['fault']}", "red")
     used = device.get("vram_used_mb")
-    text = f"{name} {'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    memory = f"{'?' if used is None else used}/{device['vram_total_mb']} MiB"
+    text = f"{name} {'in MIG mode' if device.get('mig_mode') else memory}"
     return Coloured(f"{text} ({'; '.join(device['warnings'])})", "yellow") if device.get("warnings") else text
 
 

@@ -25,7 +25,7 @@ from cortex.placement.spans import NetworkBetween, Span, network_between, spans_
 from cortex.placement.starts import starting_groups
 from shared.protocol import ModelStatus
 
-MAX_GOOD_NODES = 16
+MAX_GOOD_NODES = 12
 """How many nodes of a large fleet are compared that could load a model at once. Candidates are in order of fit."""
 _BEFORE_THE_NEXT_FIT = 0.5
 """An engine on one node goes before one over several that fits equally well."""

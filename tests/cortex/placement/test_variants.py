@@ -21,6 +21,7 @@ from cortex.placement.load_plan import Fit, LoadPlan, load_command
 from cortex.placement.node_plan import plan_on_node
 from cortex.placement.planner import NodeVerdict, all_verdicts, best_plan, plan_variant
 from cortex.placement.refusal import unknown_model_error
+from cortex.placement.replicas import reconcile_replicas
 from tests.cortex.fleets import On, fleet, host
 from tests.cortex.views import NOW, profile, used, view
 
@@ -322,3 +323,16 @@ def test_a_refusal_names_the_variant() -> None:
     assert (error.status, error.code) == (404, "model_not_found")
     assert "'m@int4' does not exist: 'm' has the variants fp8, awq." in error.message
     assert "'n' has no variants." in unknown_model_error("n@x", Catalogue(models=(profile(id="n"),)), only).message
+
+
+def test_a_replica_under_pressure_is_a_smaller_variant_if_only_that_fits() -> None:
+    """Where the better one would have to evict something, which a further replica never does."""
+    model = profile(variants=[{**FP8, "vram_mb": 24000}, AWQ], replicas={"min": 0, "max": 3})
+    serving = labelled(with_capability(host("first", 32607, models={"m": On(24000)}), "12.0"), "fp8")
+    other = with_capability(host("other", 32607, models={"idle": On(20000)}), "12.0")
+    moment = view(fleet(serving, other), model, profile(id="idle", vram_mb=20000), overloaded_secs={"m": 60})
+    [(plan, _)] = reconcile_replicas(moment, [model]).loads
+    assert (plan.node, plan.variant, plan.fit) == ("other", "awq", Fit.NOW)
+    full = with_capability(host("other", 32607, models={"idle": On(30000)}), "12.0")
+    moment = view(fleet(serving, full), model, profile(id="idle", vram_mb=30000), overloaded_secs={"m": 60})
+    assert not reconcile_replicas(moment, [model]).loads
