@@ -7,8 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -40,7 +39,7 @@ async def test_models_are_evicted_for_ram(mark: str, tmp_path: Path) -> None:
     async with (
         aiohttp.ClientSession() as http,
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Address(port)], models) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models) as cortex,
     ):
 
         async def ask(model_id: str) -> tuple[int, Any]:
