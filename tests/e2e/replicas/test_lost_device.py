@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.replicas.fleet import Address, Hosts
+from tests.cortex.cortex_process import cortex_process, neuron_at
+from tests.e2e.replicas.fleet import Hosts
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.neuron.sim_process import free_port
@@ -55,7 +55,7 @@ async def test_a_lost_device_takes_only_its_instance(mark: str, library: dict[st
     model = {"id": MODEL, "harness": "vllm", "vram_mb": 20_000, "replicas": {"min": 4}}
     async with (
         neuron_process(config_file(tmp_path, port), env=environment) as neuron,
-        cortex_process(tmp_path, [Address("a", f"http://127.0.0.1:{port}")], [model]) as cortex,
+        cortex_process(tmp_path, [neuron_at(port, "a")], [model]) as cortex,
         aiohttp.ClientSession() as session,
     ):
         hosts = Hosts(session, tmp_path, cortex, {"a": neuron})
