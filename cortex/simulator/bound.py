@@ -33,8 +33,8 @@ from cortex.placement.spans import spans_of
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
 from cortex.simulator.outcome import WaitFigures, waiting
 from cortex.simulator.trace import Ask
-from shared.gpus import DEVICE_MARGIN_MB
-from shared.protocol import Device
+from shared.gpus import DEVICE_MARGIN_MB, ram_reserve_mb
+from shared.protocol import RAM, Device
 
 BIN_SECS = 30.0
 """Prices are constant for this long."""
@@ -165,19 +165,24 @@ def _way(fleet: SimulatedFleet, part: ModelProfile, hosts: int) -> _Way | None:
         return None
     secs = sorted(fleet.load_secs(part.id, node, part.vram_mb) for node in fleet.file.nodes if node.name in usable)
     every = frozenset((name, gpu.index) for name, gpus in usable.items() for gpu in gpus)
-    return _Way(every, part.device_count * hosts, part.device_share_mb, secs[hosts - 1])
+    return _Way(every, part.shares * hosts, part.device_share_mb, secs[hosts - 1])
 
 
 def _usable(profile: ModelProfile, node: SimulatedNode) -> list[Device]:
     """The devices of the node that the model may use; none when they are too few."""
     if profile.harness not in node.harnesses or (profile.pinned_on and node.name not in profile.pinned_on):
         return []
-    found = [
-        gpu
-        for gpu in eligible(profile, list(node.gpus))
-        if gpu.vram_total_mb - DEVICE_MARGIN_MB >= profile.device_share_mb
-    ]
+    if profile.on_cpu:
+        return [] if node.ram is None or _capacity_mb(node.ram) < profile.device_share_mb else [node.ram]
+    found = [gpu for gpu in eligible(profile, list(node.gpus)) if _capacity_mb(gpu) >= profile.device_share_mb]
     return found if len(found) >= profile.device_count else []
+
+
+def _capacity_mb(device: Device) -> int:
+    """What models can book there. A unified device and the RAM that it shares count as two, which only makes the bound
+    lower."""
+    total = device.vram_total_mb
+    return total - (ram_reserve_mb(total) if device.index == RAM or device.unified else DEVICE_MARGIN_MB)
 
 
 def _has_equal_cards(usable: Iterable[Sequence[Device]], count: int, hosts: int) -> bool:
@@ -194,7 +199,9 @@ def _has_equal_cards(usable: Iterable[Sequence[Device]], count: int, hosts: int)
 def _limits(fleet: SimulatedFleet, models: Mapping[str, Sequence[_Way]]) -> list[_Limit]:
     """For each set of devices to which some models are confined: their memory, and how many large models fit."""
     capacity = {
-        (node.name, gpu.index): gpu.vram_total_mb - DEVICE_MARGIN_MB for node in fleet.file.nodes for gpu in node.gpus
+        (node.name, device.index): _capacity_mb(device)
+        for node in fleet.file.nodes
+        for device in (*node.gpus, *([] if node.ram is None else [node.ram]))
     }
     usable = {
         model_id: frozenset(chain.from_iterable(way.devices for way in ways)) for model_id, ways in models.items()

@@ -49,6 +49,16 @@ def test_instances_in_the_tables() -> None:
     assert "a (2 loaded), b (failed)" in models_table({"data": [entry]})
 
 
+def test_ram_in_the_status() -> None:
+    """On a host without GPUs, and where a model is in RAM."""
+    host = {"ram_total_mb": 64_000, "ram_used_mb": 5_000}
+    on_cpu = {"id": "m", "instance": "0", "status": "loaded", "ram_booked_mb": 4_000}
+    gpu = {"index": 0, "name": "H100", "vram_total_mb": 80_000}
+    for devices, models, shown in (([], [], True), ([gpu], [on_cpu], True), ([gpu], [], False)):
+        node = {"name": "n", "healthy": True, "draining": False, "models": models, "devices": devices, "host": host}
+        assert ("RAM 5000/64000 MiB" in status_table({"nodes": [node], "loads": []})) is shown
+
+
 def test_status_says_which_device_has_which_engine() -> None:
     """A row for each engine, in the order of their names, with its devices where the neuron has several; a load in
     progress names its instance."""
