@@ -18,7 +18,7 @@ MAX_REPEATED = 24
 
 
 def status_table(fleet: dict[str, Any]) -> str:
-    """Each neuron with its GPUs, a row for each, and its engines, a row for each; then loads, failures and what waits."""
+    """Each neuron with its GPUs, a row for each, and its engines, a row for each; then loads, failures and waits."""
     rows: list[list[object]] = []
     for node in fleet["nodes"]:
         state = "healthy" if node["healthy"] else _down(node)
