@@ -34,6 +34,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "placement.starvation_secs": Reload.APPLIES,
     "placement.pause_secs": Reload.APPLIES,
     "placement.replica_target": Reload.APPLIES,
+    "placement.load_ahead": Reload.APPLIES,
     "placement.scale_up_secs": Reload.APPLIES,
     "placement.scale_down_secs": Reload.APPLIES,
     "routing.session_header": Reload.APPLIES,

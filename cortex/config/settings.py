@@ -87,6 +87,8 @@ class Rules:
     """The requests must exceed the target for this long."""
     scale_down_secs: float = 300.0
     """A replica beyond the minimum is removed after this long without a request."""
+    load_ahead: bool = True
+    """Whether a model that was evicted for another comes back before it is requested, when that means less waiting."""
 
 
 class PlacementSettings(SettingsModel):
@@ -99,6 +101,7 @@ class PlacementSettings(SettingsModel):
     replica_target: int = Field(default=Rules.replica_target, ge=1)  # requests at a time
     scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
+    load_ahead: bool = Rules.load_ahead
 
     def rules(self) -> Rules:
         """These settings as rules for the planner."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,33 @@ SAMPLE_SECS = 1.0
 REPORT_AGE_SECS = 5.0
 """How long an engine's report may still show, or lack, a request of ours that has ended: a poll of the neuron, which
 looks at its engines every second."""
+
+SESSION_PAUSE_SECS = 60.0
+"""A request that comes at least this long after the last one for the model begins a session."""
+SESSION_MEMORY_SECS = 2 * 3600.0
+"""Sessions count less and less: after this time, 1/e."""
+SESSION_PRIOR_SECS = 300.0
+"""Added to the time in which sessions were counted, so that one session at the start does not seem a high rate."""
+
+LOAD_AHEAD_SECS = 10.0
+"""How often displaced models are considered for a load ahead of their requests."""
+
+
+@dataclass
+class _Sessions:
+    """Sessions of one model: the faded count as of the beginning of the last one."""
+
+    count: float = 0.0
+    began_at: float = 0.0
+    last_request: float = float("-inf")
+
+    def record_request(self, now: float) -> None:
+        if now - self.last_request >= SESSION_PAUSE_SECS:
+            self.count, self.began_at = 1 + self.faded(now), now
+        self.last_request = now
+
+    def faded(self, now: float) -> float:
+        return self.count * math.exp((self.began_at - now) / SESSION_MEMORY_SECS)
 
 
 @dataclass
@@ -59,13 +87,19 @@ class Demand:
         self._last_used: dict[ReplicaKey, float] = {}
         self._loaded_at: dict[str, dict[ReplicaKey, float]] = {}  # by model
         self._arrivals: dict[str, deque[float]] = {}  # by model
+        self._sessions: defaultdict[str, _Sessions] = defaultdict(_Sessions)
+        self._since = clock()
+        self._displaced: set[str] = set()
+        self._load_ahead_at = 0.0
         self._admitted: Counter[str] = Counter()  # recorded when they began to wait, and not begun yet
         self._overloaded_since: dict[str, float] = {}
 
     def record_request(self, model_id: str, count: int = 1) -> None:
         """A request for a model arrived, whether or not it could be served at once."""
-        times = self._arrivals.setdefault(model_id, deque(maxlen=MAX_ARRIVALS))
-        times.extend([self._clock()] * min(count, MAX_ARRIVALS))
+        now, times = self._clock(), self._arrivals.setdefault(model_id, deque(maxlen=MAX_ARRIVALS))
+        times.extend([now] * min(count, MAX_ARRIVALS))
+        if count:
+            self._sessions[model_id].record_request(now)
 
     def record_admission(self, model_id: str) -> None:
         """A recorded request has waited and begins now: its beginning is not another arrival."""
@@ -85,6 +119,7 @@ class Demand:
                 # Another cortex's requests may all be so short that no poll sees one running.
                 if own.end(max(0, count - self._ended.get(key, count))) or running > own.peak:
                     self._last_used[key] = now
+                    self._sessions[key.model_id].record_request(now)
         self._ended = ended
         self._update_overload(fleet, in_flight, replica_target, now)
 
@@ -96,6 +131,24 @@ class Demand:
             loaded = [each.key for each in fleet.engines(model_id) if each.node.healthy and each.view.loaded]
             if loaded:
                 self._loaded_at[model_id] = {key: before.get(key, now) for key in loaded}
+            if any(key not in before for key in loaded):
+                self._displaced.discard(model_id)
+
+    def record_displaced(self, models: Iterable[str]) -> None:
+        """Engines of these models are evicted for another model."""
+        self._displaced.update(models)
+
+    def record_removed(self, model_id: str) -> None:
+        """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
+        self._displaced.discard(model_id)
+
+    def displaced_if_due(self) -> frozenset[str]:
+        """Models that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`. In between none:
+        they are not urgent, and planning for all of them takes time."""
+        if self._clock() < self._load_ahead_at:
+            return frozenset()
+        self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
+        return frozenset(self._displaced)
 
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each replica is used. Requests that came and went since the last sample count too: a model
@@ -113,8 +166,13 @@ class Demand:
         }
 
     def arrivals(self) -> dict[str, Arrivals]:
-        """When the last requests for each model arrived."""
-        return {model_id: Arrivals(tuple(times)) for model_id, times in self._arrivals.items()}
+        """When the last requests for each model arrived, and how often sessions begin."""
+        now, memory = self._clock(), SESSION_MEMORY_SECS
+        counted_secs = memory * (1 - math.exp((self._since - now) / memory)) + SESSION_PRIOR_SECS
+        return {
+            model_id: Arrivals(tuple(times), self._sessions[model_id].faded(now) / counted_secs)
+            for model_id, times in self._arrivals.items()
+        }
 
     @property
     def overloaded_since(self) -> Mapping[str, float]:

@@ -181,8 +181,9 @@ class Scheduler:
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             fleet = self._fleet.snapshot()
             profiles = [each for each in self._live.catalogue.models if needs_reconciliation(each, fleet)]
-            if profiles:
-                steps = self._policy.reconcile_replicas(self.view(), profiles)
+            displaced = self._demand.displaced_if_due()
+            if profiles or displaced:
+                steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:
                     self._start(plan, why, for_waiters=False)
                 for removal in steps.removals:
@@ -241,13 +242,9 @@ class Scheduler:
         """An operator's unload. `drain`: requests in flight finish first, for at most `cold_load.timeout_secs`. The
         model gets no new requests meanwhile. Raises as `Evictor.evict`, except NoLongerNeeded."""
         deadline = self._clock() + self._loader.timeout_secs
-        evicting_already = key in self._fleet.snapshot().evicting
-        self._fleet.begin_eviction(key)
-        try:
+        self._demand.record_removed(key.model_id)
+        with self._evictor.no_new_requests(key):
             await self._evictor.evict(key, method="unload", patient=lambda: drain and self._clock() < deadline)
-        finally:
-            if not evicting_already:
-                self._fleet.end_eviction(key)
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -270,6 +267,7 @@ class Scheduler:
 
         job = self._loader.start(plan, why, still_needed=still_needed, done=self._done, leased=leased)
         job.needed |= not for_waiters
+        self._demand.record_displaced(each.resident.key.model_id for each in plan.eviction_plan.evictions)
         return job
 
     def _holds(self) -> dict[ModelOnNode, float]:
@@ -363,6 +361,7 @@ class Scheduler:
         if key not in self._removing:
             self._removing.add(key)
             self._fleet.begin_eviction(key)  # now: the next decision may be made before the task starts
+            self._demand.record_removed(key.model_id)
             task = self._tasks.spawn(self._remove(removal), name=f"remove {key.model_id} on {key.name}")
             task.add_done_callback(lambda _: self._removing.discard(key))
 

@@ -6,7 +6,7 @@ waiting that requests would then have. When there are too many sets to compare, 
 MiB freed.
 
 A model that is likely to be used again stays until the newcomer's requests have waited as long as its own would have to
-(ski rental: rent until the rent paid reaches the price).
+(ski rental: rent until the rent paid reaches the price). An idle model goes sooner than a busy one of the same cost.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from cortex.routing.replica import ReplicaKey
 
 MAX_EXHAUSTIVE = 10
 """Up to this many evictable models, every subset is compared; beyond that, the cheapest are taken one at a time."""
-COST_FACTOR = 2.0
-"""A model that is evicted and requested again evicts another in turn: its eviction counts this many times."""
+BUSY_FACTOR = 6.0
+"""The cost of evicting a model counts this many times while it has requests. It has to be drained while the newcomer
+waits, and its users come back at once, so it evicts another model in turn: the two would take turns, a load each."""
 PAUSE_SWAPS = 0.05
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
 HANDOVER_SECS = 0.1
@@ -138,7 +139,8 @@ def assess_eviction(
     many requests soon get the memory of one that few use. An idle model of a lower priority goes at once.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
-    worth = COST_FACTOR * resident.cost - load_secs - waiting.waited_secs(view.now)
+    cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
+    worth = cost - load_secs - waiting.waited_secs(view.now)
     patient_until = min(waiting.since + rules.patience_secs, view.now + max(0.0, worth) / waiting.count)
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)

@@ -49,9 +49,10 @@ MAX_ARRIVALS = 32
 @dataclass(frozen=True)
 class Arrivals:
     """When the last requests for a model arrived, at most `MAX_ARRIVALS`, in order, on the clock of
-    `PlanningView.now`."""
+    `PlanningView.now`; and how often, per second, one arrives after a pause: it begins a session."""
 
     times: tuple[float, ...] = ()
+    sessions_per_sec: float = 0.0
 
     @property
     def last(self) -> float:
@@ -64,6 +65,11 @@ class Arrivals:
         complete = bisect_right(self.times, now - load_secs)
         recent = len(self.times) - complete
         return max(_mean_cold_start_wait(self.times, complete, load_secs), load_secs * (recent + 1) / 2)
+
+    def wait_rate(self, now: float, load_secs: float) -> float:
+        """How long requests will wait, in seconds for each second that the model is not loaded: what its sessions would
+        cost if each began with a load."""
+        return self.sessions_per_sec * self.cold_start_wait(now, load_secs) if self.sessions_per_sec else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -112,7 +118,8 @@ class PlanningView:
     is what neurons booked per device for models without a size in the catalogue. In both a variant of a model counts
     as a model of its own, named `id@variant`; in `backoffs` and `waiting` it may. `overloaded_since` is when a model's
     replicas began to exceed `Rules.replica_target` requests each. `holds` is until when operators hold models back. A
-    backoff or a hold of ANY_NODE applies to every node.
+    backoff or a hold of ANY_NODE applies to every node. `displaced` are models that were evicted for others and
+    have not been loaded since.
     """
 
     now: float
@@ -129,6 +136,7 @@ class PlanningView:
     holds: Mapping[ModelOnNode, float] = field(default_factory=dict)
     named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
     """The instances that an operator has named for the next load."""
+    displaced: frozenset[str] = frozenset()
     networks: Mapping[str, HostNetwork] = field(default_factory=dict)
     """Of the nodes for which something is configured."""
 

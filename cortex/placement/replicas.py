@@ -1,16 +1,22 @@
-"""Replica reconciliation: adds and removes replicas as the catalogue and the load require. Pure."""
+"""Replica reconciliation: adds and removes replicas as the catalogue and the load require. Pure.
+
+A model that was evicted for another one comes back ahead of its requests, as soon as idle models hold memory with which
+it would save clearly more waiting than they do. What a model saves is what its sessions would wait if each began with a
+load: how often they begin, times the wait for a load.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cortex.config.profile import ModelProfile
 from cortex.fleet.groups import serving_engine, sick_because
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
+from cortex.placement.capacity import ResidentModel, estimated_load_secs
 from cortex.placement.eviction import EvictionClass
-from cortex.placement.fair_queue import after_start
-from cortex.placement.inputs import PlanningView
+from cortex.placement.fair_queue import after_start, is_served_or_loading
+from cortex.placement.inputs import NO_ARRIVALS, PlanningView, ReplicaUsage
 from cortex.placement.instances import coming, instances_on
 from cortex.placement.load_plan import Fit, LoadPlan
 from cortex.placement.planner import NodeVerdict, best_plan, candidate_verdicts, evaluate_node
@@ -21,6 +27,12 @@ MAX_AT_ONCE = 64
 """How many replicas are added in one pass; a pass follows every second."""
 MAX_SHARED_OUT = 16
 """The same while several models lack some: each of these replicas is planned on its own."""
+LOAD_AHEAD_FACTOR = 1.5
+"""A model comes back ahead of its requests if it saves this many times as much waiting as what is evicted for it."""
+LOAD_AHEAD_IDLE_SECS = 60.0
+"""Nothing is evicted for it that was used or loaded this recently."""
+MAX_LOAD_AHEAD = 4
+"""How many models are considered in one pass, those that save most."""
 IN_USE_SECS = 60.0
 """A model used this recently moves to another place when its neuron is drained or its device is sick."""
 
@@ -71,7 +83,7 @@ def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> 
             view = after_start(view, plan)
         loads += additions
         removals += _on_sick_devices(view, profile) or _replicas_to_remove(view, profile)
-    return ReplicaChanges(tuple(loads), tuple(removals))
+    return ReplicaChanges((*loads, *_loads_ahead(view)), tuple(removals))
 
 
 def _missing_from_minimums(view: PlanningView, profiles: Iterable[ModelProfile]) -> list[tuple[LoadPlan, str]]:
@@ -173,6 +185,50 @@ def _over_idle(
         else:
             verdicts[plan.node] = evaluate_node(view, profile, view.fleet.nodes[plan.node])
     return found
+
+
+def _loads_ahead(view: PlanningView) -> list[tuple[LoadPlan, str]]:
+    """At most one model to load ahead of its requests: the one that saves most. None while requests wait for memory."""
+    queued = any(not is_served_or_loading(view, model_id) for model_id in view.waiting)
+    if queued or not view.rules.load_ahead:
+        return []
+    found = [(_wait_rate(view, profile), profile) for profile in map(view.catalogue.profile, view.displaced) if profile]
+    wanted = [(rate, each) for rate, each in found if rate and not is_served_or_loading(view, each.id)]
+    wanted.sort(key=lambda pair: (-pair[0], pair[1].id))
+    view = replace(view, usages={key: _in_use_if_recent(view.now, use) for key, use in view.usages.items()})
+    best: tuple[float, LoadPlan] | None = None
+    for rate, profile in wanted[:MAX_LOAD_AHEAD]:
+        plan = best_plan(candidate_verdicts(view, profile))
+        if plan is None or plan.fit > Fit.AFTER_EVICTION or not _evicts_only_idle(plan, view.now):
+            continue
+        lost = sum(_lost_rate(view, each.resident) for each in plan.eviction_plan.evictions)
+        gain = rate - LOAD_AHEAD_FACTOR * lost
+        if gain > (0.0 if best is None else best[0]):
+            best = gain, plan
+    return [] if best is None else [(best[1], "it was evicted, and is used more than what is idle now")]
+
+
+def _in_use_if_recent(now: float, use: ReplicaUsage) -> ReplicaUsage:
+    """Of a replica that was used or loaded recently, the same with a request."""
+    recent = max(use.last_used, use.loaded_at) > now - LOAD_AHEAD_IDLE_SECS
+    return replace(use, in_flight=max(1, use.in_flight)) if recent else use
+
+
+def _wait_rate(view: PlanningView, profile: ModelProfile) -> float:
+    """The waiting that loading the model would save, in seconds a second. 0 if it would be unloaded as idle at once."""
+    arrivals, ttl = view.arrivals.get(profile.id, NO_ARRIVALS), profile.idle_ttl_secs
+    if ttl is not None and view.now - arrivals.last >= ttl:
+        return 0.0
+    known = view.load_secs.get(profile.id)
+    secs = min(known.values()) if known else estimated_load_secs(view, profile.id, "", profile.vram_mb or 0)
+    return arrivals.wait_rate(view.now, secs)
+
+
+def _lost_rate(view: PlanningView, resident: ResidentModel) -> float:
+    """The waiting that evicting a replica would cause, in seconds a second; a replica among several costs its share."""
+    model_id = resident.key.model_id
+    arrivals = view.arrivals.get(model_id, NO_ARRIVALS)
+    return arrivals.wait_rate(view.now, resident.reload_secs) / max(1, len(view.replicas(model_id)))
 
 
 def _evicts_only_idle(plan: LoadPlan, now: float) -> bool:

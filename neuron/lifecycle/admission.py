@@ -12,7 +12,7 @@ from pathlib import Path
 
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
-from neuron.gpu.topology import TopologySource
+from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.adapters import CONFIG_FILE, AdapterControl
 from neuron.harness.home import EngineHome
 from neuron.harness.registry import harness_of
@@ -75,13 +75,17 @@ class Admission:
             return spec
         devices = [device for device in topology.devices if spec.devices is None or device.index in spec.devices]
         sizes = sorted((device.vram_total_mb for device in devices if device.usable), reverse=True)
-        if len(sizes) < spec.device_count:
+        ram_mb = _usable_ram_mb(spec, topology)
+        if ram_mb is None and len(sizes) < spec.device_count:
             return replace(spec, fitted_len=None)
         whole = replace(spec, args=(*spec.args, *settings.extra_args), fitted_len=None)
         try:
             share = harness.estimator.options_of(whole).memory_fraction or harness.estimator.usable_share
-            limit = spec.share_mb or int(sizes[spec.device_count - 1] * share)
-            memory = AvailableMemory(devices, spec.tensor_parallel, limit)
+            if ram_mb is None:
+                limit = int(sizes[spec.device_count - 1] * share)
+            else:
+                limit = (ram_mb - harness.estimator.in_ram_mb) // spec.device_count
+            memory = AvailableMemory(devices, spec.tensor_parallel, spec.share_mb or limit)
             length = await longest_context_of(harness.estimator, whole, await self._environ_of(spec), memory)
         except ServiceError as error:
             log.info("%s: the context that fits cannot be estimated: %s", spec.key, error.message)
@@ -102,7 +106,8 @@ class Admission:
         engine of the model used in RAM, or estimated from the model's files. None leaves it to the engine's default:
         the files are not on this host, lack a figure, or need more than the default."""
         topology = await self.source.discover()
-        in_ram = topology.ram is not None and (spec.without_devices or not topology.devices)
+        ram_mb = _usable_ram_mb(spec, topology)
+        in_ram = ram_mb is not None
         harness = harness_of(spec.harness, self.config)
         estimator = harness.estimator
         if spec.vram_mb is not None:
@@ -122,9 +127,9 @@ class Admission:
             log.info("%s: its memory cannot be estimated: %s", spec.key, error.message)
             return None
         share = found.per_device_mb(spec.tensor_parallel)
-        if in_ram and topology.ram is not None:
+        if ram_mb is not None:
             share += estimator.in_ram_mb // spec.device_count
-            usable_mb: float = topology.ram.vram_total_mb - topology.ram_reserve_mb
+            usable_mb: float = ram_mb
         else:
             largest = max((device.vram_total_mb for device in topology.devices if device.usable), default=0)
             usable_mb = estimator.usable_share * largest
@@ -142,6 +147,13 @@ def highest_rank(control: AdapterControl, sources: Sequence[str]) -> int | None:
         ranks.append(control.rank_of(config) if isinstance(config, dict) else None)
     known = [rank for rank in ranks if rank is not None]
     return max(known, default=None) if len(known) == len(ranks) else None
+
+
+def _usable_ram_mb(spec: EngineSpec, topology: Topology) -> int | None:
+    """MiB of RAM for an engine that runs on the host's CPU; None for one on devices, or if the RAM is unknown."""
+    if topology.ram is None or (topology.devices and not spec.without_devices):
+        return None
+    return topology.ram.vram_total_mb - topology.ram_reserve_mb
 
 
 async def check_model_roots(source: str, roots: Sequence[Path], *, param: str) -> None:

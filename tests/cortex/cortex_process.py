@@ -32,6 +32,19 @@ class NeuronAddress(Protocol):
 
 
 @dataclass(frozen=True)
+class ListedNeuron:
+    """A neuron's entry for a process that does not know its name itself."""
+
+    name: str
+    url: str
+
+
+def neuron_at(port: int, name: str = "n") -> ListedNeuron:
+    """The entry of a neuron on this host."""
+    return ListedNeuron(name, f"http://127.0.0.1:{port}")
+
+
+@dataclass(frozen=True)
 class CortexProcess:
     """A serving cortex."""
 

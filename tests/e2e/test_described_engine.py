@@ -13,7 +13,7 @@ import aiohttp
 import tomli_w
 from openai import AsyncOpenAI
 
-from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, marked_processes, neuron_process, until
 from tests.neuron.sim_process import free_port
@@ -22,15 +22,6 @@ __all__ = ["mark"]
 
 ENGINE = str(Path(__file__).parents[1] / "neuron/harness/command/fake_engine.py")
 FAKE, SIM = "org/described", "org/simulated"
-
-
-class Neuron:
-    """A neuron as cortex knows it."""
-
-    name = "n"
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
 
 
 @asynccontextmanager
@@ -55,7 +46,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[tuple[NeuronProcess, CortexProc
     models = [{"id": name, "harness": harness, "vram_mb": 2000} for name, harness in ((FAKE, "fake"), (SIM, "sim"))]
     async with (
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Neuron(port)], models) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models) as cortex,
         AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="x", max_retries=0) as client,
     ):
         yield neuron, cortex, client

@@ -12,8 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import core_of, free_port
@@ -44,7 +43,7 @@ async def test_requests_wait_for_the_next_engine(mark: str, tmp_path: Path, core
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Address(port)], [{"id": MODEL, "harness": "sim", "vram_mb": 4000}]) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], [{"id": MODEL, "harness": "sim", "vram_mb": 4000}]) as cortex,
     ):
 
         async def ask(path: str, fields: dict[str, Any], *, stream: bool = False) -> tuple[int, str]:

@@ -11,8 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -32,7 +31,7 @@ async def test_the_last_event_says_which_engine_died_and_why(mark: str, tmp_path
     async with (
         aiohttp.ClientSession() as http,
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Address(port)], models, workers=workers) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models, workers=workers) as cortex,
     ):
         body = {"model": MODEL, "input": "x", "max_output_tokens": 4000, "ignore_eos": True, "stream": True}
         async with http.post(f"{cortex.url}/v1/responses", json=body) as response:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.neuron.sim_process import free_port
 from tests.nvml.library import A100_SLICED, build_library, mig_uuid_of, write_scenario
@@ -25,19 +25,16 @@ MODELS: list[dict[str, Any]] = [
 ]
 
 
-@dataclass
-class _Address:
-    url: str
-    name: str = "sliced"
-
-
 def configuration(directory: Path, port: int) -> Path:
     """neuron.toml; its "vllm" appends its environment to a file and serves like vLLM."""
     program = directory / "vllm"
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
-        f"print(json.dumps(dict(os.environ)), file=open({str(directory / 'called.jsonl')!r}, 'a'))\n"
+        "if '--version' in sys.argv:\n"
+        "    sys.exit('unknown')\n"
+        "if 'serve' in sys.argv:\n"
+        f"    print(json.dumps(dict(os.environ)), file=open({str(directory / 'called.jsonl')!r}, 'a'))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
     )
     program.chmod(0o755)
@@ -60,7 +57,7 @@ async def test_models_on_instances_that_come_while_it_runs(
     port = free_port()
     async with (
         neuron_process(configuration(tmp_path, port), env=environment),
-        cortex_process(tmp_path, [_Address(f"http://127.0.0.1:{port}")], MODELS) as cortex,
+        cortex_process(tmp_path, [neuron_at(port, "sliced")], MODELS) as cortex,
         aiohttp.ClientSession(cortex.url) as session,
     ):
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, neuron_process, toml_config, until
 from tests.neuron.sim_process import free_port
@@ -21,15 +21,6 @@ MODEL = "org/model"
 EVERY_SECS = 0.05
 POLL_SECS = 2.0
 """The default. A neuron is unhealthy after three misses, so it has six seconds to return."""
-
-
-class Neuron:
-    """A neuron as cortex knows it: a name and an address, for any process."""
-
-    name = "n"
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
 
 
 async def ask(session: aiohttp.ClientSession, url: str, *, stream: bool) -> str | None:
@@ -69,7 +60,7 @@ async def test_no_request_is_dropped(mark: str, tmp_path: Path, end: signal.Sign
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
         neuron_process(config) as first,
-        cortex_process(tmp_path, [Neuron(port)], models, poll_secs=POLL_SECS) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models, poll_secs=POLL_SECS) as cortex,
     ):
         assert await ask(session, cortex.url, stream=False) is None
         pid = (await first.model(MODEL))["pid"]

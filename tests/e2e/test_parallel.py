@@ -14,7 +14,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, neuron_process, until
 from tests.neuron.sim_process import free_port
@@ -40,12 +40,6 @@ port_range = [28600, 28649]
 [simulate]
 devices = ["H100", "H100", "H100", "H100", "H100", "H100", "H100", "H100"]
 """
-
-
-@dataclass
-class _Address:
-    url: str
-    name: str = "n"
 
 
 @dataclass
@@ -83,7 +77,7 @@ async def host(mark: str, tmp_path: Path) -> AsyncIterator[Host]:
     port = free_port()
     config = tmp_path / "neuron.toml"
     config.write_text(CONFIG.format(port=port, directory=tmp_path), encoding="utf-8")
-    address = _Address(f"http://127.0.0.1:{port}")
+    address = neuron_at(port)
     async with (
         neuron_process(config) as neuron,
         cortex_process(tmp_path, [address], MODELS) as cortex,

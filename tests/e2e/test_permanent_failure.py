@@ -10,8 +10,7 @@ import anthropic
 import openai
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -33,7 +32,7 @@ async def test_clients_report_it_at_once(mark: str, tmp_path: Path, model: str) 
     """An unsupported model, memory that is too small for it, and an unknown flag: one load, no retry."""
     port = free_port()
     config = toml_config(tmp_path, f"port = {port}", f'state_dir = "{tmp_path / "state"}"', 'name = "n"')
-    async with neuron_process(config) as neuron, cortex_process(tmp_path, [Address(port)], MODELS) as cortex:
+    async with neuron_process(config) as neuron, cortex_process(tmp_path, [neuron_at(port)], MODELS) as cortex:
         began = time.monotonic()
         async with openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="none", max_retries=5) as client:
             with pytest.raises(openai.InternalServerError) as failed:
@@ -56,7 +55,7 @@ async def test_codex_and_the_packages_see_the_reason_in_a_stream(mark: str, tmp_
     slow = [{**MODELS[0], "args": ["--load-secs", "1", "--fault", "oom-at-load"], "id": f"m{n}"} for n in range(3)]
     async with (
         neuron_process(config),
-        cortex_process(tmp_path, [Address(port)], slow, waiting=waiting) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], slow, waiting=waiting) as cortex,
         openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="none") as client,
         anthropic.AsyncAnthropic(base_url=cortex.url, api_key="none") as claude,
     ):

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.cortex.cortex_process import CortexProcess, cortex_process
-from tests.e2e.test_neuron_restart import MODEL, Neuron, ask
+from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
+from tests.e2e.test_neuron_restart import MODEL, ask
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config, until
 from tests.neuron.sim_process import free_port
@@ -44,7 +44,7 @@ async def test_our_cortex_uses_engines_without_keys(mark: str, tmp_path: Path) -
         aiohttp.ClientSession() as session,
         neuron_process(config) as first,
         v1_cortex(first) as other,
-        cortex_process(tmp_path, [Neuron(port)], [model(MODEL), model(OTHER)], placement=NO_WAITING) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], [model(MODEL), model(OTHER)], placement=NO_WAITING) as cortex,
     ):
         await other.forward(MODEL)
         assert await ask(session, cortex.url, stream=True) is None
@@ -77,7 +77,7 @@ async def test_an_engine_dies_under_both(mark: str, tmp_path: Path) -> None:
         aiohttp.ClientSession() as session,
         neuron_process(config) as neuron,
         v1_cortex(neuron) as other,
-        cortex_process(tmp_path, [Neuron(port)], [model(MODEL)]) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], [model(MODEL)]) as cortex,
     ):
         assert await ask(session, cortex.url, stream=False) is None
         assert (await neuron.endpoint(MODEL)).body["api_key"]

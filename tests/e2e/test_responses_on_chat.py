@@ -12,8 +12,7 @@ import pytest
 from openai.types.responses import FunctionToolParam, ToolParam
 from pydantic import BaseModel
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -43,7 +42,7 @@ async def client(mark: str, tmp_path: Path, request: pytest.FixtureRequest) -> A
     models = [{"id": MODEL, "harness": "sim", "vram_mb": 4000, "tools": True, "args": args}]
     async with (
         neuron_process(config),
-        cortex_process(tmp_path, [Address(port)], models) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models) as cortex,
         openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="unused", max_retries=0) as client,
     ):
         yield client

@@ -9,8 +9,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.eviction.test_eviction_memory import Address
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
 from tests.neuron.sim_process import free_port
@@ -33,7 +32,7 @@ async def test_tools_of_the_catalogue(mark: str, tmp_path: Path, stream: bool) -
     async with (
         aiohttp.ClientSession() as http,
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Address(port)], MODELS, waiting={"first_comment_secs": 0.1}) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], MODELS, waiting={"first_comment_secs": 0.1}) as cortex,
     ):
 
         async def ask(model: str) -> tuple[int, Any]:

@@ -43,12 +43,6 @@ devices = {devices}
 
 
 @dataclass
-class _Address:
-    url: str
-    name: str
-
-
-@dataclass
 class Host:
     """A neuron and its configuration."""
 
@@ -113,7 +107,7 @@ async def running_fleet(tmp_path: Path, **model: Any) -> AsyncIterator[Fleet]:
     async with (
         running_host(tmp_path, "beast", '["RTX 5090", "RTX 5090"]', 28650) as beast,
         running_host(tmp_path, "quadbrat", '["RTX 3060"]', 28670) as quadbrat,
-        cortex_process(tmp_path, [_Address(each.url, each.name) for each in (beast, quadbrat)], models) as cortex,
+        cortex_process(tmp_path, [beast, quadbrat], models) as cortex,
         aiohttp.ClientSession() as session,
     ):
         yield Fleet(session, cortex, beast, quadbrat)
@@ -167,7 +161,7 @@ async def test_killed_engines_and_neurons_keep_their_variant(mark: str, tmp_path
             assert (await second.until_status(MODEL, "loaded"))["variant"] == "awq"
             await fleet.until_variants(("beast", "fp8"), ("quadbrat", "awq"))
             models = [{"id": MODEL, "harness": "sim", "variants": VARIANTS}, *OTHERS]
-            hosts = [_Address(each.url, each.name) for each in (fleet.beast, fleet.quadbrat)]
+            hosts = [fleet.beast, fleet.quadbrat]
             again = tmp_path / "again"
             again.mkdir()
             async with cortex_process(again, hosts, models) as other:

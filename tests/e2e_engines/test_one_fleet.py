@@ -69,6 +69,7 @@ def test_the_client_uses_four_kinds_of_engine_cold_and_warm(fleet: Fleet, client
     assert {model: (entries[model]["status"], entries[model]["harness"]) for model in USES} == {
         model: ("loaded", harness) for model, harness in HARNESSES.items()
     }
+    assert all(entries[model]["engine_version"] for model in USES)
 
 
 @pytest.mark.parametrize("model", USES)

@@ -75,13 +75,14 @@ class Evictor:
         if first == key:
             await self._evict(key, method="unload" if others else method, still_needed=still_needed, patient=patient)
         else:
-            with self._no_new_requests(first):
+            with self.no_new_requests(first):
                 await self._evict(first, method="unload", still_needed=still_needed, patient=patient)
         # Rank 0 has no requests any more, and the others have none of their own.
         await asyncio.gather(*(self._unload(part, drain_secs=0) for part in others))
 
     @contextlib.contextmanager
-    def _no_new_requests(self, key: ReplicaKey) -> Iterator[None]:
+    def no_new_requests(self, key: ReplicaKey) -> Iterator[None]:
+        """Marks the engine as `evicting` inside the body."""
         if key in self._fleet.snapshot().evicting:
             yield
             return

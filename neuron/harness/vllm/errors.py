@@ -3,8 +3,11 @@ sources. Pure."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from shared.protocol import FailureCause
 
@@ -15,7 +18,17 @@ _RECORD = re.compile(
 _EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w*\.)*(?P<name>[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|OutOfMemory))(?::\s+(?P<text>.*))?"
 )
-_ENGINE_PROCESSES = ("Worker", "EngineCore")
+# The same after another prefix, such as that of what collects the output: `2026-11-29T19:20:11Z stderr ValueError: x`.
+_PREFIXED = re.compile(
+    r"^.*?\s((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|OutOfMemory): .*)"
+    r"|^.*?\s([\w.]+(?: \w+)?: error: .*)"
+)
+_ENGINE_PROCESSES = ("Worker", "VllmWorker", "EngineCore")
+# The names that loggers give to the parts of a record in JSON, the most particular first.
+_PROCESS_KEYS = ("vllm_process_name", "processName", "process_name")
+_LEVEL_KEYS = ("levelname", "level", "severity", "log.level")
+_MESSAGE_KEYS = ("message", "msg", "event", "text")
+_TRACEBACK_KEYS = ("exc_info", "exc_text", "exception", "traceback", "stack", "stack_info")
 # These only point to a cause in another line.
 _EMPTY_WORDS = ("See root cause above", "Engine core initialization failed", "EngineDeadError", "cancelled")
 _MAX_CAUSE = 1000  # characters
@@ -70,16 +83,21 @@ def root_cause(lines: Sequence[str]) -> str | None:
     An engine's processes fail one after another, each reporting that the one below it did: the cause is the first error
     that a worker or the engine core logged. Without one it is the last error of the server or the argument parser.
     """
-    parsed = [(*split_record(line), line) for line in lines]
-    for index, (head, text, _) in enumerate(parsed):
-        if head is not None and head["level"] == "ERROR" and head["process"].startswith(_ENGINE_PROCESSES):
-            found = _exception(text, [after for _, after, _ in parsed[index + 1 : index + 4]])
+    parsed = [part for line in lines for part in lines_of(line)]
+    for index, line in enumerate(parsed):
+        if line.level == "ERROR" and line.process.startswith(_ENGINE_PROCESSES):
+            found = _exception(line.text, parsed[index + 1 : index + 4])
             if found is not None:
                 return found
+    return _last_error(parsed) or _last_error([_without_prefix(line) for line in parsed])
+
+
+def _last_error(lines: Sequence[LogLine]) -> str | None:
+    """The last error, if possible one that does not only point to another."""
     pointer: str | None = None
-    for index in range(len(parsed) - 1, -1, -1):
-        text = parsed[index][1]
-        found = _exception(text, [after for _, after, _ in parsed[index + 1 : index + 4]])
+    for index in range(len(lines) - 1, -1, -1):
+        text = lines[index].text
+        found = _exception(text, lines[index + 1 : index + 4])
         if found is None and re.match(r"[\w.]+(?: \w+)?: error: ", text):
             found = text.partition(": error: ")[2]
         if found is not None:
@@ -87,6 +105,11 @@ def root_cause(lines: Sequence[str]) -> str | None:
                 return found[:_MAX_CAUSE]
             pointer = pointer or found
     return pointer
+
+
+def _without_prefix(line: LogLine) -> LogLine:
+    found = _PREFIXED.match(line.text)
+    return line if found is None else LogLine(found[1] or found[2])
 
 
 def cause_of(error: str, *, path_missing: bool) -> FailureCause:
@@ -109,20 +132,52 @@ def is_permanent(error: str, *, path_missing: bool) -> bool:
     )
 
 
-def split_record(line: str) -> tuple[re.Match[str] | None, str]:
-    """The prefix of a record of vLLM's logger (None without one) and the text after it."""
+@dataclass(frozen=True)
+class LogLine:
+    """A line of a record of vLLM's logger, with the process and the level that the record names."""
+
+    text: str
+    process: str = ""
+    level: str = ""
+
+
+def lines_of(line: str) -> Iterator[LogLine]:
+    """What a line of output says: of a record in JSON its message and its traceback, line by line."""
     head = _RECORD.match(line)
-    return head, line[head.end() :] if head is not None else line
+    text = line if head is None else line[head.end() :]
+    process, level = ("", "") if head is None else (head["process"], head["level"] or "")
+    record = _json_record(text)
+    if record is None:
+        yield LogLine(text, process, level)
+        return
+    process, level = _first(record, _PROCESS_KEYS) or process, _first(record, _LEVEL_KEYS).upper() or level
+    for part in (_first(record, _MESSAGE_KEYS), _first(record, _TRACEBACK_KEYS)):
+        for each in part.splitlines():
+            yield LogLine(each, process, level)
 
 
-def _exception(text: str, following: Sequence[str]) -> str | None:
+def _json_record(text: str) -> Mapping[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and _first(record, _MESSAGE_KEYS) else None
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    return next((value for name in names if isinstance(value := record.get(name), str) and value), "")
+
+
+def _exception(text: str, following: Sequence[LogLine]) -> str | None:
     """`Name: message` of a traceback's last line; for a pydantic error, its complaint about the value."""
     found = _EXCEPTION.fullmatch(text.rstrip())
     if found is None:
         return None
     message = found["text"] or ""
     if found["name"] == "ValidationError":
-        detail = next((after.strip() for after in following if "error, " in after), None)
+        detail = next((after.text.strip() for after in following if "error, " in after.text), None)
         if detail is not None:
             message = re.sub(r"\s*\[type=\w+, input_value=.*", "", detail.partition("error, ")[2])
             return message[:_MAX_CAUSE]

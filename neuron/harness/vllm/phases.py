@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from neuron.harness.vllm.errors import split_record
+from neuron.harness.vllm.errors import lines_of
 from neuron.progress.phases import CAPTURING, COMPILING, DOWNLOADING, LOADING, STARTING, WARMING_UP, rank
 
 _MAX_MESSAGE = 200  # characters
@@ -67,7 +67,12 @@ class VllmLoadReading:
 
     def after(self, line: str) -> VllmLoadReading:
         """The reading after one more line of output."""
-        text = _BARE_RECORD.sub("", split_record(line)[1].strip())
+        known = self
+        for part in lines_of(line):
+            known = known._after(_BARE_RECORD.sub("", part.text.strip()))
+        return known
+
+    def _after(self, text: str) -> VllmLoadReading:
         known = replace(
             self,
             eager=self.eager or _EAGER.search(text) is not None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.demand import REPORT_AGE_SECS, Demand
+from cortex.control.demand import LOAD_AHEAD_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
@@ -224,3 +224,33 @@ def requests_on(use: ReplicaUsage, report: FleetSnapshot) -> int:
     engine = report.engine(key)
     assert engine is not None
     return PlanningView(now=0, catalogue=Catalogue(), fleet=report, usages={key: use}).requests_on(engine)
+
+
+def test_sessions_begin_with_a_request_after_a_pause(demand: Demand, clock: Moment) -> None:
+    """A pause of a minute ends a session. Sessions fade over hours."""
+    for _ in range(10):
+        for _ in range(5):
+            demand.record_request("m")
+            clock.now += 59
+        clock.now += 365 - 59
+    hourly = demand.arrivals()["m"].sessions_per_sec * 3600
+    assert 5 < hourly < 6.6  # ten in 6010 s; no more than six an hour can be told from so short a time
+    clock.now += 12 * 3600
+    assert demand.arrivals()["m"].sessions_per_sec * 3600 < 0.02
+
+
+def test_a_displaced_model_is_one_until_it_is_loaded_or_removed(demand: Demand, clock: Moment) -> None:
+    """The end of its eviction changes nothing, an operator's unload does."""
+    there = fleet(host("a", 24000, models={"m": On(9000)}))
+    demand.routes_changed(["m"], there)
+    demand.record_displaced(["m", "other"])
+    demand.routes_changed(["m"], there)  # it drains
+    demand.routes_changed(["m"], fleet(host("a", 24000)))
+    assert demand.displaced_if_due() == {"m", "other"}
+    assert not demand.displaced_if_due()  # not again at once
+    demand.routes_changed(["m"], there)
+    clock.now += LOAD_AHEAD_SECS
+    assert demand.displaced_if_due() == {"other"}
+    demand.record_removed("other")
+    clock.now += LOAD_AHEAD_SECS
+    assert not demand.displaced_if_due()

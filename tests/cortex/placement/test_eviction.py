@@ -65,9 +65,7 @@ def test_a_minimum_counts_only_serving_replicas(elsewhere: Any, evicts: bool) ->
         (used(1, idle=0), 0, EvictionClass.BUSY, 15),  # busy: after patience_secs
         (used(1, idle=0), 14, EvictionClass.BUSY, 1),
         (used(1, idle=0), 20, EvictionClass.BUSY, -5),
-        (used(idle=6.75, age=100), 0, EvictionClass.IDLE, 5),  # 2 * 45 s * 45 / (67.5 + 13.5), less the load's 45 s
-        (used(idle=6.75, age=100), 4, EvictionClass.IDLE, 1),
-        (used(idle=6.75, age=100), 9, EvictionClass.IDLE, 0),
+        (used(idle=6.75, age=100), 0, EvictionClass.IDLE, 0),  # costs 45 s * 45 / (67.5 + 13.5), less than the load
         (used(idle=0.2, age=10), 15, EvictionClass.RECENTLY_LOADED, 0.8),  # between two sequential requests
         (used(idle=5, age=10), 15, EvictionClass.RECENTLY_LOADED, 0),
         (used(idle=5, age=0.5), 15, EvictionClass.RECENTLY_LOADED, 0.5),  # just loaded, requests are about to arrive
@@ -280,12 +278,12 @@ def test_a_newly_loaded_model_serves_its_waiting_requests_first() -> None:
     assert plan_for(moment).ready_at > moment.now
 
 
-def _exchange(waits: WaitingRequests, working: int, *arrivals: float) -> float:
+def _exchange(waits: WaitingRequests, working: int, *arrivals: float, idle: float = 0) -> float:
     """In how many seconds `a` may be evicted from the only card for `m`. Both load in 40 s."""
     moment = view(
         BOX,
         M,
-        usages={("a", "box"): used(working, idle=0)},
+        usages={("a", "box"): used(working, idle=idle)},
         arrivals={"a": asked(*arrivals)},
         load_secs={"a": {"box": 40.0}, "m": {"box": 40.0}},
         rules=Rules(),
@@ -297,19 +295,30 @@ def test_one_request_does_not_stop_a_model_that_many_use() -> None:
     """Eight at work, ten more each load: one request waits for the full patience. Ten requests wait a tenth as long."""
     burst = tuple(range(36, -1, -4))
     assert _exchange(WaitingRequests(1, NOW), 8, *burst) == 300
-    assert _exchange(WaitingRequests(10, NOW), 8, *burst) == pytest.approx((2 * 40 * 11 / 2 - 40) / 10)
+    assert _exchange(WaitingRequests(10, NOW), 8, *burst) == pytest.approx((6 * 40 * 11 / 2 - 40) / 10)
 
 
 def test_many_requests_soon_get_the_memory_of_a_model_that_one_uses() -> None:
-    """Its eviction costs one load each way, which nine requests make up for together."""
-    assert _exchange(WaitingRequests(1, NOW), 1, 0) == pytest.approx(40)
-    assert _exchange(WaitingRequests(9, NOW - 4), 1, 0) == pytest.approx((40 - 4 * 5) / 9)
+    """Nine requests make up for its eviction nine times as fast as one."""
+    assert _exchange(WaitingRequests(1, NOW), 1, 0) == pytest.approx(6 * 40 - 40)
+    assert _exchange(WaitingRequests(9, NOW - 4), 1, 0) == pytest.approx((6 * 40 - 40 - 4 * 5) / 9)
+
+
+def test_an_idle_model_that_many_use_waits_for_its_next_requests() -> None:
+    """It was idle for 20 s after eight requests, so it is as likely as not requested again soon. Later it goes at
+    once."""
+    burst = tuple(range(60, 19, -5))
+    expected = 20 / (30 + 20) * asked(*burst).cold_start_wait(NOW, 40) - 40
+    assert expected > 0
+    assert _exchange(WaitingRequests(1, NOW), 0, *burst, idle=20) == pytest.approx(expected)
+    assert _exchange(WaitingRequests(1, NOW), 0, *(180 + each for each in burst), idle=200) == 0
 
 
 def test_an_idle_model_of_a_lower_priority_goes_at_once() -> None:
     low = profile(id="a", vram_mb=20000, residency_priority=50)
     for other, ready in ((low, True), (profile(id="a", vram_mb=20000), False)):
-        moment = view(BOX, M, other, waiting={"m": 0}, usages={("a", "box"): used(idle=2)}, rules=RULES)
+        uses, burst = {("a", "box"): used(idle=2)}, {"a": asked(*range(20, 1, -1))}
+        moment = view(BOX, M, other, waiting={"m": 0}, usages=uses, arrivals=burst, rules=RULES)
         assert (plan_for(moment).ready_at <= NOW) is ready
 
 

@@ -166,7 +166,7 @@ def test_an_idle_peer_is_evicted_at_once() -> None:
     assert box.state() == ("b", None, None)
     box.ask("a")
     assert box.look().loads == ()
-    box.pass_time(box.rules.patience_secs)
+    box.pass_time(box.rules.pause_secs + 0.25)
     assert box.state() == (None, "a", None)
 
 

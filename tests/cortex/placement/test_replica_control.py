@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from cortex.config.catalogue import Catalogue
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import FleetSnapshot, Reservation
-from cortex.placement.inputs import Backoff, PlanningView
+from cortex.placement.inputs import Arrivals, Backoff, PlanningView
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from tests.cortex.fleets import On, fleet, host
-from tests.cortex.views import NOW, evicted, profile, used, view
+from tests.cortex.views import NOW, RULES, evicted, profile, used, view
 
 M = On(14000)
 
@@ -252,3 +254,51 @@ def test_a_model_in_use_moves_off_a_drained_neuron(
     """Draining empties the neuron even under traffic: once the model is up elsewhere, requests go there."""
     moment = view(where, profile(vram_mb=14000), usages={("m", "a"): used(idle=idle)})
     assert loads(moment) == expected
+
+
+def _displaced(m_per_hour: float = 10, a_per_hour: float = 1, **fields: Any) -> PlanningView:
+    """`m` was evicted for `a` on the only card. Each begins so many sessions an hour."""
+    arrivals = {"m": Arrivals((NOW - 600,), m_per_hour / 3600), "a": Arrivals((NOW - 500,), a_per_hour / 3600)}
+    known: dict[str, Any] = {
+        "usages": {("a", "box"): used(idle=500)},
+        "arrivals": arrivals,
+        "displaced": frozenset({"m"}),
+        "m": {},
+        "a": {},
+        **fields,
+    }
+    models = (profile(id=name, vram_mb=14000, **known.pop(name)) for name in ("m", "a"))
+    return view(fleet(host("box", 16000, models={"a": M})), *models, **known)
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        (_displaced(), True),
+        (_displaced(a_per_hour=6), True),
+        (_displaced(a_per_hour=7), False),  # not clearly less
+        (_displaced(usages={("a", "box"): used(idle=59)}), False),
+        (_displaced(usages={("a", "box"): used(1, idle=500)}), False),
+        (_displaced(usages={("a", "box"): used(idle=500, age=40)}), False),  # loaded, and not used yet
+        (_displaced(displaced=frozenset()), False),  # an operator or its `idle_ttl_secs` has unloaded it
+        (_displaced(rules=replace(RULES, load_ahead=False)), False),
+        (_displaced(m={"idle_ttl_secs": 700}), True),
+        (_displaced(m={"idle_ttl_secs": 600}), False),  # it would be unloaded again
+        (_displaced(a={"residency_priority": 200}), False),
+        (_displaced(a={"pinned_on": ["box"]}), False),
+        (_displaced(backoffs={("m", "box"): Backoff(NOW + 9, "it failed")}), False),
+        (_displaced(holds={("m", "box"): NOW + 9}), False),
+    ],
+)
+def test_which_displaced_model_comes_back_ahead_of_its_requests(moment: PlanningView, expected: bool) -> None:
+    """One that is used clearly more than the idle models in its way."""
+    planned = [(plan.model_id, evicted(plan)) for plan, _ in steps(moment).loads]
+    assert planned == ([("m", {"a"})] if expected else [])
+
+
+def test_no_model_comes_back_while_another_waits_for_memory() -> None:
+    """The memory is for the model that is requested."""
+    asked_for = profile(id="b", vram_mb=14000)
+    moment = _displaced(waiting={"b": 1})
+    moment = replace(moment, catalogue=Catalogue(models=(*moment.catalogue.models, asked_for)))
+    assert not steps(moment).loads

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import tomli_w
 
-from tests.cortex.cortex_process import cortex_process
+from tests.cortex.cortex_process import ListedNeuron, cortex_process
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, neuron_process, until
 
@@ -97,14 +97,6 @@ def neuron_toml(directory: Path, number: int, *, sleep: bool = False, fault: str
     return path
 
 
-@dataclass
-class Address:
-    """The neuron's entry in cortex.toml."""
-
-    name: str
-    url: str
-
-
 @contextlib.asynccontextmanager
 async def fleet_of(
     directory: Path,
@@ -124,7 +116,7 @@ async def fleet_of(
             for number in range(hosts)
         ]
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        addresses = [Address(f"n{number}", neuron.base) for number, neuron in enumerate(neurons)]
+        addresses = [ListedNeuron(f"n{number}", neuron.base) for number, neuron in enumerate(neurons)]
         cortex = await stack.enter_async_context(cortex_process(directory, addresses, models, **sections))
         yield SmallFleet(http, cortex.url, neurons, directory / "cortex.log")
 

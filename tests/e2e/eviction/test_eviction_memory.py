@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.cortex.cortex_process import cortex_process
+from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config, until
 from tests.neuron.sim_process import free_port
@@ -17,13 +17,6 @@ __all__ = ["mark"]
 
 STAYS_SECS = 1.5
 """How long the evicted engine ignores SIGTERM."""
-
-
-class Address:
-    name = "n"
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
 
 
 def model(model_id: str, vram_mb: int, *args: str) -> dict[str, Any]:
@@ -41,7 +34,7 @@ async def test_memory_is_reserved_before_it_is_free(mark: str, tmp_path: Path) -
     async with (
         aiohttp.ClientSession() as http,
         neuron_process(config) as neuron,
-        cortex_process(tmp_path, [Address(port)], models) as cortex,
+        cortex_process(tmp_path, [neuron_at(port)], models) as cortex,
     ):
 
         async def ask(model_id: str) -> int:

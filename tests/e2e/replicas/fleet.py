@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.neurons import NeuronProcess, neuron_process, until
 from tests.neuron.sim_process import free_port
 
@@ -30,14 +30,6 @@ backoff_secs = 0.2
 [simulate]
 devices = ["H100", "H100", "H100", "H100", "H100", "H100", "H100", "H100"]
 """
-
-
-@dataclass(frozen=True)
-class Address:
-    """A neuron's entry in cortex.toml."""
-
-    name: str
-    url: str
 
 
 @dataclass
@@ -112,7 +104,7 @@ async def running_hosts(
         addresses, neurons = [], {}
         for place, name in enumerate(names):
             port = free_port()
-            addresses.append(Address(name, f"http://127.0.0.1:{port}"))
+            addresses.append(neuron_at(port, name))
             config = config_file(directory, name, port, first_port=27000 + 100 * place)
             neurons[name] = await stack.enter_async_context(neuron_process(config))
         cortex = await stack.enter_async_context(cortex_process(directory, addresses, models, placement=placement))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,8 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.replicas.fleet import Address, Hosts
+from tests.cortex.cortex_process import cortex_process, neuron_at
+from tests.e2e.replicas.fleet import Hosts
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.neuron.sim_process import free_port
@@ -54,7 +55,7 @@ async def test_a_lost_device_takes_only_its_instance(mark: str, library: dict[st
     model = {"id": MODEL, "harness": "vllm", "vram_mb": 20_000, "replicas": {"min": 4}}
     async with (
         neuron_process(config_file(tmp_path, port), env=environment) as neuron,
-        cortex_process(tmp_path, [Address("a", f"http://127.0.0.1:{port}")], [model]) as cortex,
+        cortex_process(tmp_path, [neuron_at(port, "a")], [model]) as cortex,
         aiohttp.ClientSession() as session,
     ):
         hosts = Hosts(session, tmp_path, cortex, {"a": neuron})
@@ -63,7 +64,8 @@ async def test_a_lost_device_takes_only_its_instance(mark: str, library: dict[st
         lost = Gpu(figures={"error": GPU_IS_LOST})
         write_scenario(tmp_path / "gpus", tuple(lost if index == 1 else Gpu() for index in range(GPUS)))
         await until(lambda: _knows(hosts))
-        os.kill(before[1], signal.SIGKILL)  # as a real engine dies of it
+        with contextlib.suppress(ProcessLookupError):  # cortex moves it, if it still lives
+            os.kill(before[1], signal.SIGKILL)  # as a real engine dies of it
         await until(lambda: _moved(hosts))
         after = {each["devices"][0]: each["pid"] for each in await hosts.until_loaded(MODEL, 4)}
         assert sorted(after) == [0, 2, 3, 4]

@@ -8,8 +8,8 @@ import contextlib
 import re
 from pathlib import Path
 
-from tests.cortex.cortex_process import cortex_process
-from tests.e2e.replicas.fleet import Address, Hosts, running_hosts
+from tests.cortex.cortex_process import ListedNeuron, cortex_process
+from tests.e2e.replicas.fleet import Hosts, running_hosts
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import until
 
@@ -39,7 +39,7 @@ async def test_the_minimum_is_kept_once(mark: str, tmp_path: Path) -> None:
     model = {"id": MODEL, "harness": "sim", "vram_mb": 20_000, "replicas": {"min": MINIMUM, "max": 16}}
     async with contextlib.AsyncExitStack() as stack:
         hosts = await stack.enter_async_context(running_hosts(tmp_path, [model], names=("a", "b")))
-        swapped = [Address(name, hosts.neurons[other].base) for name, other in ("ab", "ba")]
+        swapped = [ListedNeuron(name, hosts.neurons[other].base) for name, other in ("ab", "ba")]
         directory = tmp_path / "second"
         directory.mkdir()
         await stack.enter_async_context(cortex_process(directory, swapped, [model]))

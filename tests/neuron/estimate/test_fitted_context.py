@@ -18,7 +18,7 @@ from neuron.harness.vllm.estimate.estimator import VllmEstimator
 from shared.protocol import Device
 from tests.neuron.estimate.published import LLAMA_8B
 from tests.neuron.estimate.safetensors import llama_tensors, write_model
-from tests.neuron.neurons import Neuron
+from tests.neuron.neurons import Neuron, config_of, neuron_here
 
 MODEL = "org/model"
 CARD = (Device(index=0, name="RTX 5090", vram_total_mb=32_607),)
@@ -118,3 +118,14 @@ async def test_two_lengths_are_refused(neuron: Neuron) -> None:
         answer = await neuron.load(MODEL, *flag, max_model_len=5000)
         assert (answer.status, answer.error["param"]) == (400, "max_model_len")
         assert "--max-model-len is in its args too" in answer.error["message"]
+
+
+async def test_auto_is_fitted_to_the_ram_of_a_host_without_gpus(llama: Path, tmp_path: Path) -> None:
+    """Without what neuron keeps free and what the engine's processes take."""
+    simulate = {"devices": [], "ram_mb": 32_000}
+    config = config_of(tmp_path / "state", simulate=simulate, sleep={"ram_reserve_mb": 2000})
+    async with neuron_here(config) as neuron:
+        length, given = await served(neuron, llama, max_model_len="auto")
+        assert given == [str(length)]
+        limit = 30_000 - VllmEstimator.in_ram_mb
+        assert length == await asyncio.to_thread(fitting, llama, limit)

@@ -227,3 +227,10 @@ def test_harnesses_share_the_reading(name: str) -> None:
     reading = harness.first_reading()
     assert (reading.phase, reading.fraction, reading.message, reading.serving) == ("starting", None, None, False)
     assert reading.after(V0_8[2]).fraction == 0.5
+
+
+def test_records_in_json_tell_the_phases() -> None:
+    """Real output of vLLM 0.32 with VLLM_LOGGING_CONFIG_PATH; it failed after the weights were loaded."""
+    readings = replay((LOGS / "json.txt").read_text().splitlines())
+    assert list(dict.fromkeys(reading.phase for reading in readings)) == ["starting", "loading weights"]
+    assert (readings[-1].fraction, readings[-1].message) == (1.0, "Loading weights took 0.01 seconds")

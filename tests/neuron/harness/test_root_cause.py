@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ LOGS = Path(__file__).parent / "vllm_logs"
         ("toolong", "User-specified max_model_len (100000) is greater than the derived max_model_len"),
         ("kv", "ValueError: Available memory on node 0 (7.53/9.09 GiB) on kv cache allocation is less than requested"),
         ("sleep", "Sleep mode is not supported on current platform."),
+        ("json", "ValueError: No available memory for the cache blocks."),
         ("tp2", "AssertionError: Not enough allowed NUMA nodes to bind threads of 2 local CPUWorkers."),
     ],
 )
@@ -32,6 +34,29 @@ def test_real_failures(log: str, cause: str) -> None:
     assert found is not None
     assert found.startswith(cause)
     assert "input_value" not in found
+
+
+@pytest.mark.parametrize("log", ["badflag", "nopath", "sleep", "tp2", "toolong"])
+@pytest.mark.parametrize("prefix", ["2026-11-29T19:20:11.123Z stderr F ", "node7 vllm[312]: ", "[1,0]<stderr>: "])
+def test_unknown_prefixes_hide_no_cause(log: str, prefix: str) -> None:
+    """What collects the output puts something of its own before each line."""
+    lines = (LOGS / f"{log}.txt").read_text().splitlines()
+    assert root_cause([prefix + line for line in lines]) == root_cause(lines)
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"level": "error", "msg": "ValueError: x"}, "ValueError: x"),
+        ({"severity": "ERROR", "event": "failed", "exception": "Traceback:\nKeyError: 'y'"}, "KeyError: 'y'"),
+        ({"levelname": "INFO", "message": "all is well"}, None),
+        ({"no": "message"}, None),
+    ],
+)
+def test_records_in_json(record: dict[str, str], cause: str | None) -> None:
+    """Loggers give different names to the same parts. The prefix of a process may come first."""
+    for prefix in ("", "(EngineCore pid=6) "):
+        assert root_cause([prefix + json.dumps(record), "{not json"]) == cause
 
 
 @pytest.mark.parametrize(

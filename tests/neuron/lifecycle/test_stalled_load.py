@@ -97,7 +97,7 @@ async def test_children_count_as_the_engine(mark: str, tmp_path: Path) -> None:
 
 async def test_an_engine_that_works_in_any_way_goes_on(mark: str, tmp_path: Path) -> None:
     """An engine that computes, reads or prints has all of startup_timeout_secs."""
-    async with neuron_here(config(tmp_path, stall_timeout_secs=2, startup_timeout_secs=5)) as neuron:
+    async with neuron_here(config(tmp_path, stall_timeout_secs=3, startup_timeout_secs=6)) as neuron:
         answers = await asyncio.gather(*(load(neuron, way, vram_mb=9000) for way in ("computes", "reads", "prints")))
         assert [answer.error["code"] for answer in answers] == ["load_timeout"] * 3
     assert not marked_processes(mark)
