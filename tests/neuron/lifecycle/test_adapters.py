@@ -84,7 +84,6 @@ async def test_a_full_engine(neuron: Neuron, tmp_path: Path) -> None:
     refused = await attach(neuron, "c", sources["c"])
     assert (refused.status, refused.error["code"]) == (409, "adapters_full")
     long = asyncio.ensure_future(ask(neuron, "a", max_tokens=2000, ignore_eos=True))
-    await until(lambda: neuron.registry.get(BASE).engine)
 
     async def runs() -> bool:
         engine = neuron.registry.get(BASE).engine
