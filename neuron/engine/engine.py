@@ -57,6 +57,7 @@ class Engine:
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
     ram: ProcessRam | None = None  # when last measured; None: its RAM is not counted
     ram_measured_at: float = 0.0  # Unix time
+    checks_answered: int = 0  # health checks while it loads
     max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
@@ -114,6 +115,10 @@ class Engine:
     def devices(self) -> tuple[int, ...]:
         return self.placement.indices
 
+    def answered_check(self) -> None:
+        """It has answered a health check, with any status, while it loads."""
+        self.checks_answered += 1
+
     def came_up(self) -> float:
         """It serves for the first time. Returns the seconds that its load took."""
         self.ready_at = time.time()
@@ -141,7 +146,9 @@ class Engine:
             await asyncio.Event().wait()
         return await until_stalled(
             self.process.leader,
-            self.output.file.path,
+            self.output,
+            health_path=self.harness.health_path,
+            checks=lambda: self.checks_answered,
             timeout_secs=self.stall_timeout_secs,
             tell=tell,
             cache_variables=self.harness.cache_variables,

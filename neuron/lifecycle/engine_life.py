@@ -150,6 +150,7 @@ class EngineLife:
             model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
+            on_answer=engine.answered_check,
         )
 
     async def _until_part_is_loaded(self) -> None:

@@ -114,7 +114,7 @@ class AmdTopologySource:
 
     def _links(self, devices: Sequence[Device]) -> Iterator[Link]:
         # Older packages have another class, with XGMI and PCIEXPRESS.
-        types = getattr(self._smi, "AmdSmiLinkType", None) or getattr(self._smi, "AmdSmiIoLinkType", ())
+        types: Any = getattr(self._smi, "AmdSmiLinkType", None) or getattr(self._smi, "AmdSmiIoLinkType", ())
         names = {each.value: each.name for each in types}
         for first, second in combinations(devices, 2):
             a, b = self._handles[first.index], self._handles[second.index]
