@@ -13,6 +13,9 @@ DEVICE_MARGIN_MB: Final = 512
 """MiB that neuron leaves unbooked on every real device: an engine's CUDA context, which vLLM does not count into its
 fraction, and the few MiB by which NVML and CUDA disagree. Simulated devices have neither."""
 
+_RAM_RESERVE_MB: Final = 4096
+_RAM_RESERVE_PART: Final = 8
+
 MEMORY_STEP_MB: Final = 1024
 """Free memory counts in whole GiB when sets of devices are compared, so that the few MiB by which two idle cards differ
 do not decide."""
@@ -63,6 +66,11 @@ def _spelling(name: str) -> str:
 
 
 _BY_SPELLING = {_spelling(name): preset for preset in PRESETS for name in (preset.name, *preset.aliases)}
+
+
+def ram_reserve_mb(total_mb: int) -> int:
+    """MiB of a host's RAM that stay free for other programs by default: 4 GiB, at most an eighth."""
+    return min(_RAM_RESERVE_MB, total_mb // _RAM_RESERVE_PART)
 
 
 def in_memory_steps(free_mb: int, total_mb: int) -> int:

@@ -25,6 +25,9 @@ SESSION_MEMORY_SECS = 2 * 3600.0
 SESSION_PRIOR_SECS = 300.0
 """Added to the time in which sessions were counted, so that one session at the start does not seem a high rate."""
 
+LOAD_AHEAD_SECS = 10.0
+"""How often displaced models are considered for a load ahead of their requests."""
+
 
 @dataclass
 class _Sessions:
@@ -87,6 +90,7 @@ class Demand:
         self._sessions: defaultdict[str, _Sessions] = defaultdict(_Sessions)
         self._since = clock()
         self._displaced: set[str] = set()
+        self._load_ahead_at = 0.0
         self._admitted: Counter[str] = Counter()  # recorded when they began to wait, and not begun yet
         self._overloaded_since: dict[str, float] = {}
 
@@ -138,9 +142,12 @@ class Demand:
         """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
         self._displaced.discard(model_id)
 
-    @property
-    def displaced(self) -> frozenset[str]:
-        """Models that were evicted for others and have not been loaded since."""
+    def displaced_if_due(self) -> frozenset[str]:
+        """Models that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`. In between none:
+        they are not urgent, and planning for all of them takes time."""
+        if self._clock() < self._load_ahead_at:
+            return frozenset()
+        self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
         return frozenset(self._displaced)
 
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:

@@ -104,7 +104,6 @@ class Scheduler:
             usages=self._demand.usages(),
             waiting=self._queue.waiting(),
             arrivals=self._demand.arrivals(),
-            displaced=self._demand.displaced,
             load_secs=self._loader.load_secs,
             observed_share_mb=self._observed_share_mb,
             backoffs=self._backoffs.current(),
@@ -182,8 +181,9 @@ class Scheduler:
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             fleet = self._fleet.snapshot()
             profiles = [each for each in self._live.catalogue.models if needs_reconciliation(each, fleet)]
-            if profiles or self._demand.displaced:
-                steps = self._policy.reconcile_replicas(self.view(), profiles)
+            displaced = self._demand.displaced_if_due()
+            if profiles or displaced:
+                steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:
                     self._start(plan, why, for_waiters=False)
                 for removal in steps.removals:

@@ -13,7 +13,7 @@ from cortex.config.catalogue import Catalogue, load_catalogue
 from cortex.config.profile import ComputeCapability, ModelName, ModelProfile
 from cortex.config.settings import PlacementSettings
 from shared.gpus import PRESETS, find_preset
-from shared.protocol import Device, Link, LinkKind
+from shared.protocol import RAM, Device, Link, LinkKind
 from shared.settings import SettingsError, SettingsModel, read_toml, validate_settings
 
 Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -38,10 +38,12 @@ class LinkEntry(SettingsModel):
 
 
 class SimulatedNode(SettingsModel):
-    """`[[nodes]]`: one host. Its loads take `load_factor` times the file's durations."""
+    """`[[nodes]]`: one host. Its loads take `load_factor` times the file's durations. `ram_mb` is for models on the
+    CPU; None: there are none, unless a device shares the RAM."""
 
     name: str = Field(min_length=1)
-    devices: tuple[SimulatedGpu | str, ...] = Field(min_length=1, max_length=64)
+    devices: tuple[SimulatedGpu | str, ...] = Field(default=(), max_length=64)
+    ram_mb: int | None = Field(default=None, gt=0)
     links: tuple[LinkEntry, ...] = ()
     harnesses: tuple[str, ...] = ("vllm",)
     load_factor: Factor = 1.0
@@ -58,6 +60,12 @@ class SimulatedNode(SettingsModel):
         return value
 
     @model_validator(mode="after")
+    def _has_memory(self) -> SimulatedNode:
+        if not self.devices and self.ram_mb is None:
+            raise ValueError(f"{self.name!r} has neither devices nor ram_mb")
+        return self
+
+    @model_validator(mode="after")
     def _links_join_devices(self) -> SimulatedNode:
         for link in self.links:
             if not link.a < link.b < len(self.devices):
@@ -70,6 +78,18 @@ class SimulatedNode(SettingsModel):
     def gpus(self) -> tuple[Device, ...]:
         """The devices, with presets resolved."""
         return tuple(_device(index, entry) for index, entry in enumerate(self.devices))
+
+    @cached_property
+    def ram(self) -> Device | None:
+        """The host's RAM, which unified devices share; None if it is not counted."""
+        total = self.ram_mb or max((gpu.vram_total_mb for gpu in self.gpus if gpu.unified), default=None)
+        return None if total is None else Device(index=RAM, name="RAM", vram_total_mb=total)
+
+    @property
+    def total_mb(self) -> int:
+        """All memory that models can use, in MiB."""
+        own = sum(gpu.vram_total_mb for gpu in self.gpus if not gpu.unified)
+        return own + (0 if self.ram is None else self.ram.vram_total_mb)
 
     @cached_property
     def paths(self) -> list[Link]:
@@ -182,4 +202,5 @@ def _device(index: int, entry: SimulatedGpu | str) -> Device:
         name=preset.name,
         vram_total_mb=preset.vram_total_mb,
         compute_capability=preset.compute_capability,
+        unified=preset.unified,
     )

@@ -11,14 +11,17 @@ from cortex.fleet.snapshot import EngineName
 from cortex.fleet.state import Fleet
 from cortex.simulator.engine import SimulatedEngine
 from cortex.simulator.fleet_file import SimulatedFleet, SimulatedNode
-from shared.gpus import DEVICE_MARGIN_MB
+from shared.gpus import DEVICE_MARGIN_MB, ram_reserve_mb
 from shared.protocol import (
     FIRST_INSTANCE,
+    RAM,
     DeviceHealth,
     Discovery,
     EndpointReply,
     ErrorCode,
     GroupPart,
+    HostMemoryHealth,
+    HostResources,
     ListenReply,
     LoadCommand,
     LoadReply,
@@ -87,13 +90,22 @@ class SimulatedNeuron:
             instance_id=node.name,
             instances=True,
             groups=True,
+            host=None if node.ram is None else HostResources(ram_total_mb=node.ram.vram_total_mb),
         )
+        self._in_ram = {RAM, *(gpu.index for gpu in node.gpus if gpu.unified)}
         self._report()
 
     def bookable_mb(self, device: int) -> int:
-        """Memory of the device that a new engine could book, in MiB."""
-        booked = sum(engine.device_share_mb for engine in self.engines.values() if device in engine.devices)
-        return self.node.gpus[device].vram_total_mb - DEVICE_MARGIN_MB - booked
+        """Memory of the device, or of RAM, that a new engine could book, in MiB."""
+        if device in self._in_ram:
+            total = 0 if self.node.ram is None else self.node.ram.vram_total_mb
+            return total - ram_reserve_mb(total) - self._booked_mb(self._in_ram)
+        return self.node.gpus[device].vram_total_mb - DEVICE_MARGIN_MB - self._booked_mb({device})
+
+    def _booked_mb(self, devices: set[int]) -> int:
+        return sum(
+            engine.device_share_mb * len(devices.intersection(engine.devices)) for engine in self.engines.values()
+        )
 
     async def load(self, command: LoadCommand, *, timeout_secs: float, wait: bool = True) -> LoadReply:
         """Books the memory and starts the load.
@@ -101,11 +113,12 @@ class SimulatedNeuron:
         Raises:
             NeuronRefused: there is not enough memory.
         """
-        model_id, devices = command.model_id, tuple(command.devices or ())
+        model_id, devices = command.model_id, tuple(command.devices or (RAM,))
         device_share_mb = -(-(command.vram_mb or 0) // max(1, len(devices)))
         for index in devices:
             if self.bookable_mb(index) < device_share_mb:
-                text = f"{model_id!r} needs {device_share_mb} MiB, device {index} has {self.bookable_mb(index)} MiB"
+                where = "RAM" if index == RAM else f"device {index}"
+                text = f"{model_id!r} needs {device_share_mb} MiB, {where} has {self.bookable_mb(index)} MiB"
                 raise NeuronRefused(409, text, ErrorCode.INSUFFICIENT_VRAM)
         instance, parallel = command.instance or FIRST_INSTANCE, self._simulated.parallel(model_id)
         engine = SimulatedEngine(
@@ -195,8 +208,9 @@ class SimulatedNeuron:
             variant=engine.variant,
             group=engine.group if held else None,
             status=status.value,
-            devices=list(engine.devices) if held else [],
-            vram_booked_mb=engine.booked_mb if held else None,
+            devices=[index for index in engine.devices if index != RAM] if held else [],
+            vram_booked_mb=engine.booked_mb if held and RAM not in engine.devices else None,
+            ram_booked_mb=engine.booked_mb if held and RAM in engine.devices else None,
             since=asyncio.get_running_loop().time(),
             endpoint=EndpointReply(url=f"http://{self.node.name}") if status is ModelStatus.LOADED else None,
         )
@@ -209,15 +223,29 @@ class SimulatedNeuron:
         self._fleet.record_poll(
             self.node.name,
             started=asyncio.get_running_loop().time(),
-            health=NeuronHealth(devices=[self._health(index) for index in range(len(self.node.gpus))]),
+            health=NeuronHealth(
+                devices=[self._health(index) for index in range(len(self.node.gpus))], host=self._host_health()
+            ),
             models=list(self._views.values()),
             discovery=self._discovery,
+        )
+
+    def _host_health(self) -> HostMemoryHealth | None:
+        if self.node.ram is None:
+            return None
+        total, booked = self.node.ram.vram_total_mb, self._booked_mb(self._in_ram)
+        return HostMemoryHealth(
+            ram_total_mb=total,
+            ram_used_mb=booked,
+            ram_free_mb=total - booked,
+            ram_booked_mb=booked,
+            ram_bookable_mb=self.bookable_mb(RAM),
         )
 
     def _health(self, index: int) -> DeviceHealth:
         total = self.node.gpus[index].vram_total_mb
         bookable = self.bookable_mb(index)
-        booked = total - DEVICE_MARGIN_MB - bookable
+        booked = self._booked_mb(self._in_ram if index in self._in_ram else {index})
         return DeviceHealth(
             index=index,
             vram_used_mb=booked,

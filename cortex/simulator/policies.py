@@ -182,7 +182,7 @@ def _device_sets(view: PlanningView, holders: Iterable[_Holder]) -> Iterator[_De
         if _is_evicting(view, profile.id, node):
             continue
         indices = [device.index for device in eligible_devices(profile, node)]
-        for devices in device_sets(indices, profile.device_count, at_most=MAX_EVICTION_SETS):
+        for devices in device_sets(indices, profile.shares, at_most=MAX_EVICTION_SETS):
             yield _DeviceSet(view, profile, node, devices)
 
 
@@ -192,4 +192,4 @@ def _is_evicting(view: PlanningView, model_id: str, node: NodeSnapshot) -> bool:
 
 def _could_hold(profile: ModelProfile, node: NodeSnapshot) -> bool:
     enough = [device for device in eligible_devices(profile, node) if device.vram_total_mb >= profile.device_share_mb]
-    return is_feasible(profile, node) and len(enough) >= profile.device_count
+    return is_feasible(profile, node) and len(enough) >= profile.shares

@@ -141,7 +141,7 @@ class Simulation:
         )
         self._worker = SimulatedWorker()
         self.fleet = Fleet([(node.name, f"http://{node.name}") for node in file.nodes], unhealthy_after=1, clock=clock)
-        self._memory = MemoryUse(sum(gpu.vram_total_mb for node in file.nodes for gpu in node.gpus))
+        self._memory = MemoryUse(sum(node.total_mb for node in file.nodes))
         starts = GroupStarts()
         self.neurons = {
             node.name: SimulatedNeuron(node, simulated, self.fleet, starts, self._memory_changed) for node in file.nodes

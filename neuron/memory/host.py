@@ -13,14 +13,10 @@ from neuron.config import NeuronConfig, SimulateSettings
 from neuron.gpu import simulated_vram as vram
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.memory.ram import RamFigures, host_ram
+from shared.gpus import ram_reserve_mb
 from shared.protocol import RAM, Device, DeviceHealth
 
 log = logging.getLogger(__name__)
-
-RESERVE_MB = 4096
-"""MiB of RAM that stay free for other programs by default."""
-RESERVE_PART = 8
-"""By default the reserve is at most this part of the RAM."""
 
 
 class RamSource(Protocol):
@@ -108,7 +104,7 @@ class HostTopologySource:
             for device in topology.devices
         )
         ram = Device(index=RAM, name=vram.RAM_NAME, vram_total_mb=total)
-        reserve = min(RESERVE_MB, total // RESERVE_PART) if self._reserve_mb is None else self._reserve_mb
+        reserve = ram_reserve_mb(total) if self._reserve_mb is None else self._reserve_mb
         return replace(topology, devices=devices, ram=ram, ram_reserve_mb=reserve)
 
     async def health(self) -> Sequence[DeviceHealth]:

@@ -31,6 +31,8 @@ def configuration(directory: Path, port: int) -> Path:
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
+        "if '--version' in sys.argv:\n"
+        "    sys.exit('unknown')\n"
         "if 'serve' in sys.argv:\n"
         f"    print(json.dumps(dict(os.environ)), file=open({str(directory / 'called.jsonl')!r}, 'a'))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"

@@ -51,7 +51,7 @@ def running_mixed_fleet(directory: Path, engines: Engines) -> Iterator[Fleet]:
     neuron: dict[str, Any] = {
         "harnesses": [{"name": name} for name in harness],
         "harness": harness,
-        "simulate": {"devices": ["RTX 5090", "RTX 5090"]},
+        "simulate": {"devices": ["RTX 5090", "RTX 5090"], "ram_mb": 16000},
     }
     broken = directory / "broken.gguf"
     broken.write_bytes(engines.llama_cpp.tiny.read_bytes()[:300])
@@ -63,9 +63,9 @@ def running_mixed_fleet(directory: Path, engines: Engines) -> Iterator[Fleet]:
             "vram_mb": 2000,
             "args": ["--max-model-len", "512"],
         },
-        {"id": GGUF, "harness": "llama", "source": str(engines.llama_cpp.tiny), "vram_mb": 500},
+        {"id": GGUF, "harness": "llama", "source": str(engines.llama_cpp.tiny), "vram_mb": 500, "devices": 0},
         {"id": BROKEN_GGUF, "harness": "llama", "source": str(broken), "vram_mb": 500},
-        {"id": EMBEDDER, "harness": "infinity", "source": str(engines.minilm), "vram_mb": 1000},
+        {"id": EMBEDDER, "harness": "infinity", "source": str(engines.minilm), "vram_mb": 1000, "devices": 0},
         {"id": RERANKER, "harness": "infinity", "source": str(engines.infinity.reranker), "vram_mb": 1000},
         {"id": SIMULATED, "harness": "sim", "vram_mb": 2000},
     ]

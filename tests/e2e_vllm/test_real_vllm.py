@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 
@@ -11,6 +13,9 @@ import anthropic
 import openai
 import pytest
 
+from cortex.proxy.body.prompt_size import excess, prompt_size
+from cortex.proxy.context import longest_token_chars
+from tests.e2e_vllm.conftest import RealVllm
 from tests.e2e_vllm.fleet import BROKEN, MINILM, PAIR, TINY
 from tests.processes import eventually, of_session
 from tests.services import NODE, Fleet
@@ -103,6 +108,36 @@ def test_anthropic_message_is_answered(fleet: Fleet) -> None:
         )
     assert message.usage.output_tokens > 0
     assert [block.type for block in message.content] == ["text"]
+
+
+def test_what_cortex_refuses_before_a_load_vllm_refuses_in_the_same_words(fleet: Fleet, real_vllm: RealVllm) -> None:
+    """A loaded model answers itself, as cortex does for a cold one; a template adds characters to a chat's."""
+    assert ask(fleet, TINY)[0] == 200
+    entry = fleet.status_of(TINY)
+    assert entry is not None
+    assert entry["max_model_len"] == 512
+    longest = longest_token_chars(str(real_vllm.tiny))
+    text = "a " * (512 * longest)
+    chat = [{"role": "user", "content": text}]
+    for path, asked in (
+        ("/v1/chat/completions", {"messages": chat}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 513}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 513}),
+        ("/v1/completions", {"prompt": [1] * 513}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 513}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 513}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 513}),
+    ):
+        body = {"model": TINY, **asked}
+        expected = excess(prompt_size(path.encode(), json.dumps(body).encode()), 512, longest)
+        assert expected is not None
+        answer = fleet.cortex.request(path, body)
+        error = answer.body["error"]
+        message = re.sub(r"contains \d+ char|value=\d{5}", "", error["message"])
+        assert message == re.sub(r"contains at least \d+ char|value=\d{5}", "", expected.message), path
+        assert answer.status == 400
+        if path != "/v1/messages":
+            assert (error["type"], error["code"]) == ("BadRequestError", 400)
 
 
 def test_killed_engine_is_noticed_and_loaded_again(fleet: Fleet) -> None:

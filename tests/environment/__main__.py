@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from tests.environment.cache import EnvironmentUnavailable
+from tests.environment.cache import EnvironmentUnavailable, MachineUnsuitable
 from tests.environment.clients import node_clients, old_python_clients, python_clients
 from tests.environment.infinity import infinity_environment
 from tests.environment.llama_cpp import llama_cpp_environment
@@ -48,6 +48,8 @@ def _build_clients() -> None:
 def _built(what: str, build: Callable[[], None]) -> bool:
     try:
         build()
+    except MachineUnsuitable as error:
+        print(f"{what} does not run here, skipping the tests: {error}", file=sys.stderr)
     except EnvironmentUnavailable as error:
         print(f"{what} not available, skipping the tests: {error}", file=sys.stderr)
         return False

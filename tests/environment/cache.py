@@ -17,6 +17,10 @@ class EnvironmentUnavailable(Exception):
     """Something the tests need cannot be built here; the message says what and why."""
 
 
+class MachineUnsuitable(EnvironmentUnavailable):
+    """This machine cannot run it, also when everything is installed: its tests are skipped even in CI."""
+
+
 def cache_root() -> Path:
     """`$XDG_CACHE_HOME/cortex-neuron`; created if missing."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex-neuron"

@@ -1,7 +1,7 @@
 """A llama.cpp server and a tiny model for it.
 
-The server is llama.cpp's own `llama-server`, built by others and published as a package: building it takes 15 minutes
-on two cores. The build needs a CPU with AVX-512; elsewhere set `CORTEX_TEST_LLAMA_SERVER=/path/to/llama-server`.
+The server is llama.cpp's own `llama-server`, built by others and published as a package: building it takes minutes.
+That build needs a CPU with AVX-512; elsewhere set `CORTEX_TEST_LLAMA_SERVER=/path/to/llama-server`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.environment import tiny_gguf
-from tests.environment.cache import EnvironmentUnavailable, key_of, prepared
+from tests.environment.cache import MachineUnsuitable, key_of, prepared
 from tests.environment.commands import make_environment, run
 
 OVERRIDE_VARIABLE = "CORTEX_TEST_LLAMA_SERVER"
@@ -34,7 +34,8 @@ def llama_cpp_environment() -> LlamaCppEnvironment:
     """The environment, prepared on the first call: half a minute, a download of 0.1 GB, 0.3 GB on disk.
 
     Raises:
-        EnvironmentUnavailable: it cannot be installed, or its server does not run on this machine.
+        EnvironmentUnavailable: it cannot be installed.
+        MachineUnsuitable: the server does not run on this CPU.
     """
     interpreter = f"{sys.version_info.major}.{sys.version_info.minor}-{platform.machine()}"
     script = Path(tiny_gguf.__file__)
@@ -53,5 +54,5 @@ def _server_of(directory: Path) -> Path:
     if own:
         return Path(own)
     if "avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        raise EnvironmentUnavailable(f"{_SERVER} needs a CPU with AVX-512; set {OVERRIDE_VARIABLE}")
+        raise MachineUnsuitable(f"{_SERVER} needs a CPU with AVX-512; set {OVERRIDE_VARIABLE}")
     return directory / _PROGRAM.format(*sys.version_info)

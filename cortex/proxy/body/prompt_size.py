@@ -68,19 +68,19 @@ def prompt_size(path: bytes, body: bytes) -> PromptSize:
 
 def excess(size: PromptSize, context: int, longest_token_chars: int) -> InvalidRequest | None:
     """vLLM's refusal of a request that certainly exceeds a context of so many tokens, else None."""
-    most = context * longest_token_chars
-    if size.limit > context:
-        message = f"{size.limit_name}={size.limit} cannot be greater than max_model_len={context}. Please request fewer"
-        return _refusal(f"{message} output tokens.", size.limit_name, size.limit)
-    message = f"This model's maximum context length is {context} tokens. However, your prompt contains"
-    if size.tokens > context:
-        message += f" {size.tokens} input tokens, which exceeds this limit even without any output tokens."
-        return _refusal(f"{message} Please reduce the length of the input prompt.", "input_tokens", size.tokens)
-    if len(size.text) > most:
-        message += f" {len(size.text)} characters (more than {most} characters, which is the upper bound for {context}"
-        return _refusal(
-            f"{message} input tokens). Please reduce the length of the input prompt.", "input_text", len(size.text)
-        )
+    limit, tokens, chars, most = size.limit, size.tokens, len(size.text), context * longest_token_chars
+    if limit > context:
+        problem = f"{size.limit_name}={limit} cannot be greater than max_model_len={context}."
+        return _refusal(f"{problem} Please request fewer output tokens.", size.limit_name, limit)
+    problem = f"This model's maximum context length is {context} tokens. However, your prompt contains"
+    advice = "Please reduce the length of the input prompt."
+    if tokens > context:
+        counted = f"{'at least ' if tokens == context + 1 else ''}{tokens} input tokens"
+        why = "which exceeds this limit even without any output tokens"
+        return _refusal(f"{problem} {counted}, {why}. {advice}", "input_tokens", tokens)
+    if chars > most:
+        why = f"more than {most} characters, which is the upper bound for {context} input tokens"
+        return _refusal(f"{problem} at least {chars} characters ({why}). {advice}", "input_text", chars)
     return None
 
 

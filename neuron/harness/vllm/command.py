@@ -171,7 +171,7 @@ def parallel_arguments(spec: EngineSpec) -> list[str]:
 
 def context_arguments(spec: EngineSpec) -> list[str]:
     """Those that limit the context. They come last: of two equal flags vLLM takes the last, and a host's `extra_args`
-    must not make the model's longer. A vLLM of 0.14 or later fits `auto` to its memory itself."""
+    must not make the model's longer. vLLM fits `auto` to its memory itself."""
     if spec.context is not None:
         return [CONTEXT_FLAG, str(spec.context)]
     return [CONTEXT_FLAG, AUTO] if spec.max_model_len == AUTO and spec.fitted_len is None else []

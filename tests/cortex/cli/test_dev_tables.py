@@ -68,3 +68,13 @@ def test_fleets_are_parsed() -> None:
     """A count of one may be left out; names of GPUs may have spaces."""
     hosts = parse_fleet("a=2xRTX5090, b=RTX 4090,")
     assert [(host.name, host.devices) for host in hosts] == [("a", ("RTX5090",) * 2), ("b", ("RTX 4090",))]
+
+
+def test_a_host_without_gpus() -> None:
+    """It has RAM, and the catalogue a model for it."""
+    hosts = parse_fleet("box=cpu,beast=2xRTX5090")
+    box = SimulateSettings.model_validate(neuron_table(hosts[0], 0, DevEngine())["simulate"])
+    assert (box.devices, box.ram_mb) == ([], 64_000)
+    assert neuron_table(hosts[1], 1, DevEngine())["simulate"] == {"devices": ["RTX5090", "RTX5090"]}
+    found = Catalogue.model_validate(models_table(example_catalogue(), hosts, DevEngine()))
+    assert [profile.id for profile in found.models if profile.on_cpu] == ["BAAI/bge-m3"]

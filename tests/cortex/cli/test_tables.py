@@ -49,6 +49,16 @@ def test_instances_in_the_tables() -> None:
     assert "a (2 loaded), b (failed)" in models_table({"data": [entry]})
 
 
+def test_ram_in_the_status() -> None:
+    """On a host without GPUs, and where a model is in RAM."""
+    host = {"ram_total_mb": 64_000, "ram_used_mb": 5_000}
+    on_cpu = {"id": "m", "instance": "0", "status": "loaded", "ram_booked_mb": 4_000}
+    gpu = {"index": 0, "name": "H100", "vram_total_mb": 80_000}
+    for devices, models, shown in (([], [], True), ([gpu], [on_cpu], True), ([gpu], [], False)):
+        node = {"name": "n", "healthy": True, "draining": False, "models": models, "devices": devices, "host": host}
+        assert ("RAM 5000/64000 MiB" in status_table({"nodes": [node], "loads": []})) is shown
+
+
 def test_status_says_which_device_has_which_engine() -> None:
     """A row for each engine, in the order of their names, with its devices where the neuron has several; a load in
     progress names its instance."""
@@ -64,6 +74,21 @@ def test_status_says_which_device_has_which_engine() -> None:
     assert [row.split("MiB  ")[-1].strip() for row in rows[1:3]] == ["b on 0 1 (loading)", "s#9 on 2 (loaded)"]
     assert rows[3].strip() == "s#10 on 3 (loaded)"
     assert rows[-1].split() == ["s", "n#11", "loading", "fits"]
+
+
+def test_status_says_why_a_model_failed() -> None:
+    """An operator need not ask the neuron: the reason stands on one line, and a fleet without failures has no table."""
+    engines: list[dict[str, Any]] = [
+        {"id": "m", "instance": "1", "status": "failed", "error": "cannot start 'x':\nno such file"},
+        {"id": "o", "instance": "0", "status": "loaded", "error": None},
+    ]
+    node = {"name": "n", "healthy": True, "draining": False, "models": engines, "devices": []}
+    rows = status_table({"nodes": [node], "loads": []}).splitlines()
+    assert [row.split() for row in rows[-2:]] == [
+        ["FAILED", "ON", "REASON"],
+        ["m", "n#1", "cannot", "start", "'x':", "no", "such", "file"],
+    ]
+    assert "FAILED" not in status_table({"nodes": [{**node, "models": engines[1:]}], "loads": []})
 
 
 def test_status_says_that_a_gpu_is_split() -> None:

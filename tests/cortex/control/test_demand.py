@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.demand import REPORT_AGE_SECS, Demand
+from cortex.control.demand import LOAD_AHEAD_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
@@ -246,7 +246,11 @@ def test_a_displaced_model_is_one_until_it_is_loaded_or_removed(demand: Demand, 
     demand.record_displaced(["m", "other"])
     demand.routes_changed(["m"], there)  # it drains
     demand.routes_changed(["m"], fleet(host("a", 24000)))
-    assert demand.displaced == {"m", "other"}
+    assert demand.displaced_if_due() == {"m", "other"}
+    assert not demand.displaced_if_due()  # not again at once
     demand.routes_changed(["m"], there)
+    clock.now += LOAD_AHEAD_SECS
+    assert demand.displaced_if_due() == {"other"}
     demand.record_removed("other")
-    assert not demand.displaced
+    clock.now += LOAD_AHEAD_SECS
+    assert not demand.displaced_if_due()

@@ -93,9 +93,9 @@ def test_refusals_are_vllms() -> None:
     found = excess(PromptSize(text="x" * 501), 100, 5)
     assert found is not None
     assert found.message == (
-        "This model's maximum context length is 100 tokens. However, your prompt contains 501 characters (more than "
-        "500 characters, which is the upper bound for 100 input tokens). Please reduce the length of the input prompt. "
-        "(parameter=input_text, value=501)"
+        "This model's maximum context length is 100 tokens. However, your prompt contains at least 501 characters "
+        "(more than 500 characters, which is the upper bound for 100 input tokens). Please reduce the "
+        "length of the input prompt. (parameter=input_text, value=501)"
     )
     assert excess(PromptSize(tokens=101), 100, 5) is not None
     assert excess(PromptSize(text="x" * 500, tokens=100, limit=100), 100, 5) is None

@@ -163,6 +163,8 @@ async def test_a_model_over_an_xgmi_pair(library: dict[str, str], tmp_path: Path
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
+        "if '--version' in sys.argv:\n"
+        "    sys.exit('unknown')\n"
         f"json.dump(dict(os.environ), open({str(tmp_path / 'called.json')!r}, 'w'))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
     )

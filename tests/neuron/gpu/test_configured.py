@@ -21,6 +21,8 @@ async def test_what_is_written_is_booked(tmp_path: Path) -> None:
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
+        "if '--version' in sys.argv:\n"
+        "    sys.exit('unknown')\n"
         f"json.dump(dict(os.environ), open({str(tmp_path / 'called.json')!r}, 'w'))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
     )

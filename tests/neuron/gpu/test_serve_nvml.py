@@ -39,6 +39,8 @@ def configuration(directory: Path) -> Path:
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
+        "if '--version' in sys.argv:\n"
+        "    sys.exit('unknown')\n"
         f"json.dump([sys.argv[1:], dict(os.environ)], open({str(directory / 'called.json')!r}, 'w'))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
     )
