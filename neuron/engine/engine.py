@@ -8,12 +8,14 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import aiohttp
+
 from neuron.engine import records, session, shared_memory
 from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
-from neuron.engine.readiness import TellIdle, until_stalled
+from neuron.engine.readiness import TellIdle, context_length, until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -153,6 +155,12 @@ class Engine:
             tell=tell,
             cache_variables=self.harness.cache_variables,
         )
+
+    async def learn_context_length(self, http: aiohttp.ClientSession) -> None:
+        """Asks it for `max_model_len`. Without effect for a part without a server."""
+        if self.spec.serves:
+            model_id, field = self.spec.model_id, self.harness.context_field
+            self.max_model_len = await context_length(http, self.api_url, self.api_key, model_id, field)
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""

@@ -88,7 +88,7 @@ def test_links_over_pcie(library: dict[str, str], hardware: Path, numa: int, kin
 
 
 def test_links_with_an_older_package(library: dict[str, str], hardware: Path, tmp_path: Path) -> None:
-    """Its class of link types has another name and other members; the GPUs are found all the same."""
+    """Its class of link types has another name and other members."""
     (tmp_path / "sitecustomize.py").write_text(
         "import enum, amdsmi\n"
         "del amdsmi.AmdSmiLinkType\n"
