@@ -18,7 +18,7 @@ MAX_REPEATED = 24
 
 
 def status_table(fleet: dict[str, Any]) -> str:
-    """Each neuron with its GPUs, a row for each, and its engines, a row for each."""
+    """Each neuron with its GPUs, a row for each, and its engines, a row for each; then loads, failures and waits."""
     rows: list[list[object]] = []
     for node in fleet["nodes"]:
         state = "healthy" if node["healthy"] else _down(node)
@@ -30,6 +30,8 @@ def status_table(fleet: dict[str, Any]) -> str:
     text = table([["NODE", "STATE", "DEVICES", "MODELS"], *rows])
     loads = [[job["model"], _place(job), job.get("phase", "loading"), job["reason"]] for job in fleet["loads"]]
     text += "\n\n" + table([["LOADING", "ON", "PHASE", "REASON"], *loads]) if loads else ""
+    failed = [[model["id"], _place({**model, "node": node["name"]}), _why(model)] for node, model in _failed(fleet)]
+    text += "\n\n" + table([["FAILED", "ON", "REASON"], *failed]) if failed else ""
     waiting = [[entry["model"], str(entry["count"]), entry["for"] or "-"] for entry in fleet.get("waiting", ())]
     text += "\n\n" + table([["WAITING FOR", "REQUESTS", "STATUS"], *waiting]) if waiting else ""
     held = [
@@ -41,6 +43,16 @@ def status_table(fleet: dict[str, Any]) -> str:
     return text + (
         f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""
     )
+
+
+def _failed(fleet: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The engines that failed, each with its node."""
+    return [(node, model) for node in fleet["nodes"] for model in node["models"] if model["status"] == "failed"]
+
+
+def _why(model: dict[str, Any]) -> str:
+    """Why an engine failed, on one line."""
+    return " ".join(str(model.get("error") or model.get("reason") or "-").split())
 
 
 def models_table(models: dict[str, Any]) -> str:

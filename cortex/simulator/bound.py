@@ -1,9 +1,10 @@
 """A wait that no policy can beat, even one that knows the future, by Lagrangian relaxation. Pure.
 
-It holds for every policy that loads an instance of a model only when a request waits for the model or another instance
-of it is loaded, and that refuses no request: a refused one waits for nothing. All simplifications favour the policy: a
-load always takes its shortest time, unloading none, an engine serves any number of requests at full speed, and models
-can be split over the devices they may use, apart from `_counted` below.
+It holds for every policy that loads a model for the first time only when a request waits for it, and that refuses no
+request: a refused one waits for nothing. Later loads may be ahead of the requests; for policies without those the bound
+is larger. All simplifications favour the policy: a load always takes its shortest time, unloading none, an engine
+serves any number of requests at full speed, and models can be split over the devices they may use, apart from
+`_counted` below.
 
 Replicas, variants and models that span hosts only ever favour the policy too:
 
@@ -13,10 +14,10 @@ Replicas, variants and models that span hosts only ever favour the policy too:
 - In whichever variant, and on however many hosts it runs, it takes the memory of the smallest and the load time of the
   fastest of all these ways, and may use the devices of all. A policy may even load another variant for each request.
 
-What remains: between two requests a model either stays loaded, which takes memory, or the later request waits for a
-load. Loaded models must fit the memory at every moment. Charging for the memory instead of limiting it gives, at any
-prices of 0 or more, a bound: the cheapest behaviour of each model alone, minus the price of all the memory. Subgradient
-steps look for prices that make it large.
+What remains: between two requests a model either stays loaded, which takes memory, or is loaded again before the later
+one, which takes memory during the load, or the later one waits for a load. Loaded models must fit the memory at every
+moment. Charging for the memory instead of limiting it gives, at any prices of 0 or more, a bound: the cheapest
+behaviour of each model alone, minus the price of all the memory. Subgradient steps look for prices that make it large.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class _Requests:
     load_secs: float
     cold_secs: Sequence[float]
     timeout_secs: float
+    loads_ahead: bool
 
     @property
     def delay_price(self) -> float:
@@ -92,7 +94,7 @@ class _Requests:
         return self.timeout_secs >= 2 * self.load_secs + self.work_secs[index]
 
 
-def wait_bound(fleet: SimulatedFleet, asks: Sequence[Ask], *, aim_secs: float) -> WaitFigures:
+def wait_bound(fleet: SimulatedFleet, asks: Sequence[Ask], *, aim_secs: float, loads_ahead: bool = True) -> WaitFigures:
     """A mean and a p99 in seconds that no such policy's waits are below; the other figures are those of the first loads
     alone, which also give the p99.
 
@@ -100,8 +102,9 @@ def wait_bound(fleet: SimulatedFleet, asks: Sequence[Ask], *, aim_secs: float) -
         fleet: the hosts and models.
         asks: the requests, in order of arrival.
         aim_secs: a mean wait that some policy reaches. It guides the search; any value gives a valid bound.
+        loads_ahead: whether the policies may load a model again before it is requested.
     """
-    models = _by_model(fleet, asks)
+    models = _by_model(fleet, asks, loads_ahead)
     first = waiting([secs for model in _by_request(models, asks) for secs in model])
     ways = {model_id: _ways(fleet, model_id) for model_id in models}
     best = _best_bound(models, _limits(fleet, ways), aim_secs * len(asks))
@@ -116,7 +119,7 @@ def _by_request(models: dict[str, _Requests], asks: Sequence[Ask]) -> Iterator[l
         yield [0.0 if model is None else max(0.0, model.at[0] + model.load_secs - ask.at)]
 
 
-def _by_model(fleet: SimulatedFleet, asks: Iterable[Ask]) -> dict[str, _Requests]:
+def _by_model(fleet: SimulatedFleet, asks: Iterable[Ask], loads_ahead: bool) -> dict[str, _Requests]:
     """Without models that fit nowhere, whose requests no policy can serve."""
     listed: defaultdict[str, list[Ask]] = defaultdict(list)
     for ask in asks:
@@ -131,7 +134,9 @@ def _by_model(fleet: SimulatedFleet, asks: Iterable[Ask]) -> dict[str, _Requests
         timeout_secs = fleet.file.serving.timeout_secs
         secs = 0.0 if profile.replicas.min else min(secs, timeout_secs)
         at = [ask.at for ask in each]
-        found[model_id] = _Requests(at, [ask.secs for ask in each], secs, _cold_secs(at, secs), timeout_secs)
+        found[model_id] = _Requests(
+            at, [ask.secs for ask in each], secs, _cold_secs(at, secs), timeout_secs, loads_ahead
+        )
     return found
 
 
@@ -267,35 +272,43 @@ def _cheapest(requests: _Requests, price: Sequence[float]) -> tuple[float, list[
     Each request finds the model loaded (warm) or not (cold). After a warm one, the model stays until the next request
     or leaves once it has served. After a cold one, its load starts before the next request, and again the model stays
     or leaves; or the next one waits as well. A load that starts later needs no memory until then, but its request waits
-    that much longer: memory costs at most `delay_price` a second until the load starts.
+    that much longer: memory costs at most `delay_price` a second until the load starts. A model that has left may also
+    be loaded ahead of the next request, which takes memory during that load.
     """
     paid, paid_at_most = _paid_until(price), _paid_until([min(each, requests.delay_price) for each in price])
     at, secs, load_secs = requests.at, requests.work_secs, requests.load_secs
     warm, cold = math.inf, 0.0
-    choices: list[tuple[tuple[bool, float], tuple[bool, float]]] = []
+    choices: list[tuple[tuple[bool, float, float], tuple[bool, float, float]]] = []
     for index in range(len(at) - 1):
         begin, end, loaded = at[index], at[index + 1], cold + requests.cold_secs[index]
         served, reloaded = (min(end, begin + each) for each in (secs[index], load_secs + secs[index]))
         if not requests.patient(index):
             reloaded = begin
-        # (cost, after a warm request, held until)
+        # (cost, after a warm request, held until, and again from)
+        leaves = (
+            (warm + paid(served) - paid(begin), True, served, end),
+            (loaded + paid_at_most(reloaded) - paid_at_most(begin), False, reloaded, end),
+        )
+        ahead = end - load_secs
         be_warm = min(
-            (warm + paid(end) - paid(begin), True, end),
-            (loaded + paid_at_most(end) - paid_at_most(begin), False, end),
+            (warm + paid(end) - paid(begin), True, end, end),
+            (loaded + paid_at_most(end) - paid_at_most(begin), False, end, end),
+            *(
+                (cost + paid(end) - paid(ahead), was_warm, until, ahead)
+                for cost, was_warm, until, _ in leaves
+                if requests.loads_ahead and ahead >= until
+            ),
         )
-        be_cold = min(
-            (warm + paid(served) - paid(begin), True, served),
-            (loaded + paid_at_most(reloaded) - paid_at_most(begin), False, reloaded),
-            (cold + min(requests.timeout_secs, end - begin + load_secs), False, begin),
-        )
+        be_cold = min(*leaves, (cold + min(requests.timeout_secs, end - begin + load_secs), False, begin, end))
         choices.append((be_warm[1:], be_cold[1:]))
         warm, cold = be_warm[0], be_cold[0]
     held: list[_Held] = []
     loaded = cold + requests.cold_secs[-1]
     is_warm = warm < loaded
     for index in range(len(at) - 2, -1, -1):
-        was_warm, end = choices[index][0 if is_warm else 1]
-        held.append((at[index], end, math.inf if was_warm else requests.delay_price))
+        was_warm, until, again = choices[index][0 if is_warm else 1]
+        held.append((at[index], until, math.inf if was_warm else requests.delay_price))
+        held.append((again, at[index + 1], math.inf))
         is_warm = was_warm
     return min(warm, loaded), held
 

@@ -113,7 +113,8 @@ class EngineMemory:
             `neuron.memory.selection.check_devices`.
         """
         requirement = self._requirement(spec, share_mb, reading)
-        choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health)
+        grows = not requirement.guessed or self._may_grow(spec)
+        choice = self.ledger.book(number, spec, requirement, reading.topology, reading.health, grows=grows)
         return EnginePlacement(
             number,
             choice.devices,
@@ -123,6 +124,16 @@ class EngineMemory:
             choice.ram_mb,
             () if choice.devices else self._cores(number),
         )
+
+    def adopt(self, spec: EngineSpec, placement: EnginePlacement) -> None:
+        """Books for a running engine of an earlier neuron: as `Ledger.adopt`."""
+        share_mb = max(placement.booked_mb, default=None)
+        grows = spec.vram_mb is not None or self._may_grow(spec)
+        self.ledger.adopt(placement.number, spec.key, placement.indices, share_mb, ram_mb=placement.ram_mb, grows=grows)
+
+    def _may_grow(self, spec: EngineSpec) -> bool:
+        """True if its engine may take all that it was told to at any time, even if that was a guess."""
+        return harness_of(spec.harness, self._config).sizes_itself
 
     def _cores(self, number: int) -> tuple[int, ...]:
         others = [each.placement for each in self._engines.values() if each.placement.number != number]
@@ -150,7 +161,8 @@ class EngineMemory:
             return None
         ram = self.ledger.capacities(topology, health)[-1]
         taken = taken_mb if topology.simulated else 0
-        return HostMemory(ram.bookable_mb + topology.ram_reserve_mb - taken, topology.ram_reserve_mb)
+        left = ram.bookable_mb - ram.short_mb - taken
+        return HostMemory(left + topology.ram_reserve_mb, topology.ram_reserve_mb)
 
     def release(self, number: int) -> None:
         """The engine of this booking is gone. Starts that wait for it look again at once."""

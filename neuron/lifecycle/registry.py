@@ -189,8 +189,7 @@ class Registry:
                 record.ram_mb,
                 tuple(record.cores),
             )
-            share_mb = max(booked, default=None)
-            self._memory.ledger.adopt(number, spec.key, placement.indices, share_mb, ram_mb=record.ram_mb)
+            self._memory.adopt(spec, placement)
             supervisor = self._new(spec.key)
             self._list(supervisor)
             supervisor.adopt(each, placement)

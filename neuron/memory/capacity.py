@@ -72,6 +72,7 @@ class GpuCapacity:
     bookable_mb: int = 0
     stopping_mb: int = 0
     asleep_mb: int = 0
+    short_mb: int = 0  # by which uses, bookings and what stays free exceed the total
     booked_by: tuple[tuple[str, int], ...] = ()  # engine, MiB promised; without stopping engines
     unusable: str | None = None
     measured: bool = True
@@ -189,6 +190,7 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
     lasting = [booking for booking in bookings if not booking.stopping]
     reserve = max(0, total - used - free) if (used or free) and index != RAM else 0
     claimed = sum(booking.claim_mb(index) for booking in lasting)
+    left = total - reserve - foreign - claimed - margin_mb
     return GpuCapacity(
         index=index,
         name=device.name,
@@ -198,7 +200,8 @@ def _capacity(device: Device, live: DeviceHealth | None, bookings: Sequence[Book
         held_mb=sum(mb for _, mb in held),
         foreign_mb=foreign,
         reserve_mb=reserve,
-        bookable_mb=max(0, total - reserve - foreign - claimed - margin_mb),
+        bookable_mb=max(0, left),
+        short_mb=max(0, -left),
         stopping_mb=sum(mb for booking, mb in held if booking.stopping),
         asleep_mb=sum(
             max(0, booking.awake_mb.get(index, 0) - booking.claim_mb(index)) for booking in lasting if booking.awake_mb

@@ -59,9 +59,11 @@ class Ledger:
         requirement: MemoryRequirement,
         topology: Topology,
         health: Sequence[DeviceHealth],
+        *,
+        grows: bool = True,
     ) -> DeviceSelection:
         """Books `requirement` on the devices it selects, under `number`, until `release`. For an engine without devices
-        that is the host's RAM, where it is counted.
+        that is the host's RAM, where it is counted. `grows`: as of `Booking`.
 
         Raises:
             InsufficientVram: no devices, or not those that the spec names, have enough memory.
@@ -101,7 +103,7 @@ class Ledger:
             promised,
             foreign_mb=foreign,
             alone=spec.devices is None,
-            grows=requirement.size_known,
+            grows=grows,
         )
         return selection
 
@@ -113,12 +115,13 @@ class Ledger:
         share_mb: int | None,
         *,
         ram_mb: int | None = None,
+        grows: bool = True,
     ) -> None:
         """Books for a running engine of an earlier neuron, without a check: it has its memory. With `share_mb` None it
         books nothing until the engine is measured; until then its memory counts as foreign. `ram_mb` is what it has
         booked in RAM; None: none is counted."""
         promised = dict.fromkeys(devices, share_mb or 0)
-        self._bookings[number] = Booking(key, promised if ram_mb is None else {**promised, RAM: ram_mb})
+        self._bookings[number] = Booking(key, promised if ram_mb is None else {**promised, RAM: ram_mb}, grows=grows)
 
     def update_held(self, number: int, by_device: Mapping[int, int], *, file_mb: int = 0) -> None:
         """Records what an engine that still allocates (it loads or wakes) holds now; its promise does not change. Call

@@ -32,6 +32,7 @@ PLACEHOLDERS: Final = (
     "tmp_dir",
 )
 _PLACEHOLDER: Final = re.compile(r"\{([a-z][a-z_]*)\}")
+_MISSPELT: Final = re.compile(r"(?<!\$)\{\s*([A-Za-z][A-Za-z_ -]*?)\s*\}")  # `${PORT}` is a shell's own
 _DIGITS: Final = 10_000  # `memory_share` has four, rounded down: two shares of a device must not exceed it
 
 
@@ -48,6 +49,10 @@ def unknown_placeholder(text: str) -> str | None:
             hint = f", did you mean {{{close[0]}}}?" if close else ""
             known = ", ".join(f"{{{each}}}" for each in PLACEHOLDERS)
             return f"unknown placeholder {{{name}}}{hint} (known: {known})"
+    for found in _MISSPELT.finditer(text):
+        meant = re.sub("[ -]", "_", found[1].lower())
+        if meant in PLACEHOLDERS and found[0] != f"{{{meant}}}":
+            return f"unknown placeholder {found[0]}, did you mean {{{meant}}}?"
     return None
 
 

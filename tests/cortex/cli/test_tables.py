@@ -76,6 +76,21 @@ def test_status_says_which_device_has_which_engine() -> None:
     assert rows[-1].split() == ["s", "n#11", "loading", "fits"]
 
 
+def test_status_says_why_a_model_failed() -> None:
+    """An operator need not ask the neuron: the reason stands on one line, and a fleet without failures has no table."""
+    engines: list[dict[str, Any]] = [
+        {"id": "m", "instance": "1", "status": "failed", "error": "cannot start 'x':\nno such file"},
+        {"id": "o", "instance": "0", "status": "loaded", "error": None},
+    ]
+    node = {"name": "n", "healthy": True, "draining": False, "models": engines, "devices": []}
+    rows = status_table({"nodes": [node], "loads": []}).splitlines()
+    assert [row.split() for row in rows[-2:]] == [
+        ["FAILED", "ON", "REASON"],
+        ["m", "n#1", "cannot", "start", "'x':", "no", "such", "file"],
+    ]
+    assert "FAILED" not in status_table({"nodes": [{**node, "models": engines[1:]}], "loads": []})
+
+
 def test_status_says_that_a_gpu_is_split() -> None:
     """Its memory belongs to its MIG instances."""
     devices = [

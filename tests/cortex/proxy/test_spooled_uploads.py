@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +14,13 @@ from cortex.proxy.request_kinds.spooled_form import spool_directory
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.proxy.test_uploads import MIB, MODEL, Engine, form, upload
+from tests.cortex.proxy.test_uploads import MIB, MODEL, Engine, cortex, engine, form, upload
 from tests.cortex.raw_http import bounded, chunked, connected, request, until
 
 CLOSING = b"--XX--\r\n"
 
 
-@pytest.fixture
-async def engine(benjy: V1Neuron) -> AsyncIterator[Engine]:
-    async with Engine().running() as engine:
-        benjy.models[MODEL], benjy.engine_url = "loaded", engine.url
-        assert isinstance(engine, Engine)
-        yield engine
-
-
-@pytest.fixture
-async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: Engine) -> RunningCortex:
-    return await start_cortex([benjy], [{"id": MODEL}], aliases={"voice": MODEL})
+__all__ = ["cortex", "engine"]
 
 
 @pytest.fixture(autouse=True)

@@ -87,6 +87,14 @@ async def test_memory_of_a_simulated_host_is_configured(tmp_path: Path) -> None:
         assert await memory.host_memory() == HostMemory(64_000, 4_096)
 
 
+async def test_the_reserve_may_be_used_already(tmp_path: Path) -> None:
+    """Then nothing more fits, so that spare processes are ended."""
+    async with memory_of(tmp_path, sleep={"ram_reserve_mb": 1 << 30}) as memory:
+        real = await memory.host_memory()
+    assert real is not None
+    assert not real.has_room(0)
+
+
 def test_size_of_the_weights_in_the_log() -> None:
     """Every rank counts with the largest size that any rank reports."""
     lines = [

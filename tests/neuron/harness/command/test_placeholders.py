@@ -99,6 +99,13 @@ def test_unknown_placeholders_are_named() -> None:
     assert unknown_placeholder('{"json": [1], "x": {}}') is None
 
 
+@pytest.mark.parametrize(("written", "meant"), [("{PORT}", "port"), ("{ id }", "id"), ("{model-path}", "model_path")])
+def test_misspelt_placeholders_are_named(written: str, meant: str) -> None:
+    """They would reach the engine as they are. A shell's `${PORT}` is its own."""
+    assert unknown_placeholder(f"--x={written}") == f"unknown placeholder {written}, did you mean {{{meant}}}?"
+    assert unknown_placeholder("echo ${PORT}") is None
+
+
 def test_arguments_of_model_and_operator_follow() -> None:
     """First the model's, word for word, then the operator's `extra_args`, which may have placeholders."""
     settings = table(command=["serve", "{model}"], arguments=["--port", "{port}"], extra_args=["--n={device_count}"])
