@@ -68,6 +68,9 @@ class Engine:
     slept_mb: int = 0  # host memory that it takes while it sleeps
     waking: bool = False  # its memory is booked again, and not all allocated yet
     stopping: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)  # where its LoRA adapters come from, by name
+    takes_adapters: bool = False
+    adapter_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
     command: EngineCommand | None = None  # None: an earlier neuron started it
     from_spare: bool = False  # its process imported its modules before the load
@@ -182,6 +185,8 @@ class Engine:
                 "load_secs": self.load_secs,
                 "stopping": self.stopping,
                 "slept_mb": self.slept_mb,
+                "takes_adapters": self.takes_adapters,
+                "adapters": dict(self.adapters),
                 "shared_files": sorted((file.path, file.inode) for file in self.shared_files),
             }
         )
