@@ -82,8 +82,8 @@ async def until_stalled(
 ) -> str:
     """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
     `timeout_secs` (0: never). Calls `tell` with the seconds and a text when they have done nothing for part of that
-    time (`stall.told_after`), and with None when they work again. Answers to health checks, `checks()` so far, and access
-    lines about them do not count as work. The reason names locks that a killed build has left behind;
+    time (`stall.told_after`), and with None when they work again. Answers to health checks, `checks()` so far, and
+    access lines about them do not count as work. The reason names locks that a killed build has left behind;
     `cache_variables`: as `Harness.cache_variables`."""
     tells_after, access = told_after(timeout_secs), f"GET {health_path} "
     with output.counting(lambda line: access not in line) as lines:
