@@ -45,7 +45,7 @@ from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
 from shared.http import error_middleware, hide_server, refuse_cross_site, require_json, require_token
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, keep_running
 
 
 def build_app(config: NeuronConfig, *, port: int) -> web.Application:
@@ -165,7 +165,8 @@ def _running(default_models: DefaultModels, spares: Spares, device_watch: Device
     tasks = TaskSet()
     _ = tasks.spawn(default_models.load_all(), name="default models")
     _ = tasks.spawn(spares.run(), name="spare processes")
-    _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
+    watched = "condition of the GPUs"
+    _ = tasks.spawn(keep_running(watched, device_watch.run), name=watched)
     return tasks
 
 

@@ -16,7 +16,7 @@ from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
-from neuron.engine.readiness import context_length, until_ready
+from neuron.engine.readiness import until_ready
 from neuron.lifecycle.admission import is_missing_path
 from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.failure_cause import because, error_of_end
@@ -141,18 +141,19 @@ class EngineLife:
         return True
 
     async def _until_ready(self) -> None:
-        engine = self.engine
-        if engine.harness.waits_for_line and engine.ready_at is None:
+        engine, harness = self.engine, self.engine.harness
+        if harness.waits_for_line and engine.ready_at is None:
             await self._said_serving.wait()
         await until_ready(
             self._http,
             engine.url,
-            health_path=engine.harness.health_path,
-            api_prefix=engine.harness.api_prefix,
+            health_path=harness.health_path,
+            api_prefix=harness.api_prefix,
             api_key=engine.api_key,
             model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
+            on_answer=engine.answered_check,
         )
 
     async def _until_part_is_loaded(self) -> None:
@@ -262,13 +263,9 @@ class EngineLife:
                 await self._memory.measure([self.engine])
 
     async def _learn_context_length(self) -> None:
-        engine = self.engine
-        if not engine.spec.serves:
-            return
         with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
             async with timeout(_MEASURE_SECS):
-                entry = engine.spec.model_id, engine.harness.context_field
-                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, *entry)
+                await self.engine.learn_context_length(self._http)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
