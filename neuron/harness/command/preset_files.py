@@ -11,6 +11,8 @@ from neuron.harness.command.placeholders import placeholders_in
 from shared.settings import read_toml
 
 _DIRECTORY = Path(__file__).parent / "presets"
+_OTHER_PROGRAMS = "other_programs"
+"""In a preset's file: words of a command line that start a related program, with the preset for that one."""
 
 
 @functools.cache
@@ -26,7 +28,8 @@ def _preset(name: str) -> Mapping[str, Any]:
 
 def on_preset(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table `[harness.NAME]` with what its preset says where it says nothing itself. `env` is merged by variable. A
-    `command` with a placeholder is the whole command line; without one it replaces only the program.
+    `command` with a placeholder is the whole command line; without one it replaces only the program, whose own preset
+    then counts if the named one refers to it.
 
     Raises:
         ValueError: there is no such preset.
@@ -36,9 +39,17 @@ def on_preset(table: Mapping[str, Any]) -> dict[str, Any]:
         return dict(table)
     if name not in preset_names():
         raise ValueError(f"preset = {name!r}: unknown preset (known: {', '.join(preset_names())})")
-    preset, own = _preset(name), dict(table)
+    own = dict(table)
+    preset = _preset(_for_program(name, own.get("command")))
     if isinstance(own.get("env"), dict):
         own["env"] = {**preset.get("env", {}), **own["env"]}
     if "command" in own and "arguments" not in own and placeholders_in(str(own["command"])):
         own["arguments"] = []
-    return {**preset, **own}
+    return {key: value for key, value in preset.items() if key != _OTHER_PROGRAMS} | own
+
+
+def _for_program(name: str, command: object) -> str:
+    """The preset `name`, or the one that it names for the program of `command`."""
+    words = command.split() if isinstance(command, str) else command if isinstance(command, list) else []
+    others = _preset(name).get(_OTHER_PROGRAMS, {})
+    return next((preset for word, preset in others.items() if word in words), name)

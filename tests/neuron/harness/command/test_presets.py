@@ -212,3 +212,14 @@ def test_llama_cpp_tells_its_requests() -> None:
     assert sample is not None
     assert (sample.running, sample.waiting, sample.marks) == (2, 1, (0.0, 9.0, 8.0, 27.0))
     assert probe.sample_of("nothing") is None
+
+
+@pytest.mark.parametrize(
+    "command", ["/opt/venv/bin/python -m llama_cpp.server", ["/opt/venv/bin/python", "-m", "llama_cpp.server"]]
+)
+def test_the_program_chooses_between_the_presets_of_llama_cpp(command: object) -> None:
+    """People who name llama.cpp may mean its Python server, whose flags are others."""
+    python = CheckedHarness.model_validate({"preset": "llama-cpp-python", "command": command})
+    named = CheckedHarness.model_validate({"preset": "llama.cpp", "command": command})
+    assert named.model_dump(exclude={"preset"}) == python.model_dump(exclude={"preset"})
+    assert named.command == ["/opt/venv/bin/python", "-m", "llama_cpp.server"]
