@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
+from neuron.api import adapters as adapter_api
 from neuron.api import estimate as estimate_api
 from neuron.api import groups as group_api
 from neuron.api.app_keys import SERVICES, Services
@@ -31,19 +32,20 @@ from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.engine_life import EngineTools
 from neuron.lifecycle.engine_memory import EngineMemory
-from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.events import EventHub, ModelEvents
 from neuron.lifecycle.group_network import GroupListeners
 from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
 from neuron.lifecycle.registry import Registry
+from neuron.lifecycle.serving.engine_adapters import EngineAdapters
+from neuron.lifecycle.serving.engine_sleep import EngineSleep
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.host import with_host_ram
 from neuron.metrics import NeuronMetrics
 from neuron.progress.history import FILE_NAME, LoadHistory
 from shared.cross_site import CrossSitePolicy
 from shared.http import error_middleware, hide_server, refuse_cross_site, require_json, require_token
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, keep_running
 
 
 def build_app(config: NeuronConfig, *, port: int) -> web.Application:
@@ -58,6 +60,7 @@ def build_app(config: NeuronConfig, *, port: int) -> web.Application:
     app.on_response_prepare.append(hide_server)
     add_routes(app)
     estimate_api.add_routes(app)
+    adapter_api.add_routes(app)
     group_api.add_routes(app)
 
     async def services(app: web.Application) -> AsyncIterator[None]:
@@ -109,7 +112,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         launcher = Launcher(
             config, source, state, http, memory, spares=spares, groups=groups, installed=installed, numbers=numbers
         )
-        tools = EngineTools(memory, EngineSleep(config, memory, http, spares), history, keys, http, spares)
+        sleep, adapters = EngineSleep(config, memory, http, spares), EngineAdapters(config, http)
+        tools = EngineTools(memory, sleep, adapters, history, keys, http, spares)
         events = ModelEvents(hub, metrics)
         new_supervisor = functools.partial(
             InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=events
@@ -136,6 +140,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             home=state.home,
             ledger=memory.ledger,
             registry=registry,
+            adapters=adapters,
             v1=ProtocolV1(registry, keys),
             hub=hub,
             default_models=default_models,
@@ -160,7 +165,8 @@ def _running(default_models: DefaultModels, spares: Spares, device_watch: Device
     tasks = TaskSet()
     _ = tasks.spawn(default_models.load_all(), name="default models")
     _ = tasks.spawn(spares.run(), name="spare processes")
-    _ = tasks.spawn(device_watch.run(), name="condition of the GPUs")
+    watched = "condition of the GPUs"
+    _ = tasks.spawn(keep_running(watched, device_watch.run), name=watched)
     return tasks
 
 

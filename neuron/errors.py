@@ -53,6 +53,27 @@ class GuardFailed(ServiceError):
     default_code = ErrorCode.SLEEP_UNGUARDED
 
 
+class AdapterFailed(ServiceError):
+    """The engine could not load or unload a LoRA adapter, or did not say whether it did."""
+
+    default_code = ErrorCode.ADAPTER_FAILED
+
+
+def adapters_unsupported(key: InstanceKey) -> Conflict:
+    return Conflict(
+        f"the engine of {key} takes no LoRA adapters: it was started without max_loras, so unload it and load it again",
+        code=ErrorCode.ADAPTER_FAILED,
+    )
+
+
+def adapters_full(key: InstanceKey, limit: int, present: Sequence[str]) -> Conflict:
+    return Conflict(
+        f"the engine of {key} has {limit} LoRA adapters, as many as it can have, and none may be unloaded now: "
+        f"{', '.join(present)}",
+        code=ErrorCode.ADAPTERS_FULL,
+    )
+
+
 def stalled(reason: str, lines: Sequence[str]) -> LoadFailed:
     """For a load that was ended because it did nothing. `lines` is its last output."""
     said = f"; its last line: {lines[-1].strip()}" if lines else ""

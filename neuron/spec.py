@@ -9,7 +9,9 @@ from shared.protocol import FIRST_INSTANCE, GroupPart, Parallelism
 from shared.protocol.context_length import AUTO, ContextLength
 from shared.protocol.group import split_over
 
-EXTENSIONS = frozenset({"source", "args", "vram_mb", "served_names", "parallel", "max_model_len"})
+EXTENSIONS = frozenset(
+    {"source", "args", "vram_mb", "served_names", "parallel", "max_model_len", "max_loras", "max_lora_rank"}
+)
 """Fields of a load command that protocol v1 does not have."""
 _COMPARED = (
     "harness",
@@ -22,6 +24,8 @@ _COMPARED = (
     "args",
     "vram_mb",
     "max_model_len",
+    "max_loras",
+    "max_lora_rank",
     "served_names",
 )
 
@@ -52,7 +56,10 @@ class EngineSpec:
     `devices` and `vram_mb` this part.
 
     `max_model_len` AUTO: `fitted_len` is the longest context that fits by the estimate, 0 if all of the model's does,
-    None if neuron cannot estimate it."""
+    None if neuron cannot estimate it.
+
+    `max_loras`: how many LoRA adapters it can have at a time; None: none. `max_lora_rank` None: `fitted_rank` is the
+    highest rank of those at `lora_sources`, None if that is not known."""
 
     model_id: str
     harness: str
@@ -68,6 +75,10 @@ class EngineSpec:
     vram_mb: int | None = None
     max_model_len: ContextLength = None
     fitted_len: int | None = field(default=None, compare=False)
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
+    lora_sources: tuple[str, ...] = field(default=(), compare=False)
+    fitted_rank: int | None = field(default=None, compare=False)
     served_names: tuple[str, ...] = ()
     instance: str = FIRST_INSTANCE
     variant: str | None = None

@@ -99,10 +99,10 @@ async def serve(
     socks = _listening(settings, sock)
     try:
         metrics = bind(*parse_listen(settings.metrics_listen))
-    except ListenError:
+    except ListenError as error:
         for listening in socks:
             listening.close()
-        raise
+        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
     workers: Supervisor | None = None
 
     def kill_workers() -> None:

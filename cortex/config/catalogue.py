@@ -50,6 +50,8 @@ class Catalogue(SettingsModel):
                 raise ValueError(f"aliases: {alias!r} is also the id of a model")
             if alias in self._variants:
                 raise ValueError(f"aliases: {alias!r} is also a variant of {self._variants[alias].id!r}")
+            if target in self.targets:
+                raise ValueError(f"aliases: {alias!r} points to {target!r}, an alias too: name its model")
             if self.profile(target) is None:
                 meant = self.model_meant_by(target)
                 hint = "" if meant is None else f" ({meant.variants_text})"

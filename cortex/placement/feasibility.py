@@ -60,6 +60,9 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
 def _too_few_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why its devices are not enough."""
     needed, usable = profile.device_count, len(node.devices)
+    if not usable:
+        gpus = "a GPU" if needed == 1 else f"{needed} GPUs"
+        return f"needs {gpus}, has none: only models with devices = 0 run here"
     if usable < needed:
         return f"needs {needed} devices, has {usable}"
     slices = sum(device.is_mig_instance for device in node.devices) if profile.combines_devices else 0

@@ -18,6 +18,7 @@ from neuron.lifecycle.default_models import DefaultModels
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.group_network import GroupListeners, link_mbps
 from neuron.lifecycle.registry import Registry
+from neuron.lifecycle.serving.engine_adapters import EngineAdapters
 from neuron.lifecycle.spare.spares import Spares
 from neuron.memory.ledger import Ledger
 from neuron.metrics import NeuronMetrics
@@ -36,6 +37,7 @@ class Services:
     home: EngineHome
     ledger: Ledger
     registry: Registry
+    adapters: EngineAdapters
     v1: ProtocolV1
     hub: EventHub
     default_models: DefaultModels

@@ -8,12 +8,14 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import aiohttp
+
 from neuron.engine import records, session, shared_memory
 from neuron.engine.health import HealthMonitor
 from neuron.engine.output import EngineOutput
 from neuron.engine.ports import has_visible_listener, listens
 from neuron.engine.process import EngineProcess
-from neuron.engine.readiness import TellIdle, until_stalled
+from neuron.engine.readiness import TellIdle, context_length, until_stalled
 from neuron.engine.records import RunRecord
 from neuron.engine.shared_memory import SharedFile
 from neuron.engine.state_dir import EngineDir
@@ -57,6 +59,7 @@ class Engine:
     vram_used_mb: int | None = None  # when last measured; None: no device lists its processes
     ram: ProcessRam | None = None  # when last measured; None: its RAM is not counted
     ram_measured_at: float = 0.0  # Unix time
+    checks_answered: int = 0  # health checks while it loads
     max_model_len: int | None = None  # tokens that it serves; None: it has not told
     vram_released: bool = True
     kill: bool = False
@@ -65,6 +68,9 @@ class Engine:
     slept_mb: int = 0  # host memory that it takes while it sleeps
     waking: bool = False  # its memory is booked again, and not all allocated yet
     stopping: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)  # where its LoRA adapters come from, by name
+    takes_adapters: bool = False
+    adapter_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     shared_files: frozenset[SharedFile] = field(default_factory=frozenset)
     command: EngineCommand | None = None  # None: an earlier neuron started it
     from_spare: bool = False  # its process imported its modules before the load
@@ -114,6 +120,10 @@ class Engine:
     def devices(self) -> tuple[int, ...]:
         return self.placement.indices
 
+    def answered_check(self) -> None:
+        """It has answered a health check, with any status, while it loads."""
+        self.checks_answered += 1
+
     def came_up(self) -> float:
         """It serves for the first time. Returns the seconds that its load took."""
         self.ready_at = time.time()
@@ -141,11 +151,19 @@ class Engine:
             await asyncio.Event().wait()
         return await until_stalled(
             self.process.leader,
-            self.output.file.path,
+            self.output,
+            health_path=self.harness.health_path,
+            checks=lambda: self.checks_answered,
             timeout_secs=self.stall_timeout_secs,
             tell=tell,
             cache_variables=self.harness.cache_variables,
         )
+
+    async def learn_context_length(self, http: aiohttp.ClientSession) -> None:
+        """Asks it for `max_model_len`. Without effect for a part without a server."""
+        if self.spec.serves:
+            model_id, field = self.spec.model_id, self.harness.context_field
+            self.max_model_len = await context_length(http, self.api_url, self.api_key, model_id, field)
 
     async def owns_port(self) -> bool | None:
         """True when one of its processes listens on its port; None when neuron may not see which process does."""
@@ -167,6 +185,8 @@ class Engine:
                 "load_secs": self.load_secs,
                 "stopping": self.stopping,
                 "slept_mb": self.slept_mb,
+                "takes_adapters": self.takes_adapters,
+                "adapters": dict(self.adapters),
                 "shared_files": sorted((file.path, file.inode) for file in self.shared_files),
             }
         )

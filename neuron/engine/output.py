@@ -105,6 +105,18 @@ class EngineOutput:
         with self._subscribed(listener.take):
             yield listener
 
+    @contextlib.contextmanager
+    def counting(self, counts: Callable[[str], bool]) -> Iterator[LineCount]:
+        """A count of the lines from now on for which `counts` is true."""
+        count = LineCount(self, counts)
+        with self._subscribed(count.take):
+            yield count
+
+    @property
+    def partial_chars(self) -> int:
+        """Characters of the incomplete line at the end, as of the last read."""
+        return sum(map(len, self._follower.partial))
+
     async def close(self) -> None:
         """Call when the engine is gone: reads its last output and ends `follow` and all readers."""
         await self.read()
@@ -189,6 +201,23 @@ class LineReader:
 
     def take(self, lines: list[str]) -> None:
         self._unread.extend(lines)
+
+
+class LineCount:
+    """Counts the lines of an output for which `counts` is true."""
+
+    def __init__(self, output: EngineOutput, counts: Callable[[str], bool]) -> None:
+        self._output = output
+        self._counts = counts
+        self._lines = 0
+
+    async def now(self) -> tuple[int, int]:
+        """The complete lines up to now, and the characters of the incomplete one after them."""
+        await self._output.read()
+        return self._lines, self._output.partial_chars
+
+    def take(self, lines: list[str]) -> None:
+        self._lines += sum(map(self._counts, lines))
 
 
 class LineRing:

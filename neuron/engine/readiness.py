@@ -7,16 +7,16 @@ import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import aiohttp
 import psutil
 from yarl import URL
 
+from neuron.engine.output import EngineOutput
 from neuron.engine.session import Leader, work_of
 from neuron.progress.stale_locks import stale_locks
-from neuron.progress.stall import IdleTime, told_after
+from neuron.progress.stall import IdleTime, LoadWork, told_after
 from shared.protocol.context_length import length_in
 from shared.tasks import timeout
 
@@ -43,6 +43,7 @@ async def until_ready(
     owns_port: Callable[[], Awaitable[bool | None]],
     api_prefix: str = "",
     hint: asyncio.Event | None = None,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> None:
     """Returns once the engine at `url` is healthy and is ours: it accepts `api_key` and nothing else, or, if it takes
     requests without a key, one of its processes listens on the port. The key first: finding who listens reads a table
@@ -51,7 +52,8 @@ async def until_ready(
 
     Tries to connect until the port is open, then checks the health at once and after increasing pauses. The caller sets
     `hint` at each line of output since the engine said that it is up; it ends the present pause and resets the pauses
-    to the shortest, because an engine may log this a few milliseconds before it listens.
+    to the shortest, because an engine may log this a few milliseconds before it listens. Calls `on_answer` when the
+    engine has answered a health check, with any status.
 
     Has no timeout: the caller watches the clock and the process.
     """
@@ -60,42 +62,52 @@ async def until_ready(
         await _retry(lambda: _is_open(addresses), CONNECT_PAUSE_SECS, hint)
 
     async def serves() -> bool:
-        healthy = await _status(session, url + health_path, _key_headers(api_key)) == 200
-        return healthy and await _is_ours(session, url + api_prefix, api_key, model_id, owns_port)
+        status = await _status(session, url + health_path, _key_headers(api_key))
+        if status is not None:
+            on_answer()
+        return status == 200 and await _is_ours(session, url + api_prefix, api_key, model_id, owns_port)
 
     await _retry(serves, HEALTH_PAUSE_SECS, hint)
 
 
 async def until_stalled(
     leader: Leader,
-    output: Path,
+    output: EngineOutput,
     *,
+    health_path: str,
+    checks: Callable[[], int],
     timeout_secs: float,
     tell: TellIdle,
     cache_variables: Mapping[str, str],
 ) -> str:
     """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
     `timeout_secs` (0: never). Calls `tell` with the seconds and a text when they have done nothing for part of that
-    time (`stall.told_after`), and with None when they work again. The reason names locks that a killed build has left
-    behind; `cache_variables`: as `Harness.cache_variables`."""
-    tells_after = told_after(timeout_secs)
-    idle = IdleTime(await asyncio.to_thread(work_of, leader, output), time.monotonic())
-    locks: str | None = None  # None: nothing is told at present
-    while True:
-        await asyncio.sleep(min(_STALL_POLL_SECS, tells_after / 4))
-        secs = idle.observe(await asyncio.to_thread(work_of, leader, output), time.monotonic())
-        if secs < tells_after:
-            if locks is not None:
-                locks = None
-                tell(None, "")
-            continue
-        if locks is None:
-            locks = await asyncio.to_thread(_stale_locks_of, leader, cache_variables)
-        ended = bool(timeout_secs) and secs >= timeout_secs
-        reason = f"no output, CPU time or I/O of the engine for {timeout_secs if ended else secs:.3g} s{locks}"
-        if ended:
-            return reason
-        tell(secs, reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
+    time (`stall.told_after`), and with None when they work again. Answers to health checks, `checks()` so far, and
+    access lines about them do not count as work. The reason names locks that a killed build has left behind;
+    `cache_variables`: as `Harness.cache_variables`."""
+    tells_after, access = told_after(timeout_secs), f"GET {health_path} "
+    with output.counting(lambda line: access not in line) as lines:
+
+        async def work() -> LoadWork:
+            return LoadWork(await asyncio.to_thread(work_of, leader), await lines.now(), checks())
+
+        idle = IdleTime(await work(), time.monotonic())
+        locks: str | None = None  # None: nothing is told at present
+        while True:
+            await asyncio.sleep(min(_STALL_POLL_SECS, tells_after / 4))
+            secs = idle.observe(await work(), time.monotonic())
+            if secs < tells_after:
+                if locks is not None:
+                    locks = None
+                    tell(None, "")
+                continue
+            if locks is None:
+                locks = await asyncio.to_thread(_stale_locks_of, leader, cache_variables)
+            ended = bool(timeout_secs) and secs >= timeout_secs
+            reason = f"no output, CPU time or I/O of the engine for {timeout_secs if ended else secs:.3g} s{locks}"
+            if ended:
+                return reason
+            tell(secs, reason + (f"; it is ended after {timeout_secs:g} s" if timeout_secs else ""))
 
 
 def _stale_locks_of(leader: Leader, cache_variables: Mapping[str, str]) -> str:

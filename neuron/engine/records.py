@@ -55,6 +55,8 @@ class RunRecord(BaseModel):
     load_secs: float | None = None
     stopping: bool = False
     slept_mb: int = 0
+    takes_adapters: bool = False
+    adapters: dict[str, str] = {}  # what each LoRA adapter was loaded from, the least recently loaded first
     shared_files: list[tuple[str, int]] = []
     """Its files in /dev/shm: path and inode."""
 
@@ -68,12 +70,12 @@ class RunRecord(BaseModel):
 
 def spec_fields(spec: EngineSpec) -> dict[str, Any]:
     """A spec as JSON values, without `instance` and `variant`, which the record itself has. `parallel` beyond the
-    tensor-parallel size and the context length are there only if the spec has them: an earlier version of neuron reads
-    no record with other fields."""
+    tensor-parallel size, the context length and what is said of adapters are there only if the spec has them: an
+    earlier version of neuron reads no record with other fields."""
     values = {**asdict(spec), "said": sorted(spec.said)}
     del values["instance"], values["variant"]
-    for name in ("max_model_len", "fitted_len"):
-        if values[name] is None:
+    for name in ("max_model_len", "fitted_len", "max_loras", "max_lora_rank", "fitted_rank", "lora_sources"):
+        if values[name] in (None, ()):
             del values[name]
     if spec.group is None:
         del values["group"]

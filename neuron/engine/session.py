@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
-from neuron.progress.stall import LoadWork, ProcessWork
+from neuron.progress.stall import ProcessWork
 from shared.process_stat import ProcessStat, stat_of
 
 log = logging.getLogger(__name__)
@@ -81,18 +81,13 @@ def live_members(leader: Leader) -> set[int]:
     return {each.pid for each in members(leader) if each.alive}
 
 
-def work_of(leader: Leader, output: Path) -> LoadWork:
-    """What the engine's processes have done since their start, with the size of its output file. Blocks as `processes`
-    does."""
-    size = 0
-    with contextlib.suppress(OSError):
-        size = output.stat().st_size
-    done = {
+def work_of(leader: Leader) -> dict[int, ProcessWork]:
+    """What each of the engine's processes has done since its start, by pid. Blocks as `processes` does."""
+    return {
         each.pid: ProcessWork(each.cpu_ticks / _TICKS_PER_SEC, _io_bytes(each.pid))
         for each in members(leader)
         if each.alive
     }
-    return LoadWork(done, size)
 
 
 def _io_bytes(pid: int) -> int | None:

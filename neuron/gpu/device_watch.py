@@ -44,7 +44,7 @@ class DeviceWatch:
             now = faults.get(index), warnings.get(index, ())
             if now != before:
                 self._told[index] = now
-                self._log(index, before, now)
+                self._log(device, before, now)
                 condition = {"index": index, "uuid": device.uuid, "fault": now[0], "warnings": list(now[1])}
                 self._publish("device", json.dumps(condition))
 
@@ -59,14 +59,13 @@ class DeviceWatch:
             self.observe((await self._source.discover()).devices, health)
 
     def _log(
-        self, index: int, before: tuple[str | None, tuple[str, ...]], now: tuple[str | None, tuple[str, ...]]
+        self, device: Device, before: tuple[str | None, tuple[str, ...]], now: tuple[str | None, tuple[str, ...]]
     ) -> None:
-        fault, warnings = now
-        if fault != before[0]:
-            if fault is None:
-                log.warning("GPU %d can be used again", index)
-            else:
-                log.error("GPU %d cannot be used: %s; %s", index, fault, RESET_ADVICE)
+        (fault, warnings), index = now, device.index
+        if fault is None and before[0] is not None:
+            log.warning("GPU %d can be used again", index)
+        elif fault != before[0] and device.lost is None:  # of a lost one the source has said what to do
+            log.error("GPU %d cannot be used: %s; %s", index, fault, RESET_ADVICE)
         for warning in warnings:
             if warning not in before[1]:
                 log.warning("GPU %d: %s", index, warning)

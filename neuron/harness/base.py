@@ -13,6 +13,7 @@ from typing import Any
 from neuron.config import HarnessSettings
 from neuron.estimate.estimator import MemoryEstimator
 from neuron.harness.activity import ActivityProbe
+from neuron.harness.adapters import AdapterControl
 from neuron.harness.sleep import SleepControl
 from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import STARTING, LoadReading
@@ -156,6 +157,8 @@ class Harness(ABC):
     """Reads how many requests run and whether the engine hangs; None: its health path is the only sign of life."""
     sleep: SleepControl | None = None
     """Puts an engine to sleep and wakes it; None: it cannot sleep."""
+    adapters: AdapterControl | None = None
+    """Gives an engine LoRA adapters while it serves; None: it takes none."""
     spans_hosts: bool = False
     """True: engines on several hosts can be parts of one."""
     api_prefix: str = ""

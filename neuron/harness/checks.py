@@ -153,17 +153,27 @@ def spec_of(command: LoadCommand, config: NeuronConfig) -> EngineSpec:
         args=(*tool_arguments, *command.args),  # of two equal flags the last one counts
         vram_mb=command.vram_mb,
         max_model_len=command.max_model_len,
+        max_loras=command.max_loras,
+        max_lora_rank=command.max_lora_rank,
+        lora_sources=tuple(command.lora_sources),
         served_names=tuple(name for name in dict.fromkeys(command.served_names) if name != command.model_id),
         instance=command.instance or FIRST_INSTANCE,
         variant=command.variant,
         said=frozenset(said | {"args"} if tool_arguments else said),
     )
+    _check_harness_can(spec, harness)
+    return spec
+
+
+def _check_harness_can(spec: EngineSpec, harness: Harness) -> None:
+    """Raises InvalidRequest: engines of this kind cannot be what `spec` wants."""
     unable = harness.refused_spec(spec)
+    if unable is None and spec.max_loras is not None and harness.adapters is None:
+        unable = "max_loras", "they take no LoRA adapters"
     if unable is not None:
         raise InvalidRequest(
-            f"{unable[0]}: engines of the harness {name!r} cannot do this: {unable[1]}", param=unable[0]
+            f"{unable[0]}: engines of the harness {spec.harness!r} cannot do this: {unable[1]}", param=unable[0]
         )
-    return spec
 
 
 def check_name(field: str, value: str) -> None:

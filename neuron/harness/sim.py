@@ -13,6 +13,7 @@ from neuron.gpu.simulated_vram import DEFAULT_DEVICE_VRAM_MB, DEVICES_VARIABLE, 
 from neuron.harness.base import EarlyImports, EngineCommand, LaunchFacts, LaunchPlan
 from neuron.harness.vllm.argument_policy import flag_value, has_flag
 from neuron.harness.vllm.command import VllmHarness, context_arguments, serve_arguments, vllm_environment
+from neuron.harness.vllm.control.lora import lora_arguments
 from neuron.harness.vllm.early_imports import LATE_VARIABLES
 from neuron.harness.vllm.ray import with_ray
 from neuron.harness.vllm.sleep_mode import VllmSleep, control_environment, first_on_path, sim_can_sleep
@@ -82,9 +83,8 @@ class SimHarness(VllmHarness):
             # This package, installed or not, wherever neuron was started from.
             "PYTHONPATH": first_on_path(_PACKAGE_ROOT, facts.environ.get("PYTHONPATH")),
         }
-        fixed: dict[str, str] = {}
-        if plan.control_key is not None and sim_can_sleep(plan):
-            fixed = control_environment(plan.control_key)
+        fixed = control_environment(plan, sleeps=sim_can_sleep(plan))
+        argv += lora_arguments(plan.spec)
         argv += [*plan.arguments, *context_arguments(plan.spec)]
         return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from neuron.config import NeuronConfig
 from neuron.estimate.estimator import AvailableMemory, estimate_of, longest_context_of
 from neuron.gpu.topology import Topology, TopologySource
+from neuron.harness.adapters import CONFIG_FILE, AdapterControl
 from neuron.harness.home import EngineHome
 from neuron.harness.registry import harness_of
 from neuron.lifecycle.failure_cause import because
@@ -56,6 +58,15 @@ class Admission:
         await check_model_roots(spec.source, self.config.model_roots, param="source")
 
     async def fitted(self, spec: EngineSpec) -> EngineSpec:
+        """`spec` with what it leaves to this host's files: the longest context that fits, and the highest rank of its
+        LoRA adapters."""
+        spec = await self._with_context(spec)
+        control = harness_of(spec.harness, self.config).adapters
+        if spec.max_loras is None or spec.max_lora_rank is not None or control is None:
+            return spec
+        return replace(spec, fitted_rank=await asyncio.to_thread(highest_rank, control, spec.lora_sources))
+
+    async def _with_context(self, spec: EngineSpec) -> EngineSpec:
         """`spec` with the longest context that fits, if it asks for that and the model's files say enough. On devices
         that neuron is free to choose, that is the context for the largest ones."""
         topology = await self.source.discover()
@@ -125,6 +136,19 @@ class Admission:
         return None if found.unknown or share > usable_mb else share
 
 
+def highest_rank(control: AdapterControl, sources: Sequence[str]) -> int | None:
+    """Of the adapters at these sources; None if one of them is not a directory here that says its rank. Blocks."""
+    ranks = []
+    for source in sources:
+        try:
+            config = json.loads((Path(source) / CONFIG_FILE).read_bytes())
+        except (OSError, ValueError):
+            return None
+        ranks.append(control.rank_of(config) if isinstance(config, dict) else None)
+    known = [rank for rank in ranks if rank is not None]
+    return max(known, default=None) if len(known) == len(ranks) else None
+
+
 def _usable_ram_mb(spec: EngineSpec, topology: Topology) -> int | None:
     """MiB of RAM for an engine that runs on the host's CPU; None for one on devices, or if the RAM is unknown."""
     if topology.ram is None or (topology.devices and not spec.without_devices):
@@ -155,3 +179,8 @@ def is_below(source: str, roots: Sequence[Path]) -> bool:
     except (OSError, RuntimeError):  # a name too long for a path; a loop of links
         return False
     return any(real.is_relative_to(root.resolve()) for root in roots)
+
+
+def is_missing_path(source: str) -> bool:
+    """True for an absolute path that does not exist on this host. Blocks."""
+    return source.startswith("/") and not os.path.lexists(source)

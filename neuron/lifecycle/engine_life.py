@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -17,12 +16,14 @@ from neuron.engine.drain import DrainWatch
 from neuron.engine.engine import Engine
 from neuron.engine.keys import EngineKeys
 from neuron.engine.output import LOADED_PAUSE_SECS, LOADING_PAUSE_SECS
-from neuron.engine.readiness import context_length, until_ready
+from neuron.engine.readiness import until_ready
+from neuron.lifecycle.admission import is_missing_path
 from neuron.lifecycle.engine_memory import EngineMemory
-from neuron.lifecycle.engine_sleep import EngineSleep
 from neuron.lifecycle.failure_cause import because, error_of_end
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.load_request import LoadRequest, SleepRequest
+from neuron.lifecycle.serving.engine_adapters import EngineAdapters
+from neuron.lifecycle.serving.engine_sleep import EngineSleep
 from neuron.lifecycle.spare.spares import Spares
 from neuron.lifecycle.states import State
 from neuron.progress.history import LoadHistory
@@ -64,6 +65,7 @@ class EngineTools:
 
     memory: EngineMemory
     sleep: EngineSleep
+    adapters: EngineAdapters
     history: LoadHistory
     keys: EngineKeys
     http: aiohttp.ClientSession
@@ -84,6 +86,7 @@ class EngineLife:
         self._model = model
         self._memory = tools.memory
         self._sleep = tools.sleep
+        self._adapters = tools.adapters
         self._history = tools.history
         self._http = tools.http
         self._fault = ""  # of an engine whose process still runs
@@ -138,18 +141,19 @@ class EngineLife:
         return True
 
     async def _until_ready(self) -> None:
-        engine = self.engine
-        if engine.harness.waits_for_line and engine.ready_at is None:
+        engine, harness = self.engine, self.engine.harness
+        if harness.waits_for_line and engine.ready_at is None:
             await self._said_serving.wait()
         await until_ready(
             self._http,
             engine.url,
-            health_path=engine.harness.health_path,
-            api_prefix=engine.harness.api_prefix,
+            health_path=harness.health_path,
+            api_prefix=harness.api_prefix,
             api_key=engine.api_key,
             model_id=engine.spec.model_id,
             owns_port=engine.owns_port,
             hint=self._log_says_ready,
+            on_answer=engine.answered_check,
         )
 
     async def _until_part_is_loaded(self) -> None:
@@ -206,7 +210,7 @@ class EngineLife:
             reason = self._fault if cause is None else f"{self._fault}: {cause}"
             return failures.LoadFailed(failures.with_last_lines(reason, lines)), False
         code = await engine.process.wait()
-        path_missing = await asyncio.to_thread(_is_missing_path, engine.spec.source)
+        path_missing = await asyncio.to_thread(is_missing_path, engine.spec.source)
         error = error_of_end(engine.harness, code, lines, path_missing=path_missing)
         return error, engine.harness.port_was_taken(lines)
 
@@ -231,6 +235,7 @@ class EngineLife:
         load_secs = None
         if not served_before:
             await self._sleep.check_guard(engine)
+            await self._adapters.restore(engine)
             load_secs = engine.came_up()
             self._load_times = self._progress.times(time.monotonic())
         if self.request.stop_requested.is_set():
@@ -258,13 +263,9 @@ class EngineLife:
                 await self._memory.measure([self.engine])
 
     async def _learn_context_length(self) -> None:
-        engine = self.engine
-        if not engine.spec.serves:
-            return
         with contextlib.suppress(asyncio.TimeoutError):  # nor must an engine that is slow to answer
             async with timeout(_MEASURE_SECS):
-                entry = engine.spec.model_id, engine.harness.context_field
-                engine.max_model_len = await context_length(self._http, engine.api_url, engine.api_key, *entry)
+                await self.engine.learn_context_length(self._http)
 
     async def _next_event(self, health: asyncio.Task[str]) -> EngineEvent:
         engine, request = self.engine, self.request
@@ -393,8 +394,3 @@ class EngineLife:
 async def _until_done(task: asyncio.Task[str]) -> None:
     """Cancelling this does not cancel the task."""
     await asyncio.wait([task])
-
-
-def _is_missing_path(source: str) -> bool:
-    """True for an absolute path that does not exist on this host. Blocks."""
-    return source.startswith("/") and not os.path.lexists(source)

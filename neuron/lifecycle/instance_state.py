@@ -174,6 +174,8 @@ class InstanceState:
             max_model_len=None if engine is None else engine.max_model_len,
             paths=None if engine is None or engine.harness.paths is None else list(engine.harness.paths),
             missing_paths=[] if engine is None else list(engine.harness.missing_paths),
+            max_loras=None if engine is None or not engine.takes_adapters else engine.spec.max_loras,
+            adapters=[] if engine is None or not engine.takes_adapters else list(engine.adapters),
             placement=None if placement is None else placement.why or None,
             transitions=list(reversed(self.transitions)),
         )

@@ -112,6 +112,7 @@ class InstanceSupervisor:
         self.model.spec = spec = found.record.engine_spec
         self._tools.keys.adopt(str(spec.key), found.record.api_key)
         request = LoadRequest(spec, placement, carries_keys=found.record.api_key is not None)
+        request.adapters.update(found.record.adapters)
         self._last_dir = found.directory
         self._start(request, State.RECOVERING, "found when neuron started", found)
         return request
@@ -354,6 +355,7 @@ class InstanceSupervisor:
 
     async def _live(self, life: EngineLife, start_lock: contextlib.AsyncExitStack) -> None:
         model, engine = self.model, life.engine
+        engine.adapters = life.request.adapters
         model.engine, model.output, self._last_dir = engine, engine.output, engine.directory
         if model.state is State.STARTING:
             model.become(State.LOADING, "engine started", progress=Progress(phase="starting"))

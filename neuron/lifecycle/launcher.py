@@ -296,6 +296,7 @@ class Launcher:
             url=url,
             can_sleep=record.can_sleep,
             slept_mb=record.slept_mb,
+            takes_adapters=record.takes_adapters,
             directory=directory,
             process=process,
             output=EngineOutput(directory.log),

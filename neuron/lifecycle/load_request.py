@@ -48,6 +48,8 @@ class LoadRequest:
         self.leave_engine = False
         """Leave the engine running when this load request ends."""
         self.vram_error: ServiceError | None = None
+        self.adapters: dict[str, str] = {}
+        """The LoRA adapters of its engine, and of the next one after a crash: `Engine.adapters`."""
         self.sleep_requests: deque[SleepRequest] = deque()
         self.sleep_requested = asyncio.Event()
         """Set while sleep requests are pending."""

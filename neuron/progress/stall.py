@@ -1,7 +1,8 @@
 """How long the processes of a load have done nothing. Pure.
 
 A process that waits is never wholly still: a loop that looks for a file ten times a second takes some thousandths of a
-core. So work is CPU time and I/O above a small rate, a process that comes or goes, or output.
+core, and a server that is up answers neuron's health checks. So work is CPU time and I/O above a small rate and a small
+amount for each check, a process that comes or goes, or output.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _TOLD_SHARE = 0.2  # of a shorter time after which it is ended
 _LEAST_CPU_SHARE = 0.01  # of one core
 _LEAST_CPU_SECS = 0.02  # two of the kernel's clock ticks
 _LEAST_BYTES_PER_SEC = 64
+_CHECK_CPU_SECS = 0.005  # a Python server takes about 1 ms for an answer and a line in its log
+_CHECK_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,12 @@ class ProcessWork:
 
 @dataclass(frozen=True)
 class LoadWork:
-    """What the processes of a load have done, by pid, and the bytes of output so far."""
+    """What the processes of a load have done, by pid. `output`: the complete lines so far, without those about health
+    checks, and the characters of the line that follows. `checks`: the health checks they have answered."""
 
     processes: Mapping[int, ProcessWork]
-    output_bytes: int
+    output: tuple[int, int]
+    checks: int = 0
 
 
 def told_after(stall_timeout_secs: float) -> float:
@@ -57,7 +62,7 @@ class IdleTime:
 
 
 def _has_worked(before: LoadWork, after: LoadWork, secs: float) -> bool:
-    if before.output_bytes != after.output_bytes or before.processes.keys() != after.processes.keys():
+    if before.output != after.output or before.processes.keys() != after.processes.keys():
         return True
     cpu_secs, io_bytes = 0.0, 0
     for pid, work in after.processes.items():
@@ -66,7 +71,8 @@ def _has_worked(before: LoadWork, after: LoadWork, secs: float) -> bool:
         if work.io_bytes is None or old.io_bytes is None:
             return True  # it may read weights all the time
         io_bytes += work.io_bytes - old.io_bytes
+    checks = after.checks - before.checks
+    least_cpu_secs = max(_LEAST_CPU_SECS, _LEAST_CPU_SHARE * secs) + _CHECK_CPU_SECS * checks
+    least_bytes = _LEAST_BYTES_PER_SEC * max(1.0, secs) + _CHECK_BYTES * checks
     # The difference of two sums of clock ticks: no exact comparison.
-    return cpu_secs > max(_LEAST_CPU_SECS, _LEAST_CPU_SHARE * secs) - 1e-6 or io_bytes >= _LEAST_BYTES_PER_SEC * max(
-        1.0, secs
-    )
+    return cpu_secs > least_cpu_secs - 1e-6 or io_bytes >= least_bytes

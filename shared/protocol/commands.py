@@ -20,6 +20,9 @@ MAX_DRAIN_SECS = 3600.0
 LEASE_SECS = 5.0
 """How long a lease on a load lasts unless it is renewed."""
 MAX_MODEL_ID_CHARS = 512
+MAX_LORAS = 1000
+MAX_LORA_RANK = 512
+"""The highest rank of a LoRA adapter that vLLM can serve."""
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS)]
 FIRST_INSTANCE = "0"
 """The instance that a load without `instance` makes when the neuron has none of the model."""
@@ -39,6 +42,10 @@ class WantedModel(WireModel):
 
     `instance` names one of several engines of the model on this neuron; None means any that has this spec. `variant`
     labels the spec: the name of a variant in the catalogue.
+
+    `max_loras`: how many LoRA adapters the engine can have at a time; None: it takes none. `max_lora_rank`: the highest
+    rank of one; None leaves it to the neuron, which looks at `lora_sources`, the directories or hub names of those to
+    come.
     """
 
     model_id: ModelId
@@ -55,6 +62,9 @@ class WantedModel(WireModel):
     max_model_len: ContextLength = None
     served_names: NameList = Field(default_factory=list)
     tools: bool | None = None
+    max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)
+    max_lora_rank: int | None = Field(default=None, ge=1, le=MAX_LORA_RANK)
+    lora_sources: NameList = Field(default_factory=list)
 
 
 class LoadCommand(WantedModel):
@@ -73,11 +83,10 @@ class LoadCommand(WantedModel):
 
     def body(self) -> dict[str, Any]:
         """As JSON: a bare command has only names, and fields of later versions are there only if they are given."""
-        left_out = {
-            name
-            for name in ("parallel", "instance", "variant", "group", "max_model_len")
-            if getattr(self, name) is None
-        }
+        later = ("parallel", "instance", "variant", "group", "max_model_len", "max_loras", "max_lora_rank")
+        left_out = {name for name in later if getattr(self, name) is None}
+        if not self.lora_sources:
+            left_out.add("lora_sources")
         return self.model_dump(mode="json", exclude_defaults=self.bare, exclude=left_out)
 
 
@@ -102,6 +111,28 @@ class WakeCommand(WireModel):
 
     model_id: ModelId
     instance: InstanceName | None = None
+
+
+class AdapterCommand(WireModel):
+    """Body of `POST /adapters/load` and `POST /adapters/unload`: the LoRA adapter `adapter` of an engine of the model
+    `model_id`. `instance` None: of every engine of the model.
+
+    For a load: `source` is the adapter's directory, or its name on a hub. `displaceable` are adapters that may be
+    unloaded for it if the engine has as many as it can have, the first before the others. One that has requests stays.
+    """
+
+    model_id: ModelId
+    adapter: ModelId
+    instance: InstanceName | None = None
+    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    displaceable: NameList = Field(default_factory=list)
+
+
+class AdapterReply(WireModel):
+    """Reply to the load or unload of an adapter: the adapters of the engine now, by instance."""
+
+    model_id: str
+    adapters: dict[str, list[str]] = Field(default_factory=dict)
 
 
 class LeaseCommand(WireModel):

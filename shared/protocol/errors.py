@@ -8,6 +8,8 @@ from enum import Enum
 class ErrorCode(str, Enum):
     """docs/api.md and docs/protocol.md say what each means and what to do about it."""
 
+    ADAPTERS_FULL = "adapters_full"
+    ADAPTER_FAILED = "adapter_failed"
     ALREADY_LOADED = "already_loaded"
     COLD_LOAD_FAILED = "cold_load_failed"
     CORTEX_STOPPING = "cortex_stopping"

@@ -135,6 +135,7 @@ class ModelView(ModelFacts):
     program, None if that is not known. `max_model_len`: the tokens of prompt and answer together that its engine
     serves, None until the engine has told. `paths`: what its engine serves; None if that is not known.
     `missing_paths`: paths of OpenAI's and Anthropic's APIs that its engine is known to lack, such as `/v1/messages`.
+    `max_loras`: how many LoRA adapters its engine can have, None if it takes none; `adapters`: those that it has.
     `keep_alive_secs`: how long its engine keeps an idle connection open. `servable`: whether a loaded model can answer
     now, also a bare boolean; None means that it can.
     """
@@ -166,6 +167,8 @@ class ModelView(ModelFacts):
     max_model_len: Tokens | None = None
     paths: NameList | None = None
     missing_paths: NameList = Field(default_factory=list)
+    max_loras: int | None = None
+    adapters: NameList = Field(default_factory=list)
     keep_alive_secs: float | None = None
     servable: Annotated[Servability, BeforeValidator(_as_table)] | None = READ_ONLY
 

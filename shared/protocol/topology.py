@@ -18,7 +18,8 @@ NVIDIA: Final = "nvidia"
 AMD: Final = "amd"
 UNKNOWN_VENDOR: Final = "unknown"
 RAM: Final = -1
-"""The index under which neuron and cortex count the host's RAM beside its devices. It is never sent."""
+"""The index under which neuron and cortex count the host's RAM beside its devices. Of what is sent only the figures in
+a refusal have it."""
 
 
 class Device(WireModel):

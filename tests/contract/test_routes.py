@@ -28,6 +28,8 @@ NEURON_TABLE = {
     ("POST", "/models/sleep"),
     ("POST", "/models/wake"),
     ("POST", "/models/lease"),
+    ("POST", "/adapters/load"),
+    ("POST", "/adapters/unload"),
     ("POST", "/groups/listen"),
     ("POST", "/groups/reach"),
     ("GET", "/models/{model_id}/endpoint"),

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from neuron.config import HarnessSettings
-from neuron.harness.vllm import sleep_routes as sleeping
+from neuron.harness.vllm.control import sleep_routes as sleeping
 from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, digest_of
 from tests.e2e_vllm.conftest import RealVllm
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, RunningEngine, running_engine

@@ -10,7 +10,7 @@ import pytest
 
 from neuron.config import HarnessSettings
 from neuron.gpu.topology import TopologySource
-from neuron.harness.vllm import sleep_routes as sleeping
+from neuron.harness.vllm.control import sleep_routes as sleeping
 from tests.e2e_vllm.engine import API_KEY, CONTROL_KEY, MODEL, running_engine
 from tests.e2e_vllm.gpu import gpu_model, gpu_vllm, gpus, used_mb
 

@@ -18,12 +18,12 @@ TOLD_SECS: Final = 10.0
 """How long a neuron may take to tell the context of an engine that has just loaded."""
 
 
-class _Load(NamedTuple):
-    """One way to run a model on one neuron's process, which reads its own configuration once."""
+class _Served(NamedTuple):
+    """What an engine of one `choice` served. `process` is its neuron's, which reads its own configuration once."""
 
-    node: str
     process: str | None
-    model: str
+    choice: ModelProfile
+    tokens: int
 
 
 class ServedContexts:
@@ -31,7 +31,7 @@ class ServedContexts:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._known: dict[_Load, tuple[ModelProfile, int]] = {}
+        self._known: dict[tuple[str, str], _Served] = {}  # by node and `ModelProfile.requested`
         self._tasks = TaskSet()
 
     def loaded(self, key: ReplicaKey, choice: ModelProfile) -> None:
@@ -51,8 +51,10 @@ class ServedContexts:
         await self._tasks.close()
 
     def _of(self, choice: ModelProfile, node: NodeSnapshot) -> int | None:
-        before, length = self._known.get(_load(choice, node), (None, None))
-        return length if before == choice else None
+        served = self._known.get((node.name, choice.requested.name))
+        if served is None or served.process != node.instance_id or served.choice != choice:
+            return None
+        return served.tokens
 
     async def _learn(self, key: ReplicaKey, choice: ModelProfile) -> None:
         def told(node: NodeSnapshot) -> bool:
@@ -64,8 +66,5 @@ class ServedContexts:
                 node = await self._fleet.until(key.node, told)
             view = node.view(key.model_id, key.instance)
             if view is not None and view.loaded and view.max_model_len is not None:
-                self._known[_load(choice, node)] = choice, view.max_model_len
-
-
-def _load(choice: ModelProfile, node: NodeSnapshot) -> _Load:
-    return _Load(node.name, node.instance_id, choice.requested.name)
+                served = _Served(node.instance_id, choice, view.max_model_len)
+                self._known[node.name, choice.requested.name] = served

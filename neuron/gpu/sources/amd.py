@@ -113,13 +113,16 @@ class AmdTopologySource:
         )
 
     def _links(self, devices: Sequence[Device]) -> Iterator[Link]:
+        # Older packages have another class, with XGMI and PCIEXPRESS.
+        types: Any = getattr(self._smi, "AmdSmiLinkType", None) or getattr(self._smi, "AmdSmiIoLinkType", ())
+        names = {each.value: each.name for each in types}
         for first, second in combinations(devices, 2):
             a, b = self._handles[first.index], self._handles[second.index]
             path = self._optional("amdsmi_topo_get_link_type", a, b) or {}
-            kind = None
-            if path.get("type") == self._smi.AmdSmiLinkType.AMDSMI_LINK_TYPE_XGMI:
+            kind, name = None, names.get(path.get("type"), "")
+            if "XGMI" in name:
                 kind = LinkKind.XGMI if path.get("hops") == 1 else None
-            elif path.get("type") == self._smi.AmdSmiLinkType.AMDSMI_LINK_TYPE_PCIE:
+            elif "PCIE" in name:
                 kind = LinkKind.NODE if first.numa_node == second.numa_node else LinkKind.SYS
             if kind is not None:
                 yield Link(a=first.index, b=second.index, kind=kind)

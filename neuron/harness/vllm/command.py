@@ -21,6 +21,7 @@ from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
 from neuron.harness.vllm.argument_policy import flag_value, has_flag, refused_in_group
 from neuron.harness.vllm.code_arguments import code_argument
+from neuron.harness.vllm.control.lora import UPDATING_VARIABLE, VllmAdapters, lora_arguments
 from neuron.harness.vllm.early_imports import THREADS_BIND, early_imports
 from neuron.harness.vllm.errors import cause_of, is_permanent, root_cause
 from neuron.harness.vllm.estimate.estimator import VllmEstimator
@@ -28,7 +29,13 @@ from neuron.harness.vllm.estimate.overhead import CPU_PROCESSES_MB
 from neuron.harness.vllm.memory_flags import SIZES_MEMORY, UTILIZATION
 from neuron.harness.vllm.phases import VllmLoadReading
 from neuron.harness.vllm.ray import spans_with_ray, with_ray
-from neuron.harness.vllm.sleep_mode import VllmSleep, guarded_environment, sleep_arguments, vllm_can_sleep
+from neuron.harness.vllm.sleep_mode import (
+    VllmSleep,
+    guard_arguments,
+    guarded_environment,
+    sleep_arguments,
+    vllm_can_sleep,
+)
 from neuron.harness.vllm.tools import tool_arguments
 from neuron.memory.requirement import MemoryRequirement
 from neuron.progress.phases import LoadReading
@@ -43,13 +50,14 @@ CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache of a vLLM on the CPU, instead of a fraction of the memory."""
 _DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
-# that share it collide. Development mode opens routes to everyone who reaches an engine: set it in `env` to have it.
+# that share it collide. Development mode and the loading of adapters open routes to everyone who reaches an engine: set
+# them in `env` to have them.
 KEEP_ALIVE: Final = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 """How long vLLM's server keeps an idle connection, in seconds."""
 KEEP_ALIVE_SECS: Final = 75
 """vLLM's own default, 5, is shorter than the pauses between bursts of requests, each of which then waits for a new
 connection."""
-_NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE"})
+_NOT_INHERITED = frozenset({"VLLM_API_KEY", "VLLM_PORT", "VLLM_SERVER_DEV_MODE", UPDATING_VARIABLE})
 
 
 class VllmHarness(Harness):
@@ -61,6 +69,7 @@ class VllmHarness(Harness):
     cache_variables = MappingProxyType({"VLLM_CACHE_ROOT": "vllm"})
     activity = VllmActivity()
     sleep = VllmSleep()
+    adapters = VllmAdapters()
     estimator = VllmEstimator()
     python_package = "vllm"
     option_files: tuple[str, ...] = (
@@ -94,7 +103,6 @@ class VllmHarness(Harness):
     def command(self, plan: LaunchPlan, facts: LaunchFacts) -> EngineCommand:
         argv = serve_arguments(plan, DEFAULT_COMMAND)
         own: dict[str, str] = {}
-        fixed: dict[str, str] = {}
         if plan.devices:  # simulated ones too: a vLLM for the CPU ignores them
             argv += _memory_arguments(plan)
             # vLLM 0.22 and older end with an error on the UUID of a GPU.
@@ -104,9 +112,11 @@ class VllmHarness(Harness):
         on_cpu = not facts.has_gpu or plan.ram_mb is not None
         if on_cpu and THREADS_BIND not in facts.environ:
             own |= cpu_binding(plan.spec.device_count, facts.cpus, plan.cores)
-        if plan.control_key is not None and self.can_sleep(plan, facts):
-            argv += sleep_arguments(plan, facts)
-            fixed = guarded_environment(plan, facts, plan.control_key)
+        sleeps = self.can_sleep(plan, facts)
+        fixed = guarded_environment(plan, facts, sleeps=sleeps)
+        argv += guard_arguments() if fixed else []
+        argv += sleep_arguments(plan, facts) if sleeps else []
+        argv += lora_arguments(plan.spec)
         argv += [*plan.arguments, *context_arguments(plan.spec)]
         return with_ray(plan, EngineCommand(tuple(argv), vllm_environment(plan, facts, own, fixed)))
 

@@ -10,8 +10,10 @@ import aiohttp
 
 from neuron.harness.base import LaunchFacts, LaunchPlan
 from neuron.harness.sleep import SleepControl
-from neuron.harness.vllm import guard, sleep_routes
+from neuron.harness.vllm import guard
 from neuron.harness.vllm.argument_policy import has_flag
+from neuron.harness.vllm.control import sleep_routes
+from neuron.harness.vllm.control.lora import UPDATING
 from neuron.harness.vllm.errors import weights_mb
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE, digest_of
 
@@ -65,27 +67,39 @@ def _may_sleep(plan: LaunchPlan) -> bool:
     return may and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
 
 
-def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
-    """Arguments of a vLLM that can sleep.
+def guard_arguments() -> list[str]:
+    """Arguments that load the guard.
 
-    The guard comes before an operator's own `--middleware`: vLLM wraps each one around those before it, so the guard
-    sees the same path as the routes.
+    They come before an operator's own `--middleware`: vLLM wraps each one around those before it, so the guard sees the
+    same path as the routes.
     """
+    return list(_GUARD_ARGUMENTS)
+
+
+def sleep_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
+    """Those of a vLLM that can sleep, besides the guard's."""
     pool = facts.has_gpu and not has_flag(plan.arguments, "--enable-sleep-mode")
     quiet = not plan.installed.lacks("log_error_stack", beside="middleware")
-    return [*_GUARD_ARGUMENTS, *([_QUIET] if quiet else []), *(["--enable-sleep-mode"] if pool else [])]
+    return [*([_QUIET] if quiet else []), *(["--enable-sleep-mode"] if pool else [])]
 
 
-def control_environment(control_key: str) -> dict[str, str]:
-    """Development mode, and the digest by which the guard recognises the key. Must not be overridden."""
-    return {DEV_MODE_VARIABLE: "1", DIGEST_VARIABLE: digest_of(control_key)}
+def control_environment(plan: LaunchPlan, *, sleeps: bool) -> dict[str, str]:
+    """The digest by which the guard recognises the key, and what opens the routes that it guards: development mode for
+    an engine that `sleeps`, and the loading of adapters. Must not be overridden. Empty if there is nothing to guard."""
+    opened = {**({DEV_MODE_VARIABLE: "1"} if sleeps else {}), **(UPDATING if plan.spec.max_loras else {})}
+    if plan.control_key is None or not opened:
+        return {}
+    return {**opened, DIGEST_VARIABLE: digest_of(plan.control_key)}
 
 
-def guarded_environment(plan: LaunchPlan, facts: LaunchFacts, control_key: str) -> dict[str, str]:
-    """Variables of a vLLM that can sleep; they override all others. An existing PYTHONPATH follows the guard's."""
+def guarded_environment(plan: LaunchPlan, facts: LaunchFacts, *, sleeps: bool) -> dict[str, str]:
+    """The same with what a real vLLM needs to find the guard. An existing PYTHONPATH follows the guard's."""
+    opened = control_environment(plan, sleeps=sleeps)
+    if not opened:
+        return {}
     path = plan.settings.env.get("PYTHONPATH") or facts.environ.get("PYTHONPATH")
     return {
-        **control_environment(control_key),
+        **opened,
         "PYTHONPATH": first_on_path(_GUARD_DIRECTORY, path),
         # The Rust server does not support --middleware.
         "VLLM_USE_RUST_FRONTEND": "0",

@@ -42,7 +42,7 @@ async def speech_to_text(request: web.Request) -> web.StreamResponse:
     if not request.content_type.startswith("multipart/"):
         raise malformed("[{'type': 'missing', 'loc': ('body', 'file'), 'msg': 'Field required'}]", "file")
     form = await _read(request)
-    model = served_model(form.fields.get("model"), engine.settings)
+    model = served_model(form.fields.get("model"), engine)
     if form.file_name is None:
         raise malformed("[{'type': 'missing', 'loc': ('body', 'file'), 'msg': 'Field required'}]", "file")
     text = f"{model} (simulated) heard {form.file_name}: {form.size} bytes, {form.digest}."

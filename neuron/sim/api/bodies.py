@@ -12,6 +12,7 @@ from aiohttp import web
 from neuron.sim.api.errors import bad_request, malformed, unknown_model
 from neuron.sim.engine import tokens
 from neuron.sim.engine.arguments import EngineSettings
+from neuron.sim.engine.engine import SimEngine
 from neuron.sim.engine.replies import Prompt
 
 Body = Mapping[str, Any]
@@ -30,11 +31,13 @@ async def read_json(request: web.Request) -> Body:
     return body
 
 
-def served_model(name: object, settings: EngineSettings) -> str:
-    """The requested model; without a name, the first one. Raises ApiError 404 when it is not served here."""
+def served_model(name: object, engine: SimEngine) -> str:
+    """The requested model or adapter; without a name, the first model. Raises ApiError 404 when it is not served
+    here."""
+    settings = engine.settings
     if name is None or name == "":
         return settings.name
-    if not isinstance(name, str) or name not in settings.served_names:
+    if not isinstance(name, str) or (name not in settings.served_names and name not in engine.adapters):
         raise unknown_model(name, settings.served_names)
     return name
 

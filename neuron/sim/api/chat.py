@@ -51,7 +51,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 def generation_of(body: Body, engine: SimEngine) -> Generation:
     """What a chat request asks for. Raises ApiError when it cannot be served."""
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     prompt = with_tools(conversation(required(body, "messages")), body)
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     limit = integer(body, key, least=1)

@@ -46,7 +46,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 def _generation_of(body: Body, engine: SimEngine) -> Generation:
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     prompts = tuple(Prompt(text, text) for text in text_list(required(body, "prompt"), "prompt"))
     limit = integer(body, "max_tokens", least=1)
     check_length(limit, prompts, engine.settings, "max_tokens")

@@ -35,7 +35,7 @@ def _prompt_of(body: Body) -> Prompt:
 
 async def count_tokens(request: web.Request) -> web.Response:
     body = await read_json(request)
-    served_model(body.get("model"), request.app[ENGINE].settings)
+    served_model(body.get("model"), request.app[ENGINE])
     count = _prompt_of(body).token_count
     return web.json_response({"input_tokens": count, "context_management": {"original_input_tokens": count}})
 
@@ -43,7 +43,7 @@ async def count_tokens(request: web.Request) -> web.Response:
 async def messages(request: web.Request) -> web.StreamResponse:
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     prompt = _prompt_of(body)
     required(body, "max_tokens")
     limit = integer(body, "max_tokens", least=1)

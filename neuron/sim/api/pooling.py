@@ -32,7 +32,7 @@ async def embeddings(request: web.Request) -> web.Response:
     """POST /v1/embeddings; `dimensions` truncates the vectors, as for matryoshka models."""
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     texts = _texts(body, engine)
     dims = integer(body, "dimensions", least=1) or engine.settings.embedding_dims
     if dims > engine.settings.embedding_dims:
@@ -53,7 +53,7 @@ async def pooling(request: web.Request) -> web.Response:
     """POST /pooling: the same vectors as embeddings."""
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     texts = _texts(body, engine)
     read = await engine.read(texts)
     data: list[dict[str, object]] = [
@@ -67,7 +67,7 @@ async def classify(request: web.Request) -> web.Response:
     """POST /classify: two classes."""
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     texts = _texts(body, engine)
     read = await engine.read(texts)
     data: list[dict[str, object]] = []
@@ -83,7 +83,7 @@ async def rerank(request: web.Request) -> web.Response:
     """POST /rerank, /v1/rerank, /v2/rerank: best first, `top_n` of them."""
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     query = text_list(required(body, "query"), "query")[0]
     documents = _documents(required(body, "documents"))
     top = integer(body, "top_n") or len(documents)
@@ -103,7 +103,7 @@ async def score(request: web.Request) -> web.Response:
     """POST /score, /v1/score: one text against many, or pairs when both sides have the same number."""
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     left = _documents(_either(body, "text_1", "queries"))
     right = _documents(_either(body, "text_2", "documents"))
     if len(left) == 1:

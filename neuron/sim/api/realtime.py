@@ -22,7 +22,7 @@ async def realtime(request: web.Request) -> web.StreamResponse:
     socket = web.WebSocketResponse(max_msg_size=_MAX_MESSAGE_BYTES)
     if not socket.can_prepare(request).ok:
         raise web.HTTPUpgradeRequired
-    model = served_model(request.query.get("model"), request.app[ENGINE].settings)
+    model = served_model(request.query.get("model"), request.app[ENGINE])
     await socket.prepare(request)
     await socket.send_json({"type": "session.created", "id": f"sess-{uuid.uuid4().hex}", "created": int(time.time())})
     heard = 0
@@ -33,7 +33,7 @@ async def realtime(request: web.Request) -> web.StreamResponse:
             event = _event(message.data)
             match event.get("type"):
                 case "session.update":
-                    model = served_model(event.get("model") or model, request.app[ENGINE].settings)
+                    model = served_model(event.get("model") or model, request.app[ENGINE])
                 case "input_audio_buffer.append":
                     heard += len(str(event.get("audio") or "")) * 3 // 4  # base64
                 case "input_audio_buffer.commit":

@@ -119,7 +119,7 @@ def part(text: str) -> dict[str, object]:
 async def responses(request: web.Request) -> web.StreamResponse:
     engine = request.app[ENGINE]
     body = await read_json(request)
-    model = served_model(body.get("model"), engine.settings)
+    model = served_model(body.get("model"), engine)
     prompt = _prompt_of(body)
     limit = integer(body, "max_output_tokens", least=1)
     check_length(limit, [prompt], engine.settings, "max_output_tokens")

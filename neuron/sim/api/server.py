@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from neuron.sim.api import audio, chat, completions, errors, messages, pooling, realtime, responses, tokenization
+from neuron.sim.api.adapters import add_adapter_routes
 from neuron.sim.api.sleep import Sleeper, add_sleep_routes, guard
 from neuron.sim.engine import metrics
 from neuron.sim.engine.engine import ENGINE, CoreDied, SimEngine
@@ -46,6 +47,10 @@ async def models(request: web.Request) -> web.Response:
             "permission": [],
         }
         for name in settings.served_names
+    ]
+    data += [
+        {**data[0], "id": name, "root": path, "parent": settings.name, "max_model_len": None}
+        for name, path in request.app[ENGINE].adapters.items()
     ]
     return web.json_response({"object": "list", "data": data})
 
@@ -172,13 +177,19 @@ def _require_key(key: str) -> Middleware:
 
 
 def build_app(
-    engine: SimEngine, *, api_key: str | None, sleeper: Sleeper | None = None, control_digest: str | None = None
+    engine: SimEngine,
+    *,
+    api_key: str | None,
+    sleeper: Sleeper | None = None,
+    updates_adapters: bool = False,
+    control_digest: str | None = None,
 ) -> web.Application:
     """The application around an engine; `api_key` None leaves everything open.
 
-    With a `sleeper` it has vLLM's sleep routes, for callers with the control key of this digest.
+    With a `sleeper` it has vLLM's sleep routes, with `updates_adapters` those for LoRA adapters, for callers with the
+    control key of this digest.
     """
-    guards: list[Middleware] = [] if sleeper is None else [guard(sleeper, control_digest)]
+    guards: list[Middleware] = [guard(sleeper, control_digest)] if sleeper is not None or updates_adapters else []
     guards += [] if api_key is None else [_require_key(api_key)]
     guards += _missing_routes(engine.settings.faults)
     app = web.Application(middlewares=[*guards, _envelope, _count], client_max_size=_MAX_BODY)
@@ -193,4 +204,6 @@ def build_app(
     app.router.add_get("/v1/realtime", realtime.realtime)
     if sleeper is not None:
         add_sleep_routes(app, sleeper)
+    if updates_adapters:
+        add_adapter_routes(app)
     return app

@@ -120,14 +120,14 @@ def add_sleep_routes(app: web.Application, sleeper: Sleeper) -> None:
     app.router.add_get("/is_sleeping", _is_sleeping)
 
 
-def guard(sleeper: Sleeper, digest: str | None) -> Middleware:
+def guard(sleeper: Sleeper | None, digest: str | None) -> Middleware:
     """Middleware with the rules of `neuron_guard.Guard`."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not is_open(request.path) and not knows_key(request.headers.getall(CONTROL_HEADER, []), digest):
             return web.Response(status=404, body=NOT_FOUND, content_type="application/json")
-        if sleeper.closed and needs_the_model(request.method, request.path):
+        if sleeper is not None and sleeper.closed and needs_the_model(request.method, request.path):
             headers = {"Retry-After": "1", SLEEPING_HEADER: "1"}
             return web.Response(status=503, body=SLEEPING, content_type="application/json", headers=headers)
         return await handler(request)

@@ -14,7 +14,7 @@ from neuron.sim.engine.engine import ENGINE
 async def tokenize(request: web.Request) -> web.Response:
     settings = request.app[ENGINE].settings
     body = await read_json(request)
-    served_model(body.get("model"), settings)
+    served_model(body.get("model"), request.app[ENGINE])
     if body.get("prompt") is None and body.get("messages") is not None:
         text = with_tools(conversation(body["messages"]), body).text
     else:
@@ -28,7 +28,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     body = await read_json(request)
-    served_model(body.get("model"), request.app[ENGINE].settings)
+    served_model(body.get("model"), request.app[ENGINE])
     ids = required(body, "tokens")
     if not isinstance(ids, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
         raise malformed("[{'type': 'list_type', 'loc': ('body', 'tokens')}]", "tokens")

@@ -27,6 +27,7 @@ _INERT_SWITCHES = (
     "--enforce-eager", "--language-model-only", "--no-enable-prefix-caching", "--no-enable-sleep-mode",
     "--trust-remote-code",
 )  # fmt: skip
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SHORT = {"--quantization": ["-q"]}
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -69,6 +70,8 @@ class EngineSettings:
     embedding_dims: int
     wake_secs: float  # from /wake_up to awake
     faults: Faults
+    max_loras: int | None = None  # None: without --enable-lora
+    max_lora_rank: int = 16
 
     @property
     def devices(self) -> int:
@@ -134,6 +137,9 @@ def _add_vllm_flags(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-model-len", type=human_readable_int_or_auto, default=DEFAULT_MAX_MODEL_LEN)
     serve.add_argument("--max-num-seqs", type=positive_int, default=256)
     serve.add_argument("--enable-server-load-tracking", action="store_true")
+    serve.add_argument("--enable-lora", action=argparse.BooleanOptionalAction, default=False)
+    serve.add_argument("--max-loras", type=positive_int, default=1)
+    serve.add_argument("--max-lora-rank", type=int, default=16, choices=_LORA_RANKS)
     # On by default, unlike vLLM's: nothing has to be parsed, so it works for every model.
     serve.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True)
     for flag in _INERT_WITH_VALUE:
@@ -213,5 +219,7 @@ def parse(argv: Sequence[str]) -> EngineSettings:
         answer_tokens=given.answer_tokens,
         embedding_dims=given.embedding_dims,
         wake_secs=given.wake_secs,
+        max_loras=given.max_loras if given.enable_lora else None,
+        max_lora_rank=given.max_lora_rank,
         faults=Faults(frozenset(Fault(name) for name in given.fault), given.fault_after),
     )

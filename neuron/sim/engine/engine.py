@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -113,6 +114,8 @@ class SimEngine:
     requests_seen: int = 0  # counted on arrival
     requests_open: int = 0
     core_dead: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)  # paths by name
+    adapter_requests: Counter[str] = field(default_factory=Counter)  # running or waiting
     sleep_level: int = 0  # 0: awake; set by neuron.sim.api.sleep only
     _unhealthy: bool = False
     _hung: bool = False
@@ -149,6 +152,8 @@ class SimEngine:
             waiting=self.slots.waiting,
             kv_cache_usage=self.kv_cache_usage,
             sleep_level=self.sleep_level,
+            max_loras=self.settings.max_loras,
+            adapters=sorted(+self.adapter_requests),
         )
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Step, None]:
@@ -162,6 +167,8 @@ class SimEngine:
         prompt_tokens = sum(prompt.token_count for prompt in generation.prompts)
         cached = 0
         running = dict(enumerate(self._sequences(generation)))
+        adapter = [generation.model] if generation.model in self.adapters else []
+        self.adapter_requests.update(adapter)
         try:
             async with self.slots.take(generation.sequences):
                 first = clock.time() + self._prompt_secs
@@ -188,6 +195,7 @@ class SimEngine:
             for index in running:
                 yield Step(index, "", "abort")
         finally:
+            self.adapter_requests.subtract(adapter)
             self._cached_tokens -= cached
             if running:
                 self.metrics.finish("abort", len(running), clock.time() - arrived)

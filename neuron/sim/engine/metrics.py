@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,8 +61,18 @@ class EngineMetrics:
         for _ in range(sequences):
             self.latency.observe(seconds)
 
-    def render(self, *, model_name: str, running: int, waiting: int, kv_cache_usage: float, sleep_level: int) -> str:
-        """The whole exposition; the engine passes the gauges' current values."""
+    def render(
+        self,
+        *,
+        model_name: str,
+        running: int,
+        waiting: int,
+        kv_cache_usage: float,
+        sleep_level: int,
+        max_loras: int | None = None,
+        adapters: Sequence[str] = (),
+    ) -> str:
+        """The whole exposition; the engine passes the gauges' current values. `adapters`: those with requests."""
         labels = {"engine": "0", "model_name": model_name}
         lines: list[str] = []
 
@@ -80,6 +91,10 @@ class EngineMetrics:
             for level, name in enumerate(_SLEEP_STATES)
         ]
         family(state, "gauge", "Engine sleep state; awake = 0 means engine is sleeping.", states)
+        if max_loras is not None:
+            info, names = "vllm:lora_requests_info", ",".join(adapters)
+            told = {"max_lora": str(max_loras), "running_lora_adapters": names, "waiting_lora_adapters": ""}
+            family(info, "gauge", "Running stats on lora requests.", [f"{info}{_labels(told)} {time.time()}"])
         for name, text, total in (
             ("vllm:prompt_tokens_total", "Number of prefill tokens processed.", self.prompt_tokens),
             ("vllm:generation_tokens_total", "Number of generation tokens processed.", self.generation_tokens),

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from neuron.harness.vllm.guard.neuron_guard import DIGEST_VARIABLE
+from neuron.sim.api.adapters import updates_adapters
 from neuron.sim.api.server import build_app
 from neuron.sim.api.sleep import Sleeper, in_dev_mode
 from neuron.sim.engine import console
@@ -128,6 +129,7 @@ async def _serve(
         engine,
         api_key=os.environ.get("VLLM_API_KEY") or None,
         sleeper=Sleeper(engine, memory) if in_dev_mode(os.environ) else None,
+        updates_adapters=updates_adapters(os.environ),
         control_digest=os.environ.get(DIGEST_VARIABLE),
     )
     # handler_cancellation: a client that disconnects cancels its handler, and with it the generation.

@@ -220,7 +220,7 @@ def test_aliases(tmp_path: Path) -> None:
         (f"{TWO}args = ['--max-model-len', '8']\nmax_model_len = 'auto'", "--max-model-len is in args too"),
         ("[aliases]\nx = 'nothing'", "'x' points to 'nothing', which is not in this catalogue"),
         ("[[models]]\nid = 'a'\n[aliases]\na = 'a'", "'a' is also the id of a model"),
-        ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' points to 'b', which is not in this catalogue"),
+        ("[[models]]\nid = 'a'\n[aliases]\nb = 'a'\nc = 'b'", "'c' points to 'b', an alias too: name its model"),
         ("[model]\nid = 'a'", "model: unknown key"),
         ("[[models]]\nid = 'a'\nmin_compute_capability = 'ada'", "models[0].min_compute_capability = 'ada': "),
         (

@@ -105,7 +105,7 @@ def test_hosts_that_can_hold_a_model_on_the_cpu(where: NodeSnapshot, feasible: b
 
 
 def test_a_host_without_gpus_holds_no_model_for_gpus() -> None:
-    assert infeasible_reason(profile(), cpu_host()) == "needs 1 devices, has 0"
+    assert infeasible_reason(profile(), cpu_host()) == "needs a GPU, has none: only models with devices = 0 run here"
 
 
 def test_the_load_command_lists_no_devices() -> None:

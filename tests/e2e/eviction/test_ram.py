@@ -68,5 +68,5 @@ async def test_models_are_evicted_for_ram(mark: str, tmp_path: Path) -> None:
         assert "RAM has" in explanation["decision"]["devices_because"]
         status, answer = await ask("org/gpu")
         assert (status, answer["error"]["code"]) == (404, "no_feasible_neuron")
-        assert "needs 1 devices, has 0" in answer["error"]["message"]
+        assert "needs a GPU, has none: only models with devices = 0 run here" in answer["error"]["message"]
         assert (await ask("org/unsized"))[0] == 200

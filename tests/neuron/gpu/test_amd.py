@@ -14,6 +14,7 @@ from tests.amdsmi.library import (
     API_FAILED,
     DRIVER_NOT_LOADED,
     PCIE,
+    XGMI,
     AmdGpu,
     amd_uuid_of,
     build_library,
@@ -84,6 +85,19 @@ def test_links_over_pcie(library: dict[str, str], hardware: Path, numa: int, kin
     gpus = (PAIR[0], replace(PAIR[1], figures={"numa_node": numa}))
     with probing(library | write_scenario(hardware, gpus, **linked(2, PCIE))) as probe:
         assert [link["kind"] for link in probe.ask("discover")["links"]] == [kind]
+
+
+def test_links_with_an_older_package(library: dict[str, str], hardware: Path, tmp_path: Path) -> None:
+    """Its class of link types has another name and other members."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import enum, amdsmi\n"
+        "del amdsmi.AmdSmiLinkType\n"
+        f"amdsmi.AmdSmiIoLinkType = enum.IntEnum('AmdSmiIoLinkType', {{'PCIEXPRESS': {PCIE}, 'XGMI': {XGMI}}})\n"
+    )
+    older = library | {"PYTHONPATH": str(tmp_path)}
+    for kind, expected in ((XGMI, "xgmi"), (PCIE, "node")):
+        with probing(older | write_scenario(hardware, PAIR, **linked(2, kind))) as probe:
+            assert [link["kind"] for link in probe.ask("discover")["links"]] == [expected]
 
 
 def test_a_gpu_that_stops_answering_is_lost(library: dict[str, str], hardware: Path) -> None:

@@ -40,10 +40,11 @@ OPEN = (
     "/health", "/ping", "/version", "/load", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",
     "/v1/embeddings", "/v1/responses", "/v1/responses/resp_1/cancel", "/v1/messages", "/v1/messages/count_tokens",
     "/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize",
-    "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/load_lora_adapter", "/invocations",
+    "/v1/audio/transcriptions", "/v1/audio/translations", "/invocations",
     "/openapi.json", "/docs",
 )  # fmt: skip
 TRICKS = (
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/load_lora_adapter/", "/v1//load_lora_adapter",
     "/sleep/", "//sleep", "/./sleep", "/v1/../sleep", "/v1/./sleep", "/v1//sleep", "/v1/", "/v1", "/V1/../sleep",
     "/health/../sleep", "/health/", "/health/sleep", "/SLEEP", "/Sleep", "/%73leep", "/sleep;x", "/sleep?x",
     "/sleep\x00", "/sleep#", " /sleep", "/sleep ", "sleep", "", "/", "*", "http://host/sleep", "/metrics/../sleep",

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from neuron.errors import GuardFailed, SleepFailed, SleepUnsettled, WakeFailed
 from neuron.gpu import simulated_vram as vram
-from neuron.harness.vllm import sleep_routes as sleeping
+from neuron.harness.vllm.control import sleep_routes as sleeping
 from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, DIGEST_VARIABLE, digest_of
 from shared.errors import Conflict
 from tests.neuron.neurons import until

@@ -32,6 +32,15 @@ elif way == "reads":
             weights.seek(0)
             weights.read(500)
             time.sleep(0.2)
+elif way == "answers":  # its server is up, reads as libuv does and logs each request
+    import socket
+    listener = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            while os.read(connection.fileno(), 65536):
+                print('INFO: "GET /health HTTP/1.1" 503', flush=True)
+                os.write(connection.fileno(), b"HTTP/1.1 503 Loading\\r\\ncontent-length: 0\\r\\n\\r\\n")
 elif way == "prints":
     while True:
         print(".", end="", flush=True)
@@ -65,10 +74,11 @@ async def test_a_build_that_waits_for_a_dead_one_is_ended(mark: str, tmp_path: P
     lock = left_lock(tmp_path)
     async with neuron_here(config(tmp_path, stall_timeout_secs=5)) as neuron:
         stuck = asyncio.create_task(load(neuron, "waits", vram_mb=9000, devices=[0]))
-        message = await until(lambda: _message(neuron, "org/waits", "no output, CPU time or I/O"))
-        assert "it is ended after 5 s" in message
-        assert (await neuron.model("org/waits"))["progress"]["idle_secs"] >= 1
-        assert str(lock) in message
+        progress = await until(lambda: _idle_progress(neuron, "org/waits"))
+        assert progress["message"].startswith("no output, CPU time or I/O")
+        assert "it is ended after 5 s" in progress["message"]
+        assert progress["idle_secs"] >= 1
+        assert str(lock) in progress["message"]
         next_one = asyncio.create_task(load(neuron, "next", vram_mb=9000, devices=[0]))
         answer = await stuck
         assert (answer.status, answer.error["code"], answer.error["cause"]) == (500, "load_failed", "node")
@@ -81,10 +91,19 @@ async def test_a_build_that_waits_for_a_dead_one_is_ended(mark: str, tmp_path: P
     assert not marked_processes(mark)
 
 
-async def _message(neuron: Neuron, model_id: str, text: str) -> str | None:
+async def _idle_progress(neuron: Neuron, model_id: str) -> Any:
     progress = (await neuron.model(model_id)).get("progress") or {}
-    message = progress.get("message") or ""
-    return message if text in message else None
+    return progress if progress.get("idle_secs") is not None else None
+
+
+async def test_health_checks_are_not_work(mark: str, tmp_path: Path) -> None:
+    """A server that does nothing but answer that it is not ready is ended like any other load."""
+    async with neuron_here(config(tmp_path, stall_timeout_secs=3, startup_timeout_secs=30)) as neuron:
+        answer = await load(neuron, "answers")
+        assert answer.error["message"].startswith(
+            "no output, CPU time or I/O of the engine for 3 s; its last line: INFO"
+        )
+    assert not marked_processes(mark)
 
 
 async def test_children_count_as_the_engine(mark: str, tmp_path: Path) -> None:

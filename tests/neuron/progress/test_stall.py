@@ -14,9 +14,14 @@ from neuron.progress.stall import IdleTime, LoadWork, ProcessWork, told_after
 
 
 def work(
-    cpu_secs: float = 1.0, io_bytes: int | None = 1000, *, pids: tuple[int, ...] = (1,), output: int = 10
+    cpu_secs: float = 1.0,
+    io_bytes: int | None = 1000,
+    *,
+    pids: tuple[int, ...] = (1,),
+    output: tuple[int, int] = (10, 0),
+    checks: int = 0,
 ) -> LoadWork:
-    return LoadWork({pid: ProcessWork(cpu_secs, io_bytes) for pid in pids}, output)
+    return LoadWork({pid: ProcessWork(cpu_secs, io_bytes) for pid in pids}, output, checks)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,11 @@ def work(
         (work(io_bytes=None), False),  # unknown
         (work(pids=(1, 2)), False),
         (work(pids=(2,)), False),
-        (work(output=11), False),
+        (work(output=(11, 0)), False),
+        (work(output=(10, 1)), False),  # an unfinished line
+        (work(1.3, 50_000, checks=100), True),  # it answers health checks
+        (work(2.0, checks=100), False),
+        (work(io_bytes=500_000, checks=100), False),
     ],
 )
 def test_what_counts_as_work(after: LoadWork, idle: bool) -> None:

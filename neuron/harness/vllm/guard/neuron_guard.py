@@ -3,6 +3,7 @@
 vLLM can sleep only in development mode, which opens dangerous routes on the clients' port: they call any method of the
 workers, replace weights, stop the scheduler, and vLLM's API key protects none of them. The guard answers 404, as
 without development mode, on every path that is not known to be for clients, unless the request has the control key.
+It does so too for the routes that load LoRA adapters, which another variable opens.
 
 Runs in the engine's process, whose Python and packages may differ from neuron's: standard library only. The engine
 gets the digest of the key, never the key, so that neither its environment, nor its children's, nor its log reveals it.
@@ -60,6 +61,10 @@ OPEN_PATHS = frozenset(
 )
 # Protected by the engine's API key; nothing here depends on development mode.
 OPEN_BELOW = "/v1/"
+LOAD_ADAPTER = "/v1/load_lora_adapter"
+UNLOAD_ADAPTER = "/v1/unload_lora_adapter"
+_CLOSED = frozenset({LOAD_ADAPTER, UNLOAD_ADAPTER})
+"""Below OPEN_BELOW, and yet not for clients: they change what the engine serves, from any path of its host."""
 
 NOT_FOUND = b'{"detail":"Not Found"}'
 """vLLM's body for an unknown path."""
@@ -88,6 +93,8 @@ def is_open(path: str) -> bool:
 
     Below /v1 empty, `.` and `..` segments are refused: no route has one, and a later layer might resolve it.
     """
+    if path in _CLOSED:
+        return False
     if path.startswith(OPEN_BELOW):
         return all(segment not in ("", ".", "..") for segment in path[1:].split("/"))
     return path in OPEN_PATHS

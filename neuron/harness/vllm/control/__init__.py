@@ -1,0 +1,1 @@
+"""What neuron asks of a running vLLM through the routes that the guard keeps for it."""
