@@ -12,9 +12,9 @@ from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.held_answer import HeldAnswer
 from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.progress.state import Sent
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.interface import CHAT_PATH, Translation
 from cortex.proxy.translation.probing_relay import ProbingRelay
@@ -47,9 +47,9 @@ class TranslatableRequest(RequestHandler):
         self._context.in_flight.remove(replica.key)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
-        with request_scope(self._request_id):
+        with request_scope(self._account.request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
-        self._attempts -= 1  # it was the same engine
+        self._account.attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
 
     def refused(self, status: int, refusal: Refusal) -> bool:
@@ -68,7 +68,7 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
-        if self._cold and self._held is None:
+        if self._account.cold and self._held is None:
             self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
@@ -92,7 +92,7 @@ class TranslatableRequest(RequestHandler):
             self._diverted = True
             self._send_to_one_of(others)
         else:
-            self._label, self._node = self._model_id, replica.node
+            self._account.label, self._account.node = self._account.model_id, replica.node
             self._refuse(error)
 
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
