@@ -86,7 +86,7 @@ class RouteTable:
 
     def _wanted_names(self, fleet: FleetSnapshot, models: Iterable[str]) -> set[str]:
         """Of these models, the names that were requested, with those of their variants."""
-        if fleet.catalogue.has_variants:
+        if fleet.catalogue.has_other_names:
             models = {name for model in models for name in fleet.catalogue.names_of(model)}
         return self._wanted.intersection(models)
 
