@@ -16,6 +16,7 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
+from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
@@ -54,6 +55,7 @@ class ControlCore:
     scheduler: Scheduler
     resolver: Resolver
     groups: GroupKeeper
+    adapters: AdapterLoads
 
     @property
     def config(self) -> CortexConfig:
@@ -77,7 +79,8 @@ class ControlCore:
 
     async def close(self) -> None:
         """Ends its background tasks. The loops must have ended before."""
-        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close(), self.groups.close())
+        owners = (self.loader, self.scheduler, self.routes, self.groups, self.adapters)
+        await asyncio.gather(*(owner.close() for owner in owners))
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def build(
         clock=clock,
         policy=policy,
     )
+    adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -153,11 +157,12 @@ def build(
         shutdown=shutdown,
         state=state,
         contexts=loader.contexts,
+        adapters=adapters,
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)
     return ControlCore(
-        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups
+        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups, adapters
     )
 
 
