@@ -72,7 +72,7 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     if coming is not None:
         return Await(coming.node.name)
     if model_id in catalogue.adapters and fleet.serving(catalogue.requested(model_id).name):
-        return Refuse(_no_adapters_error(model_id, catalogue.requested(model_id).name))
+        return Refuse(without_adapters_error(model_id, catalogue))
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
     return Refuse(unknown_model_error(model_id, catalogue, fleet))
@@ -88,7 +88,9 @@ def attachable(adapter: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flig
     return _least_busy(able, in_flight)
 
 
-def _no_adapters_error(adapter: str, base: str) -> Unavailable:
+def without_adapters_error(adapter: str, catalogue: Catalogue) -> Unavailable:
+    """The error if the base of an adapter is loaded where it cannot load the adapter."""
+    base = catalogue.requested(adapter).name
     return Unavailable(
         f"{adapter!r} is an adapter of {base!r}, whose engines were started without adapters: unload {base!r}, so that "
         "it is loaded again with them",

@@ -105,7 +105,9 @@ def _what_is_in_the_way(found: list[NodeVerdict]) -> str:
 def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
     """What becomes of a model that an operator has just unloaded somewhere: `next` in words, `next_node` where it is
     loaded again without a request or None, and its `replicas_min`."""
-    profile, fleet = view.catalogue.profile(model_id), view.fleet
+    fleet = view.fleet
+    # An adapter has no replicas: the next request loads it.
+    profile = None if model_id in view.catalogue.adapters else view.catalogue.profile(model_id)
     minimum = 0 if profile is None else profile.replicas.min
     serving = list(dict.fromkeys(engine.node.name for engine in fleet.serving(model_id)))
     reserved, coming = fleet.reservation_of(model_id), fleet.loading_on(model_id)

@@ -235,14 +235,12 @@ class Resolver:
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
                 case Attach(replicas):
                     left = [key for key in untried_first(replicas, failures) if key not in lost]
-                    if not left:
-                        raise unreachable(model_id, failures)
-                    if not await self._attached(model_id, left):
+                    if not await self._attached(model_id, left, failures):
                         return None
                 case Serve(replicas):
                     left = [key for key in untried_first(replicas, failures) if key not in lost]
                     others = self._untried_of_base(model_id, left, failures, lost)
-                    if others and await self._attached(model_id, others):
+                    if others and await self._attached(model_id, others, failures):
                         continue
                     if not left:
                         raise unreachable(model_id, failures)
@@ -282,12 +280,14 @@ class Resolver:
         of_base = attachable(adapter, self._live.catalogue, self._fleet.snapshot(), self._assigned)
         return [key for key in of_base if key not in tried]
 
-    async def _attached(self, adapter: str, keys: Sequence[ReplicaKey]) -> bool:
+    async def _attached(self, adapter: str, keys: Sequence[ReplicaKey], failures: Sequence[Failure]) -> bool:
         """Has one of these engines load the adapter. False if none of them has room for it now.
 
         Raises:
-            AdapterNotLoaded: none of them can load it.
+            AdapterNotLoaded: none of them can load it. UpstreamError: there is none left.
         """
+        if not keys:
+            raise unreachable(adapter, failures)
         try:
             await self._adapters.load_at_one(keys, adapter)
         except AdapterNotLoaded as problem:

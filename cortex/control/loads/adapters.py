@@ -61,7 +61,7 @@ class AdapterLoads:
                 problems.append(problem)
                 continue
             return key
-        reasons = "; ".join(problem.message for problem in problems) or "no engine of its base takes adapters"
+        reasons = "; ".join(problem.message for problem in problems)
         full = any(problem.full for problem in problems)
         raise AdapterNotLoaded(f"no engine can load the adapter {adapter!r}: {reasons}", full=full)
 
@@ -110,6 +110,10 @@ class AdapterLoads:
             if key.model_id == adapter:
                 return WaitNote(text=f"loading the adapter {adapter} on {key.node}", node=key.node)
         return WaitNote(text=f"{adapter} waits until an engine of its base has room for another adapter")
+
+    def in_background(self, work: Coroutine[Any, Any, Any], *, name: str) -> None:
+        """For an operator who does not wait for a load. A failure is logged."""
+        _ = self._tasks.spawn(work, name=name)
 
     async def close(self) -> None:
         await self._tasks.close()
