@@ -155,7 +155,7 @@ class Demand:
         self._last_used[key] = self._clock()
 
     def least_recent_first(self, keys: Iterable[ReplicaKey]) -> list[ReplicaKey]:
-        """In the order of their last use, those never used first."""
+        """In the order of their last use as far as `sample` has seen it, those never used first."""
         _ = self._collect(self._clock())
         return sorted(keys, key=lambda key: (self._last_used.get(key, 0.0), key))
 
