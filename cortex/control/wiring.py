@@ -74,6 +74,7 @@ class ControlCore:
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
             "groups": self.groups.run,
+            "adapters": self.adapters.spread_loop,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
 
@@ -145,6 +146,7 @@ def build(
         policy=policy,
     )
     adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
+    live.changes.subscribe(adapters.catalogue_changed)
     resolver = Resolver(
         live=live,
         fleet=fleet,

@@ -74,7 +74,9 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def running_fleet(directory: Path, *, neurons: int = 1, **base: Any) -> AsyncIterator[Fleet]:
+async def running_fleet(
+    directory: Path, *, neurons: int = 1, workers: int = 1, placement: dict[str, Any] | None = None, **base: Any
+) -> AsyncIterator[Fleet]:
     """The base has the adapters `a`, `b` and `c`, and `broken`, whose directory is missing."""
     names = ("a", "b", "c")
     sources = {name: adapter(directory, name) for name in names} | {"broken": str(directory / "none")}
@@ -90,7 +92,9 @@ async def running_fleet(directory: Path, *, neurons: int = 1, **base: Any) -> As
             for number in range(neurons)
         ]
         listed = [ListedNeuron(f"n{number}", neuron.base) for number, neuron in enumerate(running)]
-        cortex = await stack.enter_async_context(cortex_process(directory, listed, models))
+        cortex = await stack.enter_async_context(
+            cortex_process(directory, listed, models, placement=placement, workers=workers)
+        )
         session = await stack.enter_async_context(aiohttp.ClientSession())
         yield Fleet(session, cortex, running)
 
@@ -147,11 +151,16 @@ async def test_requests_wait_for_room(fleet: Fleet) -> None:
     assert await fleet.adapters() == ["b"]
 
 
-async def test_an_adapter_that_its_engine_has_lost(fleet: Fleet) -> None:
-    """The engine's 404 is not the client's: the adapter is loaded again, once, and the request is answered."""
-    assert (await fleet.ask("a"))[0] == 200
-    await fleet.lose("a")
-    assert (await fleet.ask("a"))[0] == 200
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_an_adapter_that_its_engine_has_lost(mark: str, tmp_path: Path, workers: int) -> None:
+    """The engine's 404 is not the client's: the adapter is loaded again, and the request is answered. A path that the
+    engine does not have gets its 404, after one more attempt."""
+    async with running_fleet(tmp_path, workers=workers, max_loras=1) as fleet:
+        assert (await fleet.ask("a"))[0] == 200
+        await fleet.lose("a")
+        assert (await fleet.ask("a"))[0] == 200
+        status, node, _ = await fleet.post("/v1/images/generations", {"model": "a", "prompt": "x"})
+        assert (status, node) == (404, "n0")
 
 
 async def test_an_adapter_that_cannot_be_loaded(fleet: Fleet) -> None:
@@ -198,6 +207,36 @@ async def test_another_engine_of_the_base_takes_over(mark: str, tmp_path: Path) 
         status, _, _ = await fleet.post(f"/fleet/nodes/n{1 - first}/drain", {})
         assert status == 200
         assert (await fleet.ask("a"))[:2] == (200, f"n{first}")
+
+
+async def test_a_busy_adapter_gets_another_engine(mark: str, tmp_path: Path) -> None:
+    """An adapter whose engine has more than `replica_target` requests is loaded at an idle engine of its base too."""
+    placement = {"replica_target": 1}
+    replicas = {"min": 2, "per_node": 1}
+    async with running_fleet(tmp_path, neurons=2, placement=placement, max_loras=2, replicas=replicas) as fleet:
+        for neuron in fleet.neurons:
+            await neuron.until_status(BASE, "loaded")
+        async with fleet.long_request("a"), fleet.long_request("a"):
+
+            async def both() -> bool:
+                return [await fleet.adapters(number) for number in range(2)] == [["a"], ["a"]]
+
+            await until(both)
+            assert (await fleet.ask("a"))[0] == 200
+
+
+async def test_other_weights(fleet: Fleet, tmp_path: Path) -> None:
+    """After a reload with another `lora` the engine gives up the old weights; the next request brings the new ones."""
+    assert (await fleet.ask("a"))[0] == 200
+    models = tmp_path / "models.toml"
+    text = models.read_text(encoding="utf-8")
+    models.write_text(text.replace(str(tmp_path / "a"), adapter(tmp_path, "other")), encoding="utf-8")
+
+    async def gone() -> bool:
+        return await fleet.adapters() == []
+
+    await until(gone)
+    assert (await fleet.ask("a"))[0] == 200
 
 
 async def test_an_engine_without_adapters(fleet: Fleet) -> None:

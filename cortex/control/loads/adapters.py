@@ -10,7 +10,8 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 from cortex.config.live import LiveConfig
-from cortex.control.demand import Demand
+from cortex.control.decision import attachable
+from cortex.control.demand import SAMPLE_SECS, Demand
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.state import NodeRemoved
@@ -45,6 +46,7 @@ class AdapterLoads:
         self._demand = demand
         self._loads: dict[ReplicaKey, asyncio.Task[AdapterNotLoaded | None]] = {}  # by the adapter's key
         self._claims: Counter[ReplicaKey] = Counter()  # likewise
+        self._sources = self._sources_now()
         self._tasks = TaskSet()
 
     async def load_at_one(self, keys: Sequence[ReplicaKey], adapter: str) -> ReplicaKey:
@@ -111,6 +113,28 @@ class AdapterLoads:
                 return WaitNote(text=f"loading the adapter {adapter} on {key.node}", node=key.node)
         return WaitNote(text=f"{adapter} waits until an engine of its base has room for another adapter")
 
+    def catalogue_changed(self) -> None:
+        """Takes adapters that have left the catalogue, or have other weights now, from the engines."""
+        before, self._sources = self._sources, self._sources_now()
+        outdated = {name for name, source in before.items() if self._sources.get(name) != source}
+        for node in self._neurons.fleet.snapshot().healthy if outdated else ():
+            for key, view in node.listed:
+                for name in outdated.intersection(view.adapters):
+                    self.in_background(self.unload(key, name), name=f"unload {name} on {key.name}")
+
+    async def spread_loop(self) -> None:
+        """Loads an adapter at one more engine of its base while those that have it get too many requests and another
+        one does not. Never returns."""
+        while True:
+            await asyncio.sleep(SAMPLE_SECS)
+            catalogue, target = self._live.catalogue, self._live.config.placement.replica_target
+            for adapter in catalogue.adapters.keys() & self._demand.overloaded_since.keys():
+                fleet = self._neurons.fleet.snapshot()
+                others = attachable(adapter, catalogue, fleet, self._counts.in_flight)
+                if others and self._counts.in_flight(others[0]) < target:
+                    with contextlib.suppress(AdapterNotLoaded):
+                        await self.load(others[0], adapter)
+
     def in_background(self, work: Coroutine[Any, Any, Any], *, name: str) -> None:
         """For an operator who does not wait for a load. A failure is logged."""
         _ = self._tasks.spawn(work, name=name)
@@ -121,6 +145,9 @@ class AdapterLoads:
     @property
     def _timeout_secs(self) -> float:
         return self._live.config.cold_load.timeout_secs
+
+    def _sources_now(self) -> dict[str, str | None]:
+        return {name: profile.lora for name, profile in self._live.catalogue.adapters.items()}
 
     async def _load(self, key: ReplicaKey, adapter: str) -> AdapterNotLoaded | None:
         """The error is a value: there may be no request to raise it in."""
