@@ -75,7 +75,7 @@ async def load_model(request: web.Request) -> web.Response:
         job = app[SCHEDULER].load(requested.name, action.node, action.instance)
         able = [job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)]
     if request.query.get("wait") == "false":
-        if adapter is not None:  # nobody else would load it
+        if adapter is not None:  # the caller does not wait for its base
             app[ADAPTERS].in_background(_all_loaded(app, able, job, adapter), name=f"load {adapter}")
         return web.json_response({"status": "loading", "model": model_id, **place(able[0])}, status=202)
     key = await app[SHUTDOWN].unless_begun(_all_loaded(app, able, job, adapter))

@@ -204,7 +204,7 @@ class Resolver:
                 if not self._fleet.snapshot().serving(engines):
                     cold = True
                     self._scheduler.ensure_scheduled(engines)
-                elif engines != model_id:  # another adapter may become idle, which nobody reports
+                elif engines != model_id:  # no event says that another adapter is idle
                     patience = min(patience, ADAPTER_RETRY_SECS)
                 try:
                     await ticket.wait(within_secs=patience)

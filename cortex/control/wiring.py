@@ -118,16 +118,14 @@ def build(
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = Demand(counts, clock=clock)
-    fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
+    _label_variants(live, fleet)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
-    live.changes.subscribe(lambda: fleet.use_variants(VariantLabels(live.catalogue, inferred_variant)))
-    live.changes.subscribe(routes.publish)
+    routes = _routes(live, fleet, endpoints, counts)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -146,7 +144,6 @@ def build(
         policy=policy,
     )
     adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
-    live.changes.subscribe(adapters.catalogue_changed)
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -166,6 +163,23 @@ def build(
     return ControlCore(
         live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups, adapters
     )
+
+
+def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
+    """Has the fleet read variants and adapters as the catalogue in force says."""
+
+    def label() -> None:
+        fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
+
+    label()
+    live.changes.subscribe(label)
+
+
+def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> RouteTable:
+    """The route table, which follows the catalogue in force."""
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    live.changes.subscribe(routes.publish)
+    return routes
 
 
 @contextlib.asynccontextmanager

@@ -54,7 +54,7 @@ class Fleet:
         return found
 
     async def lose(self, name: str) -> None:
-        """The engine of the first neuron loses the adapter, and nobody hears of it."""
+        """The engine of the first neuron loses the adapter, without its neuron's knowledge."""
         engine = self.neurons[0].registry.get(BASE).engine
         assert engine is not None
         headers = {"x-neuron-control": engine.control_key or "", "Authorization": f"Bearer {engine.api_key}"}

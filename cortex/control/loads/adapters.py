@@ -48,6 +48,7 @@ class AdapterLoads:
         self._claims: Counter[ReplicaKey] = Counter()  # likewise
         self._sources = self._sources_now()
         self._tasks = TaskSet()
+        live.changes.subscribe(self._drop_outdated)
 
     async def load_at_one(self, keys: Sequence[ReplicaKey], adapter: str) -> ReplicaKey:
         """Returns when the first of these engines that can has the adapter, and which one it is.
@@ -113,7 +114,7 @@ class AdapterLoads:
                 return WaitNote(text=f"loading the adapter {adapter} on {key.node}", node=key.node)
         return WaitNote(text=f"{adapter} waits until an engine of its base has room for another adapter")
 
-    def catalogue_changed(self) -> None:
+    def _drop_outdated(self) -> None:
         """Takes adapters that have left the catalogue, or have other weights now, from the engines."""
         before, self._sources = self._sources, self._sources_now()
         outdated = {name for name, source in before.items() if self._sources.get(name) != source}
