@@ -40,7 +40,7 @@ class CountRequest(msgspec.Struct):
     context: int
 
 
-class TokenCount(msgspec.Struct):
+class CountReply(msgspec.Struct):
     """`tokens` is exact, or at least so many; or `error` says why the tokenizer cannot be used."""
 
     tokens: int = 0
@@ -48,7 +48,7 @@ class TokenCount(msgspec.Struct):
     error: str = ""
 
 
-def count_tokens(request: CountRequest) -> TokenCount:
+def count_tokens(request: CountRequest) -> CountReply:
     """What the text certainly contributes to the prompt.
 
     Raises:
@@ -65,11 +65,11 @@ def count_tokens(request: CountRequest) -> TokenCount:
             break
         cuts += 1
         if (enough := found - (request.seams + cuts) * SEAM_TOKENS) > context:
-            return TokenCount(enough, at_least=True)
+            return CountReply(enough, at_least=True)
     if cuts and not request.seams and abs(found - context) <= cuts * SEAM_TOKENS:
         found, cuts = special + _encoded(tokenizer, text), 0
     seams = request.seams + cuts
-    return TokenCount(max(0, found - seams * SEAM_TOKENS), at_least=seams > 0)
+    return CountReply(max(0, found - seams * SEAM_TOKENS), at_least=seams > 0)
 
 
 def _encoded(tokenizer: Any, text: str) -> int:
@@ -91,13 +91,13 @@ def _load(local: LocalTokenizer) -> tuple[Any, int]:
     return tokenizer, special if local.special_tokens is None else min(special, local.special_tokens)
 
 
-def _answer(line: bytes) -> TokenCount:
+def _answer(line: bytes) -> CountReply:
     try:
         return count_tokens(msgspec.json.decode(line, type=CountRequest))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - a panic of the package is not an Exception
-        return TokenCount(error=(str(error) or type(error).__name__)[:200])
+        return CountReply(error=(str(error) or type(error).__name__)[:200])
 
 
 def main() -> None:

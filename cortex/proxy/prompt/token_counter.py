@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from cortex.proxy.prompt import counting_process
-from cortex.proxy.prompt.counting_process import CountRequest, TokenCount
+from cortex.proxy.prompt.counting_process import CountRequest, CountReply
 from cortex.proxy.prompt.local_tokenizer import LocalTokenizer
 from cortex.proxy.prompt.prompt_size import PromptSize
 from shared.tasks import timeout
@@ -51,7 +51,7 @@ class TokenCounter:
             log.warning("cannot count tokens with %s: %s", tokenizer.path, found.error)
         return size
 
-    async def _ask(self, request: bytes) -> TokenCount:
+    async def _ask(self, request: bytes) -> CountReply:
         failure = ""
         for _ in range(ATTEMPTS):
             try:
@@ -60,9 +60,9 @@ class TokenCounter:
                 failure = str(error)
                 continue
             if line:
-                return msgspec.json.decode(line, type=TokenCount)
+                return msgspec.json.decode(line, type=CountReply)
             failure = "the process that counts has ended"
-        return TokenCount(error=failure)
+        return CountReply(error=failure)
 
     async def _exchange(self, request: bytes) -> bytes:
         """Its answer; b"" if it has ended."""
