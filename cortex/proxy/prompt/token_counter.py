@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from cortex.proxy.prompt import counting_process
-from cortex.proxy.prompt.counting_process import CountRequest, CountReply
+from cortex.proxy.prompt.counting_process import CountReply, CountRequest
 from cortex.proxy.prompt.local_tokenizer import LocalTokenizer
 from cortex.proxy.prompt.prompt_size import PromptSize
 from shared.tasks import timeout
@@ -48,7 +48,7 @@ class TokenCounter:
             return msgspec.structs.replace(size, tokens=found.tokens, at_least=found.at_least)
         if self._unusable.get(tokenizer.path) != tokenizer.changed:
             self._unusable[tokenizer.path] = tokenizer.changed
-            log.warning("cannot count tokens with %s: %s", tokenizer.path, found.error)
+            log.warning("cannot count tokens with %s, only characters: %s", tokenizer.path, found.error)
         return size
 
     async def _ask(self, request: bytes) -> CountReply:
