@@ -59,13 +59,13 @@ class TokenCounter:
             except OSError as error:  # it cannot be started, or has ended
                 failure = str(error)
                 continue
-            if line:
+            if line.endswith(b"\n"):
                 return msgspec.json.decode(line, type=CountReply)
             failure = "the process that counts has ended"
         return CountReply(error=failure)
 
     async def _exchange(self, request: bytes) -> bytes:
-        """Its answer; b"" if it has ended."""
+        """Its answer, a line; something else if it has ended."""
         process = await self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -75,7 +75,7 @@ class TokenCounter:
             await process.stdin.drain()
             answer = await process.stdout.readline()
         finally:
-            if not answer:
+            if not answer.endswith(b"\n"):
                 self._kill()
         return answer
 
