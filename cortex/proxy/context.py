@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Final
 
+from cortex.accounts.caller import Caller
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
@@ -73,14 +74,14 @@ class ProxyContext:
         )
         self.default_model = gateway.default_model  # for requests that name none
 
-    async def resolve(self, request: Request, model_id: str, failures: Sequence[Failure]) -> Route:
+    async def resolve(self, request: Request, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
         """As `Control.resolve`, for this request.
 
         Raises:
             ServiceError: it cannot be served, or certainly exceeds the context that the model would have once loaded.
         """
         await self._check_length(request, model_id)
-        return await self.control.resolve(model_id, failures)
+        return await self.control.resolve(model_id, failures, caller)
 
     async def _check_length(self, request: Request, model_id: str) -> None:
         if request.path not in SIZED or model_id in self.control.table:
