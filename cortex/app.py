@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
+from cortex.accounts.caller import Caller
+from cortex.api.app_keys import ADAPTERS, COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -47,6 +48,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[STATE] = parts.state
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader
+    app[ADAPTERS] = parts.adapters
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
@@ -109,7 +111,7 @@ async def working(
     socks: Sequence[socket.socket],
     address: Address,
     *,
-    authenticate: Callable[[bytes | None], str] = authenticate,
+    authenticate: Callable[[bytes | None], Caller] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""

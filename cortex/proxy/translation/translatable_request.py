@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
@@ -32,7 +33,7 @@ class TranslatableRequest(RequestHandler):
 
     __slots__ = ("_diverted", "_held", "_translation")
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
+    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
         self._held: HeldAnswer | None = None  # of the first engine that lacked the path
@@ -43,7 +44,7 @@ class TranslatableRequest(RequestHandler):
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.in_flight.remove(replica.key)
+        self._context.uncount(replica)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
@@ -74,7 +75,7 @@ class TranslatableRequest(RequestHandler):
                 self._translation = _translated(request, replica)
             except ServiceError as error:
                 # The control counts it already, and must learn that it has ended.
-                self._context.in_flight.add(replica.key)
+                self._context.count(replica)
                 self._context.finished(replica)
                 self._refuse_translation(replica, error)
                 return
