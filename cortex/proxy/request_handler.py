@@ -309,10 +309,10 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
-        key, node = replica.key, replica.key.node
+        node = replica.key.node
         self._label, self._node = self._model_id, node
         self._attempts += 1
-        context.in_flight.add(key)
+        context.count(replica)
         request_id = self._request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(
