@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from time import monotonic
 from typing import Final
 
 from cortex.accounts.caller import Caller
-from cortex.config.local_tokenizer import tokenizer_of
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
@@ -21,19 +17,14 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
-from cortex.proxy.body.prompt_size import (
-    LONGEST_TOKEN_CHARS,
-    SIZED,
-    PromptSize,
-    excess,
-    longest_token,
-    prompt_size,
-)
+from cortex.proxy.prompt.local_tokenizer import local_tokenizer
+from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, PromptSize, excess, prompt_size
+from cortex.proxy.prompt.token_counter import TokenCounter
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
 from cortex.routing.control import Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Failure, Replica, ReplicaKey, Route
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, adapter_key
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -44,26 +35,7 @@ OTHER_WORKER_SECS: Final = 0.2
 """How long it may take to learn which response another worker has just passed on."""
 OTHER_WORKER_CHECKS: Final = 10
 
-MAX_TOKENIZER_BYTES: Final = 64 << 20
-"""A tokenizer.json beyond that is not read."""
-
 log = logging.getLogger(__name__)
-
-
-def longest_token_chars(source: str, environ: Mapping[str, str] = os.environ) -> int:
-    """The characters of the longest token of the model that an engine loads for `source`; LONGEST_TOKEN_CHARS if its
-    tokenizer is not on this host. Blocks."""
-    path = tokenizer_of(source, environ)
-    try:
-        return LONGEST_TOKEN_CHARS if path is None else _longest_in(path, path.stat().st_mtime_ns)
-    except OSError:
-        return LONGEST_TOKEN_CHARS
-
-
-@lru_cache(maxsize=64)
-def _longest_in(path: Path, _changed: int) -> int:
-    data = path.read_bytes() if path.stat().st_size <= MAX_TOKENIZER_BYTES else b""
-    return longest_token(data) or LONGEST_TOKEN_CHARS
 
 
 class ProxyContext:
@@ -87,6 +59,7 @@ class ProxyContext:
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
+        self._token_counter = TokenCounter()
 
     def configure(self, config: CortexConfig) -> None:
         """Applies this configuration to requests that arrive from now on."""
@@ -115,16 +88,33 @@ class ProxyContext:
             return
         bound = await self.control.context_bound(model_id)
         size = PromptSize() if bound is None else prompt_size(request.path, request.body)
-        if bound is None or max(size.limit, size.tokens, len(size.text)) <= bound.tokens:
+        # No token is shorter than a byte; a special one may come on top.
+        if bound is None or max(size.limit, size.tokens, len(size.text.encode())) < bound.tokens:
             return
-        longest = await asyncio.to_thread(longest_token_chars, bound.source)
+        tokenizer = await asyncio.to_thread(local_tokenizer, bound.source)
+        longest = LONGEST_TOKEN_CHARS if tokenizer is None else tokenizer.longest_token
         error = excess(size, bound.tokens, longest)
+        if error is None and tokenizer is not None and size.text:
+            size = await self._token_counter.counted(size, tokenizer, bound.tokens)
+            error = excess(size, bound.tokens, longest)
         if error is not None:
             raise error
 
+    def count(self, replica: Replica) -> None:
+        """A request is about to be sent to this replica."""
+        self.in_flight.add(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.add(adapter_key(replica.adapter, replica.key))
+
+    def uncount(self, replica: Replica) -> None:
+        """Takes `count` back."""
+        self.in_flight.remove(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.remove(adapter_key(replica.adapter, replica.key))
+
     def finished(self, replica: Replica) -> None:
         """A request at this replica has ended, or is given up."""
-        self.in_flight.remove(replica.key)
+        self.uncount(replica)
         if replica.limit is not None:
             self.control.release(replica)
 
@@ -185,5 +175,6 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

@@ -297,10 +297,10 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
-        key, node = replica.key, replica.key.node
+        node = replica.key.node
         self._account.label, self._account.node = self._account.model_id, node
         self._account.attempts += 1
-        context.in_flight.add(key)
+        context.count(replica)
         request_id = self._account.request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(

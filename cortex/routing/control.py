@@ -15,7 +15,7 @@ from cortex.routing.response_owners import ResponseOwners
 
 class ContextBound(msgspec.Struct, frozen=True):
     """No engine of a model that is not loaded would serve more tokens of context than `tokens`. `source` is what it
-    loads."""
+    loads, with its tokenizer; "" if they differ."""
 
     tokens: int
     source: str

@@ -44,7 +44,7 @@ class TranslatableRequest(RequestHandler):
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.in_flight.remove(replica.key)
+        self._context.uncount(replica)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._account.request_id):
@@ -75,7 +75,7 @@ class TranslatableRequest(RequestHandler):
                 self._translation = _translated(request, replica)
             except ServiceError as error:
                 # The control counts it already, and must learn that it has ended.
-                self._context.in_flight.add(replica.key)
+                self._context.count(replica)
                 self._context.finished(replica)
                 self._refuse_translation(replica, error)
                 return
