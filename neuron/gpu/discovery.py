@@ -104,6 +104,7 @@ async def discovery_of(
         driver_version=topology.driver_version,
         devices=list(topology.devices),
         harnesses=config.harness_names,
+        harness_paths=_harness_paths(config),
         links=list(topology.links),
         simulated=topology.simulated,
         instance_id=instance_id,
@@ -115,6 +116,11 @@ async def discovery_of(
         network_mbps=network_mbps,
         host=HostResources(ram_total_mb=0 if ram is None else ram.vram_total_mb, cores=len(usable_cores(config))),
     )
+
+
+def _harness_paths(config: NeuronConfig) -> dict[str, list[str]]:
+    known = ((name, config.harness_settings(name).paths) for name in config.harness_names)
+    return {name: list(paths) for name, paths in known if paths is not None}
 
 
 def usable_cores(config: NeuronConfig) -> tuple[int, ...]:
