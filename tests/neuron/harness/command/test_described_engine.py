@@ -135,7 +135,8 @@ async def test_the_missing_line_is_named(mark: str, tmp_path: Path) -> None:
     async with neuron_with(tmp_path, engine) as neuron:
         answer = await load(neuron)
         assert (answer.status, answer.error["code"]) == (504, "load_timeout")
-        assert "not ready within 1 s: no line of its output matched ready_pattern" in answer.error["message"]
+        reason = "not ready within 1 s: no line of its output matched ready_pattern; its last line: hello"
+        assert answer.error["message"].startswith(f"{reason}\nlast output lines:")
 
 
 @pytest.mark.parametrize(
