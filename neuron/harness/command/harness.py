@@ -82,6 +82,9 @@ class CommandHarness(Harness):
             return "parallel", "expert parallelism is not known of this engine"
         if spec.context is not None and "context" not in self._used:
             return "max_model_len", "its command line has no {context}"
+        twice = None if spec.max_model_len is None else matching_flag(spec.args, self._settings.context_arguments)
+        if twice is not None:
+            return "max_model_len", f"{twice[1]} is in its args too, remove one of them"
         if spec.served_names and "names" not in self._used:
             return "served_names", "its command line has no {names}"
         return None

@@ -39,7 +39,7 @@ async def test_a_cold_model_is_not_loaded_for_it(start_cortex: StartCortex, benj
         assert status == 404
         for said in (MODEL, path, "vllm", *EMBEDS):
             assert said in answer["error"]["message"]
-    assert answer["error"]["code"] == "not_found"
+        assert answer["error"]["code"] == "not_found"
     assert not benjy.loads
     assert (await ask(cortex, "/v1/embeddings"))[0] == 200
     assert (await ask(cortex, "/v1/rerank/more"))[0] == 200

@@ -235,6 +235,9 @@ async def test_its_metrics_count_its_requests(mark: str, tmp_path: Path) -> None
         ({"args": ["--remote-code"]}, "args", "allow_code = true in [harness.fake]"),
         ({"parallel": {"tensor": 1, "data": 2}}, "parallel", "has no {data_parallel}"),
         ({"served_names": ["alias"]}, "served_names", "has no {names}"),
+        ({"max_model_len": 256, "args": ["-c", "512"]}, "max_model_len", "-c is in its args too"),
+        ({"max_model_len": 256, "args": ["--context=512"]}, "max_model_len", "--context is in its args too"),
+        ({"args": ["--context", "512"]}, None, ""),
         ({"tools": True}, None, ""),
     ],
 )
@@ -242,7 +245,12 @@ async def test_what_it_cannot_do_is_refused(
     mark: str, tmp_path: Path, fields: Table, param: str | None, text: str
 ) -> None:
     """With the field and the reason. Tools need no argument that neuron knows of."""
-    engine = table(reserved_arguments=["--port"], code_arguments=["--remote-code"])
+    engine = table(
+        "--context={context}",
+        reserved_arguments=["--port"],
+        code_arguments=["--remote-code"],
+        context_arguments=["-c", "--context"],
+    )
     async with neuron_with(tmp_path, engine) as neuron:
         answer = await load(neuron, **fields)
         if param is None:
