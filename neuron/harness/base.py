@@ -192,6 +192,8 @@ class Harness(ABC):
     """Its files that define the command line, relative to the directory of packages."""
     version_arguments: tuple[str, ...] = ()
     """With these its executable prints its version and exits."""
+    version_pattern: str | None = None
+    """Finds the version in what it prints, as its last group; without it or a match, the usual forms do."""
 
     def program(self, settings: HarnessSettings) -> tuple[str, ...]:
         """The executable and its first arguments; empty if that depends on the load."""

@@ -43,6 +43,7 @@ class CommandHarness(Harness):
         self.paths = None if settings.paths is None else tuple(settings.paths)
         self.python_package = settings.python_package
         self.version_arguments = tuple(settings.version_arguments)
+        self.version_pattern = settings.version_pattern
         missing = settings.missing_paths
         if settings.paths is not None:
             missing = [*missing, *(path for path in _TRANSLATABLE if path not in settings.paths)]
