@@ -29,3 +29,20 @@ def test_advice_fits_the_fault(caplog: pytest.LogCaptureFixture) -> None:
     assert "nvidia-smi --gpu-reset" in message
     watch.observe([Device(index=0), Device(index=1, vendor=AMD)], [fit, DeviceHealth(index=1)])
     assert told == [(0, sick.fault), (1, "AMD SMI: see `dmesg`"), (0, None), (1, None)]
+
+
+def test_a_mig_instance_that_is_gone_has_no_fault() -> None:
+    """Listeners are told once; then about another instance that gets its index."""
+    told: list[tuple[str, str | None]] = []
+
+    def publish(name: str, data: str) -> None:
+        told.append((json.loads(data)["uuid"], json.loads(data)["fault"]))
+
+    watch = DeviceWatch(ConfiguredTopologySource([]), publish)
+    gpu, first, second = Device(index=0), Device(index=101, uuid="MIG-a"), Device(index=101, uuid="MIG-b")
+    fit, sick = DeviceHealth(index=0), DeviceHealth(index=101, fault="Xid 95")
+    watch.observe([gpu, first], [fit, sick])
+    watch.observe([gpu], [fit])
+    watch.observe([gpu], [fit])
+    watch.observe([gpu, second], [fit, sick])
+    assert told == [("MIG-a", "Xid 95"), ("MIG-a", None), ("MIG-b", "Xid 95")]
