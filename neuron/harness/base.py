@@ -31,7 +31,7 @@ class LaunchFacts:
     """What does not change while neuron runs. `environ` is what engines inherit, already without neuron's own."""
 
     has_gpu: bool
-    cpus: tuple[int, ...]  # the cores this process may use
+    cpus: tuple[int, ...]  # the cores that engines may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
     ram_total_mb: int | None = None  # of the host; None: not counted

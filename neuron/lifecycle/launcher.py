@@ -374,7 +374,7 @@ class Launcher:
     def _facts(self, topology: Topology) -> LaunchFacts:
         """Blocks for a moment."""
         hidden = frozenset({self._config.token_env} if self._config.token_env else ())
-        cpus = tuple(sorted(os.sched_getaffinity(0)))
+        cpus = usable_cores(self._config)
         node_mb = None
         with contextlib.suppress(OSError, KeyError, ValueError):
             node_mb = node_ram_mb(cpus[0])

@@ -66,7 +66,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
     are refused; its process gets the signal that its table names."""
     stopped = tmp_path / "stopped"
     engine = table(
-        *("--prefix", "/api", "--stop-with", str(stopped), "--share={memory_share}"),
+        *("--prefix", "/api", "--stop-with", str(stopped), "--share={memory_share}", "--cores={cpu_count}"),
         api_prefix="/api/",
         stop_signal="SIGINT",
         extra_args=["--gpus", "{device_count}"],
@@ -74,7 +74,8 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         keep_alive_secs=7,
         context_field="meta.n_ctx",
     )
-    async with neuron_with(tmp_path, engine) as neuron:
+    simulated = {"devices": ["RTX 5090", "RTX 5090"], "cores": 3}
+    async with neuron_with(tmp_path, engine, simulate=simulated) as neuron:
         assert (await load(neuron, tensor_parallel=2, args=["--mine"])).status == 200
         endpoint = (await neuron.endpoint(MODEL)).body
         assert endpoint["url"].endswith("/api")
@@ -84,7 +85,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         assert (await asked(neuron, "/v1/chat/completions", body=body, key="other")).status == 401
         async with neuron.session.get(endpoint["url"].removesuffix("/api") + "/arguments") as response:
             started = await response.json()
-        assert started["rest"] == ["--share=0.0153", "--mine", "--gpus", "2"]
+        assert started["rest"] == ["--share=0.0153", "--cores=3", "--mine", "--gpus", "2"]
         assert started["env"]["CUDA_VISIBLE_DEVICES"].count(",") == 1
         entry = await neuron.model(MODEL)
         assert entry["paths"] == ["/v1/chat/completions"]
