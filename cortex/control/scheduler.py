@@ -181,7 +181,7 @@ class Scheduler:
             self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
             fleet = self._fleet.snapshot()
             profiles = [each for each in self._live.catalogue.models if needs_reconciliation(each, fleet)]
-            displaced = self._demand.displaced_if_due()
+            displaced = self._demand.displaced_if_due(self._live.catalogue)
             if profiles or displaced:
                 steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:
