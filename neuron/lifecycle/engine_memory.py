@@ -84,6 +84,11 @@ class EngineMemory:
     def remove(self, engine: Engine) -> None:
         """The engine is gone, or left to the next neuron. Its booking stays until `Ledger.release`."""
         self._engines.pop(engine.engine_id, None)
+        self._history.ended(engine.engine_id)
+
+    async def save_history(self) -> None:
+        """Writes what the engines that are gone have used."""
+        await self._history.save()
 
     async def devices(self) -> dict[int, Device]:
         """This host's devices by index."""
@@ -200,7 +205,7 @@ class EngineMemory:
             file_mb = 0 if engine.ram is None else engine.ram.file_mb
             update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
             if engine.ready_at is not None and engine.ram is not None and engine.placement.ram_mb is not None:
-                await self._history.record_ram(LoadKey.of(engine.spec), engine.ram.used_mb)
+                self._history.measured_ram(engine.engine_id, LoadKey.of(engine.spec), engine.ram.used_mb)
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)

@@ -357,6 +357,7 @@ class Launcher:
                 await process.stop(engine.stop_timeout_secs, signal.Signals[engine.harness.stop_signal])
         finally:
             self._memory.remove(engine)
+        await self._memory.save_history()
         await engine.output.close()
         await asyncio.to_thread(shared_memory.remove, engine.shared_files)
         engine.vram_released = await until_released(self._source, process.pids_seen)
@@ -369,6 +370,7 @@ class Launcher:
         await engine.process.detach()
         await engine.output.close()
         self._memory.remove(engine)
+        await self._memory.save_history()
         log.info("%s: engine process %d is left running", engine.spec.key, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
