@@ -42,7 +42,7 @@ TOLD_XIDS = {
     94: "uncorrectable memory error, contained: it ended its program, and the GPU should be reset when convenient",
 }
 """The GPU works on. After 94 the page with the error is out of use and other programs may start (NVIDIA's "GPU Memory
-Error Management"); if the driver wants a reset all the same, its recovery action says so."""
+Error Management"); if the driver still wants a reset, its recovery action says so."""
 
 _ACTIONS = {
     pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET: "the driver says that the GPU needs a reset",
