@@ -71,6 +71,7 @@ def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:
             "simulated": False,
             "ram": None,
             "ram_reserve_mb": 0,
+            "device_variable": None,
         }
 
 
