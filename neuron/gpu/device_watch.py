@@ -62,8 +62,8 @@ class DeviceWatch:
             if left > 0:
                 await asyncio.sleep(left)
                 continue
-            health = await self._source.health()
-            self.observe((await self._source.discover()).devices, health)
+            reading = await self._source.read()
+            self.observe(reading.topology.devices, reading.health)
 
     def _log(self, device: Device, before: _Condition, now: _Condition, *, gone: bool) -> None:
         (fault, warnings), index = now, device.index

@@ -6,7 +6,7 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
 from neuron.gpu.sources.amd import AmdTopologySource
 from neuron.gpu.sources.configured import ConfiguredTopologySource
-from neuron.gpu.topology import Topology, TopologySource
+from neuron.gpu.topology import DeviceReading, Topology, TopologySource
 from shared import __version__
-from shared.protocol import DeviceHealth, Discovery, HostResources
+from shared.protocol import Discovery, HostResources
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class DetectedTopologySource:
     async def discover(self) -> Topology:
         return await (await self._source()).discover()
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        return await (await self._source()).health()
+    async def read(self) -> DeviceReading:
+        return await (await self._source()).read()
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return await (await self._source()).process_memory_mb()

@@ -21,7 +21,7 @@ from neuron.gpu.nvml_device import Handle
 from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.nvml_mig import MigInstance
 from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import Topology, gpu_instance_of, mig_parent
+from neuron.gpu.topology import DeviceReading, Topology, gpu_instance_of, mig_parent
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class NvmlTopologySource:
     async def discover(self) -> Topology:
         return await self._thread.call(self._discover)
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        return await self._thread.call(self._read_health)
+    async def read(self) -> DeviceReading:
+        return await self._thread.call(self._read)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return await self._thread.call(self._read_process_memory)
@@ -66,16 +66,23 @@ class NvmlTopologySource:
         await self._thread.close(self._shut_down)
 
     def _discover(self) -> Topology:
+        return self._with_slices(self._looked_up())
+
+    def _looked_up(self) -> Topology:
+        """The topology without MIG instances, once the present ones are known."""
         if self._topology is None:
             self._topology = self._read_topology()
             self._gpus = {device.index: device for device in self._topology.devices}
         self._follow_mig()
+        return self._topology
+
+    def _with_slices(self, topology: Topology) -> Topology:
         slices = (device for devices in self._slices.values() for device in devices)
         devices = tuple(
             device.model_copy(update={"lost": self._lost.get(device.index)})
             for device in (*self._gpus.values(), *slices)
         )
-        return replace(self._topology, devices=devices)
+        return replace(topology, devices=devices)
 
     def _follow_mig(self) -> None:
         """Looks for changes of MIG modes and instances, which `nvidia-smi mig` makes at any time."""
@@ -164,14 +171,14 @@ class NvmlTopologySource:
         buses = {device.index: device.pci_bus_id for device in devices if device.pci_bus_id is not None}
         return LinkFacts(pci_bus_ids=buses, nvlinks=nvlinks, ancestors=ancestors, switch_refused=frozenset(refused))
 
-    def _read_health(self) -> list[DeviceHealth]:
-        self._discover()
+    def _read(self) -> DeviceReading:
+        known = self._looked_up()
         self._conditions.take_events()
         figures = self._read_devices(self._health_of)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
-        return list(figures.values())
+        return DeviceReading(self._with_slices(known), list(figures.values()))  # after they show what is lost
 
     def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
         """A MIG instance is in the condition of its GPU, which is read before it."""

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import Topology
+from neuron.gpu.topology import DeviceReading, Topology
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.protocol.topology import AMD
 
@@ -46,8 +46,8 @@ class AmdTopologySource:
     async def discover(self) -> Topology:
         return await self._thread.call(self._discover)
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        return await self._thread.call(self._read_health)
+    async def read(self) -> DeviceReading:
+        return await self._thread.call(self._read)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return await self._thread.call(self._read_process_memory)
@@ -127,13 +127,13 @@ class AmdTopologySource:
             if kind is not None:
                 yield Link(a=first.index, b=second.index, kind=kind)
 
-    def _read_health(self) -> list[DeviceHealth]:
+    def _read(self) -> DeviceReading:
         self._discover()
         figures = self._read_devices(self._health_of)
         for index in figures:
             if self._lost.pop(index, None) is not None:
                 log.warning("GPU %d answers again", index)
-        return list(figures.values())
+        return DeviceReading(self._discover(), list(figures.values()))
 
     def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
         total, used = self._memory(handle)

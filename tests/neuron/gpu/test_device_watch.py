@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from neuron.config import AcceleratorEntry
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.sources.configured import ConfiguredTopologySource
+from neuron.gpu.topology import DeviceReading, Topology
+from neuron.memory.host import HostTopologySource, RealRam
 from shared.protocol import Device, DeviceHealth
 from shared.protocol.topology import AMD
 
@@ -46,3 +49,24 @@ def test_a_mig_instance_that_is_gone_has_no_fault() -> None:
     watch.observe([gpu], [fit])
     watch.observe([gpu, second], [fit, sick])
     assert told == [("MIG-a", "Xid 95"), ("MIG-a", None), ("MIG-b", "Xid 95")]
+
+
+class CountedSource(ConfiguredTopologySource):
+    asked = 0
+
+    async def discover(self) -> Topology:
+        self.asked += 1
+        return await super().discover()
+
+    async def read(self) -> DeviceReading:
+        self.asked += 1
+        return await super().read()
+
+
+async def test_one_look_asks_the_driver_once() -> None:
+    """Each time it looks for MIG instances, which takes a while on a host with many GPUs."""
+    counted = CountedSource([AcceleratorEntry(name="A", memory_mb=1000)])
+    reading = await HostTopologySource(counted, RealRam()).read()
+    assert counted.asked == 1
+    assert reading.topology.ram is not None
+    assert {each.index for each in reading.health} == {0, reading.topology.ram.index}
