@@ -82,14 +82,14 @@ class AdmissionQueue:
         ticket = Ticket(model_id)
         queue.tickets[ticket] = None
         self._total += 1
+        pass_on = True  # it leaves unserved, and may have been woken for a place
         try:
             yield ticket
-        except BaseException:
+            pass_on = ticket.notified  # it was woken again on its way to an engine, for a place of another request
+        finally:
             self._remove(ticket, queue)
-            self.notify_first(model_id)  # the place that it may have been woken for goes to the next
-            raise
-        else:
-            self._remove(ticket, queue)
+            if pass_on:
+                self.notify_first(model_id)
 
     def _remove(self, ticket: Ticket, queue: _ModelQueue) -> None:
         self._total -= 1

@@ -46,25 +46,25 @@ class VllmSleep(SleepControl):
 def vllm_can_sleep(plan: LaunchPlan, facts: LaunchFacts) -> bool:
     """True when a vLLM of this plan is started with sleep mode.
 
-    vLLM refuses `--enable-sleep-mode` without a GPU: there only `sleep_mode = "dev"` works, which accepts requests to
-    sleep and frees no memory. A model with `--no-enable-sleep-mode` among its arguments never sleeps.
+    vLLM refuses `--enable-sleep-mode` without a GPU, and on the CPU nothing would be freed, since its weights are in
+    RAM already: there only `sleep_mode = "dev"` works, which accepts requests to sleep and frees no memory. A model
+    with `--no-enable-sleep-mode` among its arguments never sleeps.
     """
     mode = plan.settings.sleep_mode
     if plan.installed.lacks("enable_sleep_mode", beside="gpu_memory_utilization"):
         return False
-    return _may_sleep(plan) and (mode == "dev" or (mode is True and facts.has_gpu))
+    return _may_sleep(plan) and (mode == "dev" or (mode is True and facts.has_gpu and plan.ram_mb is None))
 
 
 def sim_can_sleep(plan: LaunchPlan) -> bool:
     """The same for the simulation, where sleep mode is on by default."""
-    return _may_sleep(plan) and plan.settings.sleep_mode is not False
+    return _may_sleep(plan) and plan.ram_mb is None and plan.settings.sleep_mode is not False
 
 
 def _may_sleep(plan: LaunchPlan) -> bool:
     # A part of a group cannot: the neurons of the other parts would not learn that their memory is free.
-    # On the CPU nothing would be freed: its weights are in RAM already.
-    may = plan.spec.group is None and plan.ram_mb is None
-    return may and plan.control_key is not None and not has_flag(plan.arguments, "--no-enable-sleep-mode")
+    may = plan.spec.group is None and plan.control_key is not None
+    return may and not has_flag(plan.arguments, "--no-enable-sleep-mode")
 
 
 def guard_arguments() -> list[str]:

@@ -105,6 +105,20 @@ async def test_a_client_that_leaves_gives_up_its_ticket() -> None:
     assert queue.count("m") == 0
 
 
+async def test_a_place_that_a_served_request_does_not_need_goes_to_the_next() -> None:
+    """A request was woken, and once more while it asked for an engine: the second place is for the one behind it."""
+    queue = _queue()
+    with contextlib.ExitStack() as served, contextlib.ExitStack() as behind:
+        first = served.enter_context(queue.ticket("m"))
+        second = behind.enter_context(queue.ticket("m"))
+        queue.notify_first("m")
+        await first.wait(within_secs=1)
+        queue.notify_first("m")
+        assert not second.notified
+        served.close()
+        assert second.notified
+
+
 def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
     """The wait is counted while requests wait; an empty queue resets it."""
     clock = Clock()
