@@ -301,7 +301,7 @@ def _held_differently(before: FleetSnapshot, after: FleetSnapshot) -> set[str]:
 
 
 def _other_lengths(before: KnownLengths, after: KnownLengths) -> set[str]:
-    """Ids of the models of which another length is known."""
+    """Ids of the models whose context length has changed."""
     names = {name for name, _ in before.remembered.items() ^ after.remembered.items()}
     engines = {key.model_id for key, _ in before.of_engines.items() ^ after.of_engines.items()}
     return engines | names | {name.rpartition("@")[0] for name in names}

@@ -26,8 +26,8 @@ class MemberEdit(msgspec.Struct, frozen=True):
     """What becomes of one member of a JSON object, or of one field of a form.
 
     set: it has the JSON `value`. default: likewise, unless the client gave it. drop: it is removed. merge: it is an
-    object, whose `members` are edited; if it is missing it becomes `value`, unless that is b"". `overrides`: so it does
-    if it is not an object.
+    object, whose `members` are edited; if it is missing, it becomes `value`, unless that is b"". `overrides`: also if
+    it is not an object.
     """
 
     action: Literal["set", "default", "drop", "merge"]

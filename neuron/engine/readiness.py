@@ -16,7 +16,7 @@ from yarl import URL
 from neuron.engine.output import EngineOutput
 from neuron.engine.session import Leader, work_of
 from neuron.progress.stale_locks import stale_locks
-from neuron.progress.stall import IdleTime, LoadWork, told_after
+from neuron.progress.stall import IdleTime, LoadWork, reported_after
 from shared.protocol.context_length import length_in
 from shared.tasks import timeout
 
@@ -82,10 +82,10 @@ async def until_stalled(
 ) -> str:
     """Returns, with the reason, once the processes of a load have had no output, no CPU time and no I/O for
     `timeout_secs` (0: never). Calls `tell` with the seconds and a text when they have done nothing for part of that
-    time (`stall.told_after`), and with None when they work again. Answers to health checks, `checks()` so far, and
+    time (`stall.reported_after`), and with None when they work again. Answers to health checks, `checks()` so far, and
     access lines about them do not count as work. The reason names locks that a killed build has left behind;
     `cache_variables`: as `Harness.cache_variables`."""
-    tells_after, access = told_after(timeout_secs), f"GET {health_path} "
+    tells_after, access = reported_after(timeout_secs), f"GET {health_path} "
     with output.counting(lambda line: access not in line) as lines:
 
         async def work() -> LoadWork:

@@ -1,5 +1,5 @@
-"""Whether a GPU is fit for use, from the driver's events and flags: what takes it out of use, what is only told, and
-what ends a fault. Pure.
+"""Whether a GPU is fit for use, from the driver's events and flags: what takes it out of use, what is only reported,
+and what ends a fault. Pure.
 
 Xid numbers and what to do about each: NVIDIA's "Xid Errors" (docs.nvidia.com/deploy/xid-errors). Recovery actions and
 clock reasons: nvml.h.
@@ -34,9 +34,9 @@ FATAL_XIDS = {
     167: "fatal timeout on the PCIe bus",
 }
 """After these nothing is placed on the GPU until it has been reset. All others are of the program that used the GPU
-(13, 31, 43, 45, 109 and more), or only worth telling."""
+(13, 31, 43, 45, 109 and more), or only worth a warning."""
 
-TOLD_XIDS = {
+REPORTED_XIDS = {
     63: "a memory row is marked for remapping",
     92: "many correctable memory errors",
     94: "uncorrectable memory error, contained: it ended its program, and the GPU should be reset when convenient",
@@ -85,7 +85,7 @@ class XidRecord:
     seen since; `needed_action`: the driver asked for a recovery action; `gone`: the GPU was gone."""
 
     fatal: int | None = None
-    told: frozenset[int] = frozenset()
+    reported: frozenset[int] = frozenset()
     energy_mj: int | None = None
     needed_action: bool = False
     gone: bool = False
@@ -98,7 +98,7 @@ def with_xid(record: XidRecord, xid: int) -> XidRecord:
     """The record after another Xid."""
     if xid in FATAL_XIDS:
         return record if record.fatal is not None else replace(record, fatal=xid)
-    return replace(record, told=record.told | {xid}) if xid in TOLD_XIDS else record
+    return replace(record, reported=record.reported | {xid}) if xid in REPORTED_XIDS else record
 
 
 def after_going(record: XidRecord) -> XidRecord:
@@ -137,7 +137,7 @@ def fault_of(record: XidRecord, condition: GpuCondition) -> str | None:
 
 def warnings_of(record: XidRecord, condition: GpuCondition) -> list[str]:
     """What an operator should know of a GPU that is still used."""
-    found = [f"Xid {xid}: {TOLD_XIDS[xid]}" for xid in sorted(record.told)]
+    found = [f"Xid {xid}: {REPORTED_XIDS[xid]}" for xid in sorted(record.reported)]
     if condition.remap_failed:
         found.append("remapping of a memory row failed: the GPU should be replaced")
     if condition.remap_pending:

@@ -39,7 +39,7 @@ class DeviceWatch:
         self._observed_at = float("-inf")
 
     def observe(self, devices: Sequence[Device], health: Sequence[DeviceHealth]) -> None:
-        """What the driver has just reported. A device is told about when its fault or its warnings change."""
+        """What the driver has just reported. A device is reported when its fault or its warnings change."""
         self._observed_at = time.monotonic()
         faults = faults_of(devices, health)
         warnings = {live.index: tuple(live.warnings) for live in health}

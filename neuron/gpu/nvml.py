@@ -7,82 +7,54 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 import pynvml
 
 from neuron.gpu import nvml_device, nvml_mig
 from neuron.gpu.links import LinkFacts, Pair, links_between
 from neuron.gpu.nvml_condition import ConditionTracker
-from neuron.gpu.nvml_device import Handle
 from neuron.gpu.nvml_errors import lost_reason, means_gone, unavailable_reason
 from neuron.gpu.nvml_mig import MigInstance
-from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import DeviceReading, Topology, gpu_instance_of, mig_parent
+from neuron.gpu.sources.driver_source import DriverSource, Handle
+from neuron.gpu.topology import Topology, gpu_instance_of, mig_parent
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 
-
-class NvmlTopologySource:
+class NvmlTopologySource(DriverSource):
     """`neuron.gpu.topology.TopologySource` of the real GPUs.
 
     Without an NVIDIA library there are no devices; with an unusable driver there are none, and a reason. An unusable
     GPU is a device with `lost` set, and does not affect the others. A GPU lost later keeps its facts, gets `lost`, and
-    is missing in `health` until it answers again.
+    is missing in the figures until it answers again.
 
     GPUs do not change while the process lives: after a driver is repaired, neuron must be restarted, as the reasons
     say. MIG modes and instances are looked up at each call.
     """
 
+    _errors = (pynvml.NVMLError,)
+
     def __init__(self) -> None:
-        self._thread = DriverThread("nvml")
-        # Only that thread uses the attributes below.
+        super().__init__("nvml")
         self._topology: Topology | None = None
-        self._handles: dict[int, Handle] = {}
-        self._lost: dict[int, str] = {}
         self._gpus: dict[int, Device] = {}
         self._instances: dict[int, tuple[MigInstance, ...]] = {}  # of the GPUs in MIG mode
         self._slices: dict[int, tuple[Device, ...]] = {}  # of the GPUs in MIG mode
         self._conditions = ConditionTracker()
         self._initialised = False
 
-    async def discover(self) -> Topology:
-        return await self._thread.call(self._discover)
-
-    async def read(self) -> DeviceReading:
-        return await self._thread.call(self._read)
-
-    async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        return await self._thread.call(self._read_process_memory)
-
-    async def close(self) -> None:
-        """Shuts NVML down, unless the driver hangs. May be called again."""
-        await self._thread.close(self._shut_down)
-
-    def _discover(self) -> Topology:
-        return self._with_slices(self._looked_up())
-
-    def _looked_up(self) -> Topology:
-        """The topology without MIG instances, once the present ones are known."""
+    def _look_up(self) -> Topology:
         if self._topology is None:
             self._topology = self._read_topology()
             self._gpus = {device.index: device for device in self._topology.devices}
         self._follow_mig()
-        return self._topology
-
-    def _with_slices(self, topology: Topology) -> Topology:
         slices = (device for devices in self._slices.values() for device in devices)
-        devices = tuple(
-            device.model_copy(update={"lost": self._lost.get(device.index)})
-            for device in (*self._gpus.values(), *slices)
-        )
-        return replace(topology, devices=devices)
+        return replace(self._topology, devices=(*self._gpus.values(), *slices))
 
     def _follow_mig(self) -> None:
         """Looks for changes of MIG modes and instances, which `nvidia-smi mig` makes at any time."""
@@ -171,14 +143,9 @@ class NvmlTopologySource:
         buses = {device.index: device.pci_bus_id for device in devices if device.pci_bus_id is not None}
         return LinkFacts(pci_bus_ids=buses, nvlinks=nvlinks, ancestors=ancestors, switch_refused=frozenset(refused))
 
-    def _read(self) -> DeviceReading:
-        known = self._looked_up()
+    def _read_figures(self) -> list[DeviceHealth]:
         self._conditions.take_events()
-        figures = self._read_devices(self._health_of)
-        for index in figures:
-            if self._lost.pop(index, None) is not None:
-                log.warning("GPU %d answers again", index)
-        return DeviceReading(self._with_slices(known), list(figures.values()))  # after they show what is lost
+        return super()._read_figures()
 
     def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
         """A MIG instance is in the condition of its GPU, which is read before it."""
@@ -189,7 +156,7 @@ class NvmlTopologySource:
         return self._conditions.added_to(health, index)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
-        devices = {device.index: device for device in self._discover().devices}
+        devices = {device.index: device for device in self._look_up().devices}
         return self._read_devices(lambda index, handle: self._processes_on(devices[index], handle))
 
     def _processes_on(self, device: Device, handle: Handle) -> dict[int, int]:
@@ -200,21 +167,11 @@ class NvmlTopologySource:
             return nvml_device.read_process_memory(handle)
         return nvml_mig.read_process_memory(handle, self._handles[device.parent], gpu_instance_of(device.index))
 
-    def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
-        """`read` of each device that answers, by index. Marks the others as lost."""
-        results = {}
-        for index, handle in self._handles.items():
-            try:
-                results[index] = read(index, handle)
-            except pynvml.NVMLError as error:
-                self._mark_lost(index, error)
-        return results
+    def _lost_reason(self, error: Any) -> str:
+        return lost_reason(error)
 
-    def _mark_lost(self, index: int, error: pynvml.NVMLError) -> None:
-        reason = lost_reason(error)
-        if self._lost.get(index) != reason:
-            log.error("GPU %d cannot be used: %s", index, reason)
-        self._lost[index] = reason
+    def _mark_lost(self, index: int, error: Any) -> None:
+        super()._mark_lost(index, error)
         if means_gone(error):
             self._conditions.mark_gone(index)
 

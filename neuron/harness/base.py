@@ -22,6 +22,7 @@ from shared.protocol import Device, FailureCause
 
 ENGINE_ID_VARIABLE = "NEURON_ENGINE_ID"
 """In the environment of every process of an engine: `NEURON-INSTANCE/ENGINE-NUMBER`."""
+_FRACTION_PARTS = 10_000
 # The system's words, asyncio's and Go's, Node's, and llama.cpp's.
 _PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE|couldn't bind (?:HTTP )?server socket", re.IGNORECASE)
 
@@ -69,6 +70,13 @@ class InstalledEngine:
         return bool(words) and all(option not in each for each in words)
 
 
+def memory_fraction(mb: int, total_mb: int) -> str:
+    """A part of a memory as engines are given it, "0.0001" to "1.0000". Rounded down: two engines whose parts add up to
+    a device must not ask for more than it has."""
+    parts = mb * _FRACTION_PARTS // total_mb
+    return f"{min(max(parts, 1), _FRACTION_PARTS) / _FRACTION_PARTS:.4f}"
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """Everything decided about one engine before it starts.
@@ -95,6 +103,12 @@ class LaunchPlan:
     """What is booked for it in the host's RAM; None: none is counted."""
     cores: tuple[int, ...] = ()
     """Those of the host that an engine without devices is to use, some of `LaunchFacts.cpus`; empty: all."""
+
+    @property
+    def device_fraction(self) -> str | None:
+        """`share_mb` as a part of its smallest device, see `memory_fraction`; None when one of them is unknown."""
+        totals = [device.vram_total_mb for device in self.devices if device.vram_total_mb > 0]
+        return memory_fraction(self.share_mb, min(totals)) if self.share_mb is not None and totals else None
 
     @property
     def arguments(self) -> list[str]:

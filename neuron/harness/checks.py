@@ -75,7 +75,7 @@ class CheckedConfig(NeuronConfig):
     @classmethod
     def _known(cls, entries: list[HarnessEntry] | None, info: ValidationInfo) -> list[HarnessEntry] | None:
         tables: Mapping[str, CheckedHarness] | None = info.data.get("harness")
-        if tables is not None:  # else one of them is wrong, which is told first
+        if tables is not None:  # else one of them is wrong, and that error comes first
             for entry in entries or ():
                 table = tables.get(entry.name)
                 if entry.name not in HARNESSES and (table is None or not table.described):

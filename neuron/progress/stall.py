@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TOLD_SECS = 120.0
-"""A load that has done nothing for this long is told about."""
-_TOLD_SHARE = 0.2  # of a shorter time after which it is ended
+REPORTED_SECS = 120.0
+"""A load that has done nothing for this long is reported."""
+_REPORTED_SHARE = 0.2  # of a shorter time after which it is ended
 
 _LEAST_CPU_SHARE = 0.01  # of one core
 _LEAST_CPU_SECS = 0.02  # two of the kernel's clock ticks
@@ -40,9 +40,9 @@ class LoadWork:
     checks: int = 0
 
 
-def told_after(stall_timeout_secs: float) -> float:
-    """When a load that does nothing is told about, for one that is ended after `stall_timeout_secs` (0: never)."""
-    return min(TOLD_SECS, stall_timeout_secs * _TOLD_SHARE) if stall_timeout_secs else TOLD_SECS
+def reported_after(stall_timeout_secs: float) -> float:
+    """When a load that does nothing is reported, if it is ended after `stall_timeout_secs` (0: never)."""
+    return min(REPORTED_SECS, stall_timeout_secs * _REPORTED_SHARE) if stall_timeout_secs else REPORTED_SECS
 
 
 class IdleTime:

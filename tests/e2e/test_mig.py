@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
+from tests.neuron.recording_vllm import calls, vllm_config
 from tests.neuron.sim_process import free_port
 from tests.nvml.library import A100_SLICED, build_library, mig_uuid_of, write_scenario
 
@@ -23,27 +23,6 @@ MODELS: list[dict[str, Any]] = [
     {"id": "second", **SMALL},
     {"id": "wide", "harness": "vllm", "vram_mb": 8000, "min_devices": 2},
 ]
-
-
-def configuration(directory: Path, port: int) -> Path:
-    """neuron.toml; its "vllm" appends its environment to a file and serves like vLLM."""
-    program = directory / "vllm"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, sys\n"
-        "if '--version' in sys.argv:\n"
-        "    sys.exit('unknown')\n"
-        "if 'serve' in sys.argv:\n"
-        f"    print(json.dumps(dict(os.environ)), file=open({str(directory / 'called.jsonl')!r}, 'a'))\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
-    )
-    program.chmod(0o755)
-    path = directory / "neuron.toml"
-    path.write_text(
-        f'name = "sliced"\nport = {port}\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29500, 29549]\n'
-    )
-    return path
 
 
 async def test_models_on_instances_that_come_while_it_runs(
@@ -56,7 +35,7 @@ async def test_models_on_instances_that_come_while_it_runs(
     environment = {**library, **write_scenario(tmp_path / "gpus", one), "PYTHONPATH": str(REPOSITORY)}
     port = free_port()
     async with (
-        neuron_process(configuration(tmp_path, port), env=environment),
+        neuron_process(vllm_config(tmp_path, (29500, 29549), port=port, name="sliced"), env=environment),
         cortex_process(tmp_path, [neuron_at(port, "sliced")], MODELS) as cortex,
         aiohttp.ClientSession(cortex.url) as session,
     ):
@@ -84,5 +63,5 @@ async def test_models_on_instances_that_come_while_it_runs(
         async with session.get("/v1/models") as response:
             listed = {each["id"]: each for each in (await response.json())["data"]}
         assert {model for model, each in listed.items() if each["locations"]} >= {"first", "second"}
-    given = [json.loads(line)["CUDA_VISIBLE_DEVICES"] for line in (tmp_path / "called.jsonl").read_text().splitlines()]
+    given = [each.variables["CUDA_VISIBLE_DEVICES"] for each in calls(tmp_path)]
     assert given == [mig_uuid_of(0, 9), mig_uuid_of(0, 10)]

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,15 +183,21 @@ class NeuronProcess(Client):
 
 @contextlib.asynccontextmanager
 async def neuron_process(
-    config_file: Path, *options: str, env: Mapping[str, str] | None = None, pass_fds: tuple[int, ...] = ()
+    config_file: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
+    whole_env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> AsyncIterator[NeuronProcess]:
-    """Starts the real command and waits until it logs where it listens; stops it at the end if it still runs."""
+    """Starts the real command and waits until it logs where it listens; stops it at the end if it still runs. `env` is
+    added to the environment, `whole_env` replaces it; the command follows `prefix`."""
     log = config_file.with_suffix(".log")
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "neuron", "serve", "--config", str(config_file), *options),
+            *(*prefix, sys.executable, "-m", "neuron", "serve", "--config", str(config_file), *options),
             cwd=REPOSITORY,
-            env={**os.environ, **(env or {})},
+            env={**(os.environ if whole_env is None else whole_env), **(env or {})},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sink,
             stderr=asyncio.subprocess.STDOUT,

@@ -14,8 +14,8 @@ from cortex.routing.replica import ReplicaKey
 from shared.protocol.context_length import AUTO
 from shared.tasks import TaskSet, timeout
 
-TOLD_SECS: Final = 10.0
-"""How long a neuron may take to tell the context of an engine that has just loaded."""
+REPORTED_SECS: Final = 10.0
+"""How long a neuron may take to report the context of an engine that has just loaded."""
 
 
 class _Served(NamedTuple):
@@ -57,13 +57,13 @@ class ServedContexts:
         return served.tokens
 
     async def _learn(self, key: ReplicaKey, choice: ModelProfile) -> None:
-        def told(node: NodeSnapshot) -> bool:
+        def reported(node: NodeSnapshot) -> bool:
             view = node.view(key.model_id, key.instance)
             return view is None or not view.loaded or view.max_model_len is not None
 
         with contextlib.suppress(asyncio.TimeoutError, NodeRemoved):
-            async with timeout(TOLD_SECS):
-                node = await self._fleet.until(key.node, told)
+            async with timeout(REPORTED_SECS):
+                node = await self._fleet.until(key.node, reported)
             view = node.view(key.model_id, key.instance)
             if view is not None and view.loaded and view.max_model_len is not None:
                 served = _Served(node.instance_id, choice, view.max_model_len)

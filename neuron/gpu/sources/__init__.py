@@ -1,2 +1,2 @@
-"""Where devices come from besides NVML and simulation: AMD's library, and neuron.toml. Beside them the thread that
-drivers' libraries run in."""
+"""Where devices come from besides NVML and simulation: AMD's library, and neuron.toml. Beside them what the sources
+over a driver's library have in common."""

@@ -6,28 +6,23 @@ import contextlib
 import importlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
-from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import DeviceReading, Topology
+from neuron.gpu.sources.driver_source import DriverSource, Handle
+from neuron.gpu.topology import Topology
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.protocol.topology import AMD
 
 log = logging.getLogger(__name__)
-
-Figure = TypeVar("Figure")
-Result = TypeVar("Result")
-Handle = Any
 
 MIB = 1024 * 1024
 _NO_NUMA_NODE = 0xFFFFFFFF
 _POWER_KEYS = ("socket_power", "current_socket_power", "average_socket_power")  # which exists depends on the GPU
 
 
-class AmdTopologySource:
+class AmdTopologySource(DriverSource):
     """`neuron.gpu.topology.TopologySource` of AMD's GPUs. A device's index is its number for HIP.
 
     Without the package or its library there are no devices; with an unusable driver there are none, and a reason. A GPU
@@ -35,34 +30,14 @@ class AmdTopologySource:
     """
 
     def __init__(self) -> None:
-        self._thread = DriverThread("amdsmi")
-        # Only that thread uses the attributes below.
+        super().__init__("amdsmi")
         self._smi: Any = None
-        self._errors: tuple[type[Exception], ...] = ()
         self._topology: Topology | None = None
-        self._handles: dict[int, Handle] = {}
-        self._lost: dict[int, str] = {}
 
-    async def discover(self) -> Topology:
-        return await self._thread.call(self._discover)
-
-    async def read(self) -> DeviceReading:
-        return await self._thread.call(self._read)
-
-    async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
-        return await self._thread.call(self._read_process_memory)
-
-    async def close(self) -> None:
-        """Shuts amdsmi down, unless the driver hangs. May be called again."""
-        await self._thread.close(self._shut_down)
-
-    def _discover(self) -> Topology:
+    def _look_up(self) -> Topology:
         if self._topology is None:
             self._topology = self._read_topology()
-        devices = tuple(
-            device.model_copy(update={"lost": self._lost.get(device.index)}) for device in self._topology.devices
-        )
-        return replace(self._topology, devices=devices)
+        return self._topology
 
     def _read_topology(self) -> Topology:
         smi = _library()
@@ -127,14 +102,6 @@ class AmdTopologySource:
             if kind is not None:
                 yield Link(a=first.index, b=second.index, kind=kind)
 
-    def _read(self) -> DeviceReading:
-        self._discover()
-        figures = self._read_devices(self._health_of)
-        for index in figures:
-            if self._lost.pop(index, None) is not None:
-                log.warning("GPU %d answers again", index)
-        return DeviceReading(self._discover(), list(figures.values()))
-
     def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
         total, used = self._memory(handle)
         activity = self._optional("amdsmi_get_gpu_activity", handle) or {}
@@ -170,7 +137,7 @@ class AmdTopologySource:
         return next((each for each in watts if each), None)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
-        self._discover()
+        self._look_up()
         return self._read_devices(lambda _, handle: self._processes(handle))
 
     def _processes(self, handle: Handle) -> dict[int, int]:
@@ -179,21 +146,8 @@ class AmdTopologySource:
         held = {each["pid"]: _number(each["memory_usage"]["vram_mem"]) for each in listed}
         return {pid: int(used) // MIB for pid, used in held.items() if used is not None}
 
-    def _read_devices(self, read: Callable[[int, Handle], Result]) -> dict[int, Result]:
-        """`read` of each device that answers, by index. Marks the others as lost."""
-        results = {}
-        for index, handle in self._handles.items():
-            try:
-                results[index] = read(index, handle)
-            except self._errors as error:
-                self._mark_lost(index, error)
-        return results
-
-    def _mark_lost(self, index: int, error: Exception) -> None:
-        reason = f"AMD SMI: {_text(error)}: look at `amd-smi` and `dmesg`"
-        if self._lost.get(index) != reason:
-            log.error("GPU %d cannot be used: %s", index, reason)
-        self._lost[index] = reason
+    def _lost_reason(self, error: Exception) -> str:
+        return f"AMD SMI: {_text(error)}: look at `amd-smi` and `dmesg`"
 
     def _optional(self, function: str, *arguments: Any) -> Any:
         """The result of one of amdsmi's functions; None when it returns an error or does not exist."""
@@ -210,7 +164,7 @@ class AmdTopologySource:
 
 
 def _library() -> Any:
-    """The package amdsmi; None without it, or without its library, of which it complains on standard output."""
+    """The package amdsmi; None without it, or without its library, which it reports on standard output."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):

@@ -80,7 +80,7 @@ class CommandHarness(Harness):
             if size > 1 and name not in self._used:
                 return "parallel", f"{name} is {size}, but the command line has no {{{name}}}"
         if spec.expert_parallel:
-            return "parallel", "expert parallelism is not known of this engine"
+            return "parallel", "its command line has no placeholder for expert parallelism"
         if spec.context is not None and "context" not in self._used:
             return "max_model_len", "its command line has no {context}"
         twice = None if spec.max_model_len is None else matching_flag(spec.args, self._settings.context_arguments)

@@ -33,7 +33,6 @@ PLACEHOLDERS: Final = (
 )
 _PLACEHOLDER: Final = re.compile(r"\{([a-z][a-z_]*)\}")
 _MISSPELT: Final = re.compile(r"(?<!\$)\{\s*([A-Za-z][A-Za-z_ -]*?)\s*\}")  # `${PORT}` is a shell's own
-_DIGITS: Final = 10_000  # `memory_share` has four, rounded down: two shares of a device must not exceed it
 
 
 def placeholders_in(text: str) -> list[str]:
@@ -60,10 +59,6 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[st
     """The value of each placeholder for one engine; None where it is not known. `by`: how its devices are addressed."""
     spec = plan.spec
     is_path = spec.source.startswith("/")
-    totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    share = None
-    if plan.share_mb is not None and totals:
-        share = min(max(plan.share_mb * _DIGITS // min(totals), 1), _DIGITS) / _DIGITS
     ids = device_ids(plan.devices, by)
     return {
         "model": spec.source,
@@ -81,7 +76,7 @@ def values_of(plan: LaunchPlan, facts: LaunchFacts, *, by: DeviceIds) -> dict[st
         "tensor_parallel": str(spec.tensor_parallel),
         "pipeline_parallel": str(spec.pipeline_parallel),
         "data_parallel": str(spec.data_parallel),
-        "memory_share": None if share is None else f"{share:.4f}",
+        "memory_share": plan.device_fraction,
         "memory_mb": None if plan.share_mb is None else str(plan.share_mb),
         "cpu_count": str(len(plan.cores or facts.cpus)),
         "tmp_dir": str(plan.tmp_dir),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -16,6 +15,7 @@ from neuron.harness.base import (
     Harness,
     LaunchFacts,
     LaunchPlan,
+    memory_fraction,
 )
 from neuron.harness.environment import device_variables, engine_environment
 from neuron.harness.vllm.activity import VllmActivity
@@ -48,7 +48,6 @@ from shared.protocol.reserved_arguments import CONTEXT_FLAG, refused_argument, s
 DEFAULT_COMMAND = ("vllm",)
 CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache of a vLLM on the CPU, instead of a fraction of the memory."""
-_DIGITS = 10_000  # the fraction on the command line has four
 # Set for each engine, so an inherited value would at best be wrong. VLLM_PORT is for vLLM's internal ports: engines
 # that share it collide. Development mode and the loading of adapters open routes to everyone who reaches an engine: set
 # them in `env` to have them.
@@ -222,16 +221,14 @@ def vllm_environment(
 def _memory_arguments(plan: LaunchPlan) -> list[str]:
     """`--gpu-memory-utilization` for an engine with a share, unless its arguments already size its memory.
 
-    Rounded down: two engines whose shares add up to a device must not ask for more than it has. vLLM has one fraction
-    for all devices, calculated from the smallest. On a larger device the same fraction is
-    more, and that is what is booked there (`MemoryRequirement.one_fraction`): vLLM refuses to start unless it is free,
-    though it uses no more blocks than fit on the smallest.
+    vLLM has one fraction for all devices, calculated from the smallest. On a larger device the same fraction is more,
+    and that is what is booked there (`MemoryRequirement.one_fraction`): vLLM refuses to start unless it is free, though
+    it uses no more blocks than fit on the smallest.
     """
-    totals = [device.vram_total_mb for device in plan.devices if device.vram_total_mb > 0]
-    if plan.share_mb is None or not totals or has_flag(plan.arguments, *SIZES_MEMORY):
+    fraction = plan.device_fraction
+    if fraction is None or has_flag(plan.arguments, *SIZES_MEMORY):
         return []
-    parts = math.floor(plan.share_mb * _DIGITS / min(totals))
-    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
+    return ["--gpu-memory-utilization", fraction]
 
 
 def _ram_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
@@ -244,8 +241,7 @@ def _ram_arguments(plan: LaunchPlan, facts: LaunchFacts) -> list[str]:
     if has_flag(plan.arguments, *SIZES_MEMORY):
         return []
     worker_mb = max(plan.share_mb // 2, plan.share_mb - CPU_PROCESSES_MB // plan.spec.device_count)
-    parts = math.floor(worker_mb * _DIGITS / facts.node_ram_mb)
-    return ["--gpu-memory-utilization", f"{min(max(parts, 1), _DIGITS) / _DIGITS:.4f}"]
+    return ["--gpu-memory-utilization", memory_fraction(worker_mb, facts.node_ram_mb)]
 
 
 def cpu_binding(ranks: int, cpus: Sequence[int], cores: Sequence[int] = ()) -> dict[str, str]:

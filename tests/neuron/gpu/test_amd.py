@@ -22,6 +22,7 @@ from tests.amdsmi.library import (
     write_scenario,
 )
 from tests.neuron.neurons import REPOSITORY, neuron_process
+from tests.neuron.recording_vllm import calls, vllm_config
 from tests.nvml.library import LONE_4090
 from tests.nvml.library import build_library as build_nvml
 from tests.nvml.library import write_scenario as write_nvml
@@ -33,11 +34,6 @@ PAIR = (AmdGpu(), AmdGpu())
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return build_library(tmp_path_factory.getbasetemp() / "amdsmi")
-
-
-@pytest.fixture
-def hardware(tmp_path: Path) -> Path:
-    return tmp_path / "hardware"
 
 
 def test_facts_and_figures(library: dict[str, str], hardware: Path) -> None:
@@ -159,21 +155,7 @@ def test_nvidia_comes_first(library: dict[str, str], tmp_path: Path) -> None:
 
 async def test_a_model_over_an_xgmi_pair(library: dict[str, str], tmp_path: Path) -> None:
     """An engine gets its GPUs by HIP's numbers, and none of the variables that would renumber them."""
-    program = tmp_path / "vllm"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, sys\n"
-        "if '--version' in sys.argv:\n"
-        "    sys.exit('unknown')\n"
-        f"json.dump(dict(os.environ), open({str(tmp_path / 'called.json')!r}, 'w'))\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
-    )
-    program.chmod(0o755)
-    config = tmp_path / "neuron.toml"
-    config.write_text(
-        f'port = 0\nstate_dir = "{tmp_path / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29400, 29449]\n'
-    )
+    config = vllm_config(tmp_path, (29400, 29449))
     apart = {f"link__{a}__{b}": f"1 {PCIE}" for a in (0, 1) for b in (2, 3)}
     pairs = {"link__0__1": f"1 {PCIE}", "link__2__3": "1 2"}
     scenario = write_scenario(tmp_path / "hardware", (*PAIR, *PAIR), **apart, **pairs)
@@ -183,6 +165,6 @@ async def test_a_model_over_an_xgmi_pair(library: dict[str, str], tmp_path: Path
         assert (await neuron.call("POST", "/models/load", json=command)).status == 200
         live = (await neuron.call("GET", "/health")).body["devices"]
         assert [each["vram_booked_mb"] for each in live] == [0, 0, 50_000, 50_000]
-    given = json.loads((tmp_path / "called.json").read_text())
+    given = calls(tmp_path)[-1].variables
     assert given["HIP_VISIBLE_DEVICES"] == "2,3"
     assert not {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"} & given.keys()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from neuron.config import NeuronConfig
 from tests.neuron.neurons import REPOSITORY, neuron_process
+from tests.neuron.recording_vllm import calls, vllm_config
 
 GAUDI = {"name": "Gaudi 3", "memory_mb": 100_000, "count": 2, "variable": "HABANA_VISIBLE_MODULES"}
 
@@ -17,23 +17,8 @@ GAUDI = {"name": "Gaudi 3", "memory_mb": 100_000, "count": 2, "variable": "HABAN
 async def test_what_is_written_is_booked(tmp_path: Path) -> None:
     """The whole memory can be booked, and a load that does not fit is refused; an engine learns its devices by the
     variable."""
-    program = tmp_path / "vllm"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, sys\n"
-        "if '--version' in sys.argv:\n"
-        "    sys.exit('unknown')\n"
-        f"json.dump(dict(os.environ), open({str(tmp_path / 'called.json')!r}, 'w'))\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
-    )
-    program.chmod(0o755)
-    config = tmp_path / "neuron.toml"
     entry = "\n".join(f"{key} = {json.dumps(value)}" for key, value in GAUDI.items())
-    config.write_text(
-        f'port = 0\nstate_dir = "{tmp_path / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29450, 29499]\n'
-        f"[[accelerators]]\n{entry}\n"
-    )
+    config = vllm_config(tmp_path, (29450, 29499), f"[[accelerators]]\n{entry}")
     async with neuron_process(config, env={"PYTHONPATH": str(REPOSITORY)}) as neuron:
         devices = (await neuron.call("GET", "/discovery")).body["devices"]
         assert [(each["index"], each["vendor"], each["vram_total_mb"]) for each in devices] == [
@@ -46,7 +31,7 @@ async def test_what_is_written_is_booked(tmp_path: Path) -> None:
             return (await neuron.call("POST", "/models/load", json=command)).status
 
         assert await load("one", vram_mb=60_000, devices=[1]) == 200
-        given = json.loads((tmp_path / "called.json").read_text())
+        given = calls(tmp_path)[-1].variables
         assert given["HABANA_VISIBLE_MODULES"] == "1"
         assert "CUDA_VISIBLE_DEVICES" not in given
         assert await load("two", vram_mb=60_000, devices=[1]) == 409

@@ -32,17 +32,11 @@ from tests.nvml.library import (
     UNKNOWN,
     VERSION_MISMATCH,
     Gpu,
-    build_library,
     uuid_of,
     write_scenario,
 )
 
 COMMAND = ("-m", "neuron", "discover")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
 
 
 def discover(environment: Mapping[str, str], *arguments: str) -> str:

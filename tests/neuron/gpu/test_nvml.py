@@ -28,18 +28,8 @@ RESET_REQUIRED = 16
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
-
-
-@pytest.fixture(scope="module")
 def old_library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return build_library(tmp_path_factory.getbasetemp() / "nvml", old_driver=True)
-
-
-@pytest.fixture
-def hardware(tmp_path: Path) -> Path:
-    return tmp_path / "hardware"
 
 
 def test_facts_of_a_device(library: dict[str, str], hardware: Path) -> None:

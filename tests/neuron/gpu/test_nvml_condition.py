@@ -18,16 +18,6 @@ RESET, DRAIN_AND_RESET = 1, 4
 POWER_BRAKE, HOT, POWER_CAP = 0x80, 0x40, 0x4
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
-
-
-@pytest.fixture
-def hardware(tmp_path: Path) -> Path:
-    return tmp_path / "hardware"
-
-
 def after_xids(
     probe: Probe,
     hardware: Path,

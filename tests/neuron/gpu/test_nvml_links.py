@@ -16,16 +16,10 @@ from tests.nvml.library import (
     NVLINKED_PAIR,
     SINGLE_SWITCH,
     Gpu,
-    build_library,
     pci_bus_id_of,
     write_scenario,
 )
 from tests.nvml.probe import probing
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
 
 
 def links_seen(library: dict[str, str], hardware: Path, gpus: tuple[Gpu, ...], **keys: object) -> list[Any]:

@@ -16,22 +16,11 @@ from tests.nvml.library import (
     UNKNOWN,
     Gpu,
     Slice,
-    build_library,
     mig_uuid_of,
     pci_bus_id_of,
     write_scenario,
 )
 from tests.nvml.probe import Probe, probing
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
-
-
-@pytest.fixture
-def hardware(tmp_path: Path) -> Path:
-    return tmp_path / "hardware"
 
 
 def devices(probe: Probe) -> dict[int, dict[str, Any]]:

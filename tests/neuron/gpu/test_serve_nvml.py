@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from shared.gpus import DEVICE_MARGIN_MB
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
+from tests.neuron.recording_vllm import calls, vllm_config
 from tests.nvml.library import (
     A100_SLICED,
     GPU_IS_LOST,
@@ -21,36 +20,14 @@ from tests.nvml.library import (
     ONE_LOST,
     VERSION_MISMATCH,
     Gpu,
-    build_library,
     mig_uuid_of,
     uuid_of,
     write_scenario,
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
-
-
 def configuration(directory: Path) -> Path:
-    """neuron.toml without `[simulate]`; "vllm" is a program that records its arguments and serves like vLLM."""
-    program = directory / "vllm"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, sys\n"
-        "if '--version' in sys.argv:\n"
-        "    sys.exit('unknown')\n"
-        f"json.dump([sys.argv[1:], dict(os.environ)], open({str(directory / 'called.json')!r}, 'w'))\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'neuron.sim', *sys.argv[1:], '--load-secs', '0'])\n"
-    )
-    program.chmod(0o755)
-    path = directory / "neuron.toml"
-    path.write_text(
-        f'port = 0\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
-        f'[harness.vllm]\ncommand = ["{program}"]\nport_range = [29100, 29199]\n'
-    )
-    return path
+    return vllm_config(directory, (29100, 29199))
 
 
 def environment(library: Mapping[str, str], scenario: Mapping[str, str]) -> dict[str, str]:
@@ -74,7 +51,7 @@ async def test_model_over_an_nvlinked_pair(library: dict[str, str], tmp_path: Pa
         command = {"model_id": "org/large", "harness": "vllm", "tensor_parallel": 2, "vram_mb": 54000, "quant": "fp8"}
         assert (await neuron.call("POST", "/models/load", json=command)).status == 200
         endpoint = (await neuron.call("GET", "/models/org%2Flarge/endpoint")).body
-    arguments, variables = json.loads((tmp_path / "called.json").read_text())
+    arguments, variables = calls(tmp_path)[-1]
     assert variables["CUDA_VISIBLE_DEVICES"] == f"{uuid_of(0)},{uuid_of(1)}"
     assert variables["VLLM_API_KEY"] == endpoint["api_key"]
     assert endpoint["api_key"] not in " ".join(arguments)
@@ -96,7 +73,7 @@ async def test_models_on_mig_instances(library: dict[str, str], tmp_path: Path) 
             return await neuron.call("POST", "/models/load", json=command)
 
         def given() -> tuple[str, float]:
-            arguments, variables = json.loads((tmp_path / "called.json").read_text())
+            arguments, variables = calls(tmp_path)[-1]
             share = float(arguments[arguments.index("--gpu-memory-utilization") + 1])
             return variables["CUDA_VISIBLE_DEVICES"], share
 
@@ -125,7 +102,7 @@ async def test_two_models_share_one_gpu(library: dict[str, str], tmp_path: Path)
         for model in ("first", "second"):
             command = {"model_id": model, "harness": "vllm", "vram_mb": 11_000}
             assert (await neuron.call("POST", "/models/load", json=command)).status == 200
-            arguments, _ = json.loads((tmp_path / "called.json").read_text())
+            arguments, _ = calls(tmp_path)[-1]
             fractions.append(float(arguments[arguments.index("--gpu-memory-utilization") + 1]))
         assert fractions == [0.4478, 0.4478]
         third = await neuron.call("POST", "/models/load", json={"model_id": "third", "harness": "vllm"})

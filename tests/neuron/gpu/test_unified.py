@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,18 @@ import pytest
 from neuron.memory.ram import host_ram
 from tests.neuron.gpu.test_serve_nvml import configuration, environment
 from tests.neuron.neurons import Client, config_of, neuron_here, neuron_process
-from tests.nvml.library import Gpu, build_library, write_scenario
+from tests.neuron.recording_vllm import calls
+from tests.nvml.library import Gpu, write_scenario
 
 GB10 = Gpu(name="NVIDIA GB10", figures={"total": None})
 RAM_MB = 122_570
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return build_library(tmp_path_factory.getbasetemp() / "nvml")
 
 
 async def share_of(neuron: Client, directory: Path, **command: Any) -> float:
     """What the engine is told to take, as a part of the memory."""
     answer = await neuron.call("POST", "/models/load", json={"harness": "vllm", **command})
     assert answer.status == 200, answer.body
-    arguments, _ = json.loads((directory / "called.json").read_text())
+    arguments, _ = calls(directory)[-1]
     return float(arguments[arguments.index("--gpu-memory-utilization") + 1])
 
 

@@ -15,10 +15,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import aiohttp
 import pytest
 
-from tests.neuron.neurons import OF_A_CORTEX, REPOSITORY, NeuronProcess, listening_address, until
+from tests.neuron.neurons import REPOSITORY, NeuronProcess, neuron_process, until
 
 UID = 54321
 """Without an entry in /etc/passwd."""
@@ -67,30 +66,15 @@ async def nameless_neuron(directory: Path, **environ: str) -> AsyncIterator[Neur
     """`neuron serve` with an environment of only these variables; its "vllm" writes what it gets to a file."""
     engine = directory / "engine.py"
     engine.write_text(ENGINE.format(directory=str(directory)))
-    config, log = directory / "neuron.toml", directory / "neuron.log"
+    config = directory / "neuron.toml"
     config.write_text(
         f'port = 0\nstate_dir = "{directory / "state"}"\n[[harnesses]]\nname = "vllm"\n'
         f'[harness.vllm]\ncommand = ["{sys.executable}", "{engine}"]\nport_range = [29300, 29399]\nspare = false\n'
         '[simulate]\ndevices = ["RTX 4090"]\n'
     )
-    with log.open("wb") as sink:
-        process = await asyncio.create_subprocess_exec(
-            *as_nameless(sys.executable, "-m", "neuron", "serve", "--config", str(config)),
-            cwd=REPOSITORY,
-            env={"PATH": os.environ["PATH"], **environ},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=sink,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-    try:
-        address = await until(lambda: process.returncode is not None or listening_address(log), 40)
-        assert isinstance(address, str), log.read_text()
-        async with aiohttp.ClientSession(headers=OF_A_CORTEX) as session:
-            yield NeuronProcess(session, address, process, log)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+    environment = {"PATH": os.environ["PATH"], **environ}
+    async with neuron_process(config, whole_env=environment, prefix=as_nameless()) as neuron:
+        yield neuron
 
 
 async def environment_of(neuron: NeuronProcess, directory: Path, model: str) -> dict[str, str]:

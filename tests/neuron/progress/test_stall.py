@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from neuron.progress.stale_locks import stale_locks
-from neuron.progress.stall import IdleTime, LoadWork, ProcessWork, told_after
+from neuron.progress.stall import IdleTime, LoadWork, ProcessWork, reported_after
 
 
 def work(
@@ -56,7 +56,7 @@ def test_idle_time_counts_from_the_last_work() -> None:
 
 
 def test_when_it_is_told() -> None:
-    assert [told_after(secs) for secs in (600, 300, 10, 0, 3600)] == [120, 60, 2, 120, 120]
+    assert [reported_after(secs) for secs in (600, 300, 10, 0, 3600)] == [120, 60, 2, 120, 120]
 
 
 def test_locks_of_dead_builds(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ them to neuron's control key only. (Read in vLLM 0.32; the routes and the variab
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ import aiohttp
 
 from neuron import errors as failures
 from neuron.harness.adapters import AdapterControl, EngineAccess
-from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, LOAD_ADAPTER, UNLOAD_ADAPTER
+from neuron.harness.vllm.control.request import MAX_QUOTED_CHARACTERS, NO_ANSWER, call, why
+from neuron.harness.vllm.guard.neuron_guard import LOAD_ADAPTER, UNLOAD_ADAPTER
 from neuron.spec import EngineSpec
 
 UPDATING_VARIABLE: Final = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -26,10 +26,8 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as `--max-lora-rank`."""
 _LOAD_SECS = 600.0  # it may download the adapter
 _QUERY_SECS = 10.0
-_MAX_REPLY_CHARACTERS = 500
 _INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<value>\S+)", re.MULTILINE)
 _NAMES = re.compile(r'(?:running|waiting)_lora_adapters="(?P<names>[^"]*)"')
-_NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 
 
 def lora_arguments(spec: EngineSpec) -> list[str]:
@@ -56,7 +54,7 @@ class VllmAdapters(AdapterControl):
                     f"the engine's routes for adapters answer without the control key: {LOAD_ADAPTER} answered {status}"
                 )
             status, _ = await _call(http, engine, "GET", LOAD_ADAPTER, secs=_QUERY_SECS)
-        except _NO_ANSWER:
+        except NO_ANSWER:
             return False
         return status == 405
 
@@ -105,30 +103,20 @@ async def _asked(
     """Status and text of the answer. Raises AdapterFailed if there is none."""
     try:
         return await _call(http, engine, method, path, secs=secs, body=body)
-    except asyncio.TimeoutError:
-        raise failures.AdapterFailed(f"the engine did not answer {path} within {secs:g} s") from None
-    except _NO_ANSWER as error:
-        raise failures.AdapterFailed(
-            f"the engine did not answer {path}: {str(error) or type(error).__name__}"
-        ) from error
+    except NO_ANSWER as error:
+        raise failures.AdapterFailed(f"the engine did not answer {path}: {why(error, secs)}") from error
 
 
 async def _call(
     http: aiohttp.ClientSession, engine: EngineAccess, method: str, path: str, *, secs: float, body: object = None
 ) -> tuple[int, str]:
-    headers = {} if engine.api_key is None else {"Authorization": f"Bearer {engine.api_key}"}
-    if engine.control_key:
-        headers[CONTROL_HEADER] = engine.control_key
-    timeout = aiohttp.ClientTimeout(total=secs)
-    async with http.request(
-        method, engine.url + path, headers=headers, json=body, timeout=timeout, allow_redirects=False
-    ) as reply:
-        return reply.status, await reply.text(errors="replace")
+    url, key = engine.url + path, engine.control_key or None
+    return await call(http, method, url, control_key=key, secs=secs, api_key=engine.api_key, body=body)
 
 
 def _said(text: str) -> str:
     """The message of vLLM's error, or what there is of the answer."""
     try:
-        return str(json.loads(text)["error"]["message"])[:_MAX_REPLY_CHARACTERS]
+        return str(json.loads(text)["error"]["message"])[:MAX_QUOTED_CHARACTERS]
     except (ValueError, TypeError, KeyError):
-        return text[:_MAX_REPLY_CHARACTERS]
+        return text[:MAX_QUOTED_CHARACTERS]

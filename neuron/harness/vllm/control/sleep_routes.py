@@ -6,19 +6,17 @@ The guard also ensures that a sleep aborts no request: running requests finish f
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import aiohttp
 
 from neuron import errors as failures
-from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER
+from neuron.harness.vllm.control.request import MAX_QUOTED_CHARACTERS, NO_ANSWER, call, why
 
 SLEEP_SECS = 120.0
 WAKE_SECS = 120.0
 _QUERY_SECS = 5.0
-_MAX_REPLY_CHARACTERS = 500
 
 
 async def sleep(
@@ -36,8 +34,8 @@ async def sleep(
     path = f"/sleep?level={level}&mode=wait"
     try:
         status, text = await _post(http, url + path, control_key, timeout_secs)
-    except _NO_ANSWER as error:
-        reason = f"the engine did not confirm that it sleeps: {_why(error, timeout_secs)}"
+    except NO_ANSWER as error:
+        reason = f"the engine did not confirm that it sleeps: {why(error, timeout_secs)}"
         raise failures.SleepUnsettled(reason) from error
     if status == 404:
         raise failures.sleep_unsupported("the engine", "it was not started with sleep mode")
@@ -58,10 +56,8 @@ async def wake(http: aiohttp.ClientSession, url: str, control_key: str, *, timeo
     """
     try:
         status, text = await _post(http, url + "/wake_up", control_key, timeout_secs)
-    except _NO_ANSWER as error:
-        raise failures.WakeFailed(
-            f"the engine did not confirm that it is awake: {_why(error, timeout_secs)}"
-        ) from error
+    except NO_ANSWER as error:
+        raise failures.WakeFailed(f"the engine did not confirm that it is awake: {why(error, timeout_secs)}") from error
     if status != 200:
         raise failures.WakeFailed(f"the engine does not wake: it answered {status} {text}".rstrip())
     if await is_sleeping(http, url, control_key) is not False:
@@ -72,7 +68,7 @@ async def is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str) -
     """Whether the engine sleeps; None when it does not answer within 5 s."""
     try:
         return _sleep_state(*await _get_is_sleeping(http, url, control_key))
-    except _NO_ANSWER:
+    except NO_ANSWER:
         return None
 
 
@@ -86,7 +82,7 @@ async def is_guarded(http: aiohttp.ClientSession, url: str, control_key: str) ->
     """
     try:
         without_key = _sleep_state(*await _get_is_sleeping(http, url, None))
-    except _NO_ANSWER:
+    except NO_ANSWER:
         return False
     if without_key is not None:
         raise failures.GuardFailed(
@@ -95,20 +91,13 @@ async def is_guarded(http: aiohttp.ClientSession, url: str, control_key: str) ->
     return await is_sleeping(http, url, control_key) is not None
 
 
-_NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
-
-
 async def _post(http: aiohttp.ClientSession, url: str, control_key: str, timeout_secs: float) -> tuple[int, str]:
-    timeout = aiohttp.ClientTimeout(total=timeout_secs)
-    async with http.post(url, headers={CONTROL_HEADER: control_key}, timeout=timeout, allow_redirects=False) as reply:
-        return reply.status, await _text(reply)
+    status, text = await call(http, "POST", url, control_key=control_key, secs=timeout_secs)
+    return status, text[:MAX_QUOTED_CHARACTERS]
 
 
 async def _get_is_sleeping(http: aiohttp.ClientSession, url: str, control_key: str | None) -> tuple[int, str]:
-    headers = {} if control_key is None else {CONTROL_HEADER: control_key}
-    timeout = aiohttp.ClientTimeout(total=_QUERY_SECS)
-    async with http.get(url + "/is_sleeping", headers=headers, timeout=timeout, allow_redirects=False) as reply:
-        return reply.status, await _text(reply)
+    return await call(http, "GET", url + "/is_sleeping", control_key=control_key, secs=_QUERY_SECS)
 
 
 def _sleep_state(status: int, text: str) -> bool | None:
@@ -119,13 +108,3 @@ def _sleep_state(status: int, text: str) -> bool | None:
         return None
     sleeps = answer.get("is_sleeping") if isinstance(answer, dict) else None
     return sleeps if isinstance(sleeps, bool) else None
-
-
-async def _text(reply: aiohttp.ClientResponse) -> str:
-    return (await reply.text(errors="replace"))[:_MAX_REPLY_CHARACTERS]
-
-
-def _why(error: BaseException, timeout_secs: float) -> str:
-    if isinstance(error, asyncio.TimeoutError):
-        return f"no answer within {timeout_secs:g} s"
-    return str(error) or type(error).__name__
