@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cortex.cli.commands import app
-from shared.command_line import run_command
+from shared.terminal.command_line import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

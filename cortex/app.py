@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
+from cortex.accounts.caller import Caller
 from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
@@ -109,7 +110,7 @@ async def working(
     socks: Sequence[socket.socket],
     address: Address,
     *,
-    authenticate: Callable[[bytes | None], str] = authenticate,
+    authenticate: Callable[[bytes | None], Caller] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's."""

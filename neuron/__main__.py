@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shared.command_line import command_line, run_command
+from shared.terminal.command_line import command_line, run_command
 
 app = command_line("The agent on a GPU host: runs engines for a cortex.")
 

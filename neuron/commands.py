@@ -28,12 +28,12 @@ from neuron.harness.registry import harness_of
 from neuron.lifecycle.group_network import link_mbps
 from neuron.memory.host import HostTopologySource, with_host_ram
 from neuron.spec import EngineSpec
-from shared.command_line import fail
 from shared.errors import InvalidRequest, ServiceError
 from shared.logs import configure_logging
 from shared.protocol import Discovery, EstimateReply
 from shared.serve import ListenError, Site, bind, reaches_network, serve_until_stopped
 from shared.settings import SettingsError, load_settings
+from shared.terminal.command_line import fail
 
 log = logging.getLogger("neuron")
 

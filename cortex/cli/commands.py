@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import typer
 
-from shared.command_line import command_line, fail
+from shared.terminal.command_line import command_line, fail
 
 DEFAULT_URL = "http://127.0.0.1:31313"
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"

@@ -18,8 +18,8 @@ from cortex.simulator.report import by_model, comparison, side_by_side
 from cortex.simulator.simulation import simulate
 from cortex.simulator.trace import Ask, read_trace, write_trace
 from cortex.simulator.workload import load_workload, make_trace
-from shared.command_line import fail
 from shared.settings import SettingsError
+from shared.terminal.command_line import fail
 
 MAX_LOAD = 1e6
 MAX_SEEDS = 1000

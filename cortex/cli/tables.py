@@ -11,7 +11,7 @@ from typing import Any
 from cortex.config.durations import duration_text
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import Parallelism
-from shared.tables import Coloured, table
+from shared.terminal.tables import Coloured, table
 
 MAX_REPEATED = 24
 """Characters of a reason that may stand both above a table and in it."""

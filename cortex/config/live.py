@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
-from cortex.subscribers import Subscribers
+from shared.subscribers import Subscribers
 
 
 class LiveConfig:

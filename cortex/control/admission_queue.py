@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.live import LiveConfig
 from cortex.placement.inputs import WaitingRequests
 from shared.errors import ServiceError, TooManyRequests
@@ -20,8 +21,9 @@ from shared.tasks import timeout
 class Ticket:
     """One waiting request. A notification that arrives while it does not wait is kept."""
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str, caller: Caller) -> None:
         self.model_id = model_id
+        self.caller = caller
         self.request_id = current_request_id()
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
@@ -65,7 +67,9 @@ class AdmissionQueue:
         self._total = 0
 
     @contextlib.contextmanager
-    def ticket(self, model_id: str, retry_after: Callable[[str], float]) -> Iterator[Ticket]:
+    def ticket(
+        self, model_id: str, retry_after: Callable[[str], float], caller: Caller = ANONYMOUS
+    ) -> Iterator[Ticket]:
         """A ticket for the duration of the body. `retry_after` estimates the seconds until the model is loaded, for the
         error.
 
@@ -79,7 +83,7 @@ class AdmissionQueue:
             raise _full(f"{self._total} requests are already waiting for models", retry_after(model_id))
         if queue is None:
             queue = self._queues[model_id] = _ModelQueue(self._clock())
-        ticket = Ticket(model_id)
+        ticket = Ticket(model_id, caller)
         queue.tickets[ticket] = None
         self._total += 1
         pass_on = True  # it leaves unserved, and may have been woken for a place

@@ -52,6 +52,9 @@ InFlight = Callable[[ReplicaKey], int]
 
 _LOADABLE = (ModelStatus.UNLOADED, ModelStatus.SLEEPING)
 
+_TOKENIZER_FLAGS = ("--tokenizer", "--skip-tokenizer-init", "--revision", "--config")
+"""vLLM's arguments, or how they begin, that may name another tokenizer."""
+
 
 def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> Decision:
     """What a request for `model_id` (an id or `id@variant`, not an alias) needs now."""
@@ -80,7 +83,7 @@ def context_bound(
     known = [length for length in lengths if length is not None]
     if not known or len(known) < len(lengths):
         return None
-    sources = {choice.source or choice.id for choice in choices}
+    sources = {"" if _names_tokenizer(choice) else choice.source or choice.id for choice in choices}
     return ContextBound(max(known), sources.pop() if len(sources) == 1 else "")
 
 
@@ -97,6 +100,11 @@ def served_paths(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> S
             harnesses[choice.harness] = None
             paths |= dict.fromkeys(told)
     return ServedPaths(tuple(harnesses), tuple(paths)) if harnesses else None
+
+
+def _names_tokenizer(choice: ModelProfile) -> bool:
+    """Its arguments may have the engine use another tokenizer than that of the source."""
+    return any(arg.replace("_", "-").startswith(_TOKENIZER_FLAGS) for arg in choice.args)
 
 
 def _context_of(choice: ModelProfile, served: Callable[[ModelProfile], int | None]) -> int | None:

@@ -14,9 +14,9 @@ from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.routing.replica import LOST, Failure, ReplicaKey
-from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.protocol import EndpointReply, ErrorCode
+from shared.subscribers import Subscribers
 
 PATIENCE_SECS = 10.0
 RETRY_SECS = 0.25

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -113,14 +114,14 @@ class Resolver:
         context = None if starts else context_bound(model_id, catalogue, self.contexts.longest)
         return Prospect(context, served_paths(model_id, catalogue, fleet))
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.
 
         Raises:
             ServiceError: it cannot be served now; the error is for the client. No other exception is raised.
         """
         try:
-            return await self._resolve(model_id, failures)
+            return await self._resolve(model_id, failures, caller)
         except ServiceError:
             raise
         except Exception as error:
@@ -170,7 +171,7 @@ class Resolver:
         fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
         return waiting_note(model_id, fleet, job, self._scheduler.wait_reason(model_id), time.time())
 
-    async def _resolve(self, model_id: str, failures: Sequence[Failure]) -> Route:
+    async def _resolve(self, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
         lost = given_up(failures)
         if failures:
             await self._check_failed(failures[-1])
@@ -178,9 +179,11 @@ class Resolver:
         replica = await self._serving(model_id, failures, lost, queued=False)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_served(model_id, failures, lost)
+        return await self._when_served(model_id, failures, lost, caller)
 
-    async def _when_served(self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey]) -> Route:
+    async def _when_served(
+        self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey], caller: Caller
+    ) -> Route:
         """Waits in the queue until the model can be served: it must be loaded, or has as many requests as its neurons
         allow. Runs in the caller's own task: another task that ran between the decision and the in-flight count could
         evict the model as idle."""
@@ -188,7 +191,7 @@ class Resolver:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
         self._demand.record_request(self._live.catalogue.requested(model_id).model_id)
-        with self._queue.ticket(model_id, self._scheduler.retry_after) as ticket:
+        with self._queue.ticket(model_id, self._scheduler.retry_after, caller) as ticket:
             cold = False
             while True:
                 if not self._fleet.snapshot().serving(model_id):

@@ -12,9 +12,9 @@ from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.choice import beyond_ours
 from cortex.routing.replica import Failure, Replica, ReplicaKey, ServedPaths
-from cortex.subscribers import Subscribers
 from shared.errors import UpstreamError
 from shared.protocol import ModelView
+from shared.subscribers import Subscribers
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from cortex.http.errors import shutting_down
-from cortex.subscribers import Subscribers
+from shared.subscribers import Subscribers
 from shared.tasks import first_of
 
 Result = TypeVar("Result")

@@ -24,8 +24,8 @@ from cortex.fleet.snapshot import (
 )
 from cortex.fleet.variant_labels import VariantLabels
 from cortex.routing.replica import ReplicaKey
-from cortex.subscribers import Subscribers
 from shared.protocol import Discovery, EndpointReply, ModelStatus, ModelView, NeuronHealth
+from shared.subscribers import Subscribers
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-ANONYMOUS: Final = "anonymous"
+from cortex.accounts.caller import ANONYMOUS, Caller
 
 
-def authenticate(api_key: bytes | None) -> str:
-    """The name of the caller with this key (None: the request has no key), for the access log.
+def authenticate(api_key: bytes | None) -> Caller:
+    """The caller with this key (None: the request has no key).
 
     cortex has no API keys yet, so every caller is anonymous.
 

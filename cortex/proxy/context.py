@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
-from cortex.config.local_tokenizer import tokenizer_of
+from cortex.accounts.caller import Caller
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
@@ -19,14 +16,10 @@ from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
-from cortex.proxy.body.prompt_size import (
-    LONGEST_TOKEN_CHARS,
-    SIZED,
-    excess,
-    longest_token,
-    prompt_size,
-)
 from cortex.proxy.paths import INFERENCE
+from cortex.proxy.prompt.local_tokenizer import local_tokenizer
+from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, excess, prompt_size
+from cortex.proxy.prompt.token_counter import TokenCounter
 from cortex.proxy.relay import Relay
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
@@ -43,36 +36,7 @@ OTHER_WORKER_SECS: Final = 0.2
 """How long it may take to learn which response another worker has just passed on."""
 OTHER_WORKER_CHECKS: Final = 10
 
-MAX_TOKENIZER_BYTES: Final = 64 << 20
-"""A tokenizer.json beyond that is not read."""
-
 log = logging.getLogger(__name__)
-
-
-def longest_token_chars(source: str, environ: Mapping[str, str] = os.environ) -> int:
-    """The characters of the longest token of the model that an engine loads for `source`; LONGEST_TOKEN_CHARS if its
-    tokenizer is not on this host. Blocks."""
-    path = tokenizer_of(source, environ)
-    try:
-        return LONGEST_TOKEN_CHARS if path is None else _longest_in(path, path.stat().st_mtime_ns)
-    except OSError:
-        return LONGEST_TOKEN_CHARS
-
-
-@lru_cache(maxsize=64)
-def _longest_in(path: Path, _changed: int) -> int:
-    data = path.read_bytes() if path.stat().st_size <= MAX_TOKENIZER_BYTES else b""
-    return longest_token(data) or LONGEST_TOKEN_CHARS
-
-
-async def _check_length(request: Request, bound: ContextBound) -> None:
-    size = prompt_size(request.path, request.body)
-    if max(size.limit, size.tokens, len(size.text)) <= bound.tokens:
-        return
-    longest = await asyncio.to_thread(longest_token_chars, bound.source)
-    error = excess(size, bound.tokens, longest)
-    if error is not None:
-        raise error
 
 
 class ProxyContext:
@@ -96,6 +60,7 @@ class ProxyContext:
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
+        self._token_counter = TokenCounter()
 
     def configure(self, config: CortexConfig) -> None:
         """Applies this configuration to requests that arrive from now on."""
@@ -111,7 +76,12 @@ class ProxyContext:
         self.default_model = gateway.default_model  # for requests that name none
 
     async def resolve(
-        self, request: Request, model_id: str, failures: Sequence[Failure], is_able: Callable[[ServedPaths], bool]
+        self,
+        request: Request,
+        model_id: str,
+        failures: Sequence[Failure],
+        caller: Caller,
+        is_able: Callable[[ServedPaths], bool],
     ) -> Route:
         """As `Control.resolve`, for this request. `is_able`: whether engines that serve these paths can answer it.
 
@@ -124,8 +94,22 @@ class ProxyContext:
             if prospect.served is not None and not is_able(prospect.served):
                 raise not_served(model_id, request.path, prospect.served)
             if prospect.context is not None and request.path in SIZED:
-                await _check_length(request, prospect.context)
-        return await self.control.resolve(model_id, failures)
+                await self._check_length(request, prospect.context)
+        return await self.control.resolve(model_id, failures, caller)
+
+    async def _check_length(self, request: Request, bound: ContextBound) -> None:
+        size = prompt_size(request.path, request.body)
+        # No token is shorter than a byte; a special one may come on top.
+        if max(size.limit, size.tokens, len(size.text.encode())) < bound.tokens:
+            return
+        tokenizer = await asyncio.to_thread(local_tokenizer, bound.source)
+        longest = LONGEST_TOKEN_CHARS if tokenizer is None else tokenizer.longest_token
+        error = excess(size, bound.tokens, longest)
+        if error is None and tokenizer is not None and size.text:
+            size = await self._token_counter.counted(size, tokenizer, bound.tokens)
+            error = excess(size, bound.tokens, longest)
+        if error is not None:
+            raise error
 
     def finished(self, replica: Replica) -> None:
         """A request at this replica has ended, or is given up."""
@@ -197,5 +181,6 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

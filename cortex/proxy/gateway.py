@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from time import monotonic
 
+from cortex.accounts.caller import Caller
 from cortex.config.settings import CortexConfig
 from cortex.http.body_reader import BodySpool
 from cortex.http.connection import ClientConnection
@@ -55,7 +56,7 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
-        authenticate: Callable[[bytes | None], str],
+        authenticate: Callable[[bytes | None], Caller],
     ) -> None:
         """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
         self.max_body_bytes = max_body_bytes
@@ -105,7 +106,7 @@ class Gateway:
             return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
 
-    def _handle_other(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+    def _handle_other(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         method = request.method
         request.notice_anthropic_client()
         if method == b"GET" and b"websocket" in (request.upgrade or b"").lower():
@@ -125,7 +126,7 @@ class Gateway:
             return self._refuse(client, request, not_for_clients(request))
         return self._infer(client, request, caller)
 
-    def _infer(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+    def _infer(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.streamed is not None and isinstance(request.streamed, SpooledForm):
             return SpooledUpload(self._context, client, request, caller, form=request.streamed)
         if request.path == RESPONSES:
@@ -134,7 +135,7 @@ class Gateway:
             return TranslatableRequest(self._context, client, request, caller)
         return RequestHandler(self._context, client, request, caller)
 
-    def _open_websocket(self, client: ClientConnection, request: Request, caller: str) -> Handler:
+    def _open_websocket(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         path = meant_path(request.raw_path, reads=False)
         if path == REALTIME:
             request.use_path(path)

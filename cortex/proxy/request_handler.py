@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Final
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.request import Request
@@ -15,7 +16,6 @@ from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
-from cortex.proxy.authentication import ANONYMOUS
 from cortex.proxy.body.alias_edit import rewritten
 from cortex.proxy.body.model_field import find_or_add_model
 from cortex.proxy.context import ProxyContext
@@ -76,7 +76,7 @@ class RequestHandler:
         "_waited",
     )
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
+    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         self._context = context
         self._client = client
         self._request = request
@@ -262,7 +262,7 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.resolve(self._request, self._name, self._failures, self._is_able)
+            route = await self._context.resolve(self._request, self._name, self._failures, self._caller, self._is_able)
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
@@ -386,8 +386,8 @@ class RequestHandler:
                 more = f" lost={relay.lost_because!r}"
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
-            if self._caller != ANONYMOUS:
-                more = f" caller={self._caller}{more}"
+            if self._caller.key_id:
+                more = f" caller={self._caller.name}{more}"
             if self._attempts > 1:
                 more = f" attempts={self._attempts}{more}"
             if self._waited >= 0.001:

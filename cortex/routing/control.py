@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.aliases import Rewrite
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, WaitNote
 from cortex.routing.response_owners import ResponseOwners
@@ -14,7 +15,7 @@ from cortex.routing.response_owners import ResponseOwners
 
 class ContextBound(msgspec.Struct, frozen=True):
     """No engine of a model that is not loaded would serve more tokens of context than `tokens`. `source` is what it
-    loads."""
+    loads, with its tokenizer; "" if they differ."""
 
     tokens: int
     source: str
@@ -52,9 +53,9 @@ class Control(Protocol):
         """What a model, or the variant of `id@variant`, could do once it is loaded. Nothing is known of its context
         while its engine starts, and nothing at all while one serves."""
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
-        """Waits until the model, or the variant of `id@variant`, can be served. `failures` are the replicas that this
-        request has tried.
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
+        """Waits until the model, or the variant of `id@variant`, can be served, in `caller`'s turn. `failures` are the
+        replicas that this request has tried.
 
         Raises:
             ServiceError: the request cannot be served.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from cortex.simulator.comparison import Comparison
 from cortex.simulator.outcome import Figures, Outcome, WaitFigures
 from cortex.simulator.statistics import wait_ratio
-from shared.tables import table
+from shared.terminal.tables import table
 
 _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("requests", lambda f: str(f.requests)),

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from cortex.accounts.caller import Caller
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.routing.control import Prospect
@@ -163,6 +164,7 @@ class Resolve(msgspec.Struct, frozen=True, tag=True):
     model_id: str
     failures: list[Failure]
     request_id: str | None
+    caller: Caller
 
 
 class CancelResolve(msgspec.Struct, frozen=True, tag=True):

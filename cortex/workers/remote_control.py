@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
 from cortex.routing.control import Prospect
@@ -59,14 +60,14 @@ class RemoteControl:
     def knows(self, model_id: str) -> bool:
         return model_id in self._models
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = ()) -> Route:
+    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """As `cortex.control.resolver.Resolver.resolve`. Raises Unavailable if the control is gone."""
         if self._gone:
             raise shutting_down()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send(Resolve(number, model_id, list(failures), current_request_id()))
+        self._send(Resolve(number, model_id, list(failures), current_request_id(), caller))
         try:
             return await future
         except asyncio.CancelledError:

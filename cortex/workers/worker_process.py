@@ -12,7 +12,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.replica import Failure, Replica, ReplicaKey
+from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     AskEngine,
@@ -111,8 +111,8 @@ class WorkerProcess:
         try:
             async for message in self._channel.messages():
                 match message:
-                    case Resolve(number, model_id, failures, request_id):
-                        self._resolve(number, model_id, failures, request_id)
+                    case Resolve():
+                        self._resolve(message)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
                     case AskProspect() | AskEngine() | AskEngineEnd():
@@ -150,9 +150,10 @@ class WorkerProcess:
             self._resolver.release(taken[0], len(taken))
         await self._channel.close()
 
-    def _resolve(self, number: int, model_id: str, failures: list[Failure], request_id: str | None) -> None:
-        with request_scope(request_id):
-            task = self._tasks.spawn(self._answer(number, model_id, failures), name=f"resolve {model_id}")
+    def _resolve(self, asked: Resolve) -> None:
+        number, model_id = asked.number, asked.model_id
+        with request_scope(asked.request_id):
+            task = self._tasks.spawn(self._answer(asked), name=f"resolve {model_id}")
         self._resolving[number] = task
         self._resolving_models[number] = model_id
         task.add_done_callback(lambda _: self._resolved(number))
@@ -179,9 +180,10 @@ class WorkerProcess:
             self._channel.send(Notes({model_id: self._resolver.note(model_id) for model_id in models}))
             self._noting = asyncio.get_running_loop().call_later(self._note_secs, self._note)
 
-    async def _answer(self, number: int, model_id: str, failures: list[Failure]) -> None:
+    async def _answer(self, asked: Resolve) -> None:
+        number = asked.number
         try:
-            route = await self._resolver.resolve(model_id, failures)
+            route = await self._resolver.resolve(asked.model_id, asked.failures, asked.caller)
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuron.estimate.result import Estimate
 from shared.protocol import EstimateLine, EstimateOption, EstimateReply
-from shared.tables import table
+from shared.terminal.tables import table
 
 
 def reply_of(model: str, estimate: Estimate) -> EstimateReply:

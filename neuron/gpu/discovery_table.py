@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.protocol import Device, Discovery, Link, LinkKind
-from shared.tables import table
+from shared.terminal.tables import table
 
 _HEADINGS = ("GPU", "NAME", "MEMORY", "CC", "PCI BUS ID", "NUMA", "MIG", "UUID")
 _NUMERIC = frozenset({"GPU", "MEMORY", "CC", "NUMA"})

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from shared.command_line import version_text
 from shared.logs import JsonFormatter, TextFormatter, add_request_id, configure_logging
 from shared.request_ids import current_request_id, request_id, request_scope
+from shared.terminal.command_line import version_text
 
 
 def logger_to(formatter: logging.Formatter) -> tuple[logging.Logger, io.StringIO]:

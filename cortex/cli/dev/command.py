@@ -22,10 +22,10 @@ from cortex.cli.dev.fleet import (
 )
 from cortex.cli.dev.processes import CORTEX, DevFleet, memory_file
 from cortex.config.catalogue import Catalogue, load_catalogue
-from shared.command_line import fail
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
 from shared.tasks import first_of
+from shared.terminal.command_line import fail
 
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0

@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
@@ -27,7 +28,7 @@ class NewResponse(TranslatableRequest):
 
     __slots__ = ("_continues",)
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
+    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         super().__init__(context, client, request, caller)
         self._continues = False  # sent to the engine that has the previous response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cortex.accounts.caller import Caller
 from cortex.config.aliases import Rewrite
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
@@ -18,7 +19,7 @@ class SpooledUpload(RequestHandler):
     __slots__ = ("_form",)
 
     def __init__(
-        self, context: ProxyContext, client: ClientConnection, request: Request, caller: str, *, form: SpooledForm
+        self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller, *, form: SpooledForm
     ) -> None:
         super().__init__(context, client, request, caller)
         self._form = form

@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
@@ -35,7 +36,7 @@ class StoredResponse(RequestHandler):
     __slots__ = ("_response_id",)
 
     def __init__(
-        self, context: ProxyContext, client: ClientConnection, request: Request, caller: str, *, response_id: str
+        self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller, *, response_id: str
     ) -> None:
         super().__init__(context, client, request, caller)
         self._response_id = response_id

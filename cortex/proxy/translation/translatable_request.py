@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
@@ -32,7 +33,7 @@ class TranslatableRequest(RequestHandler):
 
     __slots__ = ("_held", "_translation")
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: str) -> None:
+    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
         self._held: HeldAnswer | None = None  # of the first engine that lacked the path

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cortex.accounts.caller import Caller
 from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.upstream.address import Address
@@ -18,10 +19,10 @@ from tests.cortex.raw_http import connected, request
 MODEL = "org/small"
 
 
-def only_alice(api_key: bytes | None) -> str:
+def only_alice(api_key: bytes | None) -> Caller:
     if api_key != b"alice's key":
         raise Unauthorized("this key is unknown")
-    return "alice"
+    return Caller("1", "alice")
 
 
 @pytest.mark.parametrize("target", ["/v1/chat/completions", "/v1/messages", "/fleet", "/v1/models", "/nope"])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shared.tables import Coloured, table
+from shared.terminal.tables import Coloured, table
 
 ROWS = [["NODE", "STATE"], ["beast", Coloured("down", "red")]]
 
