@@ -62,11 +62,17 @@ def models_table(models: dict[str, Any]) -> str:
             _yes_or_no(entry["loaded"]),
             ", ".join(entry["feasible_on"]) or "-",
             _places(entry["locations"]) or "-",
-            f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
+            _stands_for(entry),
         ]
         for entry in models["data"]
     ]
     return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
+
+
+def _stands_for(entry: dict[str, Any]) -> str:
+    if "alias_of" in entry:
+        return f"alias of {entry['alias_of']}"
+    return f"adapter of {entry['base']}" if "base" in entry else ""
 
 
 def _places(locations: list[dict[str, Any]]) -> str:
@@ -268,11 +274,12 @@ def _model(model: dict[str, Any], *, named: bool, located: bool) -> str:
     if located and model.get("devices"):
         name += f" on {' '.join(map(str, model['devices']))}"
     progress = model.get("progress") or {}
-    split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
+    more = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
+    more += f", with {', '.join(model['adapters'])}" if model.get("adapters") else ""
     if model["status"] == "loaded" or not progress.get("phase"):
-        return f"{name} ({status}{split})"
+        return f"{name} ({status}{more})"
     shown = status.removeprefix("loading").removeprefix(", ")
-    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
+    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{more})"
 
 
 def _status(place: dict[str, Any]) -> str:

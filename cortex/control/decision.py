@@ -1,6 +1,6 @@
 """Decides what a request needs. Pure: names and snapshots in, one decision out.
 
-The first that holds decides: loaded, being loaded, loadable, unknown.
+The first that holds decides: loaded, for an adapter that its base is, being loaded, loadable, unknown.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ from cortex.placement.refusal import unknown_model_error
 from cortex.routing.choice import beyond_ours
 from cortex.routing.control import ContextBound
 from cortex.routing.replica import ReplicaKey, ServedPaths
-from shared.errors import ServiceError
-from shared.protocol import ModelStatus
+from shared.errors import ServiceError, Unavailable
+from shared.protocol import ErrorCode, ModelStatus
+from shared.retry_after import LOAD_TIMED_OUT_SECS
 
 
 @dataclass(frozen=True)
 class Serve:
     """The model is served by these replicas, least busy first."""
+
+    replicas: tuple[ReplicaKey, ...]
+
+
+@dataclass(frozen=True)
+class Attach:
+    """No engine has this adapter. One of these replicas of its base has to load it, least busy first."""
 
     replicas: tuple[ReplicaKey, ...]
 
@@ -46,7 +54,7 @@ class Refuse:
     error: ServiceError
 
 
-Decision = Serve | Await | Place | Refuse
+Decision = Serve | Attach | Await | Place | Refuse
 InFlight = Callable[[ReplicaKey], int]
 """Requests of ours that a replica is working on."""
 
@@ -61,12 +69,38 @@ def decide(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight:
     engines = fleet.serving(model_id)
     if engines:
         return Serve(_least_busy(engines, in_flight))
+    able = attachable(model_id, catalogue, fleet, in_flight)
+    if able:
+        return Attach(able)
     coming = fleet.loading_on(model_id)
     if coming is not None:
         return Await(coming.node.name)
+    if model_id in catalogue.adapters and fleet.serving(catalogue.requested(model_id).name):
+        return Refuse(without_adapters_error(model_id, catalogue))
     if catalogue.profile(model_id) is not None or _is_loadable(model_id, fleet):
         return Place()
     return Refuse(unknown_model_error(model_id, catalogue, fleet))
+
+
+def attachable(adapter: str, catalogue: Catalogue, fleet: FleetSnapshot, in_flight: InFlight) -> tuple[ReplicaKey, ...]:
+    """The replicas of the adapter's base that can load it and do not have it, least busy first; none for a model that
+    is not an adapter."""
+    if adapter not in catalogue.adapters:
+        return ()
+    of_base = fleet.serving(catalogue.requested(adapter).name)
+    able = [each for each in of_base if each.view.max_loras and adapter not in each.view.adapters]
+    return _least_busy(able, in_flight)
+
+
+def without_adapters_error(adapter: str, catalogue: Catalogue) -> Unavailable:
+    """The error if the base of an adapter is loaded where it cannot load the adapter."""
+    base = catalogue.requested(adapter).name
+    return Unavailable(
+        f"{adapter!r} is an adapter of {base!r}, whose engines were started without adapters: unload {base!r}, so that "
+        "it is loaded again with them",
+        code=ErrorCode.ADAPTER_FAILED,
+        retry_after=LOAD_TIMED_OUT_SECS,
+    )
 
 
 def context_bound(

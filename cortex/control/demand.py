@@ -152,6 +152,15 @@ class Demand:
         self._displaced = {model_id for model_id in self._displaced if catalogue.profile(model_id) is not None}
         return frozenset(self._displaced)
 
+    def record_use(self, key: ReplicaKey) -> None:
+        """A request will be sent there in a moment."""
+        self._last_used[key] = self._clock()
+
+    def least_recent_first(self, keys: Iterable[ReplicaKey]) -> list[ReplicaKey]:
+        """In the order of their last use as far as `sample` has seen it, those never used first."""
+        _ = self._collect(self._clock())
+        return sorted(keys, key=lambda key: (self._last_used.get(key, 0.0), key))
+
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each replica is used. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""

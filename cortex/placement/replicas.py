@@ -61,7 +61,9 @@ class ReplicaChanges:
 
 
 def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
-    """Whether the model's replicas may change without requests."""
+    """Whether the model's replicas may change without requests. An adapter has none of its own."""
+    if profile.base is not None:
+        return False
     if profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None:
         return True
     holders = fleet.holders(profile.id)

@@ -25,7 +25,7 @@ from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
 from cortex.routing.control import ContextBound, Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, not_served
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, adapter_key, not_served
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
@@ -111,9 +111,21 @@ class ProxyContext:
         if error is not None:
             raise error
 
+    def count(self, replica: Replica) -> None:
+        """A request is about to be sent to this replica."""
+        self.in_flight.add(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.add(adapter_key(replica.adapter, replica.key))
+
+    def uncount(self, replica: Replica) -> None:
+        """Takes `count` back."""
+        self.in_flight.remove(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.remove(adapter_key(replica.adapter, replica.key))
+
     def finished(self, replica: Replica) -> None:
         """A request at this replica has ended, or is given up."""
-        self.in_flight.remove(replica.key)
+        self.uncount(replica)
         if replica.limit is not None:
             self.control.release(replica)
 

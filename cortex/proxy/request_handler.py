@@ -297,10 +297,10 @@ class RequestHandler:
             error = not_served(self._name, request.path, replica.served)
             self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
             return
-        key, node = replica.key, replica.key.node
+        node = replica.key.node
         self._label, self._node = self._model_id, node
         self._attempts += 1
-        context.in_flight.add(key)
+        context.count(replica)
         request_id = self._request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(
@@ -322,7 +322,7 @@ class RequestHandler:
     def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
         """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
         # The control counts it already, and must learn that it has ended.
-        self._context.in_flight.add(replica.key)
+        self._context.count(replica)
         self._context.finished(replica)
         able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
         others = untried(able, self._failures, replica)

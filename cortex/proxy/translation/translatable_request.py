@@ -43,7 +43,7 @@ class TranslatableRequest(RequestHandler):
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.in_flight.remove(replica.key)
+        self._context.uncount(replica)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._request_id):
