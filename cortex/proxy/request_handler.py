@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Final
 
@@ -27,8 +27,9 @@ from cortex.routing.replica import (
     FailureKind,
     Refusal,
     Replica,
+    ServedPaths,
     failure_of,
-    lost,
+    not_served,
     stopped,
     unreachable,
     untried,
@@ -56,6 +57,7 @@ class RequestHandler:
         "_account",
         "_client",
         "_context",
+        "_diverted",
         "_failures",
         "_keep_alive",
         "_name",
@@ -70,6 +72,7 @@ class RequestHandler:
         self._account = RequestAccount(context, request, caller)
         self._state: Resolving | Sent | None = None
         self._name = ""
+        self._diverted = False
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
 
@@ -114,7 +117,7 @@ class RequestHandler:
         state = self._state
         if isinstance(state, Sent):
             if state.ending is not None:
-                self._end_lost(state, None)
+                state.end_lost(self._account.request_id)
                 return
             if state.relay.status:
                 state.relay.cut_off(STOPPING)
@@ -185,9 +188,9 @@ class RequestHandler:
         if reason == STOPPING:
             state.relay.end_lost(stopped(state.replica), state.replica.model_id)
         elif state.relay.answer.events:
-            state.ending = self._spawn(self._explain_end(state), "end")
+            state.ending = self._spawn(state.end_explained(self._account.request_id, self._context.control), "end")
         else:
-            self._end_lost(state, None)
+            state.end_lost(self._account.request_id)
 
     def _can_follow(self, answer: Answer) -> bool:
         """Prepares to continue an event stream whose head the client already has. False if that is impossible."""
@@ -197,37 +200,15 @@ class RequestHandler:
         self._keep_alive.follow()
         return True
 
-    async def _explain_end(self, sent: Sent) -> None:
-        engine_end = await self._context.control.engine_end(sent.replica)
-        sent.ending = None
-        self._end_lost(sent, engine_end)
-
-    def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
-        error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
-        with request_scope(self._account.request_id):
-            log.warning("%s", error.message)
-        sent.relay.end_lost(error, sent.replica.model_id)
-
     def done(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
         relay = state.relay
         self._account.close(relay.status, relay)
-        if state.compared:
-            self._measure(state.replica, relay)
+        if state.compared and self._account.attempts == 1 and not self._account.cold:  # others are not comparable
+            self._context.measure(state.replica, self._request, relay)
         self._stop_keep_alive()
         self._client.finished()
-
-    def _measure(self, replica: Replica, relay: Relay) -> None:
-        """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        comparable = (
-            relay.status == 200
-            and relay.lost_because is None
-            and self._account.attempts == 1
-            and not self._account.cold
-        )
-        if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
-            self._context.measure(replica, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
@@ -266,7 +247,9 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.resolve(self._request, self._name, self._failures, self._account.caller)
+            route = await self._context.resolve(
+                self._request, self._name, self._failures, self._account.caller, self._is_able
+            )
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
@@ -297,6 +280,10 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
+        if replica.served is not None and not self._is_able(replica.served):
+            error = not_served(self._name, request.path, replica.served)
+            self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
+            return
         node = replica.key.node
         self._account.label, self._account.node = self._account.model_id, node
         self._account.attempts += 1
@@ -315,6 +302,24 @@ class RequestHandler:
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
 
+    def _is_able(self, served: ServedPaths) -> bool:
+        """Whether engines that serve these paths can answer the request."""
+        return served.has(self._request.path)
+
+    def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
+        """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
+        # The control counts it already, and must learn that it has ended.
+        self._context.count(replica)
+        self._context.finished(replica)
+        able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
+        others = untried(able, self._failures, replica)
+        if others and not self._diverted:  # once: with limits, the control may name this replica again and again
+            self._diverted = True
+            self._send_to_one_of(others)
+        else:
+            self._account.label, self._account.node = self._account.model_id, replica.node
+            self._refuse(error)
+
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         """A relay that sends the request, with this `head`, to the engine at `address`."""
         return Relay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
@@ -325,9 +330,8 @@ class RequestHandler:
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
-        if keep_alive.events:
-            return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
-        return DeferredJson(self._client, self._request, keep_alive=keep_alive)
+        form = DeferredAnswer if keep_alive.events else DeferredJson
+        return form(self._client, self._request, keep_alive=keep_alive)
 
     def _leave_state(self) -> Resolving | Sent | None:
         """Leaves the current state and returns it."""

@@ -9,7 +9,6 @@ from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
-from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 
 CLIENT_DISCONNECTED = 499
@@ -54,17 +53,12 @@ class RequestAccount:
         sent, more = 0, ""
         first_byte_secs: float | None = None
         if relay is not None:
-            tail = relay.answer.tail
-            sent = tail.fed_bytes
+            context.count_answer(self.model_id, model, node, relay)
+            sent = relay.answer.tail.fed_bytes
             if relay.first_byte_at is not None:
                 first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
                 more = f" lost={relay.lost_because!r}"
-                context.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-            elif status != CLIENT_DISCONNECTED:
-                context.count_tokens(model, node, tail)
-                if status == 400:
-                    context.hint_at_tools(self.model_id, node, relay.answer.refusal())
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             self._log(status, sent, took, more)
