@@ -137,7 +137,7 @@ class Supervisor:
 
     def _catalogue(self) -> tuple[list[str], dict[str, Rewrite]]:
         catalogue = self._live.catalogue
-        names = [name for profile in catalogue.models for name in catalogue.names_of(profile.id)]
+        names = list({name: None for profile in catalogue.models for name in catalogue.names_of(profile.id)})
         return names, dict(catalogue.rewrites)
 
     async def _keep_running(self, number: int) -> None:

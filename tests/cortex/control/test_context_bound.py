@@ -60,6 +60,10 @@ async def test_an_alias_counts_with_what_it_sets(start_cortex: StartCortex, benj
         ({"max_model_len": 100, "harness": "sim"}, "m", ContextBound(100, "m")),
         ({"max_model_len": 100, "variants": [{"quant": "a"}, {"quant": "b", "max_model_len": 200}]}, "m", 200),
         ({"max_model_len": 100, "variants": [{"quant": "a"}, {"quant": "b", "max_model_len": 200}]}, "m@a", 100),
+        # Another tokenizer than that of the source.
+        ({"max_model_len": 100, "args": ["--tokenizer", "/srv/other"]}, "m", ContextBound(100, "")),
+        ({"max_model_len": 100, "args": ["--tokenizer_mode=slow"]}, "m", ContextBound(100, "")),
+        ({"max_model_len": 100, "args": ["--revision", "v2"]}, "m", ContextBound(100, "")),
         # Not known, as long as the largest card, or of engines that may shorten a prompt.
         ({}, "m", None),
         ({"args": ["--max-model-len", "100"]}, "m", None),
