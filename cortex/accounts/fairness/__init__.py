@@ -1,2 +1,1 @@
-"""Fair shares of the callers: the order of waiting requests, and the accounts of who has used how much of the GPUs.
-Pure."""
+"""Fair shares of the callers: the order of waiting requests, and the GPU time that each caller has used. Pure."""

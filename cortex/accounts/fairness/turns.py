@@ -3,7 +3,7 @@
 By the caller's priority, callers without a key last; then start-time fair queueing over the callers (Goyal, Vin, Cheng
 1996). A caller's tag is what it has used, in tokens divided by its weight; the lowest tag is next, and among equal ones
 the request that arrived first. A caller that begins to wait has at least the tag of the request that was served last,
-so that nobody saves up turns by being idle. One caller's requests keep their order.
+so that an idle caller saves no turns up. One caller's requests keep their order.
 """
 
 from __future__ import annotations
