@@ -219,6 +219,7 @@ class Resolver:
                 lost &= self._serving_keys(engines)
                 replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
+                    ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
                     return Route(replica=replica, cold=cold)
                 if self._shutdown.begun:
