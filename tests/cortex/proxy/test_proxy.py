@@ -227,7 +227,8 @@ async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningC
 
     benjy.engine.answer = answer
     with pytest.raises(aiohttp.ClientPayloadError):
-        async with cortex.chat("org/small", stream=True) as response:
+        asked = {"include_usage": True}  # otherwise cortex frames the stream itself
+        async with cortex.chat("org/small", stream=True, stream_options=asked) as response:
             await response.read()
 
 
