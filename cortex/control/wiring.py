@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from functools import partial
 
+from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -144,6 +146,8 @@ def build(
         policy=policy,
     )
     adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
+    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
+    live.changes.subscribe(limiter.models_changed)
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -157,6 +161,7 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
+        limiter=limiter,
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)
@@ -205,6 +210,12 @@ async def running_control(
         finally:
             await asyncio.gather(membership.close(), core.close())
             await state.close()
+
+
+def _served_context(fleet: Fleet, model_id: str) -> int | None:
+    """The most tokens of context that an engine of the model serves now; None if unknown."""
+    lengths = [engine.view.max_model_len for engine in fleet.snapshot().serving(model_id)]
+    return max((length for length in lengths if length is not None), default=None)
 
 
 async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:

@@ -19,6 +19,8 @@ from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AdmitRefused,
+    Admitted,
     CatalogueChanged,
     Collect,
     ConfigChanged,
@@ -94,6 +96,8 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
+                case Admitted() | AdmitRefused():
+                    control.limiter.receive(message)
                 case Resolved() | Refused() | ContextFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):

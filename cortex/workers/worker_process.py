@@ -15,6 +15,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    Admit,
     AskContext,
     AskEngine,
     AskEngineEnd,
@@ -35,10 +36,12 @@ from cortex.workers.messages import (
     Resolved,
     ResponseMade,
     RouteUnused,
+    Settle,
     counts_from_wire,
     counts_to_wire,
     error_to_wire,
 )
+from cortex.workers.worker_grants import WorkerGrants
 from shared.errors import ServiceError
 from shared.request_ids import request_scope
 from shared.tasks import TaskSet, timeout
@@ -79,6 +82,7 @@ class WorkerProcess:
         self._noting: asyncio.TimerHandle | None = None
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
+        self._grants = WorkerGrants(resolver.limiter, channel.send, self._tasks)
         self._numbers = 0
 
     def collect(self) -> Counters:
@@ -115,12 +119,12 @@ class WorkerProcess:
                         self._resolve(message)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
+                    case Admit() | Settle():
+                        self._grants.receive(message)
                     case AskContext() | AskEngine() | AskEngineEnd():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
-                    case Released(replica):
-                        self._release(replica)
-                    case RouteUnused(replica):
-                        self._take_back(replica)
+                    case Released() | RouteUnused():
+                        self._give_back(message)
                     case InFlightNow(counts, begun):
                         self._reported(counts)
                         self._begun.update(counts_from_wire(begun))
@@ -148,6 +152,7 @@ class WorkerProcess:
         await self._tasks.close()
         for taken in self._taken.values():
             self._resolver.release(taken[0], len(taken))
+        self._grants.end()
         await self._channel.close()
 
     def _resolve(self, asked: Resolve) -> None:
@@ -192,6 +197,12 @@ class WorkerProcess:
             if replica.limit is not None:
                 self._taken.setdefault(replica.key, []).append(replica)
             self._channel.send(Resolved(number, route))
+
+    def _give_back(self, message: Released | RouteUnused) -> None:
+        if isinstance(message, Released):
+            self._release(message.replica)
+        else:
+            self._take_back(message.replica)
 
     def _release(self, replica: Replica) -> None:
         taken = self._taken[replica.key]
