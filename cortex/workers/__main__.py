@@ -24,7 +24,6 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     ConfigChanged,
-    ContextFound,
     Counted,
     DownChanged,
     EngineEnd,
@@ -33,6 +32,7 @@ from cortex.workers.messages import (
     InFlightNow,
     Notes,
     OthersInFlight,
+    ProspectFound,
     Ready,
     Refused,
     Resolved,
@@ -98,7 +98,7 @@ async def listen(
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)
-                case Resolved() | Refused() | ContextFound() | EngineFound() | EngineEnd() | Notes():
+                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -12,7 +12,7 @@ from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
@@ -120,11 +120,11 @@ class EngineFound(msgspec.Struct, frozen=True, tag=True):
     replica: Replica | None
 
 
-class ContextFound(msgspec.Struct, frozen=True, tag=True):
-    """Answers AskContext."""
+class ProspectFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskProspect."""
 
     number: int
-    bound: ContextBound | None
+    prospect: Prospect
 
 
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -163,7 +163,7 @@ ToWorker = (
     | Refused
     | Admitted
     | AdmitRefused
-    | ContextFound
+    | ProspectFound
     | EngineFound
     | EngineEnd
     | Notes
@@ -217,8 +217,8 @@ class AskEngine(msgspec.Struct, frozen=True, tag=True):
     key: ReplicaKey
 
 
-class AskContext(msgspec.Struct, frozen=True, tag=True):
-    """Asks for `routing.control.Control.context_bound`."""
+class AskProspect(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.prospect`."""
 
     number: int
     model_id: str
@@ -266,7 +266,7 @@ FromWorker = (
     | Settle
     | Released
     | RouteUnused
-    | AskContext
+    | AskProspect
     | AskEngine
     | AskEngineEnd
     | InFlightNow
