@@ -40,7 +40,8 @@ def local_tokenizer(source: str, environ: Mapping[str, str] = os.environ) -> Loc
         path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
         changed = path.stat().st_mtime_ns, config.stat().st_mtime_ns if config.exists() else 0
         return _read(path, config, changed)
-    except (OSError, ValueError, RuntimeError):  # a name with a null character; a user without a home directory
+    # A name with a null character, or a file of another shape; a user without a home directory.
+    except (OSError, TypeError, ValueError, RuntimeError):
         return None
 
 

@@ -157,6 +157,8 @@ def test_longest_token_of_a_local_tokenizer(tokenizer: object, config: object, l
         {"tokenizer.json": {"model": 1}},
         {"tokenizer.json": []},
         {"tokenizer.json": PLAIN, "tokenizer_config.json": []},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": 1}},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"extra_special_tokens": 1}},
         # The engine may use another one.
         {"tokenizer.json": PLAIN, "tekken.json": {}},
         {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}},
