@@ -24,7 +24,7 @@ COUNT_SECS: Final = 10.0
 ATTEMPTS: Final = 2
 """The process may end just as it is asked: it has been idle."""
 RETRY_SECS: Final = 60.0
-"""A tokenizer is not tried for so long after the process could not be started, or ended while it counted."""
+"""How long a tokenizer is left alone after the process could not be started, or ended while it counted."""
 
 log = logging.getLogger(__name__)
 
