@@ -56,6 +56,11 @@ class _OwnRequests:
     unended: int = 0  # begun, and not yet among those that the engine reports as ended
     used_at: float = float("-inf")
 
+    @property
+    def at_rest(self) -> bool:
+        """Nothing in flight, and nothing that a report may still show or lack: `begin` with zeros changes nothing."""
+        return not (self.in_flight or self.peak or self.unended)
+
     def begin(self, more: int, in_flight: int, now: float) -> None:
         """`more` have begun since the last call, and `in_flight` are in flight now."""
         if now - self.used_at > REPORT_AGE_SECS:
@@ -190,18 +195,18 @@ class Demand:
 
     def _collect(self, now: float) -> dict[ReplicaKey, int]:
         """Marks what the workers have begun as used, and returns what is in flight now."""
-        begun = self._counts.begun()
+        begun, more = self._counts.begun(), {}
         for key, count in begun.items():
-            more = count - self._begun.get(key, 0)
-            if more > 0:
+            if count > (before := self._begun.get(key, 0)):
+                more[key] = count - before
                 self._last_used[key] = now
-                waited = min(more, self._admitted[key.model_id])
+                waited = min(more[key], self._admitted[key.model_id])
                 self._admitted[key.model_id] -= waited
-                self.record_request(key.model_id, more - waited)
+                self.record_request(key.model_id, more[key] - waited)
         in_flight = self._counts.all_in_flight()
-        for key in begun.keys() | in_flight.keys() | self._own.keys():
-            more = max(0, begun.get(key, 0) - self._begun.get(key, 0))
-            self._own.setdefault(key, _OwnRequests()).begin(more, in_flight.get(key, 0), now)
+        moving = more.keys() | in_flight.keys()
+        for key in moving.union(key for key, own in self._own.items() if not own.at_rest):
+            self._own.setdefault(key, _OwnRequests()).begin(more.get(key, 0), in_flight.get(key, 0), now)
         self._begun = begun
         self._last_used.update(dict.fromkeys(in_flight, now))
         return in_flight
