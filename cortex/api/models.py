@@ -124,6 +124,8 @@ def _location(profile: ModelProfile | None, engine: EngineSnapshot, length: int 
         location["group"] = view.group.model_dump(include={"id", "rank", "size"})
     if view.unservable_because is not None:
         location |= {"servable": False, "reason": view.unservable_because}
+    if view.failed_because is not None:
+        location["reason"] = view.failed_because
     return location
 
 

@@ -79,7 +79,8 @@ def _places(locations: list[dict[str, Any]]) -> str:
     """`beast (loaded), benjy (2 loaded, sleeping)`: the engines of each neuron by their status."""
     found: dict[str, Counter[str]] = {}
     for each in locations:
-        found.setdefault(each["node"], Counter())[_status(each)] += 1
+        why = f": {each['reason']}" if each["status"] == "failed" and "reason" in each else ""
+        found.setdefault(each["node"], Counter())[_status(each) + why] += 1
     texts = {
         node: ", ".join(f"{count} {status}" if count > 1 else status for status, count in counts.items())
         for node, counts in found.items()
@@ -113,7 +114,7 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
-    head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
+    head += "".join(f"\n  {line}" for line in [*_failures(plan["nodes"]), *_pauses(plan["nodes"])])
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
@@ -164,6 +165,12 @@ def draining_line(done: dict[str, Any]) -> str:
 def _passed_over(node: dict[str, Any]) -> list[str]:
     """The better variants of a model that its node does not get."""
     return [f"not {better['variant']}: {better['reason']}" for better in node.get("passed_over", ())]
+
+
+def _failures(nodes: list[dict[str, Any]]) -> list[str]:
+    """Why the model's engines on these nodes failed."""
+    engines = [(node["node"], each) for node in nodes for each in node.get("instances", ()) if each.get("error")]
+    return [f"failed on {_place({**each, 'node': name})}: {each['error']}" for name, each in engines]
 
 
 def _pauses(nodes: list[dict[str, Any]]) -> list[str]:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot, instance_of
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage
@@ -147,12 +148,13 @@ class Demand:
         """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
         self._displaced.discard(model_id)
 
-    def displaced_if_due(self) -> frozenset[str]:
-        """Models that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`. In between none:
-        they are not urgent, and planning for all of them takes time."""
+    def displaced_if_due(self, catalogue: Catalogue) -> frozenset[str]:
+        """Models of the catalogue that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`.
+        In between none: they are not urgent, and planning for all of them takes time."""
         if self._clock() < self._load_ahead_at:
             return frozenset()
         self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
+        self._displaced = {model_id for model_id in self._displaced if catalogue.profile(model_id) is not None}
         return frozenset(self._displaced)
 
     def record_use(self, key: ReplicaKey) -> None:

@@ -331,6 +331,7 @@ def _node(
                 "status": engine.view.status,
                 "devices": list(engine.view.devices),
                 "variant": engine.view.variant,
+                "error": engine.view.failed_because,
             }
             for engine in view.fleet.engines(model_id, node)
         ],

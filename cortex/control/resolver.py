@@ -13,7 +13,7 @@ from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide
+from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide, served_paths
 from cortex.control.demand import Demand
 from cortex.control.loads.adapters import AdapterLoads, AdapterNotLoaded
 from cortex.control.loads.served_contexts import ServedContexts
@@ -26,7 +26,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
@@ -106,16 +106,18 @@ class Resolver:
         """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
 
-    async def context_bound(self, model_id: str) -> ContextBound | None:
-        """As `routing.control.Control.context_bound`. Waits as `engine`."""
+    async def prospect(self, model_id: str) -> Prospect:
+        """As `routing.control.Control.prospect`. Waits as `engine`."""
         engines = self._engines_for(model_id)
         if self._fleet.snapshot().serving(engines):
-            return None
+            return Prospect()
         await self._fleet.until_all_polled()
-        fleet = self._fleet.snapshot()
-        if fleet.serving(engines) or fleet.loading_on(model_id) is not None:
-            return None
-        return context_bound(model_id, self._live.catalogue, self.contexts.longest)
+        fleet, catalogue = self._fleet.snapshot(), self._live.catalogue
+        if fleet.serving(engines):
+            return Prospect()
+        starts = fleet.loading_on(model_id) is not None
+        context = None if starts else context_bound(model_id, catalogue, self.contexts.longest)
+        return Prospect(context, served_paths(model_id, catalogue, fleet))
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.
@@ -217,6 +219,7 @@ class Resolver:
                 lost &= self._serving_keys(engines)
                 replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
+                    ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
                     return Route(replica=replica, cold=cold)
                 if self._shutdown.begun:

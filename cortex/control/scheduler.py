@@ -182,7 +182,7 @@ class Scheduler:
             if self._live.catalogue is not catalogue or self._fleet.snapshot() is not fleet:
                 catalogue, fleet = self._live.catalogue, self._fleet.snapshot()
                 profiles = [each for each in catalogue.models if needs_reconciliation(each, fleet)]
-            displaced = self._demand.displaced_if_due()
+            displaced = self._demand.displaced_if_due(catalogue)
             if profiles or displaced:
                 steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:

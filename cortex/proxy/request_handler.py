@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Final
 
@@ -27,15 +27,15 @@ from cortex.routing.replica import (
     FailureKind,
     Refusal,
     Replica,
+    ServedPaths,
     failure_of,
-    lost,
+    not_served,
     stopped,
     unreachable,
     untried,
 )
 from cortex.upstream.address import Address, engine_target
 from shared.errors import ServiceError
-from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
 
@@ -63,6 +63,7 @@ class RequestHandler:
         "_client",
         "_cold",
         "_context",
+        "_diverted",
         "_failures",
         "_keep_alive",
         "_label",
@@ -85,7 +86,7 @@ class RequestHandler:
         self._name = self._model_id = ""
         # Metric labels: only names that exist, so clients cannot create time series.
         self._label = self._node = UNKNOWN
-        self._cold, self._attempts = False, 0
+        self._cold, self._diverted, self._attempts = False, False, 0
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
         self._waited = 0.0  # seconds spent waiting for the control
@@ -131,7 +132,7 @@ class RequestHandler:
         state = self._state
         if isinstance(state, Sent):
             if state.ending is not None:
-                self._end_lost(state, None)
+                state.end_lost(self._request_id)
                 return
             if state.relay.status:
                 state.relay.cut_off(STOPPING)
@@ -202,9 +203,9 @@ class RequestHandler:
         if reason == STOPPING:
             state.relay.end_lost(stopped(state.replica), state.replica.model_id)
         elif state.relay.answer.events:
-            state.ending = self._spawn(self._explain_end(state), "end")
+            state.ending = self._spawn(state.end_explained(self._request_id, self._context.control), "end")
         else:
-            self._end_lost(state, None)
+            state.end_lost(self._request_id)
 
     def _can_follow(self, answer: Answer) -> bool:
         """Prepares to continue an event stream whose head the client already has. False if that is impossible."""
@@ -214,32 +215,15 @@ class RequestHandler:
         self._keep_alive.follow()
         return True
 
-    async def _explain_end(self, sent: Sent) -> None:
-        engine_end = await self._context.control.engine_end(sent.replica)
-        sent.ending = None
-        self._end_lost(sent, engine_end)
-
-    def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
-        error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
-        with request_scope(self._request_id):
-            log.warning("%s", error.message)
-        sent.relay.end_lost(error, sent.replica.model_id)
-
     def done(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
         relay = state.relay
         self._account(relay.status, relay)
-        if state.compared:
-            self._measure(state.replica, relay)
+        if state.compared and self._attempts == 1 and not self._cold:  # others are not comparable
+            self._context.measure(state.replica, self._request, relay)
         self._stop_keep_alive()
         self._client.finished()
-
-    def _measure(self, replica: Replica, relay: Relay) -> None:
-        """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
-        if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
-            self._context.measure(replica, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
@@ -278,7 +262,7 @@ class RequestHandler:
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.resolve(self._request, self._name, self._failures, self._caller)
+            route = await self._context.resolve(self._request, self._name, self._failures, self._caller, self._is_able)
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
@@ -309,6 +293,10 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
+        if replica.served is not None and not self._is_able(replica.served):
+            error = not_served(self._name, request.path, replica.served)
+            self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
+            return
         node = replica.key.node
         self._label, self._node = self._model_id, node
         self._attempts += 1
@@ -327,6 +315,24 @@ class RequestHandler:
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
 
+    def _is_able(self, served: ServedPaths) -> bool:
+        """Whether engines that serve these paths can answer the request."""
+        return served.has(self._request.path)
+
+    def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
+        """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
+        # The control counts it already, and must learn that it has ended.
+        self._context.count(replica)
+        self._context.finished(replica)
+        able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
+        others = untried(able, self._failures, replica)
+        if others and not self._diverted:  # once: with limits, the control may name this replica again and again
+            self._diverted = True
+            self._send_to_one_of(others)
+        else:
+            self._label, self._node = self._model_id, replica.node
+            self._refuse(error)
+
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         """A relay that sends the request, with this `head`, to the engine at `address`."""
         return Relay(self._context.pool, self._request, self, address=address, head=head, answer=answer)
@@ -337,9 +343,8 @@ class RequestHandler:
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
-        if keep_alive.events:
-            return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
-        return DeferredJson(self._client, self._request, keep_alive=keep_alive)
+        form = DeferredAnswer if keep_alive.events else DeferredJson
+        return form(self._client, self._request, keep_alive=keep_alive)
 
     def _leave_state(self) -> Resolving | Sent | None:
         """Leaves the current state and returns it."""
@@ -373,17 +378,12 @@ class RequestHandler:
         sent, more = 0, ""
         first_byte_secs: float | None = None
         if relay is not None:
-            tail = relay.answer.tail
-            sent = tail.fed_bytes
+            context.count_answer(self._model_id, model, node, relay)
+            sent = relay.answer.tail.fed_bytes
             if relay.first_byte_at is not None:
                 first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
                 more = f" lost={relay.lost_because!r}"
-                context.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-            elif status != CLIENT_DISCONNECTED:
-                context.count_tokens(model, node, tail)
-                if status == 400:
-                    context.hint_at_tools(self._model_id, node, relay.answer.refusal())
         context.counters.request(model, node, status, took, first_byte_secs)
         if context.access_log.on:
             if self._caller.key_id:

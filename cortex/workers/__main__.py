@@ -22,7 +22,6 @@ from cortex.workers.messages import (
     CatalogueChanged,
     Collect,
     ConfigChanged,
-    ContextFound,
     Counted,
     DownChanged,
     EngineEnd,
@@ -31,6 +30,7 @@ from cortex.workers.messages import (
     InFlightNow,
     Notes,
     OthersInFlight,
+    ProspectFound,
     Ready,
     Refused,
     Resolved,
@@ -94,7 +94,7 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
-                case Resolved() | Refused() | ContextFound() | EngineFound() | EngineEnd() | Notes():
+                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -10,7 +10,7 @@ import msgspec
 from cortex.accounts.caller import Caller
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
@@ -103,11 +103,11 @@ class EngineFound(msgspec.Struct, frozen=True, tag=True):
     replica: Replica | None
 
 
-class ContextFound(msgspec.Struct, frozen=True, tag=True):
-    """Answers AskContext."""
+class ProspectFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskProspect."""
 
     number: int
-    bound: ContextBound | None
+    prospect: Prospect
 
 
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -144,7 +144,7 @@ ToWorker = (
     | ResponseMade
     | Resolved
     | Refused
-    | ContextFound
+    | ProspectFound
     | EngineFound
     | EngineEnd
     | Notes
@@ -180,8 +180,8 @@ class AskEngine(msgspec.Struct, frozen=True, tag=True):
     key: ReplicaKey
 
 
-class AskContext(msgspec.Struct, frozen=True, tag=True):
-    """Asks for `routing.control.Control.context_bound`."""
+class AskProspect(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.prospect`."""
 
     number: int
     model_id: str
@@ -227,7 +227,7 @@ FromWorker = (
     | CancelResolve
     | Released
     | RouteUnused
-    | AskContext
+    | AskProspect
     | AskEngine
     | AskEngineEnd
     | InFlightNow

@@ -15,12 +15,11 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
-    AskContext,
     AskEngine,
     AskEngineEnd,
+    AskProspect,
     CancelResolve,
     Collect,
-    ContextFound,
     Counted,
     Counts,
     EngineEnd,
@@ -29,6 +28,7 @@ from cortex.workers.messages import (
     InFlightNow,
     Notes,
     OthersInFlight,
+    ProspectFound,
     Ready,
     Released,
     Resolve,
@@ -115,7 +115,7 @@ class WorkerProcess:
                         self._resolve(message)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
-                    case AskContext() | AskEngine() | AskEngineEnd():
+                    case AskProspect() | AskEngine() | AskEngineEnd():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released(replica):
                         self._release(replica)
@@ -206,11 +206,11 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _answer_question(self, asked: AskContext | AskEngine | AskEngineEnd) -> None:
-        answer: ContextFound | EngineFound | EngineEnd
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd
         match asked:
-            case AskContext(number, model_id):
-                answer = ContextFound(number, await self._resolver.context_bound(model_id))
+            case AskProspect(number, model_id):
+                answer = ProspectFound(number, await self._resolver.prospect(model_id))
             case AskEngine(number, key):
                 answer = EngineFound(number, await self._resolver.engine(key))
             case AskEngineEnd(number, replica):
