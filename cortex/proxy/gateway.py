@@ -17,7 +17,6 @@ from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
@@ -31,6 +30,7 @@ from cortex.proxy.paths import (
     not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.request_kinds.control_request import ControlRequest
 from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
 from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
