@@ -146,8 +146,6 @@ def build(
         policy=policy,
     )
     adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
-    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
-    live.changes.subscribe(limiter.models_changed)
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -161,13 +159,12 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
-        limiter=limiter,
+        limiter=_limiter(live, fleet),
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)
-    return ControlCore(
-        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups, adapters
-    )
+    work = (loader, scheduler, resolver, groups, adapters)
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -210,6 +207,12 @@ async def running_control(
         finally:
             await asyncio.gather(membership.close(), core.close())
             await state.close()
+
+
+def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
+    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
+    live.changes.subscribe(limiter.models_changed)
+    return limiter
 
 
 def _served_context(fleet: Fleet, model_id: str) -> int | None:

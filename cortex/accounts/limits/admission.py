@@ -38,14 +38,14 @@ def scopes_of(key_id: str, key_name: str, key: KeyLimits | None, model_id: str, 
     return found
 
 
-class Usage(NamedTuple):
+class Consumption(NamedTuple):
     """What a request uses, or may use at most."""
 
     tokens: int
     cost: float
 
 
-def most_usage(bound: TokenBound, terms: ModelTerms) -> Usage:
+def most_usage(bound: TokenBound, terms: ModelTerms) -> Consumption:
     """What a request may use at most."""
     context = terms.context or UNKNOWN_CONTEXT
     prompt = min(bound.prompt, context) if bound.prompts == 1 else bound.prompt
@@ -56,23 +56,23 @@ def most_usage(bound: TokenBound, terms: ModelTerms) -> Usage:
     tokens = prompt + output
     if output and bound.prompts == 1:
         tokens = min(tokens, max(context * bound.answers, prompt))
-    return Usage(tokens, terms.prices.cost(prompt, output))
+    return Consumption(tokens, terms.prices.cost(prompt, output))
 
 
-class Reservation(NamedTuple):
+class HeldTokens(NamedTuple):
     """What one admitted request has reserved: of each scope so much of the token bucket and of the budgets."""
 
     scopes: list[tuple[Scope, float, Reserved]]
-    most: Usage
+    most: Consumption
     prices: Prices
 
-    def settle(self, used: Usage, now: float) -> None:
+    def settle(self, used: Consumption, now: float) -> None:
         """The request has ended and used this."""
         for scope, held, budgets in self.scopes:
             scope.settle(held, budgets, used.tokens, used.cost, now)
 
 
-def reserve(scopes: Sequence[Scope], most: Usage, prices: Prices, now: float) -> Reservation:
+def reserve(scopes: Sequence[Scope], most: Consumption, prices: Prices, now: float) -> HeldTokens:
     """Admits a request that may use `most`: counts it in all scopes, or in none.
 
     Raises:
@@ -87,7 +87,7 @@ def reserve(scopes: Sequence[Scope], most: Usage, prices: Prices, now: float) ->
             worst = refusal
     if worst is not None:
         raise limit_exceeded(worst, rate_state(scopes))
-    return Reservation([(scope, *scope.reserve(tokens, cost)) for scope in scopes], most, prices)
+    return HeldTokens([(scope, *scope.reserve(tokens, cost)) for scope in scopes], most, prices)
 
 
 def _is_worse(refusal: Refusal, other: Refusal) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, Protocol
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.limits.admission import Reservation, Usage, most_usage, reserve, scopes_of
+from cortex.accounts.limits.admission import HeldTokens, Consumption, most_usage, reserve, scopes_of
 from cortex.accounts.limits.exceeded import rate_state
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.scope import Scope
@@ -73,7 +73,7 @@ class LocalLimiter:
         self._keys: Mapping[str, KeyLimits] = {}
         self._scopes: dict[str, Scope] = {}
         self._of_request: dict[tuple[str, str], list[Scope]] = {}  # by key and model
-        self._running: dict[int, Reservation] = {}
+        self._running: dict[int, HeldTokens] = {}
         self._numbers = itertools.count(1)
 
     @property
@@ -108,7 +108,7 @@ class LocalLimiter:
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         reservation = self._running.pop(grant.number, None)
         if reservation is not None:
-            used = Usage(prompt + completion, reservation.prices.cost(prompt, completion, cached))
+            used = Consumption(prompt + completion, reservation.prices.cost(prompt, completion, cached))
             reservation.settle(used, self._clock())
 
     def settle_at_bound(self, grant: Grant) -> None:

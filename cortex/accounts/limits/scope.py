@@ -84,8 +84,8 @@ class Scope:
         return (self.tpm - self.tokens_free) * 60.0 / self.tpm if self.tpm > 0 else 0.0
 
     def needed(self, tokens: int) -> float:
-        """What a request that may use so many tokens reserves of the bucket: at most all of it, so that it is not
-        refused for ever."""
+        """What a request that may use so many tokens reserves of the bucket: at most all of it, so that a
+        large request is admitted at all."""
         return min(float(tokens), self.tpm) if self.tpm >= 0 else 0.0
 
     def refusal(self, tokens: int, cost: float) -> Refusal | None:
