@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, Protocol
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.limits.admission import HeldTokens, Consumption, most_usage, reserve, scopes_of
+from cortex.accounts.limits.admission import Consumption, HeldTokens, most_usage, reserve, scopes_of
 from cortex.accounts.limits.exceeded import rate_state
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.scope import Scope
