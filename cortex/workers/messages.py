@@ -10,6 +10,7 @@ import msgspec
 from cortex.accounts.caller import Caller
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
@@ -195,10 +196,12 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
-    """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
+    """All requests in flight; and where they changed since the last report, the number of requests begun, and those of
+    each API key."""
 
     counts: Counts
     begun: Counts
+    callers: list[tuple[CallerAt, CallerCount]]
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):

@@ -11,6 +11,7 @@ from typing import Any
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
@@ -74,6 +75,7 @@ class WorkerProcess:
         self._granted: Counter[ReplicaKey] = Counter()
         self._taken: dict[ReplicaKey, list[Replica]] = {}  # requests at replicas with a limit
         self._begun: dict[ReplicaKey, int] = {}
+        self._callers: dict[CallerAt, CallerCount] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
@@ -89,6 +91,9 @@ class WorkerProcess:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self._callers
 
     async def refresh(self) -> None:
         """Asks for the latest counts. Without an answer in time the last ones stay."""
@@ -121,8 +126,9 @@ class WorkerProcess:
                         self._release(replica)
                     case RouteUnused(replica):
                         self._take_back(replica)
-                    case InFlightNow(counts, begun):
+                    case InFlightNow(counts, begun, callers):
                         self._reported(counts)
+                        self._callers.update(callers)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
                     case ResponseMade(response_id, replica):

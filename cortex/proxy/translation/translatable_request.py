@@ -12,9 +12,9 @@ from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.held_answer import HeldAnswer
 from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.progress.state import Sent
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.interface import CHAT_PATH, Translation
 from cortex.proxy.translation.probing_relay import ProbingRelay
@@ -43,12 +43,12 @@ class TranslatableRequest(RequestHandler):
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.uncount(replica)
+        self._context.uncount(replica, self._account.caller.key_id)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
-        with request_scope(self._request_id):
+        with request_scope(self._account.request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
-        self._attempts -= 1  # it was the same engine
+        self._account.attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
 
     def _is_able(self, served: ServedPaths) -> bool:
@@ -70,7 +70,7 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
-        if self._cold and self._held is None:
+        if self._account.cold and self._held is None:
             self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
