@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from aiohttp import web
 
 from cortex.accounts.caller import Caller
-from cortex.api.app_keys import COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.app_keys import ADAPTERS, COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -48,6 +48,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[STATE] = parts.state
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader
+    app[ADAPTERS] = parts.adapters
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.config.live import LiveConfig
+from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
@@ -17,6 +18,7 @@ LIVE = web.AppKey("live", LiveConfig)
 FLEET = web.AppKey("fleet", Fleet)
 STATE = web.AppKey("state", StateFile)
 SCHEDULER = web.AppKey("scheduler", Scheduler)
+ADAPTERS = web.AppKey("adapters", AdapterLoads)
 LOADER = web.AppKey("loader", Loader)
 COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)

@@ -14,7 +14,7 @@ from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import ModelProfile, TokenLimit
+from cortex.config.profile import ModelLimit, ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error
@@ -71,20 +71,23 @@ def model_entry(
 ) -> dict[str, Any] | None:
     """One entry of the list, for an id or `id@variant`; None if the model cannot be used. `created` is Unix time."""
     profile, variant = catalogue.profile(model_id), catalogue.requested(model_id).variant
+    adapter = catalogue.adapters.get(model_id)
     feasible_on = () if profile is None else feasibility.nodes(profile, fleet)
     present = [
         engine
         for engine in fleet.engines(catalogue.requested(model_id).model_id)
         if engine.node.healthy and variant in (None, engine.view.variant)
+        if adapter is None or model_id in engine.view.adapters
     ]
     loaded = any(engine.view.loaded for engine in present)
     if not feasible_on and not loaded:
         return None
     present_lengths = [lengths.of_engines[engine.key] for engine in present if engine.key in lengths.of_engines]
-    length = min(present_lengths, default=None) or lengths.remembered.get(model_id)
+    length = min(present_lengths, default=None) or lengths.remembered.get(catalogue.requested(model_id).name)
     told = told_facts(engine.view for engine in present)
     told_limit = told.pop("limit", {})
-    limit = told_limit if profile is None or profile.limit is None else {**told_limit, **_given(profile.limit)}
+    limits = [each.limit for each in (profile, adapter) if each is not None and each.limit is not None]
+    limit = {**told_limit, **{key: tokens for each in limits for key, tokens in _given(each).items()}}
     return {
         "id": model_id,
         "object": "model",
@@ -99,7 +102,8 @@ def model_entry(
         "quant": None if profile is None else profile.quant,
         "pinned_on": [] if profile is None else list(profile.pinned_on),
         **({} if profile is None or profile.parallel is None else {"parallel": profile.parallel.model_dump()}),
-        **({} if profile is None or not profile.variants else {"variants": [each.name for each in profile.variants]}),
+        **({} if adapter is None else {"base": adapter.base}),
+        **({} if profile is None or adapter is not None else _variants(profile)),
         **({} if variant is None or profile is None else {"variant": variant, "variant_of": profile.id}),
         **told,
     }
@@ -120,11 +124,17 @@ def _location(profile: ModelProfile | None, engine: EngineSnapshot, length: int 
         location["group"] = view.group.model_dump(include={"id", "rank", "size"})
     if view.unservable_because is not None:
         location |= {"servable": False, "reason": view.unservable_because}
+    if view.failed_because is not None:
+        location["reason"] = view.failed_because
     return location
 
 
-def _given(limit: TokenLimit) -> dict[str, Any]:
-    return limit.model_dump(exclude_none=True)
+def _variants(profile: ModelProfile) -> dict[str, Any]:
+    return {"variants": [each.name for each in profile.variants]} if profile.variants else {}
+
+
+def _given(limit: ModelLimit) -> dict[str, Any]:
+    return limit.model_dump(include={"context", "output"}, exclude_none=True)
 
 
 def _alias(alias: str, target: str, entry: dict[str, Any], catalogue: Catalogue) -> dict[str, Any]:
@@ -148,7 +158,7 @@ class ModelList:
         self._created = 0
         self._lengths: KnownLengths = NO_LENGTHS
         self._aliases: dict[str, list[str]] = {}  # of an id or `id@variant`
-        self._others: dict[str, list[str]] = {}  # by id: the listed names of its variants, then aliases
+        self._others: dict[str, list[str]] = {}  # by id: the listed names of its variants and adapters, then aliases
         self._pieces: dict[str, list[Piece]] = {}  # by id: the entry and those of its other names, if listed
         self._codex: dict[str, list[bytes]] = {}  # likewise, in Codex's shape
         self._names: list[str] = []
@@ -202,6 +212,8 @@ class ModelList:
         """Catalogue models whose list of neurons has changed. Usually none: a neuron restarted with its old devices."""
         found: set[str] = set()
         for profile in self._catalogue.models:
+            if profile.base is not None:  # made with its base
+                continue
             names, pieces = self._feasibility.nodes(profile, self._fleet), self._pieces.get(profile.id)
             if pieces is None or not names or profile.variants:
                 found.add(profile.id)
@@ -223,8 +235,8 @@ class ModelList:
     def _make(self, model_id: str) -> None:
         entry = self._entry(model_id)
         if entry is not None:
-            variants = {name: self._entry(name) for name in self._catalogue.names_of(model_id)[1:]}
-            named = {model_id: entry, **{name: each for name, each in variants.items() if each is not None}}
+            others = {name: self._entry(name) for name in self._catalogue.names_of(model_id)[1:]}
+            named = {model_id: entry, **{name: each for name, each in others.items() if each is not None}}
             aliases = [
                 _alias(alias, name, each, self._catalogue)
                 for name, each in named.items()
@@ -239,9 +251,10 @@ class ModelList:
             self._codex.pop(model_id, None)
 
     def _joined(self) -> tuple[bytes, ...]:
-        """Catalogue models, then those that only neurons know, then variants and aliases. Unchanged blocks are kept."""
+        """Catalogue models, then those that only neurons know, then variants, adapters and aliases. Unchanged blocks
+        are kept."""
         catalogue = self._catalogue
-        order = [profile.id for profile in catalogue.models]
+        order = [profile.id for profile in catalogue.models if profile.base is None]
         order += [model_id for model_id in self._fleet.listed_models if catalogue.profile(model_id) is None]
         listed = [model_id for model_id in order if model_id in self._pieces]
         others = [(model_id, place) for model_id in listed for place in range(1, len(self._pieces[model_id]))]

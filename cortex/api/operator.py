@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
-from cortex.api.app_keys import COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.app_keys import ADAPTERS, COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.fleet_view import place
 from cortex.config.durations import MAX_SECS
-from cortex.control.decision import Refuse, Serve, decide
+from cortex.control.decision import Refuse, Serve, attachable, decide, without_adapters_error
 from cortex.control.explain import after_unload
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
@@ -58,24 +58,56 @@ class UnloadAction(LoadAction):
 
 
 async def load_model(request: web.Request) -> web.Response:
-    """Loads a model, by default where the planner decides. Waits for the load; `?wait=false` answers 202 at once."""
+    """Loads a model, by default where the planner decides; for an adapter first its base, unless that is loaded. Waits
+    for the load; `?wait=false` answers 202 at once."""
     app = request.app
     action = await read_model(request, LoadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
     _check_instance(app[FLEET].snapshot(), action)
     serving = _serving(app, model_id, action)
-    if app[STATE].end_holds(app[LIVE].catalogue.requested(model_id).model_id, action.node):
+    requested, adapter = app[LIVE].catalogue.requested(model_id), _adapter(app, model_id)
+    if app[STATE].end_holds(requested.model_id, action.node):
         app[FLEET].notify()
     if serving is not None:
         return web.json_response({"status": "loaded", "model": model_id, **place(serving)})
-    started = time.monotonic()
-    job = app[SCHEDULER].load(model_id, action.node, action.instance)
-    key = job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)
+    started, job, able = time.monotonic(), None, _attachable(app, model_id, action)
+    if not able:
+        job = app[SCHEDULER].load(requested.name, action.node, action.instance)
+        able = [job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)]
     if request.query.get("wait") == "false":
-        return web.json_response({"status": "loading", "model": model_id, **place(key)}, status=202)
-    key = await app[SHUTDOWN].unless_begun(_until_loaded(app, key, job))
+        if adapter is not None:  # the caller does not wait for its base
+            app[ADAPTERS].in_background(_all_loaded(app, able, job, adapter), name=f"load {adapter}")
+        return web.json_response({"status": "loading", "model": model_id, **place(able[0])}, status=202)
+    key = await app[SHUTDOWN].unless_begun(_all_loaded(app, able, job, adapter))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, **place(key), "load_secs": took})
+
+
+def _adapter(app: web.Application, model_id: str) -> str | None:
+    """The name of the adapter that is meant; None for any other model."""
+    return model_id if model_id in app[LIVE].catalogue.adapters else None
+
+
+def _attachable(app: web.Application, model_id: str, action: LoadAction) -> list[ReplicaKey]:
+    """For an adapter: the engines of its base that can load it, where the action wants it."""
+    keys = attachable(model_id, app[LIVE].catalogue, app[FLEET].snapshot(), app[COUNTS].in_flight)
+    return [key for key in keys if action.node in (None, key.node) and action.instance in (None, key.instance)]
+
+
+async def _all_loaded(
+    app: web.Application, keys: list[ReplicaKey], job: LoadJob | None, adapter: str | None
+) -> ReplicaKey:
+    """Waits until one of these engines is loaded, and has the adapter if one is meant. Returns which one.
+
+    Raises:
+        Unavailable: a load failed or timed out.
+    """
+    if adapter is None:
+        return await _until_loaded(app, keys[0], job)
+    engine = app[FLEET].snapshot().engine(keys[0])
+    if job is not None or engine is None or not engine.view.loaded:
+        keys = [await _until_loaded(app, keys[0], job)]
+    return await app[ADAPTERS].load_at_one(keys, adapter)
 
 
 def _check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
@@ -158,11 +190,13 @@ def _serving(app: web.Application, model_id: str, action: LoadAction) -> Replica
             raise decision.error
         return None
     node = _usable_node(fleet, action.node)
-    loaded = next(
-        (each for each in fleet.engines(model_id, node) if each.view.loaded and _is_meant(action, each)), None
-    )
-    if loaded is not None:
-        return loaded.key
+    loaded = [each for each in fleet.engines(model_id, node) if each.view.loaded and _is_meant(action, each)]
+    if model_id in catalogue.adapters:
+        if loaded and not any(each.view.max_loras for each in loaded):
+            raise without_adapters_error(model_id, catalogue)
+        loaded = [each for each in loaded if model_id in each.view.adapters]
+    if loaded:
+        return loaded[0].key
     if profile is None:
         if model_id not in node.models:
             raise no_such_model_error(model_id, [profile.id for profile in catalogue.models], catalogue)
@@ -183,10 +217,11 @@ async def unload_model(request: web.Request) -> web.Response:
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
     _check_instance(fleet, action)
-    requested = app[LIVE].catalogue.requested(model_id)
-    if action.for_secs is not None and requested.variant is not None:
+    requested, adapter = app[LIVE].catalogue.requested(model_id), _adapter(app, model_id)
+    if action.for_secs is not None and (requested.variant is not None or adapter is not None):
+        part = "one variant" if adapter is None else "an adapter"
         raise InvalidRequest(
-            "--for (for_secs) holds back the model, not one variant: leave one of them out", param="for_secs"
+            f"--for (for_secs) holds back a model, not {part}: leave one of them out", param="for_secs"
         )
     if action.node is not None:
         node = _usable_node(fleet, action.node)
@@ -197,10 +232,17 @@ async def unload_model(request: web.Request) -> web.Response:
             for engine in fleet.engines(model_id)
             if engine.node.healthy and engine.view.known_status is not ModelStatus.UNLOADED
         ]
+    if adapter is not None:
+        engines = [engine for engine in engines if adapter in engine.view.adapters]
     if not engines and (action.for_secs is None or not _is_known(app, model_id)):
         raise _nothing_to_unload(fleet, model_id, action)
     hold = await _hold_back(app, model_id, action)
-    unloads = (_unload(scheduler, engine.key, drain=action.drain) for engine in engines)
+    unloads = (
+        _unload(scheduler, engine.key, drain=action.drain)
+        if adapter is None
+        else app[ADAPTERS].unload(engine.key, adapter)
+        for engine in engines
+    )
     errors = await app[SHUTDOWN].unless_begun(_all(unloads))
     results = [_result(engine.key, error) for engine, error in zip(engines, errors, strict=True)]
     failed = next((error for error in errors if error is not None), None)
@@ -214,7 +256,7 @@ async def unload_model(request: web.Request) -> web.Response:
         )
     unloaded = list(dict.fromkeys(engine.node.name for engine in engines))
     answer = {"status": "unloaded", "model": model_id, "nodes": unloaded, "results": results}
-    return web.json_response({**answer, **after_unload(requested.model_id, scheduler.view()), **hold})
+    return web.json_response({**answer, **after_unload(adapter or requested.model_id, scheduler.view()), **hold})
 
 
 def _nothing_to_unload(fleet: FleetSnapshot, model_id: str, action: UnloadAction) -> NotFound:

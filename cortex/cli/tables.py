@@ -62,18 +62,25 @@ def models_table(models: dict[str, Any]) -> str:
             _yes_or_no(entry["loaded"]),
             ", ".join(entry["feasible_on"]) or "-",
             _places(entry["locations"]) or "-",
-            f"alias of {entry['alias_of']}" if "alias_of" in entry else "",
+            _stands_for(entry),
         ]
         for entry in models["data"]
     ]
     return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
 
 
+def _stands_for(entry: dict[str, Any]) -> str:
+    if "alias_of" in entry:
+        return f"alias of {entry['alias_of']}"
+    return f"adapter of {entry['base']}" if "base" in entry else ""
+
+
 def _places(locations: list[dict[str, Any]]) -> str:
     """`beast (loaded), benjy (2 loaded, sleeping)`: the engines of each neuron by their status."""
     found: dict[str, Counter[str]] = {}
     for each in locations:
-        found.setdefault(each["node"], Counter())[_status(each)] += 1
+        why = f": {each['reason']}" if each["status"] == "failed" and "reason" in each else ""
+        found.setdefault(each["node"], Counter())[_status(each) + why] += 1
     texts = {
         node: ", ".join(f"{count} {status}" if count > 1 else status for status, count in counts.items())
         for node, counts in found.items()
@@ -107,7 +114,7 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
-    head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
+    head += "".join(f"\n  {line}" for line in [*_failures(plan["nodes"]), *_pauses(plan["nodes"])])
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
     return "\n\n".join([text, *plan.get("hints", ())])
@@ -158,6 +165,12 @@ def draining_line(done: dict[str, Any]) -> str:
 def _passed_over(node: dict[str, Any]) -> list[str]:
     """The better variants of a model that its node does not get."""
     return [f"not {better['variant']}: {better['reason']}" for better in node.get("passed_over", ())]
+
+
+def _failures(nodes: list[dict[str, Any]]) -> list[str]:
+    """Why the model's engines on these nodes failed."""
+    engines = [(node["node"], each) for node in nodes for each in node.get("instances", ()) if each.get("error")]
+    return [f"failed on {_place({**each, 'node': name})}: {each['error']}" for name, each in engines]
 
 
 def _pauses(nodes: list[dict[str, Any]]) -> list[str]:
@@ -261,11 +274,12 @@ def _model(model: dict[str, Any], *, named: bool, located: bool) -> str:
     if located and model.get("devices"):
         name += f" on {' '.join(map(str, model['devices']))}"
     progress = model.get("progress") or {}
-    split = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
+    more = f", {Parallelism.model_validate(model['parallel'])}" if model.get("parallel") else ""
+    more += f", with {', '.join(model['adapters'])}" if model.get("adapters") else ""
     if model["status"] == "loaded" or not progress.get("phase"):
-        return f"{name} ({status}{split})"
+        return f"{name} ({status}{more})"
     shown = status.removeprefix("loading").removeprefix(", ")
-    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{split})"
+    return f"{name} ({f'{shown}, ' if shown else ''}{_progress(progress)}{more})"
 
 
 def _status(place: dict[str, Any]) -> str:

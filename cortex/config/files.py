@@ -127,8 +127,11 @@ def catalogue_problems(catalogue: Catalogue, path: Path) -> list[str]:
 
 
 def _entries(catalogue: Catalogue, path: Path) -> Iterator[tuple[Callable[[str], str], ModelProfile]]:
-    """Each model, or each of its variants, with a function that says where a key of it is set."""
+    """Each model, or each of its variants, with a function that says where a key of it is set. Adapters have no keys
+    that say how an engine runs."""
     for number, profile in enumerate(catalogue.models):
+        if profile.base is not None:
+            continue
         model = f"{path}: models[{number}]"
         for place, choice in enumerate(profile.choices):
             given = profile.variants[place].model_dump(exclude_none=True) if profile.variants else {}

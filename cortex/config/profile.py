@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol.commands import MAX_LORA_RANK, MAX_LORAS
 from shared.protocol.context_length import ContextLength
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
 from shared.protocol.reserved_arguments import CONTEXT_FLAG, sets_context
@@ -70,11 +71,15 @@ class RequestedModel(NamedTuple):
         return (self.model_id,) if self.variant is None else (self.model_id, self.name)
 
 
-class TokenLimit(SettingsModel):
-    """Limits reported to clients, in tokens."""
+class ModelLimit(SettingsModel):
+    """`context`, `output`: reported to clients, in tokens. The others limit the requests of all callers together: per
+    minute, tokens per minute, and at a time."""
 
     context: int | None = Field(default=None, gt=0)
     output: int | None = Field(default=None, gt=0)
+    rpm: int | None = Field(default=None, gt=0)
+    tpm: int | None = Field(default=None, gt=0)
+    parallel: int | None = Field(default=None, gt=0)
 
 
 class Replicas(SettingsModel):
@@ -130,6 +135,15 @@ def _without_devices(value: int | None) -> int | None:
     return value
 
 
+_OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit"})
+
+
+def _lora_source(value: str | None) -> str | None:
+    if value is not None and value.startswith((".", "~")):
+        raise ValueError(f"{value!r} is a relative path: give the absolute path on the neurons' hosts, or a hub id")
+    return value
+
+
 _OF_A_VARIANT: Final = {"variant": True}
 """Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
 
@@ -160,7 +174,8 @@ class Variant(SettingsModel):
 class ModelProfile(SettingsModel):
     """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults.
 
-    With `variants`, only its `choices` say how an engine runs.
+    With `variants`, only its `choices` say how an engine runs. With `base` it is a LoRA adapter of that model, with the
+    weights `lora`, and the engine runs as the base says.
     """
 
     id: ModelName
@@ -183,7 +198,11 @@ class ModelProfile(SettingsModel):
     args: tuple[str, ...] = ()
     max_model_len: ContextLength = None
     tools: bool = False
-    limit: TokenLimit | None = None
+    limit: ModelLimit | None = None
+    base: ModelName | None = None
+    lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)
+    max_lora_rank: int | None = Field(default=None, ge=1, le=MAX_LORA_RANK)
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
     _place: int = PrivateAttr(default=0)
@@ -199,6 +218,24 @@ class ModelProfile(SettingsModel):
         if isinstance(data, Mapping) and data.get("pinned_on") and "residency_priority" not in data:
             return {**data, "residency_priority": DEFAULT_PINNED_PRIORITY}
         return data
+
+    _no_relative_path = field_validator("lora")(_lora_source)
+
+    @model_validator(mode="after")
+    def _adapter_or_model(self) -> ModelProfile:
+        if self.base is None and self.lora is not None:
+            raise ValueError("base: required with lora, the id of the model that the adapter belongs to")
+        if self.base is None:
+            return self
+        if self.lora is None:
+            raise ValueError("lora: required with base, the adapter's directory or its name on the hub")
+        others = sorted(self.model_fields_set - _OF_AN_ADAPTER)
+        if others:
+            raise ValueError(
+                f"base: an adapter runs on the engine of {self.base!r}, whose entry says how: remove "
+                f"{' and '.join(others)} here"
+            )
+        return self
 
     @field_validator("variants", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot, instance_of
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage
@@ -55,6 +56,11 @@ class _OwnRequests:
     peak_at: float = float("-inf")
     unended: int = 0  # begun, and not yet among those that the engine reports as ended
     used_at: float = float("-inf")
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing in flight, and nothing that a report may still show or lack: `begin` with zeros changes nothing."""
+        return not (self.in_flight or self.peak or self.unended)
 
     def begin(self, more: int, in_flight: int, now: float) -> None:
         """`more` have begun since the last call, and `in_flight` are in flight now."""
@@ -142,13 +148,23 @@ class Demand:
         """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
         self._displaced.discard(model_id)
 
-    def displaced_if_due(self) -> frozenset[str]:
-        """Models that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`. In between none:
-        they are not urgent, and planning for all of them takes time."""
+    def displaced_if_due(self, catalogue: Catalogue) -> frozenset[str]:
+        """Models of the catalogue that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`.
+        In between none: they are not urgent, and planning for all of them takes time."""
         if self._clock() < self._load_ahead_at:
             return frozenset()
         self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
+        self._displaced = {model_id for model_id in self._displaced if catalogue.profile(model_id) is not None}
         return frozenset(self._displaced)
+
+    def record_use(self, key: ReplicaKey) -> None:
+        """A request will be sent there in a moment."""
+        self._last_used[key] = self._clock()
+
+    def least_recent_first(self, keys: Iterable[ReplicaKey]) -> list[ReplicaKey]:
+        """In the order of their last use as far as `sample` has seen it, those never used first."""
+        _ = self._collect(self._clock())
+        return sorted(keys, key=lambda key: (self._last_used.get(key, 0.0), key))
 
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each replica is used. Requests that came and went since the last sample count too: a model
@@ -181,18 +197,18 @@ class Demand:
 
     def _collect(self, now: float) -> dict[ReplicaKey, int]:
         """Marks what the workers have begun as used, and returns what is in flight now."""
-        begun = self._counts.begun()
+        begun, more = self._counts.begun(), {}
         for key, count in begun.items():
-            more = count - self._begun.get(key, 0)
-            if more > 0:
+            if count > (before := self._begun.get(key, 0)):
+                more[key] = count - before
                 self._last_used[key] = now
-                waited = min(more, self._admitted[key.model_id])
+                waited = min(more[key], self._admitted[key.model_id])
                 self._admitted[key.model_id] -= waited
-                self.record_request(key.model_id, more - waited)
+                self.record_request(key.model_id, more[key] - waited)
         in_flight = self._counts.all_in_flight()
-        for key in begun.keys() | in_flight.keys() | self._own.keys():
-            more = max(0, begun.get(key, 0) - self._begun.get(key, 0))
-            self._own.setdefault(key, _OwnRequests()).begin(more, in_flight.get(key, 0), now)
+        moving = more.keys() | in_flight.keys()
+        for key in moving.union(key for key, own in self._own.items() if not own.at_rest):
+            self._own.setdefault(key, _OwnRequests()).begin(more.get(key, 0), in_flight.get(key, 0), now)
         self._begun = begun
         self._last_used.update(dict.fromkeys(in_flight, now))
         return in_flight

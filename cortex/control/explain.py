@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from cortex.config.profile import TOOLS_HINT, ModelProfile
-from cortex.control.decision import Await, InFlight, Place, Refuse, Serve, decide
+from cortex.control.decision import Attach, Await, InFlight, Place, Refuse, Serve, decide
 from cortex.control.wait_note import leaving_text
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.capacity import device_memory
@@ -53,6 +53,7 @@ def explain(name: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any
     return {
         "model": model_id,
         **({} if alias is None else {"alias": {"name": name, **alias.parameters}}),
+        **_base(model_id, view),
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
         "replicas": _replicas(view, profile, found),
@@ -64,6 +65,14 @@ def explain(name: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any
             for node in view.fleet.nodes.values()
         ],
     }
+
+
+def _base(model_id: str, view: PlanningView) -> dict[str, Any]:
+    """For an adapter: its base, which the rest of the answer is about, and the neurons that have the adapter."""
+    adapter = view.catalogue.adapters.get(model_id)
+    if adapter is None:
+        return {}
+    return {"base": adapter.base, "adapter_on": list(dict.fromkeys(e.node.name for e in view.fleet.serving(model_id)))}
 
 
 def _replicas(view: PlanningView, profile: ModelProfile | None, found: list[NodeVerdict]) -> dict[str, Any] | None:
@@ -96,7 +105,9 @@ def _what_is_in_the_way(found: list[NodeVerdict]) -> str:
 def after_unload(model_id: str, view: PlanningView) -> dict[str, Any]:
     """What becomes of a model that an operator has just unloaded somewhere: `next` in words, `next_node` where it is
     loaded again without a request or None, and its `replicas_min`."""
-    profile, fleet = view.catalogue.profile(model_id), view.fleet
+    fleet = view.fleet
+    # An adapter has no replicas: the next request loads it.
+    profile = None if model_id in view.catalogue.adapters else view.catalogue.profile(model_id)
     minimum = 0 if profile is None else profile.replicas.min
     serving = list(dict.fromkeys(engine.node.name for engine in fleet.serving(model_id)))
     reserved, coming = fleet.reservation_of(model_id), fleet.loading_on(model_id)
@@ -123,6 +134,10 @@ def _decision(model_id: str, view: PlanningView, found: list[NodeVerdict], in_fl
         case Serve(replicas):
             nodes = list(dict.fromkeys(key.node for key in replicas))
             return {"action": "serve", "node": nodes[0], "reason": "loaded there", "replicas": nodes}
+        case Attach(replicas):
+            base, nodes = view.catalogue.requested(model_id).name, list(dict.fromkeys(key.node for key in replicas))
+            reason = f"its base {base} is loaded there and has to load the adapter first"
+            return {"action": "load_adapter", "node": nodes[0], "reason": reason, "replicas": nodes}
         case Await(node):
             return {
                 "action": "wait",
@@ -316,6 +331,7 @@ def _node(
                 "status": engine.view.status,
                 "devices": list(engine.view.devices),
                 "variant": engine.view.variant,
+                "error": engine.view.failed_because,
             }
             for engine in view.fleet.engines(model_id, node)
         ],

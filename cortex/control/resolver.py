@@ -10,28 +10,29 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import LimitOwner
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.decision import Await, Place, Refuse, Serve, context_bound, decide
+from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide, served_paths
 from cortex.control.demand import Demand
+from cortex.control.loads.adapters import AdapterLoads, AdapterNotLoaded
 from cortex.control.loads.served_contexts import ServedContexts
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
-from cortex.control.wait_note import waiting_note
+from cortex.control.wait_note import waited_too_long, waiting_note
 from cortex.fleet.membership import Refreshable
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
-from shared.errors import ServiceError, Unavailable, UpstreamError
-from shared.protocol import ErrorCode, ModelStatus, ModelView
-from shared.retry_after import LOAD_TIMED_OUT_SECS
+from shared.errors import ServiceError, UpstreamError
+from shared.protocol import ModelStatus, ModelView
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ error, within 5 s of the others."""
 END_NOTICED_SECS = 0.5
 END_EXPLAINED_SECS = 1.0
 """How long the client of a lost stream waits until the neuron notices the engine's end, and then for its reason."""
+ADAPTER_RETRY_SECS = 0.25
+"""How often a request looks for an engine with room for its adapter."""
 
 
 class Resolver:
@@ -68,6 +71,8 @@ class Resolver:
         shutdown: Shutdown,
         state: StateFile,
         contexts: ServedContexts,
+        adapters: AdapterLoads,
+        limiter: LimitOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -82,6 +87,8 @@ class Resolver:
         self._shutdown = shutdown
         self._state = state
         self.contexts = contexts
+        self._adapters = adapters
+        self.limiter = limiter
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -102,15 +109,18 @@ class Resolver:
         """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
 
-    async def context_bound(self, model_id: str) -> ContextBound | None:
-        """As `routing.control.Control.context_bound`. Waits as `engine`."""
-        if self._fleet.snapshot().serving(model_id):
-            return None
+    async def prospect(self, model_id: str) -> Prospect:
+        """As `routing.control.Control.prospect`. Waits as `engine`."""
+        engines = self._engines_for(model_id)
+        if self._fleet.snapshot().serving(engines):
+            return Prospect()
         await self._fleet.until_all_polled()
-        fleet = self._fleet.snapshot()
-        if fleet.serving(model_id) or fleet.loading_on(model_id) is not None:
-            return None
-        return context_bound(model_id, self._live.catalogue, self.contexts.longest)
+        fleet, catalogue = self._fleet.snapshot(), self._live.catalogue
+        if fleet.serving(engines):
+            return Prospect()
+        starts = fleet.loading_on(model_id) is not None
+        context = None if starts else context_bound(model_id, catalogue, self.contexts.longest)
+        return Prospect(context, served_paths(model_id, catalogue, fleet))
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.
@@ -154,7 +164,7 @@ class Resolver:
         return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
-        return not self._queue.count(*self._names_for(replica.key)) and self._limits.take(replica)
+        return not self._queue.has_line(*self._names_for(replica.key)) and self._limits.take(replica)
 
     def release(self, replica: Replica, count: int = 1) -> None:
         self._limits.release(replica, count)
@@ -166,14 +176,17 @@ class Resolver:
 
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""
-        fleet, job = self._fleet.snapshot(), self._scheduler.job(model_id)
-        return waiting_note(model_id, fleet, job, self._scheduler.wait_reason(model_id), time.time())
+        engines, fleet = self._engines_for(model_id), self._fleet.snapshot()
+        if engines != model_id and fleet.serving(engines):
+            return self._adapters.note(model_id)
+        job, reason = self._scheduler.job(engines), self._scheduler.wait_reason(engines)
+        return waiting_note(engines, fleet, job, reason, time.time())
 
     async def _resolve(self, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
         lost = given_up(failures)
         if failures:
             await self._check_failed(failures[-1])
-            await self._until_noticed(model_id, failures, lost)
+            await self._until_noticed(self._engines_for(model_id), failures, lost)
         replica = await self._serving(model_id, failures, lost, queued=False)
         if replica is not None:
             return Route(replica=replica)
@@ -189,19 +202,27 @@ class Resolver:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
         self._demand.record_request(self._live.catalogue.requested(model_id).model_id)
-        with self._queue.ticket(model_id, self._scheduler.retry_after, caller) as ticket:
+        engines = self._engines_for(model_id)
+        with self._queue.ticket(engines, self._scheduler.retry_after, caller) as ticket:
             cold = False
             while True:
-                if not self._fleet.snapshot().serving(model_id):
+                patience, fleet = deadline - self._clock(), self._fleet.snapshot()
+                lacks_adapter = bool(fleet.serving(engines)) and not fleet.serving(model_id)
+                self._queue.set_in_line(ticket, not lacks_adapter)
+                if lacks_adapter:  # no event says that another adapter is idle
+                    patience = min(patience, ADAPTER_RETRY_SECS)
+                elif not fleet.serving(engines):
                     cold = True
-                    self._scheduler.ensure_scheduled(model_id)
+                    self._scheduler.ensure_scheduled(engines)
                 try:
-                    await ticket.wait(within_secs=deadline - self._clock())
+                    await ticket.wait(within_secs=patience)
                 except asyncio.TimeoutError:
-                    raise self._took_too_long(model_id) from None
-                lost &= self._serving_keys(model_id)
+                    if self._clock() >= deadline:
+                        raise self._took_too_long(model_id) from None
+                lost &= self._serving_keys(engines)
                 replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
+                    ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
                     return Route(replica=replica, cold=cold)
                 if self._shutdown.begun:
@@ -221,8 +242,15 @@ class Resolver:
                 # Right after a start, cortex would load what is loaded somewhere already.
                 await self._fleet.until_all_polled()
             match decide(model_id, self._live.catalogue, self._fleet.snapshot(), self._assigned):
+                case Attach(replicas):
+                    left = [key for key in untried_first(replicas, failures) if key not in lost]
+                    if not await self._attached(model_id, left, failures):
+                        return None
                 case Serve(replicas):
                     left = [key for key in untried_first(replicas, failures) if key not in lost]
+                    others = self._untried_of_base(model_id, left, failures, lost)
+                    if others and await self._attached(model_id, others, failures):
+                        continue
                     if not left:
                         raise unreachable(model_id, failures)
                     left = [key for key in left if self._has_room(key, queued=queued)]
@@ -246,11 +274,42 @@ class Resolver:
                     raise error
         raise unreachable(model_id, failures)
 
+    def _engines_for(self, model_id: str) -> str:
+        """The name of the model whose engines serve it: of an adapter its base, otherwise the same."""
+        return self._live.catalogue.requested(model_id).name
+
+    def _untried_of_base(
+        self, adapter: str, left: Sequence[ReplicaKey], failures: Sequence[Failure], lost: set[ReplicaKey]
+    ) -> list[ReplicaKey]:
+        """If the request has tried all of `left`, those with the adapter: the engines of its base that it has not
+        tried. None for a model that is not an adapter."""
+        tried = lost.union(failure.replica.key for failure in failures if failure.kind != "unknown")
+        if not failures or not tried.issuperset(left):
+            return []
+        of_base = attachable(adapter, self._live.catalogue, self._fleet.snapshot(), self._assigned)
+        return [key for key in of_base if key not in tried]
+
+    async def _attached(self, adapter: str, keys: Sequence[ReplicaKey], failures: Sequence[Failure]) -> bool:
+        """Has one of these engines load the adapter. False if none of them has room for it now.
+
+        Raises:
+            AdapterNotLoaded: none of them can load it. UpstreamError: there is none left.
+        """
+        if not keys:
+            raise unreachable(adapter, failures)
+        try:
+            await self._adapters.load_at_one(keys, adapter)
+        except AdapterNotLoaded as problem:
+            if problem.full:
+                return False
+            raise
+        return True
+
     def _has_room(self, key: ReplicaKey, *, queued: bool) -> bool:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
         engine = self._fleet.snapshot().engine(key)
         limit = None if engine is None else engine.limit
-        if limit is not None and not queued and self._queue.count(*self._names_for(key)):
+        if limit is not None and not queued and self._queue.has_line(*self._names_for(key)):
             return False
         return self._limits.has_room(key, limit)
 
@@ -287,19 +346,13 @@ class Resolver:
 
     def _is_elsewhere(self, replica: Replica) -> bool:
         """The engine has another URL by now: it was started again."""
-        tables = [self.table.get(name, ()) for name in self._names_for(replica.key)]
+        tables = [self.table.get(name, ()) for name in self._live.catalogue.names_of(replica.model_id)]
         return any(each.key == replica.key and each.url != replica.url for table in tables for each in table)
 
     def _took_too_long(self, model_id: str) -> ServiceError:
-        if self._fleet.snapshot().serving(model_id):
-            secs = self._live.config.cold_load.timeout_secs
-            message = f"{model_id!r} has as many requests as its neurons allow; none ended within {secs:g} s"
-            return Unavailable(message, code=ErrorCode.UNAVAILABLE, retry_after=LOAD_TIMED_OUT_SECS)
-        reason = self._scheduler.wait_reason(model_id)
-        why = f" ({reason})" if reason else ""
-        secs = self._live.config.cold_load.timeout_secs
-        message = f"loading {model_id!r} timed out after {secs:g} s{why}"
-        return Unavailable(message, code=ErrorCode.COLD_LOAD_FAILED, retry_after=LOAD_TIMED_OUT_SECS)
+        engines, secs = self._engines_for(model_id), self._live.config.cold_load.timeout_secs
+        served = bool(self._fleet.snapshot().serving(engines))
+        return waited_too_long(model_id, engines, secs, self._scheduler.wait_reason(engines), served=served)
 
     async def _check_failed(self, failure: Failure) -> None:
         """After a replica failed: asks its neuron for the model's state. Forgets the endpoint if nothing listens there.
@@ -308,6 +361,10 @@ class Resolver:
         poller = self._pollers.get(failure.replica.node)
         if poller is not None:
             await poller.refresh()
+        replica = failure.replica
+        if failure.kind == "unknown" and replica.adapter is not None:  # its engine may have lost it
+            with contextlib.suppress(AdapterNotLoaded):
+                await self._adapters.load(replica.key, replica.adapter)
 
     async def _until_noticed(self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey]) -> None:
         """If no engine of the model answers, waits a moment until a neuron reports that its engine stopped: a

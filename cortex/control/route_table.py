@@ -11,8 +11,9 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.choice import beyond_ours
-from cortex.routing.replica import Failure, Replica, ReplicaKey
+from cortex.routing.replica import Failure, Replica, ReplicaKey, ServedPaths
 from shared.errors import UpstreamError
+from shared.protocol import ModelView
 from shared.subscribers import Subscribers
 from shared.tasks import TaskSet
 
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class RouteTable:
-    """Owns `table`, from the name of a model (an id or `id@variant`) to replicas. `changes` announces a name and its
-    replicas; an empty tuple means: ask the control."""
+    """Owns `table`, from the name of a model (an id, also an adapter's, or `id@variant`) to replicas. `changes`
+    announces a name and its replicas; an empty tuple means: ask the control."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class RouteTable:
             if found is None:
                 return None
             endpoint = found
-        return self._as_replica(key, endpoint, self._fleet.snapshot())
+        return self._as_replica(key, endpoint, self._fleet.snapshot(), name)
 
     def invalidate(self, failure: Failure) -> None:
         """A request failed at this replica."""
@@ -86,7 +87,7 @@ class RouteTable:
 
     def _wanted_names(self, fleet: FleetSnapshot, models: Iterable[str]) -> set[str]:
         """Of these models, the names that were requested, with those of their variants."""
-        if fleet.catalogue.has_variants:
+        if fleet.catalogue.has_other_names:
             models = {name for model in models for name in fleet.catalogue.names_of(model)}
         return self._wanted.intersection(models)
 
@@ -99,7 +100,7 @@ class RouteTable:
         else:
             del self.table[name]
         self.changes.announce(name, replicas)
-        serving = {engine.key for engine in fleet.serving(name)}
+        serving = {engine.key for engine in fleet.serving(fleet.catalogue.requested(name).name)}
         for replica in before:
             if replica.key not in serving:
                 self.retired.announce(replica.url)
@@ -114,7 +115,7 @@ class RouteTable:
             known = self._endpoints.known(fleet, engine.key)
             if known is None:
                 return ()
-            replicas.append(self._as_replica(engine.key, known, fleet))
+            replicas.append(self._as_replica(engine.key, known, fleet, name))
         return tuple(replicas)
 
     def _fetch(self, key: ReplicaKey) -> asyncio.Task[Endpoint | UpstreamError | None]:
@@ -138,9 +139,9 @@ class RouteTable:
                 self._update(name, fleet)
         return endpoint
 
-    def _as_replica(self, key: ReplicaKey, endpoint: Endpoint, fleet: FleetSnapshot) -> Replica:
-        """`others` is what the neuron last reported beyond our own requests, which are counted at that same moment: a
-        replica is published again with each report."""
+    def _as_replica(self, key: ReplicaKey, endpoint: Endpoint, fleet: FleetSnapshot, name: str) -> Replica:
+        """`name`: of the model, in requests. `others` is what the neuron last reported beyond our own requests, which
+        are counted at that same moment: a replica is published again with each report."""
         engine = fleet.engine(key)
         activity = None if engine is None else engine.activity
         others = 0
@@ -157,4 +158,10 @@ class RouteTable:
             limit=None if activity is None else activity.limit,
             keep_alive_secs=None if engine is None else engine.view.keep_alive_secs,
             missing_paths=() if engine is None else tuple(engine.view.missing_paths),
+            served=None if engine is None else _served(engine.view),
+            adapter=name if name in fleet.catalogue.adapters else None,
         )
+
+
+def _served(view: ModelView) -> ServedPaths | None:
+    return None if view.paths is None else ServedPaths((view.harness or "unknown",), tuple(view.paths))

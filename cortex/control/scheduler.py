@@ -174,14 +174,15 @@ class Scheduler:
 
     async def reconcile_loop(self) -> None:
         """Samples the demand; keeps, adds and removes replicas. Never returns."""
+        catalogue, fleet, profiles = None, None, list[ModelProfile]()
         while True:
             await asyncio.sleep(SAMPLE_SECS)
             await self._fleet.until_all_polled()  # a replica may be on a neuron that has not answered yet
-            rules = self._live.config.placement.rules()
-            self._demand.sample(self._fleet.snapshot(), replica_target=rules.replica_target)
-            fleet = self._fleet.snapshot()
-            profiles = [each for each in self._live.catalogue.models if needs_reconciliation(each, fleet)]
-            displaced = self._demand.displaced_if_due()
+            self._demand.sample(self._fleet.snapshot(), replica_target=self._live.config.placement.replica_target)
+            if self._live.catalogue is not catalogue or self._fleet.snapshot() is not fleet:
+                catalogue, fleet = self._live.catalogue, self._fleet.snapshot()
+                profiles = [each for each in catalogue.models if needs_reconciliation(each, fleet)]
+            displaced = self._demand.displaced_if_due(catalogue)
             if profiles or displaced:
                 steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:

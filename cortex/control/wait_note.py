@@ -1,4 +1,4 @@
-"""What a client is told while it waits for a model. Pure."""
+"""What a client is told while it waits for a model, and when it has waited too long. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from cortex.control.decision import InFlight
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ReplicaKey, WaitNote
-from shared.protocol import ModelStatus, ModelView, Progress
+from shared.errors import Unavailable
+from shared.protocol import ErrorCode, ModelStatus, ModelView, Progress
+from shared.retry_after import LOAD_TIMED_OUT_SECS
 
 if TYPE_CHECKING:
     from cortex.control.loads.loader import LoadJob
@@ -38,6 +40,22 @@ def waiting_note(
             what = "looking up its address" if limit is None else f"it takes {limit} at a time, waiting for one to end"
             return WaitNote(text=f"{model_id} is loaded on {node.name}; {what}", node=node.name)
     return WaitNote(text=f"waiting to load {model_id}" + (f": {wait_reason}" if wait_reason else ""))
+
+
+def waited_too_long(model_id: str, engines: str, secs: float, wait_reason: str | None, *, served: bool) -> Unavailable:
+    """The error for a request that waited `secs` seconds for the model. `engines` is the model whose engines serve it,
+    another one for an adapter; `served`: some do. `wait_reason` as of `waiting_note`."""
+    code = ErrorCode.UNAVAILABLE if served else ErrorCode.COLD_LOAD_FAILED
+    if served and engines != model_id:
+        message = (
+            f"no engine of {engines!r} had room for the adapter {model_id!r} within {secs:g} s: each has as many "
+            "adapters as max_loras allows, and all of them are in use"
+        )
+    elif served:
+        message = f"{model_id!r} has as many requests as its neurons allow; none ended within {secs:g} s"
+    else:
+        message = f"loading {model_id!r} timed out after {secs:g} s{f' ({wait_reason})' if wait_reason else ''}"
+    return Unavailable(message, code=code, retry_after=LOAD_TIMED_OUT_SECS)
 
 
 def leaving_text(fleet: FleetSnapshot, node: NodeSnapshot, in_flight: InFlight) -> str:

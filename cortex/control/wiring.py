@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -17,6 +19,7 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
+from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
@@ -58,6 +61,7 @@ class ControlCore:
     scheduler: Scheduler
     resolver: Resolver
     groups: GroupKeeper
+    adapters: AdapterLoads
 
     @property
     def config(self) -> CortexConfig:
@@ -76,12 +80,14 @@ class ControlCore:
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
             "groups": self.groups.run,
+            "adapters": self.adapters.spread_loop,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
 
     async def close(self) -> None:
         """Ends its background tasks. The loops must have ended before."""
-        await asyncio.gather(self.loader.close(), self.scheduler.close(), self.routes.close(), self.groups.close())
+        owners = (self.loader, self.scheduler, self.routes, self.groups, self.adapters)
+        await asyncio.gather(*(owner.close() for owner in owners))
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,14 @@ def build(
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = Demand(counts, clock=clock)
-    fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
+    _label_variants(live, fleet)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
-    live.changes.subscribe(lambda: fleet.use_variants(VariantLabels(live.catalogue, inferred_variant)))
-    live.changes.subscribe(routes.publish)
+    routes = _routes(live, fleet, endpoints, counts)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -146,6 +150,7 @@ def build(
         clock=clock,
         policy=policy,
     )
+    adapters = AdapterLoads(neurons, live=live, counts=counts, demand=demand)
     resolver = Resolver(
         live=live,
         fleet=fleet,
@@ -158,12 +163,30 @@ def build(
         shutdown=shutdown,
         state=state,
         contexts=loader.contexts,
+        adapters=adapters,
+        limiter=_limiter(live, fleet),
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)
-    return ControlCore(
-        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups
-    )
+    work = (loader, scheduler, resolver, groups, adapters)
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+
+
+def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
+    """Has the fleet read variants and adapters as the catalogue in force says."""
+
+    def label() -> None:
+        fleet.use_variants(VariantLabels(live.catalogue, inferred_variant))
+
+    label()
+    live.changes.subscribe(label)
+
+
+def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> RouteTable:
+    """The route table, which follows the catalogue in force."""
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+    live.changes.subscribe(routes.publish)
+    return routes
 
 
 @contextlib.asynccontextmanager
@@ -194,6 +217,18 @@ async def running_control(
         finally:
             await asyncio.gather(membership.close(), core.close())
             await state.close()
+
+
+def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
+    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
+    live.changes.subscribe(limiter.models_changed)
+    return limiter
+
+
+def _served_context(fleet: Fleet, model_id: str) -> int | None:
+    """The most tokens of context that an engine of the model serves now; None if unknown."""
+    lengths = [engine.view.max_model_len for engine in fleet.snapshot().serving(model_id)]
+    return max((length for length in lengths if length is not None), default=None)
 
 
 async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:

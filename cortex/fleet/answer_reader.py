@@ -1,14 +1,20 @@
-"""Reads the answers of one neuron, and reports the fields that had to be left out."""
+"""Reads the answers of one neuron, reports the fields that had to be left out, and reuses what has not changed."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeVar
+import re
+import time
+from typing import Any, NamedTuple, TypeVar
 
-from shared.protocol import read_answer
+from shared.protocol import NeuronHealth, read_answer
 
 log = logging.getLogger(__name__)
 
+UPTIME_SLACK_SECS = 1.0
+"""How far a neuron's uptime may drift from its expected value and still count as unchanged."""
+
+_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 Wanted = TypeVar("Wanted")
 
 
@@ -51,3 +57,46 @@ class AnswerReader:
             self.ignored_fields = tuple(
                 sorted(f"{at}: {field}" for at, names in self._ignored.items() for field in names)
             )
+
+
+class KnownHealth(NamedTuple):
+    """The last answer of `/health`: its bytes without the uptime, the neuron's start by that answer (monotonic), and
+    the parsed result."""
+
+    body: bytes
+    started: float
+    data: Any
+    health: NeuronHealth
+
+    @classmethod
+    def of(cls, body: bytes, data: Any, health: NeuronHealth) -> KnownHealth:
+        """What was parsed of this answer."""
+        rest, started = _without_uptime(body)
+        return cls(rest, started, data, health)
+
+    def is_like(self, body: bytes) -> bool:
+        """Whether only the uptime differs in this answer, and as expected."""
+        rest, started = _without_uptime(body)
+        return self.body == rest and abs(self.started - started) < UPTIME_SLACK_SECS
+
+    def reused_in(self, data: Any) -> Any:
+        """The data of another answer, with unchanged entries replaced by the objects already parsed from them."""
+        if not isinstance(data, dict) or not isinstance(self.data, dict):
+            return data
+        kept = {}
+        for name, made in (("devices", self.health.devices), ("models", self.health.models)):
+            new, old = data.get(name), self.data.get(name)
+            if isinstance(new, list) and isinstance(old, list) and len(new) == len(old) == len(made):
+                kept[name] = [
+                    entry if entry != before else then for entry, before, then in zip(new, old, made, strict=True)
+                ]
+        return {**data, **kept}
+
+
+def _without_uptime(body: bytes) -> tuple[bytes, float]:
+    """An answer of `/health` without the uptime, and when the neuron started by it (monotonic); 0 if it does not
+    say."""
+    uptime = _UPTIME.search(body)
+    if uptime is None:
+        return body, 0.0
+    return body[: uptime.start(1)] + body[uptime.end(1) :], time.monotonic() - float(uptime[1])

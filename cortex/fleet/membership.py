@@ -12,7 +12,15 @@ from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet
 from cortex.upstream.pool import EnginePool
-from shared.protocol import EndpointReply, ListenReply, LoadCommand, LoadReply, ReachCommand, ReachReply
+from shared.protocol import (
+    AdapterCommand,
+    EndpointReply,
+    ListenReply,
+    LoadCommand,
+    LoadReply,
+    ReachCommand,
+    ReachReply,
+)
 from shared.tasks import TaskSet, cancel_all, keep_running
 
 log = logging.getLogger(__name__)
@@ -26,6 +34,10 @@ class NeuronCommands(Protocol):
     async def unload(self, model_id: str, instance: str, *, timeout_secs: float, drain_secs: float = 0) -> None: ...
 
     async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None: ...
+
+    async def load_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None: ...
+
+    async def unload_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None: ...
 
     async def endpoint(self, model_id: str, instance: str) -> EndpointReply: ...
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-import re
-import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
 from cortex.config.settings import NeuronEntry
-from cortex.fleet.answer_reader import AnswerReader
+from cortex.fleet.answer_reader import AnswerReader, KnownHealth
 from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
     ENGINE_KEYS_HEADER,
+    AdapterCommand,
     DeviceFigures,
     Discovery,
     EndpointReply,
@@ -50,13 +49,10 @@ EVENT_SILENCE_SECS = 30.0
 dead."""
 IDLE_SECS = 30.0
 """How long a connection to a neuron is kept between two polls."""
-UPTIME_SLACK_SECS = 1.0
-"""How far a neuron's uptime may drift from its expected value and still count as unchanged."""
 
 NO_CREDENTIALS = "it needs a token: set token or token_env of this neuron in cortex.toml to that of neuron.toml"
 WRONG_CREDENTIALS = "it refuses the token: token or token_env of this neuron in cortex.toml differs from neuron.toml"
 
-_UPTIME = re.compile(rb'"uptime_secs"\s*:\s*([0-9]+(?:\.[0-9]+)?)')
 Wanted = TypeVar("Wanted")
 
 
@@ -101,16 +97,6 @@ class NeuronRefused(Exception):
         self.devices = tuple(devices)
 
 
-class _KnownHealth(NamedTuple):
-    """The last answer of `/health`: its bytes without the uptime, the neuron's start by that answer (monotonic), and
-    the parsed result."""
-
-    body: bytes
-    started: float
-    data: Any
-    health: NeuronHealth
-
-
 class NeuronClient:
     """Typed calls to one neuron. Callers set the deadlines, except the one for connecting."""
 
@@ -127,7 +113,7 @@ class NeuronClient:
             headers.append(b"authorization: Bearer " + _header_value(entry.bearer_token))
         self._headers = b"\r\n".join(headers)
         self._ask_health, self._ask_models = self._head("GET", "/health"), self._head("GET", "/models")
-        self._health: _KnownHealth | None = None
+        self._health: KnownHealth | None = None
         self._models: tuple[bytes, tuple[ModelView, ...]] | None = None
 
     async def discovery(self) -> Discovery:
@@ -136,19 +122,14 @@ class NeuronClient:
     async def health(self) -> NeuronHealth:
         """Returns the previous object if only the uptime has changed."""
         body = (await self._answer("GET", "/health", self._ask_health, b"")).body
-        uptime = _UPTIME.search(body)
-        rest, started = body, 0.0
-        if uptime is not None:
-            rest = body[: uptime.start(1)] + body[uptime.end(1) :]
-            started = time.monotonic() - float(uptime[1])
         known = self._health
-        if known is not None and known.body == rest and abs(known.started - started) < UPTIME_SLACK_SECS:
+        if known is not None and known.is_like(body):
             return known.health
         data = self._json("GET", "/health", body)
         # Entries parsed before do not show which of their fields were left out.
         reusable = None if self.answers.ignores_fields_of("/health") else known
-        health = self._valid("/health", NeuronHealth, _with_known(data, reusable))
-        self._health = _KnownHealth(rest, started, data, health)
+        health = self._valid("/health", NeuronHealth, data if reusable is None else reusable.reused_in(data))
+        self._health = KnownHealth.of(body, data, health)
         return health
 
     async def models(self) -> Sequence[ModelView]:
@@ -200,6 +181,14 @@ class NeuronClient:
     async def sleep(self, model_id: str, instance: str, *, timeout_secs: float) -> None:
         """Returns when the engine sleeps. Raises as `load`; NeuronRefused also if the neuron does not support sleep."""
         await self._command("/models/sleep", SleepCommand(model_id=model_id, instance=instance or None), timeout_secs)
+
+    async def load_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None:
+        """Returns when the engine serves the LoRA adapter. Raises as `load`."""
+        await self._command("/adapters/load", command, timeout_secs)
+
+    async def unload_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None:
+        """Returns when the engine takes no requests for the LoRA adapter. Raises as `load`."""
+        await self._command("/adapters/unload", command, timeout_secs)
 
     async def listen_for_group(self, group: str) -> ListenReply:
         """Has the neuron listen for the other neurons of the group. Raises as `load`."""
@@ -336,20 +325,6 @@ class NeuronClient:
         except (ValueError, RecursionError) as error:
             reason = f"the answer of {path} is not JSON"
             raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
-
-
-def _with_known(data: Any, known: _KnownHealth | None) -> Any:
-    """The data with unchanged entries replaced by the objects already parsed from them."""
-    if known is None or not isinstance(data, dict) or not isinstance(known.data, dict):
-        return data
-    kept = {}
-    for name, made in (("devices", known.health.devices), ("models", known.health.models)):
-        new, old = data.get(name), known.data.get(name)
-        if isinstance(new, list) and isinstance(old, list) and len(new) == len(old) == len(made):
-            kept[name] = [
-                entry if entry != before else then for entry, before, then in zip(new, old, made, strict=True)
-            ]
-    return {**data, **kept}
 
 
 def _header_value(text: str) -> bytes:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -30,6 +31,7 @@ Instances: TypeAlias = Mapping[str, ModelView]
 """The engines of one model on one node, by instance."""
 
 _NONE: Instances = MappingProxyType({})
+_ROUTED_BY = attrgetter("status", "servable", "variant", "adapters")
 
 
 def instance_of(entry: ModelView | ModelActivity) -> str:
@@ -296,7 +298,7 @@ def _moved(model_id: str, before: NodeSnapshot, after: NodeSnapshot) -> bool:
         old = older[instance]
         if old is new and new.since is not None:
             continue
-        if (old.status, old.servable, old.variant) != (new.status, new.servable, new.variant):
+        if _ROUTED_BY(old) != _ROUTED_BY(new):
             return True
         if before.engine_version(model_id, instance) != after.engine_version(model_id, instance):
             return True
@@ -314,8 +316,8 @@ class FleetSnapshot:
     topology: object = None
     """A new object whenever the list of neurons or a discovery changes; None: not tracked."""
     catalogue: Catalogue = field(default=NO_MODELS, compare=False)
-    """Says what `id@variant` stands for. Where a method takes the name of a model, that is an id or such a name, which
-    means the engines of that variant."""
+    """Says what `id@variant` and adapters stand for. Where a method takes the name of a model, that is an id or such a
+    name, which means the engines of that variant, or of the adapter's base."""
 
     @cached_property
     def healthy(self) -> tuple[NodeSnapshot, ...]:
@@ -354,8 +356,8 @@ class FleetSnapshot:
         return None if node is None or view is None else EngineSnapshot(node, view, key)
 
     def serving(self, name: str) -> list[EngineSnapshot]:
-        """The engines that may get a request for the model now. Those that are leaving get none while another
-        can serve; otherwise they still answer. One that is being evicted gets none."""
+        """The engines that may get a request for the model now, for an adapter those that have it. Those that are
+        leaving get none while another can serve; otherwise they still answer. One that is being evicted gets none."""
         model_id, variant = self.catalogue.requested(name)
         loaded = [
             EngineSnapshot(node, view, key)
@@ -365,7 +367,8 @@ class FleetSnapshot:
             if view.servable_now and variant in (None, view.variant)
             if (key := ReplicaKey(model_id, node.name, instance)) not in self.evicting
         ]
-        return [engine for engine in loaded if not engine.leaving] or loaded
+        usable = [engine for engine in loaded if not engine.leaving] or loaded
+        return [each for each in usable if name in each.view.adapters] if name in self.catalogue.adapters else usable
 
     def loading_on(self, name: str) -> EngineSnapshot | None:
         """An engine of the model that a healthy neuron is loading."""

@@ -316,18 +316,18 @@ class Fleet:
         if known is not None and known.loaded:
             self._reported_at[name][model_id, instance] = self._clock()
             return
-        self.update_model(
-            name,
-            ModelView(
-                id=model_id,
-                instance=instance or None,
-                variant=variant,
-                harness=harness,
-                status=ModelStatus.LOADED.value,
-                devices=list(devices),
-                endpoint=endpoint,
-            ),
+        kept = {} if known is None else known.model_dump(include={"max_loras", "adapters"})  # if it slept
+        view = ModelView(
+            id=model_id,
+            instance=instance or None,
+            variant=variant,
+            harness=harness,
+            status=ModelStatus.LOADED.value,
+            devices=list(devices),
+            endpoint=endpoint,
+            **kept,
         )
+        self.update_model(name, view)
 
     def set_draining(self, name: str, draining: bool) -> None:
         """For an operator: takes a neuron out of placement and routing, or puts it back."""

@@ -103,7 +103,10 @@ class _FleetGauges(Collector):
             "cortex_instance_requests_in_flight", "Requests at each engine", labels=[*_LABELS, "engine"]
         )
         total: Counter[ModelOnNode] = Counter()
+        adapters = self._fleet.snapshot().catalogue.adapters  # their requests count for the base as well
         for key, count in self._in_flight().items():
+            if key.model_id in adapters:
+                continue
             total[key.model_id, key.node] += count
             if key.instance:
                 engines.add_metric(key, count)

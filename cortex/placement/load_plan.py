@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
+from cortex.config.catalogue import LoraSettings
 from cortex.config.profile import ModelProfile, RequestedModel
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
 from cortex.placement.eviction import NO_EVICTIONS, EvictionPlan
@@ -123,11 +124,17 @@ class LoadPlan:
 
 
 def part_command(
-    plan: LoadPlan, whole: Parallelism, profile: ModelProfile, node: NodeSnapshot, group: GroupPart
+    plan: LoadPlan,
+    whole: Parallelism,
+    profile: ModelProfile,
+    node: NodeSnapshot,
+    group: GroupPart,
+    *,
+    loras: LoraSettings | None = None,
 ) -> LoadCommand:
     """The command for one part of an engine that spans several neurons; `plan` is that of the part, `whole` says how
     the engine is split."""
-    command = load_command(plan, profile, node)
+    command = load_command(plan, profile, node, loras)
     share = profile.device_share_mb
     return command.model_copy(
         update={
@@ -139,10 +146,13 @@ def part_command(
     )
 
 
-def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot) -> LoadCommand:
+def load_command(
+    plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapshot, loras: LoraSettings | None = None
+) -> LoadCommand:
     """The command for a plan. A sleeping model, or one that only neurons know, is sent by id alone: its neuron
     remembers the spec and devices, and refuses to wake it with different ones. A protocol v1 neuron remembers nothing,
-    so the command repeats what it listed. `profile` is the plan's choice among the model's variants."""
+    so the command repeats what it listed. `profile` is the plan's choice among the model's variants, `loras` what the
+    catalogue says of its adapters."""
     remembers = node.discovery is None or node.discovery.instance_id is not None
     instance = plan.instance or None
     if remembers and (plan.wakes or profile is None):
@@ -170,6 +180,9 @@ def load_command(plan: LoadPlan, profile: ModelProfile | None, node: NodeSnapsho
         vram_mb=profile.vram_mb,
         max_model_len=None if context else profile.max_model_len,
         tools=profile.tools or None,
+        max_loras=None if loras is None else loras.max_loras,
+        max_lora_rank=None if loras is None else loras.max_rank,
+        lora_sources=[] if loras is None else list(loras.sources),
     )
 
 

@@ -61,13 +61,14 @@ class ReplicaChanges:
 
 
 def needs_reconciliation(profile: ModelProfile, fleet: FleetSnapshot) -> bool:
-    """Whether the model's replicas may change without requests."""
+    """Whether the model's replicas may change without requests. An adapter has none of its own."""
+    if profile.base is not None:
+        return False
     if profile.replicas.min > 0 or profile.replicas.max > 1 or profile.idle_ttl_secs is not None:
         return True
     holders = fleet.holders(profile.id)
-    return len(holders) > 1 or any(
-        node.draining or node.sick_devices or len(node.instances(profile.id)) > 1 for node in holders
-    )
+    loaded = sum(view.loaded for node in holders for view in node.instances(profile.id).values())
+    return loaded > 1 or any(node.draining or node.sick_devices for node in holders)
 
 
 def reconcile_replicas(view: PlanningView, profiles: Iterable[ModelProfile]) -> ReplicaChanges:
@@ -198,6 +199,8 @@ def _loads_ahead(view: PlanningView) -> list[tuple[LoadPlan, str]]:
     view = replace(view, usages={key: _in_use_if_recent(view.now, use) for key, use in view.usages.items()})
     best: tuple[float, LoadPlan] | None = None
     for rate, profile in wanted[:MAX_LOAD_AHEAD]:
+        if best is not None and rate <= best[0]:
+            break  # no later one can save more
         plan = best_plan(candidate_verdicts(view, profile))
         if plan is None or plan.fit > Fit.AFTER_EVICTION or not _evicts_only_idle(plan, view.now):
             continue

@@ -4,66 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
 from cortex.accounts.caller import Caller
-from cortex.config.local_tokenizer import tokenizer_of
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
-from cortex.proxy.body.prompt_size import (
-    LONGEST_TOKEN_CHARS,
-    SIZED,
-    PromptSize,
-    excess,
-    longest_token,
-    prompt_size,
-)
+from cortex.proxy.paths import INFERENCE
+from cortex.proxy.prompt.local_tokenizer import local_tokenizer
+from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, excess, prompt_size
+from cortex.proxy.prompt.token_counter import TokenCounter
+from cortex.proxy.relay import Relay
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
-from cortex.routing.control import Control
+from cortex.routing.control import ContextBound, Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Failure, Replica, ReplicaKey, Route
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, adapter_key, not_served
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.upstream.pool import EnginePool
-from cortex.upstream.tail import UsageTail
+from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
 OTHER_WORKER_SECS: Final = 0.2
 """How long it may take to learn which response another worker has just passed on."""
 OTHER_WORKER_CHECKS: Final = 10
 
-MAX_TOKENIZER_BYTES: Final = 64 << 20
-"""A tokenizer.json beyond that is not read."""
-
 log = logging.getLogger(__name__)
-
-
-def longest_token_chars(source: str, environ: Mapping[str, str] = os.environ) -> int:
-    """The characters of the longest token of the model that an engine loads for `source`; LONGEST_TOKEN_CHARS if its
-    tokenizer is not on this host. Blocks."""
-    path = tokenizer_of(source, environ)
-    try:
-        return LONGEST_TOKEN_CHARS if path is None else _longest_in(path, path.stat().st_mtime_ns)
-    except OSError:
-        return LONGEST_TOKEN_CHARS
-
-
-@lru_cache(maxsize=64)
-def _longest_in(path: Path, _changed: int) -> int:
-    data = path.read_bytes() if path.stat().st_size <= MAX_TOKENIZER_BYTES else b""
-    return longest_token(data) or LONGEST_TOKEN_CHARS
 
 
 class ProxyContext:
@@ -87,6 +60,7 @@ class ProxyContext:
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
+        self._token_counter = TokenCounter()
 
     def configure(self, config: CortexConfig) -> None:
         """Applies this configuration to requests that arrive from now on."""
@@ -101,30 +75,61 @@ class ProxyContext:
         )
         self.default_model = gateway.default_model  # for requests that name none
 
-    async def resolve(self, request: Request, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
-        """As `Control.resolve`, for this request.
+    async def resolve(
+        self,
+        request: Request,
+        model_id: str,
+        failures: Sequence[Failure],
+        caller: Caller,
+        is_able: Callable[[ServedPaths], bool],
+    ) -> Route:
+        """As `Control.resolve`, for this request. `is_able`: whether engines that serve these paths can answer it.
 
         Raises:
-            ServiceError: it cannot be served, or certainly exceeds the context that the model would have once loaded.
+            ServiceError: it cannot be served. Before it costs a load: no engine of the model would serve its path, or
+                it certainly exceeds the context that the model would have.
         """
-        await self._check_length(request, model_id)
+        if model_id not in self.control.table:
+            prospect = await self.control.prospect(model_id)
+            if prospect.served is not None and not is_able(prospect.served):
+                raise not_served(model_id, request.path, prospect.served)
+            if prospect.context is not None and request.path in SIZED:
+                await self._check_length(request, prospect.context)
         return await self.control.resolve(model_id, failures, caller)
 
-    async def _check_length(self, request: Request, model_id: str) -> None:
-        if request.path not in SIZED or model_id in self.control.table:
+    async def _check_length(self, request: Request, bound: ContextBound) -> None:
+        size = prompt_size(request.path, request.body)
+        # No token is shorter than a byte; a special one may come on top.
+        if max(size.limit, size.tokens, len(size.text.encode())) < bound.tokens:
             return
-        bound = await self.control.context_bound(model_id)
-        size = PromptSize() if bound is None else prompt_size(request.path, request.body)
-        if bound is None or max(size.limit, size.tokens, len(size.text)) <= bound.tokens:
-            return
-        longest = await asyncio.to_thread(longest_token_chars, bound.source)
+        tokenizer = await asyncio.to_thread(local_tokenizer, bound.source)
+        longest = LONGEST_TOKEN_CHARS if tokenizer is None else tokenizer.longest_token
         error = excess(size, bound.tokens, longest)
+        if error is None and tokenizer is not None and size.text:
+            size = await self._token_counter.counted(size, tokenizer, bound.tokens)
+            error = excess(size, bound.tokens, longest)
         if error is not None:
             raise error
 
-    def finished(self, replica: Replica) -> None:
-        """A request at this replica has ended, or is given up."""
+    def count(self, replica: Replica, key_id: str) -> None:
+        """A request is about to be sent to this replica, from a client with this API key."""
+        if key_id:
+            self.in_flight.add_caller(replica.key, key_id)
+        self.in_flight.add(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.add(adapter_key(replica.adapter, replica.key))
+
+    def uncount(self, replica: Replica, key_id: str) -> None:
+        """Takes `count` back."""
+        if key_id:
+            self.in_flight.remove_caller(replica.key, key_id)
         self.in_flight.remove(replica.key)
+        if replica.adapter is not None:
+            self.in_flight.remove(adapter_key(replica.adapter, replica.key))
+
+    def finished(self, replica: Replica, key_id: str) -> None:
+        """A request at this replica has ended, or is given up."""
+        self.uncount(replica, key_id)
         if replica.limit is not None:
             self.control.release(replica)
 
@@ -140,17 +145,24 @@ class ProxyContext:
         key = self.affinity.key(request.path, request.passed, request.body)
         return replicas[choose(names, outstanding, self.speeds.of(keys), key, self.load_factor)]
 
-    def measure(self, replica: Replica, request: Request, answer: Answer) -> None:
-        """Records the speed of the engine that gave this complete answer."""
-        key = replica.key
+    def measure(self, replica: Replica, request: Request, relay: Relay) -> None:
+        """Records the speed of the engine, if its answer is complete."""
+        if relay.status != 200 or relay.lost_because is not None or request.path not in INFERENCE:
+            return  # any other path: a client must not add kinds without limit
+        key, answer = replica.key, relay.answer
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_tokens(self, model: str, node: str, tail: UsageTail) -> None:
-        """Counts the tokens of an answer that says them. `model` and `node` are metric labels."""
-        usage = tail.usage()
+    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> None:
+        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
+        if relay.lost_because is not None:
+            self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
+            return
+        usage = relay.answer.tail.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+        if relay.status == 400:
+            self._hint_at_tools(model_id, node, relay.answer.refusal())
 
     def published_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response, if it is known and can be used without asking the control."""
@@ -177,7 +189,7 @@ class ProxyContext:
             self.control.tell_owner(found, replica)
         return found is not None or len(start) >= SEARCHED_BYTES
 
-    def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
+    def _hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
         """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""
         if model_id not in self._hinted and AUTO_TOOL_CHOICE in refusal:
             self._hinted.add(model_id)
@@ -185,5 +197,6 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

@@ -12,12 +12,11 @@ from cortex.http.connection import ClientConnection
 from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.control_request import ControlRequest
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
@@ -31,6 +30,7 @@ from cortex.proxy.paths import (
     not_for_clients,
 )
 from cortex.proxy.request_handler import RequestHandler
+from cortex.proxy.request_kinds.control_request import ControlRequest
 from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
 from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
@@ -171,6 +171,9 @@ class Gateway:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self._context.in_flight.callers
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""

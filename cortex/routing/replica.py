@@ -7,7 +7,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from shared.errors import UpstreamError
+from shared.errors import NotFound, UpstreamError, shortened
 from shared.protocol import FIRST_INSTANCE, ErrorCode
 
 
@@ -26,11 +26,28 @@ class ReplicaKey(NamedTuple):
         return self.node if self.instance in ("", FIRST_INSTANCE) else f"{self.node}#{self.instance}"
 
 
+def adapter_key(adapter: str, engine: ReplicaKey) -> ReplicaKey:
+    """Identifies a LoRA adapter at an engine of its base. Its requests count for both keys."""
+    return ReplicaKey(adapter, engine.node, engine.instance)
+
+
 ModelOnNode: TypeAlias = tuple[str, str]
 """A model on a node, whatever its instances: (model id, node name)."""
 
 ANY_NODE: Final = "*"
 """As the node name of a key: every node. No neuron has this name."""
+
+
+class ServedPaths(msgspec.Struct, frozen=True):
+    """What engines of these harnesses serve, and nothing else."""
+
+    harnesses: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    def has(self, path: bytes) -> bool:
+        """True for these paths and those below them."""
+        asked = path.decode("latin-1")
+        return any(asked == known or asked.startswith(f"{known}/") for known in self.paths)
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +56,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
     the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
-    `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`.
+    `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`. `served`: all that it serves,
+    None if that is not known. `adapter`: the LoRA adapter of the model that requests name.
     """
 
     key: ReplicaKey
@@ -52,6 +70,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     keep_alive_secs: float | None = None
     missing_paths: tuple[str, ...] = ()
+    served: ServedPaths | None = None
+    adapter: str | None = None
 
     @property
     def model_id(self) -> str:
@@ -70,7 +90,7 @@ FailureKind: TypeAlias = Literal["refused", "timeout", "reset", "status", "dead"
 """refused: nothing listens there, the engine is dead. timeout: no connection in time, it may only be busy. reset: lost
 before a byte of its answer. The others gave an answer that was not passed on. status: 502 or 503. dead: its core is
 dead, and its server is about to exit. unknown: it does not know the request or its model, and may not be the model's
-engine any more."""
+engine, or not have the adapter, any more."""
 
 LOST: Final = frozenset({"refused", "reset", "dead"})
 """The kinds after which the engine has to be asked for again."""
@@ -126,14 +146,15 @@ def failure_of(
     replicas that the request has not been sent to.
 
     Dead: once per request, because the request may be what kills the core. Strange: it may come from another server
-    than the model's engine, unless its neuron named that URL again after such an answer. Unavailable: not again from
-    the only engine left, which the control named again after such an answer.
+    than the model's engine, or from one that has lost the adapter, unless the control named that URL again after such
+    an answer. Unavailable: not again from the only engine left, which the control named again after such an answer.
     """
     if refusal == "dead":
         return None if any(each.kind == "dead" for each in failures) else "dead"
     if refusal == "strange":
         confirmed = any(each.kind == "unknown" and each.replica.url == replica.url for each in failures)
-        return "unknown" if replica.may_move and not confirmed else None
+        doubtful = replica.may_move or replica.adapter is not None
+        return "unknown" if doubtful and not confirmed else None
     again = any(each.replica.key == replica.key and each.kind == "status" for each in failures)
     return None if again and not others and refusal == "unavailable" else "status"
 
@@ -167,6 +188,13 @@ def stopped(replica: Replica) -> UpstreamError:
     """The error for an answer that began and that cortex cannot wait for, because it stops."""
     message = f"the answer of {replica.model_id!r} on {replica.name} was cut off: cortex is stopping"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
+
+
+def not_served(model_id: str, path: bytes, served: ServedPaths) -> NotFound:
+    """The error for a path that no engine of the model serves."""
+    engines = " and ".join(served.harnesses)
+    shown, paths = shortened(path.decode("latin-1")), ", ".join(served.paths) or "nothing"
+    return NotFound(f"{model_id!r} does not answer {shown!r}: its engine ({engines}) serves only {paths}")
 
 
 def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:

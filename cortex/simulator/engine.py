@@ -46,11 +46,14 @@ class SimulatedEngine:
         instance: str = FIRST_INSTANCE,
         variant: str | None = None,
         group: GroupPart | None = None,
+        max_loras: int | None = None,
     ) -> None:
         self.model_id = model_id
         self.instance = instance
         self.variant = variant
         self.group = group
+        self.max_loras = max_loras
+        self.adapters: list[str] = []
         self.devices = devices
         self.device_share_mb = device_share_mb
         self.status = ModelStatus.LOADING

@@ -182,7 +182,7 @@ def load_fleet(path: Path) -> SimulatedFleet:
     problems = [
         f"{source}: models[{index}].vram_mb: required here, since nothing measures the model {profile.id!r}"
         for index, profile in enumerate(catalogue.models)
-        if any(choice.vram_mb is None for choice in profile.choices)
+        if profile.base is None and any(choice.vram_mb is None for choice in profile.choices)
     ]
     for table, models in (("load_secs", file.load_secs.models), ("serving", file.serving.models)):
         unknown = [model_id for model_id in models if catalogue.profile(model_id) is None]

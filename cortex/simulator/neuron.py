@@ -15,6 +15,7 @@ from shared.gpus import DEVICE_MARGIN_MB, ram_reserve_mb
 from shared.protocol import (
     FIRST_INSTANCE,
     RAM,
+    AdapterCommand,
     DeviceHealth,
     Discovery,
     EndpointReply,
@@ -129,6 +130,7 @@ class SimulatedNeuron:
             instance=instance,
             variant=command.variant,
             group=command.group,
+            max_loras=command.max_loras,
         )
         self.engines[model_id, instance] = engine
         if engine.serves:
@@ -180,6 +182,32 @@ class SimulatedNeuron:
         """Always refuses, so that the loader unloads instead."""
         raise NeuronRefused(409, "simulated engines do not sleep", ErrorCode.SLEEP_UNSUPPORTED)
 
+    async def load_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None:
+        """Takes no time.
+
+        Raises:
+            NeuronRefused: the engine is not loaded, or has as many adapters as it can have.
+        """
+        engine = self.engines.get((command.model_id, command.instance or FIRST_INSTANCE))
+        if engine is None or engine.status is not ModelStatus.LOADED:
+            raise NeuronRefused(404, f"{command.model_id!r} is not loaded", ErrorCode.MODEL_NOT_FOUND)
+        if command.adapter in engine.adapters:
+            return
+        if len(engine.adapters) >= (engine.max_loras or 0):
+            displaced = next((name for name in command.displaceable if name in engine.adapters), None)
+            if displaced is None:
+                raise NeuronRefused(409, f"{command.model_id!r} has no room", ErrorCode.ADAPTERS_FULL)
+            engine.adapters.remove(displaced)
+        engine.adapters.append(command.adapter)
+        self._set_status(engine, engine.status)
+
+    async def unload_adapter(self, command: AdapterCommand, *, timeout_secs: float) -> None:
+        """Takes no time. Does nothing if the engine does not have it."""
+        engine = self.engines.get((command.model_id, command.instance or FIRST_INSTANCE))
+        if engine is not None and command.adapter in engine.adapters:
+            engine.adapters.remove(command.adapter)
+            self._set_status(engine, engine.status)
+
     async def endpoint(self, model_id: str, instance: str) -> EndpointReply:
         return EndpointReply(url=f"http://{self.node.name}")
 
@@ -211,6 +239,8 @@ class SimulatedNeuron:
             devices=[index for index in engine.devices if index != RAM] if held else [],
             vram_booked_mb=engine.booked_mb if held and RAM not in engine.devices else None,
             ram_booked_mb=engine.booked_mb if held and RAM in engine.devices else None,
+            max_loras=engine.max_loras,
+            adapters=list(engine.adapters),
             since=asyncio.get_running_loop().time(),
             endpoint=EndpointReply(url=f"http://{self.node.name}") if status is ModelStatus.LOADED else None,
         )

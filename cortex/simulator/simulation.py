@@ -18,12 +18,12 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey, adapter_key
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import GroupStarts, SimulatedNeuron
@@ -56,6 +56,9 @@ class SimulatedWorker:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self.requests.callers
 
     async def refresh(self) -> None:
         """Nothing to do: the counts are live."""
@@ -221,7 +224,8 @@ class Simulation:
         if not engine.in_flight:
             self._memory.change(request.begun, working_mb=engine.working_mb)
         engine.begin(request, request.begun)
-        self._worker.requests.add(key)
+        for counted in self._counted(request, key):
+            self._worker.requests.add(counted)
         self._expect_end(key)
 
     def _expect_end(self, key: ReplicaKey) -> None:
@@ -236,7 +240,8 @@ class Simulation:
     def _end(self, key: ReplicaKey) -> None:
         engine = self._engine(key)
         request = engine.end_next(self._loop.time())
-        self._worker.requests.remove(key)
+        for counted in self._counted(request, key):
+            self._worker.requests.remove(counted)
         self._expect_end(key)
         if not engine.in_flight:
             self._memory.change(self._loop.time(), working_mb=-engine.working_mb)
@@ -247,6 +252,11 @@ class Simulation:
         self._unfinished -= 1
         if not self._unfinished:
             self._finished.set_result(None)
+
+    def _counted(self, request: SimulatedRequest, key: ReplicaKey) -> tuple[ReplicaKey, ...]:
+        """What the request counts for: its engine, and its adapter there."""
+        name = self._catalogue.resolve(request.model)
+        return (key, adapter_key(name, key)) if name in self._catalogue.adapters else (key,)
 
     def _engine(self, key: ReplicaKey) -> SimulatedEngine:
         return self.neurons[key.node].engines[key.model_id, key.instance]

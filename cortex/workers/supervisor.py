@@ -126,9 +126,10 @@ class Supervisor:
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
+        limited = list(self._resolver.limiter.limited_models)
         config = self._live.config.model_dump_json()
         for worker in self._workers.values():
-            worker.send(CatalogueChanged(models, aliases))
+            worker.send(CatalogueChanged(models, aliases, limited))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
@@ -137,7 +138,7 @@ class Supervisor:
 
     def _catalogue(self) -> tuple[list[str], dict[str, Rewrite]]:
         catalogue = self._live.catalogue
-        names = [name for profile in catalogue.models for name in catalogue.names_of(profile.id)]
+        names = list({name: None for profile in catalogue.models for name in catalogue.names_of(profile.id)})
         return names, dict(catalogue.rewrites)
 
     async def _keep_running(self, number: int) -> None:
@@ -196,4 +197,5 @@ class Supervisor:
             control_host=self._address.host,
             down=list(self._fleet.down),
             responses=self._resolver.response_owners.listed(),
+            limited_models=list(self._resolver.limiter.limited_models),
         )

@@ -1,4 +1,4 @@
-"""LoRA adapters of the real vLLM, loaded by a neuron through its guard, on the CPU."""
+"""LoRA adapters of the real vLLM on the CPU, loaded for cortex by a neuron, through its guard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.cortex.cortex_process import ListedNeuron, cortex_process
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.lifecycle.test_adapters import BASE, ask, attach, detach
 from tests.neuron.neurons import config_of, neuron_here
@@ -40,8 +41,8 @@ def tiny_adapter(directory: Path, model: Path) -> str:
 
 
 async def test_adapters_of_a_real_vllm(real_vllm: RealVllm, mark: str, tmp_path: Path) -> None:
-    """An adapter is loaded, listed, displaced and unloaded while vLLM serves, and a client with the engine's key cannot
-    do that."""
+    """A cold request for an adapter brings its base; the next adapter displaces it. While vLLM serves, adapters are
+    loaded, listed, displaced and unloaded, and a client with the engine's key cannot do that."""
     first, second = (tiny_adapter(tmp_path / name, real_vllm.tiny) for name in ("first", "second"))
     vllm = {
         "command": real_vllm.command,
@@ -50,12 +51,19 @@ async def test_adapters_of_a_real_vllm(real_vllm: RealVllm, mark: str, tmp_path:
         "port_range": [28400, 28449],
     }
     async with neuron_here(config_of(tmp_path / "state", harness={"vllm": vllm})) as neuron:
-        body = {"model_id": BASE, "harness": "vllm", "source": str(real_vllm.tiny), "max_loras": 1}
-        loaded = await neuron.call("POST", "/models/load", json={**body, "lora_sources": [first, second]})
-        assert loaded.status == 200, loaded.body
-        assert await ask(neuron, "a") == 404
-        assert (await attach(neuron, "a", first)).body["adapters"] == {"0": ["a"]}
-        assert await ask(neuron, "a") == 200
+        models: list[dict[str, Any]] = [
+            {"id": BASE, "source": str(real_vllm.tiny), "vram_mb": 2000, "max_loras": 1},
+            {"id": "a", "base": BASE, "lora": first},
+            {"id": "b", "base": BASE, "lora": second},
+        ]
+        async with cortex_process(tmp_path, [ListedNeuron("n", neuron.base)], models) as cortex:
+            for name in ("b", BASE, "a"):
+                body = {"model": name, "prompt": "hello", "max_tokens": 2}
+                async with neuron.session.post(f"{cortex.url}/v1/completions", json=body) as response:
+                    answer = await response.json()
+                    assert (response.status, answer.get("model")) == (200, name), answer
+        assert (await neuron.model(BASE))["adapters"] == ["a"]
+        assert [await ask(neuron, name) for name in ("a", "b")] == [200, 404]
         refused = await attach(neuron, "b", second)
         assert refused.error["code"] == "adapters_full"
         assert (await attach(neuron, "b", second, displaceable=["a"])).body["adapters"] == {"0": ["b"]}

@@ -13,8 +13,9 @@ import anthropic
 import openai
 import pytest
 
-from cortex.proxy.body.prompt_size import excess, prompt_size
-from cortex.proxy.context import longest_token_chars
+from cortex.proxy.prompt.counting_process import CountRequest, count_tokens
+from cortex.proxy.prompt.local_tokenizer import local_tokenizer
+from cortex.proxy.prompt.prompt_size import excess, prompt_size
 from tests.e2e_vllm.conftest import RealVllm
 from tests.e2e_vllm.fleet import BROKEN, MINILM, PAIR, TINY
 from tests.processes import eventually, of_session
@@ -116,7 +117,9 @@ def test_what_cortex_refuses_before_a_load_vllm_refuses_in_the_same_words(fleet:
     entry = fleet.status_of(TINY)
     assert entry is not None
     assert entry["max_model_len"] == 512
-    longest = longest_token_chars(str(real_vllm.tiny))
+    tokenizer = local_tokenizer(str(real_vllm.tiny))
+    assert tokenizer is not None
+    longest = tokenizer.longest_token
     text = "a " * (512 * longest)
     chat = [{"role": "user", "content": text}]
     for path, asked in (
@@ -138,6 +141,27 @@ def test_what_cortex_refuses_before_a_load_vllm_refuses_in_the_same_words(fleet:
         assert answer.status == 400
         if path != "/v1/messages":
             assert (error["type"], error["code"]) == ("BadRequestError", 400)
+
+
+def test_cortex_counts_tokens_as_vllm_does(fleet: Fleet, real_vllm: RealVllm) -> None:
+    """Those of a completion exactly; of a chat, whose template adds some, not more."""
+    assert ask(fleet, TINY)[0] == 200
+    tokenizer = local_tokenizer(str(real_vllm.tiny))
+    assert tokenizer is not None
+    for text in ("the quick brown fox " * 20, "naïve\n\n\t 12345 😀" * 9):
+        for path, asked in (
+            ("/v1/completions", {"prompt": text}),
+            ("/v1/completions", {"prompt": text, "add_special_tokens": False}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ):
+            body = {"model": TINY, "max_tokens": 1, **asked}
+            size = prompt_size(path.encode(), json.dumps(body).encode())
+            counted = count_tokens(CountRequest(tokenizer, size.text, size.seams, size.special, 512))
+            answer = fleet.cortex.request(path, body)
+            assert answer.status == 200, answer.body
+            prompt_tokens = answer.body["usage"]["prompt_tokens"]
+            assert counted.tokens <= prompt_tokens
+            assert counted.at_least or counted.tokens == prompt_tokens
 
 
 def test_killed_engine_is_noticed_and_loaded_again(fleet: Fleet) -> None:

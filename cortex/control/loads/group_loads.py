@@ -113,7 +113,8 @@ class GroupLoads:
         """
         assert plan.whole is not None
         client = self._neurons.client(part.node)
-        command = part_command(part, plan.whole, profile, self._neurons.node(part.node), group)
+        loras = self._live.catalogue.loras(plan.model_id)
+        command = part_command(part, plan.whole, profile, self._neurons.node(part.node), group, loras=loras)
         try:
             load = client.load(command, timeout_secs=self._timeout_secs, wait=False)
             await unless_down(self._neurons.fleet, part.node, load)

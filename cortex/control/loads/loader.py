@@ -220,7 +220,7 @@ class Loader:
         node, client = self._neurons.node(plan.node), self._neurons.client(plan.node)
         fleet, profile = self._fleet, self._live.catalogue.profile(plan.model_id)
         choice = self._live.catalogue.profile(plan.requested.name)
-        command = load_command(plan, choice, node)
+        command = load_command(plan, choice, node, self._live.catalogue.loras(plan.model_id))
         before = node.view(plan.model_id, plan.instance)
         asleep = before is not None and before.known_status is ModelStatus.SLEEPING
         # A waking model is listed as sleeping until it serves, and also if it fails: only the reply says which.

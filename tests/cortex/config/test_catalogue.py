@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.catalogue import Catalogue, LoraSettings, load_catalogue
 from cortex.config.profile import ModelProfile
 from shared.settings import SettingsError
 
 TWO = "[[models]]\nid = 'a'\n[[models.variants]]\nquant = 'fp8'\n[[models.variants]]\n"
 """The beginning of a model with two variants; the keys of the second one follow."""
+ADAPTER = "[[models]]\nid = 'a'\nbase = 'b'\nlora = '/a'\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -249,11 +250,42 @@ def test_aliases(tmp_path: Path) -> None:
             f"{TWO}quant = 'awq'\n[aliases]\nx = 'a@int4'",
             "aliases: 'x' points to 'a@int4', which is not in this catalogue ('a' has the variants fp8, awq)",
         ),
+        ("[[models]]\nid = 'a'\nlora = '/a'", "base: required with lora, the id of the model that the adapter belongs"),
+        (
+            "[[models]]\nid = 'a'\nbase = 'b'",
+            "lora: required with base, the adapter's directory or its name on the hub",
+        ),
+        (
+            f"{ADAPTER}[[models]]\nid = 'c'",
+            "the base of the adapter 'a', 'b', is not the id of a model in this catalogue",
+        ),
+        (f"{ADAPTER}vram_mb = 5\n[[models]]\nid = 'b'", "an adapter runs on the engine of 'b', whose entry says how: "),
+        (
+            f"{ADAPTER}[[models]]\nid = 'b'\nharness = 'own'",
+            "has the harness 'own': only vllm and sim can load adapters",
+        ),
+        (
+            f"{ADAPTER}[[models]]\nid = 'b'\nbase = 'c'\nlora = '/b'\n[[models]]\nid = 'c'",
+            "the base of the adapter 'a' is 'b', which is an adapter of 'c' itself: name a model",
+        ),
+        ("[[models]]\nid = 'a'\nbase = 'b'\nlora = './a'", "models[0].lora = './a': "),
+        ("[[models]]\nid = 'a'\nmax_loras = 0", "models[0].max_loras = 0: "),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     """Each problem names the key and, where there is one, the value."""
     assert expected in problem(tmp_path, text)
+
+
+def test_adapters() -> None:
+    """They share their base's profile; the base is prepared for as many as it says, or four."""
+    models: list[dict[str, object]] = [{"id": "b"}, {"id": "x", "base": "b", "lora": "/x"}, {"id": "plain"}]
+    catalogue = Catalogue.model_validate({"models": models, "aliases": {"short": "x"}})
+    assert catalogue.loras("b") == LoraSettings(4, None, ("/x",))
+    assert (catalogue.loras("plain"), catalogue.loras("x")) == (None, None)
+    assert (catalogue.profile("x"), catalogue.requested("x").name) == (catalogue.profile("b"), "b")
+    assert catalogue.names_of("b") == ("b", "x")
+    assert catalogue.rewrites["short"][:2] == ("x", "x")
 
 
 def test_environment_does_not_reach_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

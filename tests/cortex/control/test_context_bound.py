@@ -60,6 +60,10 @@ async def test_an_alias_counts_with_what_it_sets(start_cortex: StartCortex, benj
         ({"max_model_len": 100, "harness": "sim"}, "m", ContextBound(100, "m")),
         ({"max_model_len": 100, "variants": [{"quant": "a"}, {"quant": "b", "max_model_len": 200}]}, "m", 200),
         ({"max_model_len": 100, "variants": [{"quant": "a"}, {"quant": "b", "max_model_len": 200}]}, "m@a", 100),
+        # Another tokenizer than that of the source.
+        ({"max_model_len": 100, "args": ["--tokenizer", "/srv/other"]}, "m", ContextBound(100, "")),
+        ({"max_model_len": 100, "args": ["--tokenizer_mode=slow"]}, "m", ContextBound(100, "")),
+        ({"max_model_len": 100, "args": ["--revision", "v2"]}, "m", ContextBound(100, "")),
         # Not known, as long as the largest card, or of engines that may shorten a prompt.
         ({}, "m", None),
         ({"args": ["--max-model-len", "100"]}, "m", None),
@@ -73,6 +77,12 @@ def test_bound(model: dict[str, Any], name: str, expected: ContextBound | int | 
     catalogue = Catalogue.model_validate({"models": [{"id": "m", **model}]})
     found = context_bound(name, catalogue, lambda _: None)
     assert (found.tokens if found is not None and isinstance(expected, int) else found) == expected
+
+
+def test_bound_of_an_adapter() -> None:
+    """That of its base; its tokenizer may be its own."""
+    models = [{"id": "m", "max_model_len": 100}, {"id": "a", "base": "m", "lora": "/srv/a"}]
+    assert context_bound("a", Catalogue.model_validate({"models": models}), lambda _: None) == ContextBound(100, "")
 
 
 async def test_what_an_engine_served_counts_for_the_next_load(start_cortex: StartCortex) -> None:

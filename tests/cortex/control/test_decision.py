@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 
 from cortex.config.catalogue import Catalogue
-from cortex.control.decision import Await, Decision, Place, Refuse, Serve, decide
-from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
+from cortex.control.decision import Attach, Await, Decision, Place, Refuse, Serve, decide
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.routing.replica import ReplicaKey
-from shared.protocol import ModelActivity, NeuronHealth
+from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import fleet, node, replica_key
 
 CATALOGUE = Catalogue.model_validate({"models": [{"id": "m", "vram_mb": 4000}, {"id": "pinned", "pinned_on": ["a"]}]})
+
+ADAPTED = Catalogue.model_validate({"models": [{"id": "m"}, {"id": "x", "base": "m", "lora": "/x"}]})
 
 
 def a(status: str | None = None, *, model: str = "m", healthy: bool = True, draining: bool = False) -> NodeSnapshot:
@@ -138,3 +140,44 @@ def test_a_lost_neuron_serves_nothing() -> None:
     """What a lost neuron last reported does not count."""
     lost = replace(a("loaded"), healthy=False)
     assert decision("m", fleet(lost, b("loaded"))) == served("b")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ({"a": ["x"], "b": []}, served("a")),
+        ({"a": [], "b": []}, Attach(served("a", "b").replicas)),
+        ({"a": ["y"]}, Attach(served("a").replicas)),
+    ],
+)
+def test_an_adapter_is_served_where_it_is(nodes: dict[str, list[str]], expected: Decision) -> None:
+    """By the engines of its base that have it; otherwise one of them has to load it."""
+    assert decide("x", ADAPTED, _adapted(nodes), lambda key: 0) == expected
+
+
+def test_an_adapter_leaves_a_draining_node() -> None:
+    """It is loaded at another engine of its base, although one on the draining node has it."""
+    where = _adapted({"a": ["x"], "b": []}, draining="a")
+    assert decide("x", ADAPTED, where, lambda key: 0) == Attach(served("b").replicas)
+
+
+def test_an_adapter_brings_its_base() -> None:
+    """Without an engine of the base it is placed as the base is; one that starts is waited for; one that takes no
+    adapters is the reason for a refusal."""
+    for there, expected in ((a(), Place()), (a("loading"), Await("a"))):
+        assert decide("x", ADAPTED, replace(fleet(there), catalogue=ADAPTED), lambda key: 0) == expected
+    refused = decide("x", ADAPTED, replace(fleet(a("loaded")), catalogue=ADAPTED), lambda key: 0)
+    assert isinstance(refused, Refuse)
+    assert (refused.error.status, refused.error.code) == (503, "adapter_failed")
+
+
+def _adapted(nodes: dict[str, list[str]], draining: str = "") -> FleetSnapshot:
+    """Nodes with an engine of m each, and its adapters."""
+    found = [
+        replace(
+            node(name, 24000, draining=name == draining),
+            models=by_instance([ModelView(id="m", status="loaded", max_loras=2, adapters=adapters)]),
+        )
+        for name, adapters in nodes.items()
+    ]
+    return replace(fleet(*found), catalogue=ADAPTED)

@@ -75,6 +75,16 @@ def test_an_old_poll_does_not_undo_a_newer_report() -> None:
     assert not fleet.snapshot().nodes["n"].models
 
 
+def test_an_engine_that_wakes_has_its_adapters() -> None:
+    """Already before its neuron lists it as loaded."""
+    fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: 10.0)
+    asleep = ModelView(id="m", status="sleeping", max_loras=2, adapters=["x"])
+    fleet.record_poll("n", started=1, health=NeuronHealth(), models=[asleep], discovery=Discovery())
+    fleet.loaded(replica_key("m", "n"), harness="vllm", devices=[0])
+    view = fleet.snapshot().nodes["n"].models["m"][""]
+    assert (view.status, view.max_loras, view.adapters) == ("loaded", 2, ["x"])
+
+
 def test_an_old_poll_does_not_bring_back_what_was_removed() -> None:
     """An answer from before the removal arrives after it."""
     fleet = Fleet([("n", "http://n")], unhealthy_after=3, clock=lambda: 10.0)

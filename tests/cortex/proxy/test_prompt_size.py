@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cortex.proxy.body.prompt_size import LONGEST_TOKEN_CHARS, PromptSize, excess, prompt_size
-from cortex.proxy.context import longest_token_chars
+from cortex.proxy.prompt.local_tokenizer import local_tokenizer
+from cortex.proxy.prompt.prompt_size import PromptSize, excess, prompt_size
 
 CHAT, COMPLETION, MESSAGES, RESPONSES = (
     b"/v1/chat/completions",
@@ -33,7 +33,8 @@ def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
         (MESSAGES, {"messages": user({"type": "text", "text": "a"}, {"type": "tool_result", "content": "b"})}, "a"),
         (RESPONSES, {"input": "hello"}, "hello"),
         (RESPONSES, {"input": user({"type": "input_text", "text": "a"})}, "a"),
-        (COMPLETION, {"prompt": "hello"}, "hello"),
+        (CHAT, {"messages": user({"type": "text", "text": "a "}, {"type": "text", "text": " \nb"})}, "ab"),
+        (COMPLETION, {"prompt": " hello\n"}, " hello\n"),
         # A template may leave these out, trim them, or write them in another way.
         (CHAT, {"messages": [USER, {"role": "assistant", "content": "x" * 99}]}, ""),
         (CHAT, {"messages": [USER, {"role": "tool", "content": "x" * 99}]}, ""),
@@ -102,26 +103,82 @@ def test_refusals_are_vllms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "longest"),
+    ("path", "body", "seams", "special"),
     [
-        ({"model": {"vocab": {"a": 0, "abc": 1}}, "added_tokens": [{"content": "<pad>"}]}, 5),
-        ({"model": {"vocab": [["a", -1.5], ["abcd", 0.0]]}}, 4),
-        ({"model": {"vocab": {}}}, LONGEST_TOKEN_CHARS),
-        ({"model": 1}, LONGEST_TOKEN_CHARS),
-        ([], LONGEST_TOKEN_CHARS),
+        (COMPLETION, {"prompt": "a"}, 0, True),
+        (COMPLETION, {"prompt": "a", "add_special_tokens": True}, 0, True),
+        (COMPLETION, {"prompt": "a", "add_special_tokens": False}, 0, False),
+        (COMPLETION, {"prompt": "a", "add_special_tokens": 0}, 0, False),
+        (CHAT, {"messages": [USER]}, 2, False),
+        (CHAT, {"messages": user({"type": "text", "text": "a"}, IMAGE, {"type": "text", "text": "b"})}, 3, False),
+        (RESPONSES, {"input": "a"}, 2, False),
     ],
 )
-def test_longest_token_of_a_local_tokenizer(tokenizer: object, longest: int, tmp_path: Path) -> None:
-    """In a directory, and in the hub's cache."""
-    snapshot = tmp_path / "hub" / "models--org--m" / "snapshots" / "1234"
+def test_where_the_text_meets_other_text(path: bytes, body: dict[str, Any], seams: int, special: bool) -> None:
+    """A completion's prompt is the text itself, with the tokenizer's special tokens."""
+    found = prompt_size(path, json.dumps(body).encode())
+    assert (found.seams, found.special) == (seams, special)
+
+
+def put_in_hub_cache(hub: Path, name: str, files: dict[str, object]) -> Path:
+    snapshot = hub / f"models--{name.replace('/', '--')}" / "snapshots" / "1234"
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs" / "main").write_text("1234", encoding="utf-8")
-    (snapshot / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    assert longest_token_chars(str(snapshot), {}) == longest
-    assert longest_token_chars("org/m", {"HF_HOME": str(tmp_path)}) == longest
+    for file, content in files.items():
+        (snapshot / file).write_text(json.dumps(content), encoding="utf-8")
+    return snapshot
+
+
+PLAIN = {"model": {"vocab": {"a": 0, "abc": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "longest"),
+    [
+        ({**PLAIN, "added_tokens": [{"content": "<pad>"}]}, {}, 5),
+        (PLAIN, {"eos_token": "<end>", "added_tokens_decoder": {"7": {"content": "<begin>"}}}, 7),
+        ({"model": {"vocab": [["a", -1.5], ["abcd", 0.0]]}}, {}, 4),
+    ],
+)
+def test_longest_token_of_a_local_tokenizer(tokenizer: object, config: object, longest: int, tmp_path: Path) -> None:
+    """In a directory, and in the hub's cache."""
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+    snapshot = put_in_hub_cache(tmp_path / "hub", "org/m", files)
+    for found in (local_tokenizer(str(snapshot), {}), local_tokenizer("org/m", {"HF_HOME": str(tmp_path)})):
+        assert found is not None
+        assert found.longest_token == longest
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": {"model": {"vocab": {}}}},
+        {"tokenizer.json": {"model": 1}},
+        {"tokenizer.json": []},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": []},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": 1}},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"extra_special_tokens": 1}},
+        # The engine may use another one.
+        {"tokenizer.json": PLAIN, "tekken.json": {}},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}},
+    ],
+)
+def test_tokenizer_that_is_not_used(files: dict[str, object], tmp_path: Path) -> None:
+    assert local_tokenizer(str(put_in_hub_cache(tmp_path, "m", files)), {}) is None
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_file_is_told_once(broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files: dict[str, object] = {"tokenizer.json": PLAIN, "tokenizer_config.json": {}}
+    directory = put_in_hub_cache(tmp_path, "m", files)
+    (directory / broken).write_text("{ no JSON", encoding="utf-8")
+    for _ in range(2):
+        assert local_tokenizer(str(directory), {}) is None
+    (told,) = caplog.records
+    assert str(directory) in told.getMessage()
 
 
 @pytest.mark.parametrize("source", ["", "/nowhere", "org/m", "\0", "../../etc"])
 def test_without_a_local_tokenizer(source: str, tmp_path: Path) -> None:
-    assert longest_token_chars(source, {"HF_HUB_CACHE": str(tmp_path)}) == LONGEST_TOKEN_CHARS
+    assert local_tokenizer(source, {"HF_HUB_CACHE": str(tmp_path)}) is None

@@ -97,6 +97,29 @@ vram_mb = 7000
     assert (found, outcome.total.unserved) == ([("awq", 7000)], 0)
 
 
+def test_adapters_share_the_engine_of_their_base(tmp_path: Path) -> None:
+    """One load serves the base and both adapters, which displace each other and never while one has requests."""
+    adapters = """max_loras = 1
+vram_mb = 20000
+[[models]]
+id = "x"
+base = "a"
+lora = "/x"
+[[models]]
+id = "y"
+base = "a"
+lora = "/y"
+"""
+    trace = [Ask(0, "x", 20), Ask(15, "y", 5), Ask(16, "a", 1)]
+    simulation, outcome = run(_fleet(tmp_path, '"RTX 4090"', adapters), trace, "planner")
+    assert (outcome.total.loads, outcome.total.unserved) == (1, 0)
+    assert [engine.adapters for engine in simulation.neurons["solo"].engines.values()] == [["y"]]
+    x, y = (next(each for each in simulation.requests if each.model == name) for name in ("x", "y"))
+    assert x.ended is not None
+    assert y.begun is not None
+    assert y.begun >= x.ended
+
+
 def test_each_variant_needs_its_size(tmp_path: Path) -> None:
     text = FLEET.format(devices='"RTX 4090"', model='[[models.variants]]\nname = "x"\nvram_mb = 9\n[[models.variants]]')
     assert "vram_mb: required here" in problems_of(tmp_path, text)

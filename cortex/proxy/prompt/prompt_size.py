@@ -18,13 +18,19 @@ LONGEST_TOKEN_CHARS: Final = 1024
 
 
 class PromptSize(msgspec.Struct, frozen=True):
-    """`text`: part of the prompt, "" if none is certain. `tokens`: of a prompt that consists of token ids. `limit` is
-    the most tokens that the answer may have, in the field `limit_name`."""
+    """`text`: part of the prompt, "" if none is certain. `tokens`: of a prompt that consists of token ids, or of the
+    text once it is counted. `limit` is the most tokens that the answer may have, in the field `limit_name`."""
 
     text: str = ""
     tokens: int = 0
     limit: int = 0
     limit_name: str = ""
+    seams: int = 0
+    """Where in the prompt this text meets other text, which may have tokens in common with it. 0: it is the prompt."""
+    special: bool = False
+    """The tokenizer adds its special tokens."""
+    at_least: bool = False
+    """The prompt may have more tokens than `tokens`."""
 
 
 class _Fields(msgspec.Struct):
@@ -36,6 +42,7 @@ class _Fields(msgspec.Struct):
     max_output_tokens: msgspec.Raw = msgspec.Raw(b"null")
     truncate_prompt_tokens: msgspec.Raw = msgspec.Raw(b"null")
     truncation: msgspec.Raw = msgspec.Raw(b"null")
+    add_special_tokens: msgspec.Raw = msgspec.Raw(b"true")
     chat_template: msgspec.Raw = msgspec.Raw(b"null")
 
 
@@ -60,10 +67,16 @@ def prompt_size(path: bytes, body: bytes) -> PromptSize:
         limit_name, limit = _limit(path, fields)
         if _may_be_shortened(fields):
             return PromptSize(limit=limit, limit_name=limit_name)
-        text, tokens = _prompt(path, fields)
+        if path == b"/v1/completions":
+            text, tokens = _completion(msgspec.json.decode(fields.prompt))
+            special = bytes(fields.add_special_tokens) == b"true"
+            return PromptSize(text, tokens, limit, limit_name, special=special)
+        turns = msgspec.json.decode(fields.input if path == b"/v1/responses" else fields.messages)
     except (ValueError, RecursionError):  # also for what only json.loads accepts
         return PromptSize()
-    return PromptSize(text.strip(), tokens, limit, limit_name)
+    # Templates may trim each part.
+    parts = [part.strip() for part in ([turns] if isinstance(turns, str) else _last_question(turns))]
+    return PromptSize("".join(parts), 0, limit, limit_name, seams=len(parts) + 1)
 
 
 def excess(size: PromptSize, context: int, longest_token_chars: int) -> InvalidRequest | None:
@@ -75,7 +88,7 @@ def excess(size: PromptSize, context: int, longest_token_chars: int) -> InvalidR
     problem = f"This model's maximum context length is {context} tokens. However, your prompt contains"
     advice = "Please reduce the length of the input prompt."
     if tokens > context:
-        counted = f"{'at least ' if tokens == context + 1 else ''}{tokens} input tokens"
+        counted = f"{'at least ' if size.at_least or tokens == context + 1 else ''}{tokens} input tokens"
         why = "which exceeds this limit even without any output tokens"
         return _refusal(f"{problem} {counted}, {why}. {advice}", "input_tokens", tokens)
     if chars > most:
@@ -104,56 +117,24 @@ def _may_be_shortened(fields: _Fields) -> bool:
     return cut != (b"null", b"null") or bytes(fields.truncation) not in (b"null", b'"disabled"')
 
 
-def _prompt(path: bytes, fields: _Fields) -> tuple[str, int]:
-    """Text that is certainly in the prompt, and how many tokens of another prompt there are."""
-    if path == b"/v1/completions":
-        prompt = msgspec.json.decode(fields.prompt)
-        if isinstance(prompt, str):
-            return prompt, 0
-        return "", len(prompt) if isinstance(prompt, list) and all(type(each) is int for each in prompt) else 0
-    turns = msgspec.json.decode(fields.input if path == b"/v1/responses" else fields.messages)
-    return (turns, 0) if isinstance(turns, str) else (_last_question(turns), 0)
+def _completion(prompt: Any) -> tuple[str, int]:
+    """The text of a single prompt, or how many tokens it has that are given as ids."""
+    if isinstance(prompt, str):
+        return prompt, 0
+    return "", len(prompt) if isinstance(prompt, list) and all(type(each) is int for each in prompt) else 0
 
 
-def _last_question(turns: Any) -> str:
-    """The text of the last turn if it is the user's: some templates leave out what was before."""
+def _last_question(turns: Any) -> list[str]:
+    """The texts of the last turn if it is the user's: some templates leave out what was before."""
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "user":
-        return ""
+        return []
     content = last.get("content")
     if isinstance(content, str):
-        return content
+        return [content]
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") in _TEXTS]
-    return "".join(text for text in texts if isinstance(text, str))
+    return [text for text in texts if isinstance(text, str)]
 
 
 _TEXTS: Final = ("text", "input_text")
-
-
-def longest_token(tokenizer: bytes) -> int | None:
-    """The characters of the longest token in a `tokenizer.json`; None if it has no vocabulary."""
-    try:
-        found = msgspec.json.decode(tokenizer, type=_Tokenizer)
-        vocabulary = msgspec.json.decode(found.model.vocab)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(vocabulary, list):  # of pairs, with the token first
-        vocabulary = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
-    if not isinstance(vocabulary, (dict, list)):
-        return None
-    tokens = [*vocabulary, *(added.content for added in found.added_tokens)]
-    return max((len(token) for token in tokens if isinstance(token, str)), default=None)
-
-
-class _Model(msgspec.Struct):
-    vocab: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Added(msgspec.Struct):
-    content: str = ""
-
-
-class _Tokenizer(msgspec.Struct):
-    model: _Model
-    added_tokens: list[_Added] = []
