@@ -30,7 +30,7 @@ _WITHOUT_OUTPUT: Final = frozenset(
     b"/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /classify /v1/classify /pooling /v1/pooling "
     b"/v2/embed /v1/moderations /v1/audio/speech /v1/images/generations".split()
 )
-"""Paths whose answers are no text."""
+"""Paths whose answers have no tokens."""
 
 COUNTS_NOTHING: Final = frozenset((b"/v1/messages/count_tokens", b"/tokenize", b"/detokenize"))
 """Paths whose requests use no tokens of a model."""
