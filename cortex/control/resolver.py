@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import LimitOwner
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -71,6 +72,7 @@ class Resolver:
         state: StateFile,
         contexts: ServedContexts,
         adapters: AdapterLoads,
+        limiter: LimitOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -86,6 +88,7 @@ class Resolver:
         self._state = state
         self.contexts = contexts
         self._adapters = adapters
+        self.limiter = limiter
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
