@@ -71,11 +71,15 @@ class RequestedModel(NamedTuple):
         return (self.model_id,) if self.variant is None else (self.model_id, self.name)
 
 
-class TokenLimit(SettingsModel):
-    """Limits reported to clients, in tokens."""
+class ModelLimit(SettingsModel):
+    """`context`, `output`: reported to clients, in tokens. The others limit the requests of all callers together: per
+    minute, tokens per minute, and at a time."""
 
     context: int | None = Field(default=None, gt=0)
     output: int | None = Field(default=None, gt=0)
+    rpm: int | None = Field(default=None, gt=0)
+    tpm: int | None = Field(default=None, gt=0)
+    parallel: int | None = Field(default=None, gt=0)
 
 
 class Replicas(SettingsModel):
@@ -194,7 +198,7 @@ class ModelProfile(SettingsModel):
     args: tuple[str, ...] = ()
     max_model_len: ContextLength = None
     tools: bool = False
-    limit: TokenLimit | None = None
+    limit: ModelLimit | None = None
     base: ModelName | None = None
     lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)

@@ -20,12 +20,14 @@ from shared.tasks import timeout
 
 
 class Ticket:
-    """One waiting request. A notification that arrives while it does not wait is kept."""
+    """One waiting request. A notification that arrives while it does not wait is kept. `in_line`: it waits for the
+    model or for a place at an engine, not for something that others do not need."""
 
     def __init__(self, model_id: str, caller: Caller, turns: Turns[Ticket]) -> None:
         self.model_id = model_id
         self.caller = caller
         self.request_id = current_request_id()
+        self.in_line = True
         self.admitted = False
         self._turns = turns
         self._event = asyncio.Event()
@@ -113,6 +115,19 @@ class AdmissionQueue:
         """How many requests wait for these models."""
         return sum(len(queue.tickets) for model in models if (queue := self._queues.get(model)) is not None)
 
+    def has_line(self, *models: str) -> bool:
+        """Whether requests that wait for one of these models come before one that arrives now."""
+        queues = map(self._queues.get, models)
+        return any(ticket.in_line for queue in queues if queue is not None for ticket in queue.tickets)
+
+    def set_in_line(self, ticket: Ticket, in_line: bool) -> None:
+        """Has a waiting request join or leave the line for places. One that leaves passes on the place that it may have
+        been woken for."""
+        if ticket.in_line != in_line:
+            ticket.in_line = in_line
+            if not in_line:
+                self.notify_first(ticket.model_id)
+
     def first_request_id(self, *models: str) -> str | None:
         """The id of the request that has waited longest for one of these models; None when no request waits."""
         queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
@@ -130,11 +145,19 @@ class AdmissionQueue:
             self._notify(model, None)
 
     def notify_first(self, model_id: str, count: int = 1) -> None:
-        """There is room for some requests at the model: wakes those whose turn it is."""
+        """There is room for some requests at the model: wakes those in line whose turn it is."""
         queue = self._queues.get(model_id)
-        while queue is not None and count > 0 and (ticket := queue.tickets.call()) is not None:
-            ticket.notify()
-            count -= 1
+        if queue is None:
+            return
+        passed: list[Ticket] = []
+        while count > 0 and (ticket := queue.tickets.call()) is not None:
+            if ticket.in_line:
+                ticket.notify()
+                count -= 1
+            else:
+                passed.append(ticket)
+        for ticket in passed:
+            queue.tickets.put_back(ticket)
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
         """Fails every request that waits for the model with this error."""

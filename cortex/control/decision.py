@@ -117,7 +117,8 @@ def context_bound(
     known = [length for length in lengths if length is not None]
     if not known or len(known) < len(lengths):
         return None
-    sources = {"" if _names_tokenizer(choice) else choice.source or choice.id for choice in choices}
+    own = model_id in catalogue.adapters  # its weights may come with another tokenizer
+    sources = {"" if own or _names_tokenizer(choice) else choice.source or choice.id for choice in choices}
     return ContextBound(max(known), sources.pop() if len(sources) == 1 else "")
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import LimitOwner
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
@@ -49,8 +50,6 @@ error, within 5 s of the others."""
 END_NOTICED_SECS = 0.5
 END_EXPLAINED_SECS = 1.0
 """How long the client of a lost stream waits until the neuron notices the engine's end, and then for its reason."""
-
-
 ADAPTER_RETRY_SECS = 0.25
 """How often a request looks for an engine with room for its adapter."""
 
@@ -73,6 +72,7 @@ class Resolver:
         state: StateFile,
         contexts: ServedContexts,
         adapters: AdapterLoads,
+        limiter: LimitOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -88,6 +88,7 @@ class Resolver:
         self._state = state
         self.contexts = contexts
         self._adapters = adapters
+        self.limiter = limiter
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -163,7 +164,7 @@ class Resolver:
         return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
-        return not self._queue.count(*self._names_for(replica.key)) and self._limits.take(replica)
+        return not self._queue.has_line(*self._names_for(replica.key)) and self._limits.take(replica)
 
     def release(self, replica: Replica, count: int = 1) -> None:
         self._limits.release(replica, count)
@@ -205,12 +206,14 @@ class Resolver:
         with self._queue.ticket(engines, self._scheduler.retry_after, caller) as ticket:
             cold = False
             while True:
-                patience = deadline - self._clock()
-                if not self._fleet.snapshot().serving(engines):
+                patience, fleet = deadline - self._clock(), self._fleet.snapshot()
+                lacks_adapter = bool(fleet.serving(engines)) and not fleet.serving(model_id)
+                self._queue.set_in_line(ticket, not lacks_adapter)
+                if lacks_adapter:  # no event says that another adapter is idle
+                    patience = min(patience, ADAPTER_RETRY_SECS)
+                elif not fleet.serving(engines):
                     cold = True
                     self._scheduler.ensure_scheduled(engines)
-                elif engines != model_id:  # no event says that another adapter is idle
-                    patience = min(patience, ADAPTER_RETRY_SECS)
                 try:
                     await ticket.wait(within_secs=patience)
                 except asyncio.TimeoutError:
@@ -306,7 +309,7 @@ class Resolver:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
         engine = self._fleet.snapshot().engine(key)
         limit = None if engine is None else engine.limit
-        if limit is not None and not queued and self._queue.count(*self._names_for(key)):
+        if limit is not None and not queued and self._queue.has_line(*self._names_for(key)):
             return False
         return self._limits.has_room(key, limit)
 

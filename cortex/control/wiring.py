@@ -8,7 +8,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
+from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -37,6 +40,9 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
+
+if TYPE_CHECKING:  # imports SQLAlchemy, which the simulator does not need
+    from cortex.accounts.database.database import Database
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,11 @@ class ControlCore:
 @dataclass(frozen=True)
 class Parts(ControlCore):
     """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
-    is Unix time."""
+    is Unix time. `database` is None for a cortex that keeps nothing."""
 
     membership: Membership
     created: int
+    database: Database | None
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -157,12 +164,12 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
+        limiter=_limiter(live, fleet),
         clock=clock,
     )
     groups = GroupKeeper(neurons, clock=clock)
-    return ControlCore(
-        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups, adapters
-    )
+    work = (loader, scheduler, resolver, groups, adapters)
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -184,10 +191,15 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
 
 @contextlib.asynccontextmanager
 async def running_control(
-    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
+    config: CortexConfig,
+    catalogue: Catalogue,
+    *,
+    files: Sequence[str] = (),
+    state: StateFile | None = None,
+    database: Database | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -201,10 +213,22 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         try:
             async with running({**core.loops, "state file": state.write_loop}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()))
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
         finally:
             await asyncio.gather(membership.close(), core.close())
             await state.close()
+
+
+def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
+    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
+    live.changes.subscribe(limiter.models_changed)
+    return limiter
+
+
+def _served_context(fleet: Fleet, model_id: str) -> int | None:
+    """The most tokens of context that an engine of the model serves now; None if unknown."""
+    lengths = [engine.view.max_model_len for engine in fleet.snapshot().serving(model_id)]
+    return max((length for length in lengths if length is not None), default=None)
 
 
 async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:

@@ -113,21 +113,25 @@ class ProxyContext:
         if error is not None:
             raise error
 
-    def count(self, replica: Replica) -> None:
-        """A request is about to be sent to this replica."""
+    def count(self, replica: Replica, key_id: str) -> None:
+        """A request is about to be sent to this replica, from a client with this API key."""
+        if key_id:
+            self.in_flight.add_caller(replica.key, key_id)
         self.in_flight.add(replica.key)
         if replica.adapter is not None:
             self.in_flight.add(adapter_key(replica.adapter, replica.key))
 
-    def uncount(self, replica: Replica) -> None:
+    def uncount(self, replica: Replica, key_id: str) -> None:
         """Takes `count` back."""
+        if key_id:
+            self.in_flight.remove_caller(replica.key, key_id)
         self.in_flight.remove(replica.key)
         if replica.adapter is not None:
             self.in_flight.remove(adapter_key(replica.adapter, replica.key))
 
-    def finished(self, replica: Replica) -> None:
+    def finished(self, replica: Replica, key_id: str) -> None:
         """A request at this replica has ended, or is given up."""
-        self.uncount(replica)
+        self.uncount(replica, key_id)
         if replica.limit is not None:
             self.control.release(replica)
 

@@ -12,7 +12,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
@@ -171,6 +171,9 @@ class Gateway:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self._context.in_flight.callers
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""

@@ -295,7 +295,7 @@ class RequestHandler:
         node = replica.key.node
         self._account.label, self._account.node = self._account.model_id, node
         self._account.attempts += 1
-        context.count(replica)
+        context.count(replica, self._account.caller.key_id)
         request_id = self._account.request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(
@@ -335,8 +335,8 @@ class RequestHandler:
     def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
         """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
         # The control counts it already, and must learn that it has ended.
-        self._context.count(replica)
-        self._context.finished(replica)
+        self._context.count(replica, self._account.caller.key_id)
+        self._context.finished(replica, self._account.caller.key_id)
         able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
         others = untried(able, self._failures, replica)
         if others and not self._diverted:  # once: with limits, the control may name this replica again and again
@@ -363,7 +363,7 @@ class RequestHandler:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, Sent):
-            self._context.finished(state.replica)
+            self._context.finished(state.replica, self._account.caller.key_id)
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
             if state.ending is not None:

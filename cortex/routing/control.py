@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import Limiter
 from cortex.config.aliases import Rewrite
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, WaitNote
 from cortex.routing.response_owners import ResponseOwners
@@ -46,6 +47,10 @@ class Control(Protocol):
     @property
     def response_owners(self) -> ResponseOwners:
         """Which engines made stored responses."""
+
+    @property
+    def limiter(self) -> Limiter:
+        """Admits requests within the limits of their callers and models."""
 
     def knows(self, model_id: str) -> bool: ...
 

@@ -14,11 +14,14 @@ import msgspec
 
 from cortex.app import working
 from cortex.config.settings import CortexConfig
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.proxy.gateway import Gateway
 from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AdmitRefused,
+    Admitted,
     CatalogueChanged,
     Collect,
     ConfigChanged,
@@ -94,6 +97,8 @@ async def listen(
             match message:
                 case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
+                case Admitted() | AdmitRefused():
+                    control.limiter.receive(message)
                 case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
@@ -124,13 +129,16 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     loop = asyncio.get_running_loop()
     scheduled = False
     reported: dict[ReplicaKey, int] = {}
+    callers_reported: dict[CallerAt, CallerCount] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
         begun = {key: count for key, count in gateway.in_flight.begun.items() if reported.get(key) != count}
         reported.update(begun)
-        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun)))
+        callers = {at: count for at, count in gateway.in_flight.callers.items() if callers_reported.get(at) != count}
+        callers_reported.update(callers)
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun), list(callers.items())))
 
     def changed() -> None:
         nonlocal scheduled

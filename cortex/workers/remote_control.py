@@ -34,6 +34,7 @@ from cortex.workers.messages import (
     TableChanged,
     error_from_wire,
 )
+from cortex.workers.remote_limiter import RemoteLimiter
 from shared.request_ids import current_request_id
 
 
@@ -45,6 +46,7 @@ class RemoteControl:
         self._aliases = setup.aliases
         self._models = frozenset(setup.models)
         self.down: Collection[str] = frozenset(setup.down)
+        self.limiter = RemoteLimiter(setup.limited_models, send)
         self.response_owners = ResponseOwners(setup.responses)
         self._send = send
         self._numbers = itertools.count(1)
@@ -158,7 +160,8 @@ class RemoteControl:
                 self._notes = by_model
             case DownChanged(neurons):
                 self.down = frozenset(neurons)
-            case CatalogueChanged(models, aliases):
+            case CatalogueChanged(models, aliases, limited_models):
+                self.limiter.limited_models = frozenset(limited_models)
                 self._models = frozenset(models)
                 self._aliases = aliases
             case Resolved(number, route):
@@ -175,6 +178,7 @@ class RemoteControl:
     def lost(self) -> None:
         """The control is gone: fails all waiting requests, and later ones."""
         self._gone = True
+        self.limiter.lost()
         for asking in self._asking.values():
             if not asking.done():
                 asking.set_result(None)

@@ -126,9 +126,10 @@ class Supervisor:
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
+        limited = list(self._resolver.limiter.limited_models)
         config = self._live.config.model_dump_json()
         for worker in self._workers.values():
-            worker.send(CatalogueChanged(models, aliases))
+            worker.send(CatalogueChanged(models, aliases, limited))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
@@ -196,4 +197,5 @@ class Supervisor:
             control_host=self._address.host,
             down=list(self._fleet.down),
             responses=self._resolver.response_owners.listed(),
+            limited_models=list(self._resolver.limiter.limited_models),
         )

@@ -32,8 +32,10 @@ _UNKNOWN: Final = InstalledEngine()
 _PRINTED = re.compile(
     r"\bversion:?\s+(?:is\s+)?v?(\d[\w.+-]*)|^(?:\S+\s+)?v?(\d+(?:\.\d+)+[\w.+-]*)\s*$", re.IGNORECASE | re.MULTILINE
 )
-_Key: TypeAlias = tuple[str, int, str]
 _WORD = re.compile(r"[a-z][a-z0-9_]+")
+
+_Key: TypeAlias = tuple[str, int, str]
+"""An executable, when it was changed, and the command with what is asked of it."""
 
 
 class InstalledEngines:
@@ -41,7 +43,7 @@ class InstalledEngines:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._known: dict[_Key, InstalledEngine] = {}
-        self._failed: dict[_Key, float] = {}  # when
+        self._failed_at: dict[_Key, float] = {}
         self._asking: dict[_Key, asyncio.Task[None]] = {}
         self._clock = clock
         self._tasks = TaskSet()
@@ -58,7 +60,7 @@ class InstalledEngines:
         key = (*executable, " ".join((*program, *harness.version_arguments, harness.version_pattern or "")))
         if key in self._known:
             return self._known[key]
-        if self._clock() - self._failed.get(key, -inf) < RETRY_SECS:
+        if self._clock() - self._failed_at.get(key, -inf) < RETRY_SECS:
             return _UNKNOWN
         if harness.python_package is not None:
             found = await asyncio.to_thread(
@@ -97,7 +99,7 @@ class InstalledEngines:
             failure = error
         if failure is not None:
             log.info("%s does not tell its version: %s", key[0], failure)
-            self._failed[key] = self._clock()
+            self._failed_at[key] = self._clock()
         del self._asking[key]
 
 

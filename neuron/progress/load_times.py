@@ -12,7 +12,7 @@ from neuron.spec import EngineSpec
 
 MAX_LOADS = 5  # per key
 MAX_MODELS = 500
-RAM_FADING = 4
+RAM_FADING = 4  # after a smaller engine, a model's RAM falls by 1/RAM_FADING of the difference
 VERSION = 1  # of the file format
 
 

@@ -19,6 +19,7 @@ class ErrorCode(str, Enum):
     FORBIDDEN = "forbidden"
     GROUP_STARTING = "group_starting"
     GROUP_UNREACHABLE = "group_unreachable"
+    INSUFFICIENT_QUOTA = "insufficient_quota"
     INSUFFICIENT_RAM = "insufficient_ram"
     INSUFFICIENT_VRAM = "insufficient_vram"
     INTERNAL_ERROR = "internal_error"

@@ -76,7 +76,7 @@ class Discovery(WireModel):
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
     that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
     the system does not know it. `host`: its RAM, which models with `devices = 0` are placed in; None if it does not
-    tell. `harness_paths`: the paths that engines of a harness serve, for those of which that is known.
+    tell. `harness_paths`: the paths that engines of a harness serve, for each harness that says so.
     """
 
     hostname: Text = ""

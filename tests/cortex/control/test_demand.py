@@ -10,7 +10,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.control.demand import LOAD_AHEAD_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import MAX_ARRIVALS, PlanningView, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
@@ -36,6 +36,9 @@ class Worker:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.in_flight.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self.in_flight.callers
 
     async def refresh(self) -> None: ...
 
