@@ -323,7 +323,7 @@ class RequestHandler:
         if not self._usage_request.give_up(refusal):
             return False
         self._state = None
-        self._context.uncount(state.replica)  # its place at a replica with a limit is kept
+        self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept
         self._account.attempts -= 1
         self._send(state.replica, compared=state.compared)
         return True
