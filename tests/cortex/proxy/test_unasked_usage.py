@@ -156,7 +156,7 @@ async def test_a_stream_that_asks_passes_unchanged(cortex: RunningCortex, engine
 async def test_an_engine_that_refuses_the_option_is_asked_no_more(
     cortex: RunningCortex, engine: RawEngine, status: str
 ) -> None:
-    """The client gets its stream all the same, and the next one without a second attempt."""
+    """The client gets its stream anyway, and the next one without a second attempt."""
 
     async def script(wire: Wire, received: Received) -> None:
         refused = b"stream_options" in received.body
