@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from fnmatch import fnmatchcase
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -27,6 +29,24 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     models: tuple[str, ...] = ()
     limited: bool = False
 
+    def may_use(self, model_id: str) -> bool:
+        """`model_id`: as in the catalogue, without a variant."""
+        return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
+
 
 ANONYMOUS: Final = Caller("", "anonymous", role="admin")
 """A client without a key, where cortex has none."""
+
+CALLER_HEADER: Final = "x-cortex-caller"
+"""Of a request that a worker hands to the control app. Clients cannot send it: workers remove theirs."""
+
+_decode: Final = msgspec.json.Decoder(Caller).decode
+
+
+def to_header(caller: Caller) -> bytes:
+    return base64.b64encode(msgspec.json.encode(caller))
+
+
+def from_header(value: str | None) -> Caller:
+    """The caller in a header. Without one it is the user that cortex runs as: nobody else can open its socket."""
+    return ANONYMOUS if value is None else _decode(base64.b64decode(value))

@@ -222,9 +222,14 @@ class Request:
             return b"transfer-encoding: chunked" if left is None else b"content-length: %d" % (len(self.body) + left)
         return b"connection: Upgrade\r\nupgrade: websocket"
 
+    def drop_header(self, name: bytes) -> None:
+        """Does not pass on the headers of this name (in lower case) that cortex does not read otherwise."""
+        start = name + b":"
+        self._passed = [line for line in self._passed if line[: len(start)].lower() != start]
+
     def refuse_encodings(self) -> None:
         """Asks the engine for an uncompressed answer."""
-        self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
+        self.drop_header(b"accept-encoding")
         self._passed.append(b"accept-encoding: identity")
 
     def discard(self) -> None:

@@ -115,7 +115,7 @@ class Gateway:
         if path != request.raw_path:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
-            return ControlRequest(self._context, client, request, self._control_address)
+            return ControlRequest(self._context, client, request, caller, address=self._control_address)
         response_id = stored_response_id(method, request.path)
         if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)

@@ -1,9 +1,10 @@
-"""Relays a request to the control app (model list, fleet, operator actions), as to an engine."""
+"""Relays a request to the control app (model list, fleet, operator actions), as to an engine, with its caller."""
 
 from __future__ import annotations
 
 import logging
 
+from cortex.accounts.caller import CALLER_HEADER, Caller, to_header
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.request import Request
@@ -26,7 +27,11 @@ class ControlRequest:
 
     __slots__ = ("_client", "_relay", "_request_id")
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
+    def __init__(
+        self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller, *, address: Address
+    ) -> None:
+        request.drop_header(CALLER_HEADER.encode())
+        told = b"%b: %b" % (CALLER_HEADER.encode(), to_header(caller))
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
@@ -35,7 +40,7 @@ class ControlRequest:
             request,
             self,
             address=address,
-            head=request.head_for(b"cortex", b"", request_id, request.credentials),
+            head=request.head_for(b"cortex", b"", request_id, [*request.credentials, told]),
             answer=DirectAnswer(client, request, extra=own_lines(request, request_id)),
         )
 
