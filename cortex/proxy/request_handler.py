@@ -314,13 +314,12 @@ class RequestHandler:
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
 
-    def _send_unasked(self, refusal: bytes) -> bool:
-        """Sends a refused request again, to the same engine, if that may not know what cortex has added. Implements
-        `Relay.on_refusal`."""
+    def _send_unasked(self) -> bool:
+        """Sends a refused request again, to the same engine, as the client sent it. Implements `Relay.on_refusal`."""
         state = self._state
         assert isinstance(state, Sent)
         assert self._usage_request is not None
-        if not self._usage_request.give_up(refusal):
+        if not self._usage_request.give_up():
             return False
         self._state = None
         self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept

@@ -33,16 +33,15 @@ class UsageRequest:
             self._replace(asks=asks)
         return UnaskedUsage(answer, engine) if asks else answer
 
-    def give_up(self, refusal: bytes) -> bool:
-        """True if the engine's refusal may be about the field: the request should be sent again without it."""
-        if not self._asks or (self._engine.reports and b"stream_options" not in refusal):
-            return False
+    def give_up(self) -> bool:
+        """True if the engine has refused a body that is not the client's. Its error may be about the field, or describe
+        the body, as vLLM's does: the request should be sent again without it."""
         self._given_up = True
-        return True
+        return self._asks
 
     def answered(self, status: int) -> None:
         """The request has its answer."""
-        if self._given_up and status == 200:
+        if self._given_up and status == 200:  # as the client sent it
             self._engine.refuse(monotonic())
 
     def _replace(self, *, asks: bool) -> None:
