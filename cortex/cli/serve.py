@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence, Sized
+from collections.abc import AsyncIterator, Sequence, Sized
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -39,6 +42,9 @@ from shared.settings import SettingsError
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
+if TYPE_CHECKING:
+    from cortex.accounts.database.database import Database
+
 log = logging.getLogger(__name__)
 
 _OPEN_TO_NETWORK = (
@@ -59,7 +65,7 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
                 os.set_inheritable(inherited, False)
         sock = None if fd is None else socket.socket(fileno=fd)
         run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
-    except (SettingsError, ListenError, OSError) as error:
+    except (SettingsError, ListenError, DatabaseError, OSError) as error:
         fail("cortex", error)
     return 0
 
@@ -94,15 +100,11 @@ async def serve(
 
     Raises:
         ListenError: an address is taken.
+        DatabaseError: the database cannot be used.
     """
     settings = config.gateway
     socks = _listening(settings, sock)
-    try:
-        metrics = bind(*parse_listen(settings.metrics_listen))
-    except ListenError as error:
-        for listening in socks:
-            listening.close()
-        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
+    metrics = _metrics_listening(settings, socks)
     workers: Supervisor | None = None
 
     def kill_workers() -> None:
@@ -111,7 +113,8 @@ async def serve(
 
     host, port = socks[0].getsockname()[:2]
     reload_asked = asyncio.Event()
-    state = StateFile(_state_directory(config, files))
+    directory = _state_directory(config, files)
+    state = StateFile(directory)
     async with (
         told_to_stop(
             lifeline=lifeline,
@@ -119,7 +122,10 @@ async def serve(
             on_hangup=reload_asked.set,
             on_forced_exit=kill_workers,
         ) as stop,
-        running_control(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
+        _opened_database(database_source(config.database, directory)) as database,
+        running_control(
+            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database
+        ) as parts,
     ):
         warn_of_absent(state, parts.fleet)
         control = control_socket()
@@ -138,6 +144,22 @@ async def serve(
                     log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
+
+
+@contextlib.asynccontextmanager
+async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Database | None]:
+    """None if there is none and cannot be one. A database that is there and cannot be opened is an error: it may have
+    keys."""
+    if source is None or (source.path is not None and not source.path.exists() and not is_writable(source.path.parent)):
+        yield None
+        return
+    from cortex.accounts.database.database import open_database
+
+    database = await open_database(source)
+    try:
+        yield database
+    finally:
+        await database.close()
 
 
 def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) -> Supervisor:
@@ -181,6 +203,16 @@ def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[so
     port = first.getsockname()[1]
     first.close()
     return [bind(host, port, shared=True) for _ in range(settings.workers)]
+
+
+def _metrics_listening(settings: GatewaySettings, others: Sequence[socket.socket]) -> socket.socket:
+    """Closes the other sockets if it fails."""
+    try:
+        return bind(*parse_listen(settings.metrics_listen))
+    except ListenError as error:
+        for other in others:
+            other.close()
+        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

@@ -47,6 +47,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "waiting.comment_interval_secs": Reload.APPLIES,
     "waiting.plain_keepalive": Reload.APPLIES,
     "state_dir": Reload.NEEDS_RESTART,
+    "database": Reload.NEEDS_RESTART,
     "log_level": Reload.NEEDS_RESTART,
     "log_format": Reload.NEEDS_RESTART,
     "gateway.listen": Reload.NEEDS_RESTART,
@@ -64,7 +65,7 @@ RELOAD_OF: Mapping[str, Reload] = {
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
-SECRET = frozenset({"token"})
+SECRET = frozenset({"token", "database"})
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,7 @@ class CortexConfig(SettingsModel):
 
     models_config: Path = Path("models.toml")
     state_dir: Path | None = None  # None: see cortex.config.files.state_directory
+    database: str | None = None  # None: SQLite in the state directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
@@ -202,6 +203,13 @@ class CortexConfig(SettingsModel):
     routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
+
+    @field_validator("database")
+    @classmethod
+    def _database_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("postgresql://", "postgres://")):
+            raise ValueError("must be a URL such as postgresql://user:password@host/name")
+        return value
 
     @field_validator("neurons")
     @classmethod

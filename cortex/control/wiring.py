@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from cortex.accounts.fairness.device_time import DeviceTime
 from cortex.accounts.limits.limiter import LocalLimiter
@@ -40,6 +41,9 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
+
+if TYPE_CHECKING:  # imports SQLAlchemy, which the simulator does not need
+    from cortex.accounts.database.database import Database
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,11 @@ class ControlCore:
 @dataclass(frozen=True)
 class Parts(ControlCore):
     """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
-    is Unix time."""
+    is Unix time. `database` is None for a cortex that keeps nothing."""
 
     membership: Membership
     created: int
+    database: Database | None
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -196,10 +201,15 @@ def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
 
 @contextlib.asynccontextmanager
 async def running_control(
-    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
+    config: CortexConfig,
+    catalogue: Catalogue,
+    *,
+    files: Sequence[str] = (),
+    state: StateFile | None = None,
+    database: Database | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -213,7 +223,7 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         try:
             async with running({**core.loops, "state file": state.write_loop}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()))
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
         finally:
             await asyncio.gather(membership.close(), core.close())
             await state.close()

@@ -243,7 +243,7 @@ async def test_process_that_ends_while_it_counts_is_started_again_later(
         patch.setattr(sys, "executable", shutil.which("false"))
         for _ in range(2):
             assert await counter.counted(size, tokenizer, CONTEXT) == size
-    assert len(caplog.records) == 1
+    assert [record.name for record in caplog.records].count(token_counter.__name__) == 1  # asyncio may warn too
     assert await counter.counted(size, tokenizer, CONTEXT) == size
     later = monotonic() + token_counter.RETRY_SECS
     monkeypatch.setattr(token_counter, "monotonic", lambda: later)
