@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from aiohttp import web
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.usage.record import UsageSink
 from cortex.api.app_keys import ADAPTERS, COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
@@ -112,14 +113,16 @@ async def working(
     address: Address,
     *,
     authenticate: Callable[[bytes | None], Caller] = authenticate,
+    usage: UsageSink | None = None,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
-    app's."""
+    app's. `usage` gets a record of each request for a model."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
         config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
+        usage=usage,
     )
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(

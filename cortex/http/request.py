@@ -25,7 +25,8 @@ class Request:
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
     `content_length` is None for a chunked body; `modern`: HTTP/1.1. `anthropic`: cortex's own answers have
-    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF.
+    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF. `rates`: header
+    lines of the answer about limits, each after a CRLF.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Request:
         "modern",
         "path",
         "peer",
+        "rates",
         "received",
         "streamed",
         "target",
@@ -67,6 +69,7 @@ class Request:
         self.received = received
         self.body = b""
         self.cors = b""
+        self.rates = b""
         self.content_type = named.get(names.CONTENT_TYPE, b"")
         self.content_length = _content_length(named, modern=modern)
         if names.HOST not in named:

@@ -25,13 +25,16 @@ class UsageRequest:
         self._given_up = False
         self._engine = StreamUsage()  # that the request is sent to
 
-    def prepare(self, engine: StreamUsage, answer: Answer) -> Answer:
-        """Makes the body fit the engine that gets it next. Returns the form of its answer."""
+    def prepare(self, engine: StreamUsage) -> None:
+        """Makes the body fit the engine that gets it next."""
         self._engine = engine
         asks = not self._given_up and not engine.refuses(monotonic())
         if asks != self._asks:
             self._replace(asks=asks)
-        return UnaskedUsage(answer, engine) if asks else answer
+
+    def form(self, answer: Answer) -> Answer:
+        """The form of that engine's answer."""
+        return UnaskedUsage(answer, self._engine) if self._asks else answer
 
     def give_up(self) -> bool:
         """True if the engine has refused a body that is not the client's. Its error may be about the field, or describe
