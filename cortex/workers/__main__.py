@@ -31,6 +31,7 @@ from cortex.workers.messages import (
     EngineFound,
     EngineRetired,
     InFlightNow,
+    KeysChanged,
     Notes,
     OthersInFlight,
     ProspectFound,
@@ -73,7 +74,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
-    async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
+    async with working(control, config, socks, Address(setup.control_host, 0), keys=setup.keys) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         settle()
@@ -105,6 +106,8 @@ async def listen(
                     gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
+                case KeysChanged(keys):
+                    gateway.use_keys(keys)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cortex.accounts.caller import Caller
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.api_key import ApiKey, digest_of, new_secret, prefix_of
 from cortex.accounts.keys.key_table import KeyTable, key_table
@@ -53,6 +54,7 @@ class KeyRing:
         self._failing = False
         self.changes: Subscribers[[]] = Subscribers()
         self.table: KeyTable = key_table(self.keys)
+        self._callers: dict[str, Caller] = {key.id: key.caller for key in self.keys}
 
     @property
     def keys(self) -> list[ApiKey]:
@@ -82,10 +84,18 @@ class KeyRing:
         if file != self._file:
             self._file, self._read = file, ()
 
+    @property
+    def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What has to run all the time, by name."""
+        stored = {} if self._store is None else {"keys in the database": self.database_loop}
+        return {"keys in the file": self.file_loop, **stored}
+
+    def caller(self, key_id: str) -> Caller | None:
+        """The key with this id as requests see it; None if it is gone."""
+        return self._callers.get(key_id)
+
     async def database_loop(self) -> None:
         """Notices what other processes change. Never returns. While the database cannot be read the last keys stay."""
-        while self._store is None:
-            await asyncio.Event().wait()
         while True:
             await asyncio.sleep(LOOK_SECS)
             await self._refresh()
@@ -221,6 +231,7 @@ class KeyRing:
         table = key_table(self.keys)
         if table != self.table:
             self.table = table
+            self._callers = {key.id: key.caller for key in self.keys}
             self.changes.announce()
 
 

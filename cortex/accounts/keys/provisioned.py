@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cortex.accounts.keys.api_key import ApiKey, digest_of, prefix_of
 from cortex.accounts.keys.key_terms import KeyTerms, parse_moment
+from cortex.config.files import KEYS_VARIABLE
 from shared.protocol import plain_reason
 from shared.settings import SettingsError, read_toml
 
@@ -23,7 +24,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-VARIABLE = "CORTEX_KEYS"
 ENVIRONMENT = "environment"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SECRET = re.compile(r"[\x21-\x7e]{1,256}")
@@ -93,8 +93,8 @@ def keys_in_environment(environ: Mapping[str, str]) -> list[ApiKey]:
     Raises:
         SettingsError: every problem.
     """
-    text = environ.get(VARIABLE, "")
-    where = f"environment {VARIABLE}"
+    text = environ.get(KEYS_VARIABLE, "")
+    where = f"environment {KEYS_VARIABLE}"
     if "[[" in text:
         try:
             data = tomllib.loads(text)
