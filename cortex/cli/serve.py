@@ -45,8 +45,8 @@ from shared.terminal.command_line import fail
 log = logging.getLogger(__name__)
 
 _OPEN_TO_NETWORK = (
-    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME --admin "
-    "--config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
+    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME "
+    "--admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
 )
 
 
