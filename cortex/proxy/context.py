@@ -28,6 +28,7 @@ from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, adapter_key, not_served
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
+from cortex.routing.stream_usage import StreamUsages
 from cortex.upstream.pool import EnginePool
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
@@ -57,6 +58,7 @@ class ProxyContext:
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.missing_paths = MissingPaths()
+        self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = Counters()
         self.tasks = TaskSet()
@@ -158,7 +160,7 @@ class ProxyContext:
         if relay.lost_because is not None:
             self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
             return
-        usage = relay.answer.tail.usage()
+        usage = relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         if relay.status == 400:

@@ -21,6 +21,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.progress.account import CLIENT_DISCONNECTED, RequestAccount
 from cortex.proxy.progress.state import Resolving, Sent
+from cortex.proxy.progress.usage_request import UsageRequest, usage_request
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import (
     Failure,
@@ -63,6 +64,7 @@ class RequestHandler:
         "_name",
         "_request",
         "_state",
+        "_usage_request",
     )
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
@@ -75,6 +77,7 @@ class RequestHandler:
         self._diverted = False
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
+        self._usage_request: UsageRequest | None = None
 
     def begin(self) -> None:
         request, control = self._request, self._context.control
@@ -87,6 +90,7 @@ class RequestHandler:
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
+        self._usage_request = usage_request(request)
         if rewrite is None:
             self._route(field.model, field.model)
         else:
@@ -204,6 +208,8 @@ class RequestHandler:
         state = self._leave_state()
         assert isinstance(state, Sent)
         relay = state.relay
+        if self._usage_request is not None:
+            self._usage_request.answered(relay.status)
         self._account.close(relay.status, relay)
         if state.compared and self._account.attempts == 1 and not self._account.cold:  # others are not comparable
             self._context.measure(state.replica, self._request, relay)
@@ -220,6 +226,7 @@ class RequestHandler:
         state = self._leave_state()
         assert isinstance(state, Sent)
         replica = state.replica
+        self._context.stream_usages.forget(replica)  # it may come back changed
         with request_scope(self._account.request_id):
             log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
@@ -257,6 +264,7 @@ class RequestHandler:
         self._resolved()
         if route.cold:
             self._account.cold = True
+            self._context.stream_usages.forget(route.replica)
             self._failures = [f for f in self._failures if f.replica.key != route.replica.key or f.kind == "dead"]
         self._send(route.replica, compared=False)
 
@@ -297,10 +305,28 @@ class RequestHandler:
         else:
             self._keep_alive.sent_to = node
             answer = self._deferred(self._keep_alive)
+        if self._usage_request is not None:
+            answer = self._usage_request.prepare(context.stream_usages.of(replica), answer)
         address, host, prefix, credentials = engine_target(replica.url, replica.api_key, replica.keep_alive_secs)
         relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
+        if self._usage_request is not None:
+            relay.on_refusal = self._send_unasked
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
+
+    def _send_unasked(self, refusal: bytes) -> bool:
+        """Sends a refused request again, to the same engine, if that may not know what cortex has added. Implements
+        `Relay.on_refusal`."""
+        state = self._state
+        assert isinstance(state, Sent)
+        assert self._usage_request is not None
+        if not self._usage_request.give_up(refusal):
+            return False
+        self._state = None
+        self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept
+        self._account.attempts -= 1
+        self._send(state.replica, compared=state.compared)
+        return True
 
     def _is_able(self, served: ServedPaths) -> bool:
         """Whether engines that serve these paths can answer the request."""
