@@ -14,7 +14,6 @@ import sqlalchemy.exc
 from sqlalchemy import URL, Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from cortex.accounts.database.limit_states import LimitStates
 from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
 from cortex.accounts.database.source import DatabaseError, DatabaseSource
 
@@ -43,11 +42,6 @@ class Database:
     def is_postgresql(self) -> bool:
         """Several cortexes may use it."""
         return self._source.path is None
-
-    @property
-    def limit_states(self) -> LimitStates:
-        """What is left of limits."""
-        return LimitStates(self)
 
     def __str__(self) -> str:
         return self._source.shown

@@ -21,7 +21,9 @@ async def open_limiter(model_terms: ModelTermsTable, database: Database | None) 
     """
     if database is None or database.read_only:
         return LocalLimiter(model_terms)
+    from cortex.accounts.database.limit_states import LimitStates  # noqa: PLC0415 - imports SQLAlchemy
+
+    states = LimitStates(database)
     if database.is_postgresql:
-        return SharedLimiter(model_terms, database.limit_states)
-    states = database.limit_states
+        return SharedLimiter(model_terms, states)
     return LocalLimiter(model_terms, states, kept=await states.all())

@@ -11,6 +11,7 @@ import pytest
 
 from cortex.accounts.caller import Caller
 from cortex.accounts.database.database import Database, open_database
+from cortex.accounts.database.limit_states import LimitStates
 from cortex.accounts.database.source import database_source
 from cortex.accounts.limits import shared_limiter
 from cortex.accounts.limits.exceeded import LimitExceeded
@@ -132,7 +133,8 @@ async def opened(directory: Path) -> AsyncIterator[Database]:
 
 
 async def local(database: Database, clock: Clock) -> LocalLimiter:
-    limiter = LocalLimiter(terms(), database.limit_states, kept=await database.limit_states.all(), clock=clock)
+    states = LimitStates(database)
+    limiter = LocalLimiter(terms(), states, kept=await states.all(), clock=clock)
     limiter.use_keys({"a": KeyLimits(Limits(rpm=10, tpm=1000, budgets=(DAY, Budget(100, "tokens", 600.0))))})
     return limiter
 
@@ -195,7 +197,7 @@ class Cortex:
         source = database_source(self._url, None)
         assert source is not None
         self.database = await open_database(source)
-        self.limiter = SharedLimiter(self._table, self.database.limit_states)
+        self.limiter = SharedLimiter(self._table, LimitStates(self.database))
         self.limiter.use_keys(self._keys)
         self._loop = asyncio.create_task(self.limiter.run())
         return self.limiter
