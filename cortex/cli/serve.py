@@ -35,10 +35,10 @@ from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
-from shared.files import is_writable
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
+from shared.system.files import is_writable
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
