@@ -139,7 +139,7 @@ class UsageSettings(SettingsModel):
     """`[usage]`: the records of what was used."""
 
     currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
-    retention_days: int = Field(default=400, ge=0)  # 0: for ever
+    retention_days: int = Field(default=400, ge=0)  # 0: no limit
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class JournalWriter:
             self._size += written
 
     def _is_deleted(self) -> bool:
-        """Somebody has deleted the file, or its directory."""
+        """The file, or its directory, has been deleted."""
         assert self._fd is not None
         return os.fstat(self._fd).st_nlink == 0
 
