@@ -32,6 +32,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "placement.min_residency_secs": Reload.APPLIES,
     "placement.patience_secs": Reload.APPLIES,
     "placement.starvation_secs": Reload.APPLIES,
+    "placement.fairness_half_life_secs": Reload.APPLIES,
     "placement.pause_secs": Reload.APPLIES,
     "placement.replica_target": Reload.APPLIES,
     "placement.load_ahead": Reload.APPLIES,
