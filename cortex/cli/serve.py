@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+USAGE_DIRECTORY = "usage"
+"""In the state directory: what is on its way to the database."""
+
 _OPEN_TO_NETWORK = (
     "cortex is reachable from the network and requires no API key: anyone can use every model, and load, unload and "
     "drain. Set [gateway] allow_anonymous = true to silence this warning"
@@ -128,13 +131,16 @@ async def serve(
         ) as parts,
     ):
         warn_of_absent(state, parts.fleet)
+        usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
-                front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
+                front: AbstractAsyncContextManager[object] = serving_here(
+                    parts, socks, control_address(control), usage_directory=usage
+                )
             else:
-                workers = _supervisor(parts, socks, control_address(control))
+                workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
             async with front, running({"configuration": reloader.watch_loop}):
@@ -162,7 +168,7 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
         await database.close()
 
 
-def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) -> Supervisor:
+def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:
     return Supervisor(
         socks,
         address,
@@ -172,6 +178,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) 
         counts=parts.counts,
         fleet=parts.fleet,
         shutdown=parts.shutdown,
+        usage_directory=usage,
     )
 
 

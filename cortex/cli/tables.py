@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import zip_longest
 from typing import Any
@@ -117,7 +118,26 @@ def explain_table(plan: dict[str, Any]) -> str:
     head += "".join(f"\n  {line}" for line in [*_failures(plan["nodes"]), *_pauses(plan["nodes"])])
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
-    return "\n\n".join([text, *plan.get("hints", ())])
+    return "\n\n".join([text, *_claims(plan.get("claims", ())), *plan.get("hints", ())])
+
+
+def _claims(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """The models that wait, in their order, and whose claim it is."""
+    if not claims:
+        return []
+    rows = [
+        [
+            f"{claim['rank']}{' (starving)' if claim['starving'] else ''}",
+            claim["model"],
+            claim["key"] or "-",
+            claim["key_priority"],
+            f"{claim['device_secs']:.0f} s",
+            claim["requests"],
+            f"{claim['waiting_secs']:.0f} s",
+        ]
+        for claim in claims
+    ]
+    return [table([["RANK", "WAITING MODEL", "KEY", "PRIORITY", "DEVICE TIME", "REQUESTS", "SINCE"], *rows])]
 
 
 def _of_alias(alias: dict[str, Any]) -> list[str]:

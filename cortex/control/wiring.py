@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cortex.accounts.fairness.device_time import DeviceTime
 from cortex.accounts.limits.limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.config.catalogue import Catalogue
@@ -124,7 +125,7 @@ def build(
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock)
+    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
     _label_variants(live, fleet)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
@@ -187,6 +188,15 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
     live.changes.subscribe(routes.publish)
     return routes
+
+
+def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
+    """The accounts of the API keys, as they were when the last cortex ended."""
+
+    def half_life_secs() -> float:
+        return live.config.placement.fairness_half_life_secs
+
+    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
 
 
 @contextlib.asynccontextmanager
