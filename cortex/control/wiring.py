@@ -171,8 +171,7 @@ def build(
         limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    groups = GroupKeeper(neurons, clock=clock)
-    work = (loader, scheduler, resolver, groups, adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 

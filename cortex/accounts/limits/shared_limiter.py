@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SIGN_OF_LIFE_SECS: Final = 1.0
 DEAD_SECS: Final = 5.0
-"""A cortex without a sign of life for so long is dead."""
+"""A cortex that shows no sign of life for this time is dead."""
 FORGOTTEN_SECS: Final = 3600.0
 """After this the row of a dead cortex is deleted."""
 DATABASE_SECS: Final = 5.0
