@@ -9,10 +9,13 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
+from cortex.accounts.prices import NO_PRICES, PriceList, price_list
+from cortex.accounts.usage.journal import UsageJournal
 from cortex.api.app_keys import (
     ADAPTERS,
     COUNTS,
@@ -127,15 +130,19 @@ async def working(
     address: Address,
     *,
     keys: KeyTable = NO_KEYS,
+    prices: PriceList = NO_PRICES,
+    usage_directory: Path | None = None,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
-    app's, `keys` are those of clients."""
+    app's, `keys` are those of clients. Usage is written to `usage_directory`, and lost without one."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
         config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
     )
+    if usage_directory is not None:
+        context.usage = UsageJournal(usage_directory, prices, context.counters.usage_records_dropped)
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(
         context,
@@ -157,14 +164,30 @@ async def working(
 
 
 @contextlib.asynccontextmanager
-async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Address) -> AsyncIterator[Gateway]:
+async def serving_here(
+    parts: Parts, socks: Sequence[socket.socket], address: Address, *, usage_directory: Path | None = None
+) -> AsyncIterator[Gateway]:
     """The only worker, in the control's own process."""
-    async with working(parts.resolver, parts.config, socks, address, keys=parts.keys.table) as gateway:
+    keys, prices = parts.keys, price_list(parts.live)
+    async with working(
+        parts.resolver,
+        parts.config,
+        socks,
+        address,
+        keys=keys.table,
+        prices=prices,
+        usage_directory=usage_directory,
+    ) as gateway:
         parts.counts.attach(gateway)
+
+        def configure() -> None:
+            gateway.configure(parts.live.config)
+            gateway.use_prices(price_list(parts.live))
+
         subscriptions = [
-            parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config)),
+            parts.live.changes.subscribe(configure),
             parts.routes.retired.subscribe(gateway.retire),
-            parts.keys.changes.subscribe(lambda: gateway.use_keys(parts.keys.table)),
+            keys.changes.subscribe(lambda: gateway.use_keys(keys.table)),
         ]
         try:
             yield gateway

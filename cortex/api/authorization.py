@@ -13,9 +13,6 @@ from cortex.proxy.paths import INFERENCE_PATHS
 from shared.errors import Forbidden, Unauthorized
 from shared.http import Handler
 
-CALLER = "caller"
-"""Under this name a request has its `Caller`, None without a valid key."""
-
 NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     **{("POST", path): "user" for path in INFERENCE_PATHS},
     ("GET", "/v1/models"): "user",
@@ -37,17 +34,18 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
 """By method and path of each route; None: no key is needed. A test compares it with the routes."""
 
 
-def caller_of(request: web.Request) -> Caller:
-    """Who sent a request whose route needs a role."""
-    caller = request[CALLER]
-    assert isinstance(caller, Caller)
-    return caller
+def caller_of(request: web.Request) -> Caller | None:
+    """Who sent the request, as the worker that has passed it on knows by the key; None without a valid one."""
+    name = request.headers.get(CALLER_NAME.decode())
+    if name is None:
+        return None
+    return KEYLESS.get(name) or request.app[KEYS].caller(name)
 
 
 @web.middleware
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuses callers whose role does not suffice. The worker that has passed the request on has checked its key."""
-    request[CALLER] = caller = _caller(request)
+    """Refuses callers whose role does not suffice."""
+    caller = caller_of(request)
     needed = _needed(request)
     if needed is None:
         return await handler(request)
@@ -60,13 +58,6 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
         who = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
         raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")
     return await handler(request)
-
-
-def _caller(request: web.Request) -> Caller | None:
-    name = request.headers.get(CALLER_NAME.decode())
-    if name is None:
-        return None
-    return KEYLESS.get(name) or request.app[KEYS].caller(name)
 
 
 def _needed(request: web.Request) -> Role | None:

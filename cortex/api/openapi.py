@@ -158,7 +158,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/fleet/nodes/{name}/resume"): Operation("Ends a drain.", "operator"),
     ("GET", "/keys"): Operation("The API keys, without their secrets.", "keys"),
-    ("POST", "/keys"): Operation("Creates an API key; its secret is in `key`, this once.", "keys", _model_body(KeyTerms)),
+    ("POST", "/keys"): Operation("Creates an API key; only this answer has it.", "keys", _model_body(KeyTerms)),
     ("DELETE", "/keys/{name}"): Operation("Revokes an API key.", "keys"),
     ("POST", "/keys/{name}/rotate"): Operation("Gives an API key a new secret.", "keys"),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),

@@ -127,10 +127,11 @@ class PlacementSettings(SettingsModel):
     scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
     load_ahead: bool = Rules.load_ahead
+    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)  # 0: keys have no device time
 
     def rules(self) -> Rules:
         """These settings as rules for the planner."""
-        rules = Rules(**self.model_dump())
+        rules = Rules(**self.model_dump(exclude={"fairness_half_life_secs"}))
         # Memory is not reserved for a model before busy models may be drained for it.
         return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
 
@@ -158,6 +159,13 @@ class WaitingSettings(SettingsModel):
     first_comment_secs: float = Field(default=1.0, gt=0)
     comment_interval_secs: float = Field(default=2.0, gt=0)
     plain_keepalive: Literal["off", "whitespace"] = "off"
+
+
+class UsageSettings(SettingsModel):
+    """`[usage]`: the records of what was used."""
+
+    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
+    retention_days: int = Field(default=400, ge=0)  # 0: no limit
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ class CortexConfig(SettingsModel):
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
+    usage: UsageSettings = UsageSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("database")

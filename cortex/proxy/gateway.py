@@ -7,6 +7,7 @@ from time import monotonic
 
 from cortex.accounts.caller import Caller
 from cortex.accounts.keys.key_table import KeyTable
+from cortex.accounts.prices import PriceList
 from cortex.config.settings import CortexConfig
 from cortex.http.body_reader import BodySpool
 from cortex.http.connection import ClientConnection
@@ -81,6 +82,10 @@ class Gateway:
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._authentication.keys = keys
+
+    def use_prices(self, prices: PriceList) -> None:
+        """What the tokens of requests that end from now on cost."""
+        self._context.usage.use_prices(prices)
 
     def retire(self, url: str) -> None:
         """Keeps no connection to this engine: it gets no requests any more."""

@@ -11,6 +11,7 @@ from cortex.accounts.caller import Caller
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.prices import NO_PRICES, PriceList
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
@@ -35,6 +36,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     responses: OwnerList = OwnerList([], {})
     limited_models: list[str] = []
     keys: KeyTable = NO_KEYS
+    prices: PriceList = NO_PRICES
+    usage_directory: str | None = None
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):
@@ -56,6 +59,7 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     models: list[str]
     aliases: dict[str, Rewrite]
     limited_models: list[str] = []
+    prices: PriceList = NO_PRICES
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):

@@ -10,10 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import msgspec
 
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.prices import price_list
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
@@ -63,6 +65,7 @@ class Supervisor:
         fleet: Fleet,
         shutdown: Shutdown,
         keys: KeyRing,
+        usage_directory: Path | None,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
@@ -74,6 +77,7 @@ class Supervisor:
         self._fleet = fleet
         self._shutdown = shutdown
         self._keys = keys
+        self._usage_directory = usage_directory
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
@@ -132,9 +136,10 @@ class Supervisor:
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
         limited = list(self._resolver.limiter.limited_models)
+        prices = price_list(self._live)
         config = self._live.config.model_dump_json()
         for worker in self._workers.values():
-            worker.send(CatalogueChanged(models, aliases, limited))
+            worker.send(CatalogueChanged(models, aliases, limited, prices))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
@@ -208,4 +213,6 @@ class Supervisor:
             responses=self._resolver.response_owners.listed(),
             limited_models=list(self._resolver.limiter.limited_models),
             keys=self._keys.table,
+            prices=price_list(self._live),
+            usage_directory=None if self._usage_directory is None else str(self._usage_directory),
         )

@@ -30,7 +30,7 @@ class KeyStore:
     async def version(self) -> int:
         """A number that grows with each change of a key, whichever process makes it."""
         async with self._connected() as connection:
-            # Rows stay for ever and each change adds 1 to its row, so no clock and no shared counter is needed.
+            # Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed.
             found = await connection.execute(select(func.coalesce(func.sum(API_KEYS.c.revision), 0)))
             return int(found.scalar_one())
 

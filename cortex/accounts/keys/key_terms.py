@@ -1,4 +1,4 @@
-"""What a key is to allow, as people write it: in a file, in `POST /keys` and on the command line. Pure."""
+"""What a key is to allow, as people write and read it: in a file, in `/keys` and on the command line. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, Field, field_validator
 
 from cortex.accounts.caller import Role
+from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.budget_window import CALENDAR
 from cortex.accounts.limits.terms import Budget, KeyLimits, Limits
 from cortex.config.durations import parse_duration
@@ -174,3 +175,30 @@ class KeyTerms(LimitTerms):
     def key_limits(self) -> KeyLimits:
         """All limits of the key."""
         return KeyLimits(self.as_limits, {glob: terms.as_limits for glob, terms in self.limits.items()})
+
+
+def key_object(key: ApiKey) -> dict[str, Any]:
+    """A key as `/keys` shows it; the limits as `POST /keys` takes them."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "prefix": key.prefix,
+        "role": key.role,
+        "models": list(key.models),
+        "priority": key.priority,
+        "weight": key.weight,
+        **_limits_object(key.limits.total),
+        "limits": {glob: _limits_object(limits) for glob, limits in key.limits.by_models.items()},
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "source": key.source,
+    }
+
+
+def _limits_object(limits: Limits) -> dict[str, Any]:
+    return {
+        "rpm": limits.rpm,
+        "tpm": limits.tpm,
+        "parallel": limits.parallel,
+        "budget": [budget_text(budget) for budget in limits.budgets],
+    }

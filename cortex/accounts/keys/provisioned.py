@@ -60,7 +60,7 @@ class ProvisionedKey(KeyTerms):
         """This entry of `source` as a key. It may have expired.
 
         Raises:
-            ValueError: `expires` is no moment.
+            ValueError: `expires` is not a date or time.
         """
         digest = bytes.fromhex(self.sha256 or "") if self.key is None else digest_of(self.key)
         return ApiKey(

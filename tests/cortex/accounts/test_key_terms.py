@@ -150,7 +150,7 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 
 def test_keys_of_the_environment() -> None:
-    """Lines of name and key, for those who have nothing else to say."""
+    """Lines of name and key are enough where a key has no other field."""
     digest = digest_of("other").hex()
     keys = keys_in_environment({"CORTEX_KEYS": f"alice:{SECRET}\n\n# a comment\n bob:sha256:{digest}\n"})
     assert [(key.id, key.name, key.digest) for key in keys] == [
