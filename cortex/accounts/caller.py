@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from fnmatch import fnmatchcase
 from typing import Final, Literal, TypeAlias
 
@@ -34,19 +33,22 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
         return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
 
 
+ROLES: Final[tuple[Role, ...]] = ("user", "viewer", "operator", "admin")
+"""Each may do what those before it may."""
+
+
+def may(role: Role, needed: Role) -> bool:
+    """Whether this role may do what needs the other one."""
+    return ROLES.index(role) >= ROLES.index(needed)
+
+
 ANONYMOUS: Final = Caller("", "anonymous", role="admin")
-"""A client without a key, where cortex has none."""
+"""A client on this host, where cortex has no keys."""
 
-CALLER_HEADER: Final = "x-cortex-caller"
-"""Of a request that a worker hands to the control app. Clients cannot send it: workers remove theirs."""
+LOOPBACK: Final = Caller("", "loopback", role="admin")
+"""A client on this host without a key, where cortex has keys and trusts it."""
 
-_decode: Final = msgspec.json.Decoder(Caller).decode
+GUEST: Final = Caller("", "guest", role="user", priority=-1_000_000)
+"""A client without a key where others have one or could: it gets what they leave."""
 
-
-def to_header(caller: Caller) -> bytes:
-    return base64.b64encode(msgspec.json.encode(caller))
-
-
-def from_header(value: str | None) -> Caller:
-    """The caller in a header. Without one it is the user that cortex runs as: nobody else can open its socket."""
-    return ANONYMOUS if value is None else _decode(base64.b64decode(value))
+KEYLESS: Final = {caller.name: caller for caller in (ANONYMOUS, LOOPBACK, GUEST)}

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.api.app_keys import CREATED, FLEET, LIVE
-from cortex.api.callers import caller_of
+from cortex.api.authorization import caller_of
 from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
@@ -33,7 +33,7 @@ share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    models, caller = request.app[MODEL_LIST], caller_of(request)
+    models, caller = request.app[MODEL_LIST], caller_of(request) or ANONYMOUS
     blocks = await _up_to_date(request)
     if ANTHROPIC_VERSION in request.headers:
         return web.json_response(anthropic_page(models.names_for(caller), request.query, models.entry))
@@ -52,7 +52,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 async def show_model(request: web.Request) -> web.Response:
     await _up_to_date(request)
-    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"], caller_of(request))
+    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"], caller_of(request) or ANONYMOUS)
     return web.json_response(anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry)
 
 

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Final
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.usage.record import UsageSink
+from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
@@ -52,10 +52,8 @@ class ProxyContext:
         config: CortexConfig,
         *,
         access_log: AccessLog,
-        usage: UsageSink | None = None,
     ) -> None:
-        """Needs a running loop. `usage` gets a record of each request that has ended and named a model."""
-        self.usage = usage
+        """Needs a running loop."""
         self.control = control
         self.access_log = access_log
         self.configure(config)
@@ -66,6 +64,7 @@ class ProxyContext:
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = Counters()
+        self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
 
@@ -210,6 +209,7 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self.usage.close()
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import msgspec
 
 
@@ -37,10 +35,3 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     queued_secs: float
     cold: bool
     complete: bool
-
-
-class UsageSink(Protocol):
-    """Takes the records of a worker."""
-
-    def add(self, record: UsageRecord) -> None:
-        """Must return at once: the request's connection waits for it."""

@@ -156,7 +156,7 @@ class RequestAccount:
         context.counters.request(model, node, status, took, first_byte_secs)
         if self._grant is not None:
             self._settle(self._grant, usage, relay, sent)
-        if context.usage is not None and self.model_id:
+        if self.model_id:
             context.usage.add(self._record(status, usage, first_byte_secs, took, complete=not left))
         if context.access_log.on:
             self._log(status, sent, usage, took, more)

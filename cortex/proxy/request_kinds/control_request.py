@@ -1,12 +1,13 @@
-"""Relays a request to the control app (model list, fleet, operator actions), as to an engine, with its caller."""
+"""Relays a request to the control app (model list, fleet, operator actions), as to an engine."""
 
 from __future__ import annotations
 
 import logging
 
-from cortex.accounts.caller import CALLER_HEADER, Caller, to_header
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
+from cortex.http.headers import CALLER_NAME
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
@@ -28,19 +29,26 @@ class ControlRequest:
     __slots__ = ("_client", "_relay", "_request_id")
 
     def __init__(
-        self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller, *, address: Address
+        self,
+        context: ProxyContext,
+        client: ClientConnection,
+        request: Request,
+        address: Address,
+        caller: Caller | None,
     ) -> None:
-        request.drop_header(CALLER_HEADER.encode())
-        told = b"%b: %b" % (CALLER_HEADER.encode(), to_header(caller))
+        """`caller` is None for a client that has not shown a valid key."""
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
+        shown = request.credentials
+        if caller is not None:
+            shown.append(b"%b: %b" % (CALLER_NAME, (caller.key_id or caller.name).encode()))
         self._relay = Relay(
             context.pool,
             request,
             self,
             address=address,
-            head=request.head_for(b"cortex", b"", request_id, [*request.credentials, told]),
+            head=request.head_for(b"cortex", b"", request_id, shown),
             answer=DirectAnswer(client, request, extra=own_lines(request, request_id)),
         )
 

@@ -1,62 +1,46 @@
-"""What a caller may use, and how the control app learns who calls."""
+"""Which models a key may use, over real sockets."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from cortex.accounts.caller import Caller
-from cortex.app import build_control_app, control_address, control_socket, working
-from cortex.config.settings import CortexConfig
-from shared.errors import Unauthorized
-from shared.serve import Site, bind, serving
-from tests.cortex.conftest import RunningCortex
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, answering, plain
-from tests.cortex.raw_http import RawClient, connected, request
+from tests.cortex.raw_http import RawClient, request
 
-OPEN = Caller("1", "open")
-NARROW = Caller("2", "narrow", models=("other/*", "org/sm?ll"))
-BARRED = Caller("3", "barred", models=("other/*",))
-
-
-def authenticate(api_key: bytes | None) -> Caller:
-    found = {caller.name.encode(): caller for caller in (OPEN, NARROW, BARRED)}.get(api_key or b"")
-    if found is None:
-        raise Unauthorized("no such key")
-    return found
+KEYS = "\n".join(
+    f'[[keys]]\nname = "{name}"\nkey = "sk-{name}"\n{models}'
+    for name, models in (
+        ("open", ""),
+        ("narrow", 'models = ["other/*", "org/sm?ll"]'),
+        ("barred", 'models = ["other/*"]'),
+    )
+)
 
 
-@contextlib.asynccontextmanager
-async def with_keys(
-    cortex: RunningCortex, authenticate: Callable[[bytes | None], Caller] = authenticate
-) -> AsyncIterator[RawClient]:
-    """A client of another front door of this cortex, which knows keys: a caller's name is its key."""
-    sock, control = bind("127.0.0.1", 0), control_socket()
-    async with (
-        serving([Site(build_control_app(cortex.parts), control)], drain_timeout_secs=0),
-        working(cortex.parts.resolver, CortexConfig(), [sock], control_address(control), authenticate=authenticate),
-        connected(f"http://127.0.0.1:{sock.getsockname()[1]}") as client,
-    ):
-        yield client
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
+    """A cortex with a key for all models, one for ours and others, and one for others only."""
+    return await start_cortex([benjy], [{"id": "org/small"}], aliases={"fast": "org/small"}, keys=KEYS)
 
 
-def asking(key: str, path: str = "/v1/chat/completions", *lines: str, **fields: object) -> bytes:
-    body = json.dumps({"model": "org/small", **fields}).encode()
-    return request(body, f"Authorization: Bearer {key}", *lines, target=path)
+def asking(key: str, path: str, model: str) -> bytes:
+    return request(json.dumps({"model": model}).encode(), f"Authorization: Bearer sk-{key}", target=path)
 
 
+@pytest.mark.parametrize("model", ["org/small", "fast"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings", "/other"])
-async def test_a_model_that_the_key_may_not_use_is_refused(cortex: RunningCortex, engine: RawEngine, path: str) -> None:
-    """On every path, before an engine hears of it; by a key that may, the same request is answered."""
+async def test_a_model_that_the_key_may_not_use_is_refused(
+    client: RawClient, engine: RawEngine, path: str, model: str
+) -> None:
+    """On every path and by every name, before an engine hears of it; a key that may use it gets its answer."""
     engine.script = answering(plain(b'{"choices":[]}'))
-    async with with_keys(cortex) as client:
-        barred = await client.ask(asking("barred", path))
-        engines_heard = len(engine.requests)
-        allowed = [await client.ask(asking(key, path)) for key in ("open", "narrow")]
+    barred = await client.ask(asking("barred", path, model))
+    engines_heard = len(engine.requests)
+    allowed = [await client.ask(asking(key, path, model)) for key in ("open", "narrow")]
     error = json.loads(barred.body)["error"]
     assert (barred.status, engines_heard) == (403, 0)
     assert "org/small" in error["message"]
@@ -64,30 +48,21 @@ async def test_a_model_that_the_key_may_not_use_is_refused(cortex: RunningCortex
     assert [answer.status for answer in allowed] == [200, 200]
 
 
-async def test_the_list_of_models_has_what_the_key_may_use(cortex: RunningCortex, engine: RawEngine) -> None:
-    """In every shape of the list, and for one model."""
-    anthropic = "anthropic-version: 2023-06-01"
+@pytest.mark.parametrize("lines", [(), ("anthropic-version: 2023-06-01",)], ids=["openai", "anthropic"])
+@pytest.mark.parametrize(("key", "listed"), [("open", True), ("narrow", True), ("barred", False)])
+async def test_the_list_of_models_has_what_the_key_may_use(
+    client: RawClient, key: str, listed: bool, lines: tuple[str, ...]
+) -> None:
+    """In every shape of the list, aliases included, and for one model."""
 
-    async def get(client: RawClient, key: str, target: str, *lines: str) -> tuple[int, list[str]]:
-        asked = request(b"", f"x-api-key: {key}", *lines, method="GET", target=target)
-        answer = await client.ask(asked, "GET")
-        found = json.loads(answer.body)
-        entries = found.get("data", []) if "data" in found else [found]
-        return answer.status, [entry["id"] for entry in entries if "id" in entry]
+    async def get(target: str) -> tuple[int, dict[str, object]]:
+        answer = await client.ask(request(b"", f"x-api-key: sk-{key}", *lines, method="GET", target=target), "GET")
+        return answer.status, json.loads(answer.body)
 
-    async with with_keys(cortex) as client:
-        for key, listed in (("open", ["org/small"]), ("narrow", ["org/small"]), ("barred", [])):
-            assert await get(client, key, "/v1/models") == (200, listed)
-            assert await get(client, key, "/v1/models", anthropic) == (200, listed)
-            one = await get(client, key, "/v1/models/org/small")
-            assert one == ((200, ["org/small"]) if listed else (404, []))
-
-
-async def test_a_client_cannot_say_that_it_is_another(cortex: RunningCortex) -> None:
-    """The header by which workers tell the control app of the caller is dropped from clients' requests."""
-    forged = base64.b64encode(b'{"key_id":"1","name":"open","role":"admin"}').decode()
-    async with with_keys(cortex) as client:
-        for name in ("x-cortex-caller", "X-Cortex-Caller"):
-            lines = ("x-api-key: barred", f"{name}: {forged}")
-            answer = await client.ask(request(b"", *lines, method="GET", target="/v1/models"), "GET")
-            assert json.loads(answer.body)["data"] == []
+    status, page = await get("/v1/models")
+    data = page["data"]
+    assert isinstance(data, list)
+    assert (status, [entry["id"] for entry in data]) == (200, ["org/small", "fast"] if listed else [])
+    assert len(page["models"]) == len(data) if not lines else "models" not in page  # type: ignore[arg-type]
+    for name in ("org/small", "fast"):
+        assert (await get(f"/v1/models/{name}"))[0] == (200 if listed else 404)

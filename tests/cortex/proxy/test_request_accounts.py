@@ -7,13 +7,16 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.keys.key_table import KeyTable
+from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.terms import Grant, KeyLimits, Limits, TokenBound
+from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.record import UsageRecord
 from cortex.app import working
 from cortex.config.settings import CortexConfig
@@ -64,7 +67,7 @@ class Door:
 
     async def ask(self, body: dict[str, Any] | None = None, target: str = "/v1/chat/completions") -> Any:
         data = json.dumps({"model": MODEL, "max_tokens": 10, **(body or {})}).encode()
-        return await self.client.ask(request(data, target=target))
+        return await self.client.ask(request(data, "Authorization: Bearer sk-limited", target=target))
 
     async def ended(self, count: int = 1) -> list[UsageRecord]:
         deadline = time.monotonic() + 10
@@ -80,6 +83,10 @@ class _Records:
 
     def add(self, record: UsageRecord) -> None:
         self.found.append(record)
+
+    def use_prices(self, prices: PriceList) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 class _WithLimiter:
@@ -103,11 +110,11 @@ async def opened(control: Any, limiter: CountedLimiter) -> AsyncIterator[Door]:
             CortexConfig(),
             [sock],
             Address("127.0.0.1", 1),
-            authenticate=lambda _: LIMITED,
-            usage=records,
-        ),
+            keys=KeyTable({sha256(b"sk-limited").digest(): LIMITED}),
+        ) as gateway,
         connected(url) as client,
     ):
+        gateway._context.usage = records
         yield Door(url, limiter, records.found, client)
 
 
@@ -228,7 +235,7 @@ async def test_a_client_that_leaves_is_charged_what_is_known(door: Door, engine:
     engine.script = never_ends
     body = json.dumps({"model": MODEL, "stream": True, "max_tokens": 10}).encode()
     async with connected(door.url) as leaving:
-        await leaving.send(request(body, target="/v1/chat/completions"))
+        await leaving.send(request(body, "x-api-key: sk-limited", target="/v1/chat/completions"))
         await leaving.incoming.readuntil(b"finish_reason")
     (record,) = await door.ended()
     assert (record.status, record.complete, record.prompt_tokens) == (200, False, None)
