@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
+from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -117,7 +118,7 @@ async def serve(
     host, port = socks[0].getsockname()[:2]
     reload_asked = asyncio.Event()
     directory = _state_directory(config, files)
-    state = StateFile(directory)
+    state, source = StateFile(directory), database_source(config.database, directory)
     async with (
         told_to_stop(
             lifeline=lifeline,
@@ -125,13 +126,16 @@ async def serve(
             on_hangup=reload_asked.set,
             on_forced_exit=kill_workers,
         ) as stop,
-        _opened_database(database_source(config.database, directory)) as database,
+        _opened_database(source) as database,
         running_control(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database
         ) as parts,
     ):
         warn_of_absent(state, parts.fleet)
         usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
+        recorder: AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        if usage is not None and source is not None:
+            recorder = RecorderProcess(parts.live, source, usage).running()
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
@@ -143,7 +147,7 @@ async def serve(
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
-            async with front, running({"configuration": reloader.watch_loop}):
+            async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
                 if reaches_network(socks[0]) and not settings.allow_anonymous:
