@@ -24,6 +24,7 @@ API_KEYS = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("revision", Integer, nullable=False),  # 1, and 1 more with each change of the row
 )
 """Keys created with `cortex keys create` or `POST /keys`. A revoked one stays, because usage refers to it."""
 
