@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence, Sized
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 from cortex.accounts.database.source import DatabaseError
@@ -132,7 +132,7 @@ async def serve(
         _refuse_open_network(socks[0], settings, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage: Path | None = None
-        recorder: AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        recorder: AbstractAsyncContextManager[object] = nullcontext()
         if directory is not None and database is not None and not database.read_only:
             usage = directory / USAGE_DIRECTORY
             recorder = RecorderProcess(parts.live, database.source, usage).running()
