@@ -131,11 +131,7 @@ async def serve(
     ):
         _refuse_open_network(socks[0], settings, keys, files.path)
         warn_of_absent(state, parts.fleet)
-        usage: Path | None = None
-        recorder: AbstractAsyncContextManager[object] = nullcontext()
-        if directory is not None and database is not None and not database.read_only:
-            usage = directory / USAGE_DIRECTORY
-            recorder = RecorderProcess(parts.live, database.source, usage).running()
+        usage, recorder = _recording(parts, directory)
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
@@ -159,6 +155,15 @@ def _refuse_open_network(sock: socket.socket, settings: GatewaySettings, keys: K
     if keys.table.empty and not settings.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
         raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file)])
+
+
+def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:
+    """Where workers leave usage, None for nowhere, and what moves it into the database while it runs."""
+    database = parts.database
+    if directory is None or database is None or database.read_only:
+        return None, nullcontext()
+    usage = directory / USAGE_DIRECTORY
+    return usage, RecorderProcess(parts.live, database.source, usage).running()
 
 
 def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:

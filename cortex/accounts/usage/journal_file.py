@@ -137,7 +137,7 @@ def _whole_characters(record: UsageRecord) -> UsageRecord:
 
 
 class JournalPart(NamedTuple):
-    """Some records of a journal. `end`: where the next part begins. `broken`: lines that are no records. `is_last`:
+    """Some records of a journal. `end`: where the next part begins. `broken`: lines that cannot be read. `is_last`:
     nothing will follow, because the file has been read and its writer is gone."""
 
     prices: PriceList
@@ -165,7 +165,7 @@ def read_part(path: Path, position: int) -> JournalPart:
         data = file.read(PART_BYTES)
     whole = data[: data.rfind(b"\n") + 1]
     if not whole and len(data) == PART_BYTES:
-        whole = data  # a line of this length is no record
+        whole = data  # too long for a line of ours
     lines = whole.splitlines()
     records = list(_decoded(lines))
     try:

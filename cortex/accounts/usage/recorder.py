@@ -65,7 +65,7 @@ class Recorder:
         position = await self._position(path.name)
         part = read_part(path, position)
         if part.broken:
-            log.error("%d lines of %s are no records of usage and are left out", part.broken, path)
+            log.error("%d lines of %s cannot be read and are left out", part.broken, path)
         if part.end > position:
             await self._store(path.name, part)
         if part.is_last:
