@@ -169,7 +169,12 @@ class AdmissionQueue:
             self.notify(model_id)
 
     def waiting(self) -> Mapping[str, WaitingRequests]:
-        return {model_id: WaitingRequests(len(queue.tickets), queue.since) for model_id, queue in self._queues.items()}
+        return dict(zip(self._queues, self.waiting_for(*self._queues), strict=True))
+
+    def waiting_for(self, *models: str) -> list[WaitingRequests]:
+        """Of these models, for those that requests wait for."""
+        queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
+        return [WaitingRequests(len(each.tickets), each.since, each.tickets.callers) for each in queues]
 
     def _notify(self, model_id: str, error: ServiceError | None) -> None:
         """Wakes all in the order of their turns: the first ones may take all places."""

@@ -201,7 +201,7 @@ class Resolver:
         if self._shutdown.begun:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
-        self._demand.record_request(self._live.catalogue.requested(model_id).model_id)
+        self._demand.record_waiting(self._live.catalogue.requested(model_id).model_id, caller)
         engines = self._engines_for(model_id)
         with self._queue.ticket(engines, self._scheduler.retry_after, caller) as ticket:
             cold = False

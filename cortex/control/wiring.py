@@ -8,10 +8,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.fairness.device_time import DeviceTime
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.limits.limiter import LimitOwner
+from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
+from cortex.accounts.limits.opening import open_limiter
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -98,6 +103,7 @@ class Parts(ControlCore):
     membership: Membership
     created: int
     database: Database | None
+    keys: KeyRing
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -120,11 +126,12 @@ def build(
     clock: Callable[[], float] = time.monotonic,
     policy: Policy = PLANNER,
     leases: LoadLeases | None = None,
+    limiter: LimitOwner | None = None,
 ) -> ControlCore:
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock)
+    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
     _label_variants(live, fleet)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
@@ -164,11 +171,10 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
-        limiter=_limiter(live, fleet),
+        limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    groups = GroupKeeper(neurons, clock=clock)
-    work = (loader, scheduler, resolver, groups, adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
@@ -189,6 +195,15 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
     return routes
 
 
+def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
+    """The accounts of the API keys, as they were when the last cortex ended."""
+
+    def half_life_secs() -> float:
+        return live.config.placement.fairness_half_life_secs
+
+    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+
+
 @contextlib.asynccontextmanager
 async def running_control(
     config: CortexConfig,
@@ -197,9 +212,10 @@ async def running_control(
     files: Sequence[str] = (),
     state: StateFile | None = None,
     database: Database | None = None,
+    keys: KeyRing | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart. `database` stays the caller's."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -209,20 +225,35 @@ async def running_control(
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
-        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases)
+        limiter = await open_limiter(_model_terms(live, fleet), database)
+        live.changes.subscribe(limiter.models_changed)
+        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
         membership.configure(config.neurons, config.poll)
+        keys = keys or KeyRing()
+        _use_keys(keys, core)
+        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         try:
-            async with running({**core.loops, "state file": state.write_loop}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
+            async with running(loops):
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
         finally:
-            await asyncio.gather(membership.close(), core.close())
+            await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
 
 
-def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
-    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
-    live.changes.subscribe(limiter.models_changed)
-    return limiter
+def _use_keys(keys: KeyRing, core: ControlCore) -> None:
+    limiter, live = core.resolver.limiter, core.live
+
+    def renew() -> None:
+        limiter.use_keys(keys.limits)
+
+    renew()
+    keys.changes.subscribe(renew)
+    if live.files:
+        live.changes.subscribe(lambda: keys.use_file(live.config.keys_path(Path(live.files[0]))))
+
+
+def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:
+    return ModelTermsTable(live, partial(_served_context, fleet))
 
 
 def _served_context(fleet: Fleet, model_id: str) -> int | None:

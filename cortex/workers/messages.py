@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 import msgspec
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.prices import NO_PRICES, PriceList
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
@@ -33,6 +35,9 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     down: list[str]  # neurons
     responses: OwnerList = OwnerList([], {})
     limited_models: list[str] = []
+    keys: KeyTable = NO_KEYS
+    prices: PriceList = NO_PRICES
+    usage_directory: str | None = None
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):
@@ -54,12 +59,19 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     models: list[str]
     aliases: dict[str, Rewrite]
     limited_models: list[str] = []
+    prices: PriceList = NO_PRICES
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):
     """The configuration from now on, CortexConfig as JSON. Keys that need a restart keep their values."""
 
     config: str
+
+
+class KeysChanged(msgspec.Struct, frozen=True, tag=True):
+    """The API keys of clients from now on."""
+
+    keys: KeyTable
 
 
 class DownChanged(msgspec.Struct, frozen=True, tag=True):
@@ -157,6 +169,7 @@ ToWorker = (
     | EngineRetired
     | CatalogueChanged
     | ConfigChanged
+    | KeysChanged
     | DownChanged
     | OthersInFlight
     | ResponseMade

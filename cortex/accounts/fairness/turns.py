@@ -73,6 +73,11 @@ class Turns(Generic[Item]):
         return (request.item for request in self._requests.values())
 
     @property
+    def callers(self) -> frozenset[Caller]:
+        """Those whose requests wait."""
+        return frozenset(flow.caller for flow in self._flows.values() if flow.waiting)
+
+    @property
     def owed(self) -> bool:
         """Whether a caller has used more than others, so that its next request has a later turn."""
         return bool(self._flows)
