@@ -14,8 +14,8 @@ from typing import Any
 from neuron.gpu.energy.sharing import JOULES_PER_WH, Portion, PowerSample, Resident, claims_on, portions, used_wh
 from neuron.gpu.topology import DeviceReading
 from neuron.spec import InstanceKey
-from shared.files import replace_file
 from shared.protocol import Device, DeviceHealth, InstanceEnergy
+from shared.system.files import replace_file
 
 log = logging.getLogger(__name__)
 
