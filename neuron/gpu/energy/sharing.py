@@ -35,7 +35,7 @@ class PowerSample:
     counter_wh: float | None
 
 
-class Claim(NamedTuple):
+class EnergyClaim(NamedTuple):
     """One instance on one GPU. `size`: the part of the GPU that it has. `activity`: its part in what the GPU uses for
     requests. Only the ratio between instances counts."""
 
@@ -62,7 +62,7 @@ def used_wh(before: PowerSample, now: PowerSample) -> float:
     return max(0.0, before.power_w + now.power_w) / 2 * secs / JOULES_PER_WH
 
 
-def portions(wh: float, idle_wh: float, claims: Sequence[Claim]) -> dict[InstanceKey, Portion]:
+def portions(wh: float, idle_wh: float, claims: Sequence[EnergyClaim]) -> dict[InstanceKey, Portion]:
     """Shares `wh` among the instances: `idle_wh` of it, or all if none of them is active, by size, and the rest by
     activity. The sum is `wh`, unless there is no instance."""
     size = sum(claim.size for claim in claims)
@@ -83,7 +83,7 @@ def claims_on(
     health: Mapping[int, DeviceHealth],
     residents: Sequence[Resident],
     busy: Mapping[InstanceKey, bool],
-) -> list[Claim]:
+) -> list[EnergyClaim]:
     """The instances on a GPU or on its MIG instances. `busy` says which of them had a request since the last sample.
 
     An instance is as active as it has requests. If they are unknown, it counts as one while the GPU computes. On a MIG
@@ -102,8 +102,8 @@ def claims_on(
             requests = 1 if any(each is None or each > 0 for each in utilization) else 0
         requests = max(requests, int(busy.get(resident.key, False)))
         if gpu.index in here or not total:
-            found.append(Claim(resident.key, 1.0, float(requests)))
+            found.append(EnergyClaim(resident.key, 1.0, float(requests)))
         else:
             size = sum(slices[index] for index in here) / total
-            found.append(Claim(resident.key, size, size * min(1, requests)))
+            found.append(EnergyClaim(resident.key, size, size * min(1, requests)))
     return found
