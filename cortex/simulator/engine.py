@@ -11,7 +11,7 @@ from shared.protocol import FIRST_INSTANCE, GroupPart, ModelStatus
 @dataclass
 class SimulatedRequest:
     """One request of the trace. `begun` and `ended` are None until then; an unserved request never begins. `cold`: it
-    had to wait for its model."""
+    had to wait for its model. `key` is the name of its API key, "" without one."""
 
     number: int
     model: str
@@ -20,6 +20,7 @@ class SimulatedRequest:
     begun: float | None = None
     ended: float | None = None
     cold: bool = False
+    key: str = ""
 
     @property
     def waited(self) -> float:
