@@ -9,10 +9,13 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.prices import NO_PRICES, PriceList, price_list
+from cortex.accounts.usage.journal import UsageJournal
 from cortex.api.app_keys import ADAPTERS, COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
@@ -111,16 +114,20 @@ async def working(
     socks: Sequence[socket.socket],
     address: Address,
     *,
+    prices: PriceList = NO_PRICES,
+    usage_directory: Path | None = None,
     authenticate: Callable[[bytes | None], Caller] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
-    app's."""
+    app's. Usage is written to `usage_directory`, and lost without one."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
         config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
     )
+    if usage_directory is not None:
+        context.usage = UsageJournal(usage_directory, prices, context.counters.usage_records_dropped)
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024
     gateway = Gateway(
         context,
@@ -142,12 +149,22 @@ async def working(
 
 
 @contextlib.asynccontextmanager
-async def serving_here(parts: Parts, socks: Sequence[socket.socket], address: Address) -> AsyncIterator[Gateway]:
+async def serving_here(
+    parts: Parts, socks: Sequence[socket.socket], address: Address, *, usage_directory: Path | None = None
+) -> AsyncIterator[Gateway]:
     """The only worker, in the control's own process."""
-    async with working(parts.resolver, parts.config, socks, address) as gateway:
+    prices = price_list(parts.live)
+    async with working(
+        parts.resolver, parts.config, socks, address, prices=prices, usage_directory=usage_directory
+    ) as gateway:
         parts.counts.attach(gateway)
+
+        def configure() -> None:
+            gateway.configure(parts.live.config)
+            gateway.use_prices(price_list(parts.live))
+
         subscriptions = [
-            parts.live.changes.subscribe(lambda: gateway.configure(parts.live.config)),
+            parts.live.changes.subscribe(configure),
             parts.routes.retired.subscribe(gateway.retire),
         ]
         try:

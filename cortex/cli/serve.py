@@ -35,10 +35,10 @@ from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
-from shared.files import is_writable
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
+from shared.system.files import is_writable
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from cortex.accounts.database.database import Database
 
 log = logging.getLogger(__name__)
+
+USAGE_DIRECTORY = "usage"
+"""In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
     "cortex is reachable from the network and requires no API key: anyone can use every model, and load, unload and "
@@ -128,13 +131,16 @@ async def serve(
         ) as parts,
     ):
         warn_of_absent(state, parts.fleet)
+        usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
-                front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
+                front: AbstractAsyncContextManager[object] = serving_here(
+                    parts, socks, control_address(control), usage_directory=usage
+                )
             else:
-                workers = _supervisor(parts, socks, control_address(control))
+                workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
             async with front, running({"configuration": reloader.watch_loop}):
@@ -162,7 +168,7 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
         await database.close()
 
 
-def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) -> Supervisor:
+def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:
     return Supervisor(
         socks,
         address,
@@ -172,6 +178,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) 
         counts=parts.counts,
         fleet=parts.fleet,
         shutdown=parts.shutdown,
+        usage_directory=usage,
     )
 
 

@@ -46,6 +46,8 @@ RELOAD_OF: Mapping[str, Reload] = {
     "waiting.first_comment_secs": Reload.APPLIES,
     "waiting.comment_interval_secs": Reload.APPLIES,
     "waiting.plain_keepalive": Reload.APPLIES,
+    "usage.currency": Reload.APPLIES,
+    "usage.retention_days": Reload.APPLIES,
     "state_dir": Reload.NEEDS_RESTART,
     "database": Reload.NEEDS_RESTART,
     "log_level": Reload.NEEDS_RESTART,

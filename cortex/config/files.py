@@ -17,14 +17,12 @@ from cortex.config.settings import CortexConfig, GatewaySettings
 from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings
+from shared.system.files import Stamp, stamp_of
 
 ENV_PREFIX = "CORTEX_"
 
 HARNESSES = ("vllm", "sim", "candle")
 """Kinds of engines that neurons have by themselves; the last one is that of helexa's. A neuron may describe others."""
-
-Stamp = tuple[int, ...]
-"""Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
 
 
 class _CatalogueName(BaseModel):
@@ -65,19 +63,11 @@ class ConfigurationFiles:
 
     def stamps(self) -> tuple[Stamp, ...]:
         """The current stamps of the files, following symbolic links. Blocks."""
-        return tuple(_stamp(path) for path in self.paths)
+        return tuple(stamp_of(path) for path in self.paths)
 
     def differ_from_what_was_read(self, stamps: tuple[Stamp, ...]) -> bool:
         """Whether the files differ from the versions last read."""
         return stamps != self._read
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from cortex.config.prices import ModelPrices
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
 from shared.protocol.commands import MAX_LORA_RANK, MAX_LORAS
 from shared.protocol.context_length import ContextLength
@@ -135,7 +136,7 @@ def _without_devices(value: int | None) -> int | None:
     return value
 
 
-_OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit"})
+_OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit", "prices"})
 
 
 def _lora_source(value: str | None) -> str | None:
@@ -199,6 +200,7 @@ class ModelProfile(SettingsModel):
     max_model_len: ContextLength = None
     tools: bool = False
     limit: ModelLimit | None = None
+    prices: ModelPrices | None = None
     base: ModelName | None = None
     lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)

@@ -136,6 +136,13 @@ class WaitingSettings(SettingsModel):
     plain_keepalive: Literal["off", "whitespace"] = "off"
 
 
+class UsageSettings(SettingsModel):
+    """`[usage]`: the records of what was used."""
+
+    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
+    retention_days: int = Field(default=400, ge=0)  # 0: no limit
+
+
 @dataclass(frozen=True)
 class HostNetwork:
     """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
@@ -202,6 +209,7 @@ class CortexConfig(SettingsModel):
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
+    usage: UsageSettings = UsageSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("database")

@@ -11,8 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cortex.accounts.fairness.device_time import DeviceTime
-from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.limits.limiter import LimitOwner
+from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
+from cortex.accounts.limits.opening import open_limiter
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -121,6 +123,7 @@ def build(
     clock: Callable[[], float] = time.monotonic,
     policy: Policy = PLANNER,
     leases: LoadLeases | None = None,
+    limiter: LimitOwner | None = None,
 ) -> ControlCore:
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
@@ -165,11 +168,10 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
-        limiter=_limiter(live, fleet),
+        limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    groups = GroupKeeper(neurons, clock=clock)
-    work = (loader, scheduler, resolver, groups, adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
@@ -219,20 +221,20 @@ async def running_control(
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
-        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases)
+        limiter = await open_limiter(_model_terms(live, fleet), database)
+        live.changes.subscribe(limiter.models_changed)
+        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
         membership.configure(config.neurons, config.poll)
         try:
-            async with running({**core.loops, "state file": state.write_loop}):
+            async with running({**core.loops, "state file": state.write_loop, "limits": limiter.run}):
                 yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
         finally:
-            await asyncio.gather(membership.close(), core.close())
+            await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
 
 
-def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
-    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
-    live.changes.subscribe(limiter.models_changed)
-    return limiter
+def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:
+    return ModelTermsTable(live, partial(_served_context, fleet))
 
 
 def _served_context(fleet: Fleet, model_id: str) -> int | None:

@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey
 from cortex.routing.response_owners import OwnerList, ResponseOwners
-from shared.files import replace_file
 from shared.protocol import first_problem
+from shared.system.files import replace_file
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)

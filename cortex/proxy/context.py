@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Final
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
@@ -61,6 +62,7 @@ class ProxyContext:
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = Counters()
+        self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
 
@@ -199,6 +201,7 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self.usage.close()
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

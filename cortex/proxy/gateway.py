@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.prices import PriceList
 from cortex.config.settings import CortexConfig
 from cortex.http.body_reader import BodySpool
 from cortex.http.connection import ClientConnection
@@ -74,6 +75,10 @@ class Gateway:
     def configure(self, config: CortexConfig) -> None:
         """Applies a reloaded configuration to requests that arrive from now on."""
         self._context.configure(config)
+
+    def use_prices(self, prices: PriceList) -> None:
+        """What the tokens of requests that end from now on cost."""
+        self._context.usage.use_prices(prices)
 
     def retire(self, url: str) -> None:
         """Keeps no connection to this engine: it gets no requests any more."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 
@@ -73,7 +74,9 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
-    async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
+    address = Address(setup.control_host, 0)
+    directory = None if setup.usage_directory is None else Path(setup.usage_directory)
+    async with working(control, config, socks, address, prices=setup.prices, usage_directory=directory) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         settle()
@@ -95,7 +98,10 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
+                case CatalogueChanged():
+                    control.receive(message)
+                    gateway.use_prices(message.prices)
+                case TableChanged() | DownChanged() | ResponseMade():
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)

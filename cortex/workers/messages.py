@@ -10,6 +10,7 @@ import msgspec
 from cortex.accounts.caller import Caller
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.prices import NO_PRICES, PriceList
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
@@ -33,6 +34,8 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     down: list[str]  # neurons
     responses: OwnerList = OwnerList([], {})
     limited_models: list[str] = []
+    prices: PriceList = NO_PRICES
+    usage_directory: str | None = None
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):
@@ -54,6 +57,7 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
     models: list[str]
     aliases: dict[str, Rewrite]
     limited_models: list[str] = []
+    prices: PriceList = NO_PRICES
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):

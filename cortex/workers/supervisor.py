@@ -10,9 +10,11 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import msgspec
 
+from cortex.accounts.prices import price_list
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
@@ -60,6 +62,7 @@ class Supervisor:
         counts: CountTotals,
         fleet: Fleet,
         shutdown: Shutdown,
+        usage_directory: Path | None,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
@@ -70,6 +73,7 @@ class Supervisor:
         self._counts = counts
         self._fleet = fleet
         self._shutdown = shutdown
+        self._usage_directory = usage_directory
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
@@ -127,9 +131,10 @@ class Supervisor:
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
         limited = list(self._resolver.limiter.limited_models)
+        prices = price_list(self._live)
         config = self._live.config.model_dump_json()
         for worker in self._workers.values():
-            worker.send(CatalogueChanged(models, aliases, limited))
+            worker.send(CatalogueChanged(models, aliases, limited, prices))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
@@ -198,4 +203,6 @@ class Supervisor:
             down=list(self._fleet.down),
             responses=self._resolver.response_owners.listed(),
             limited_models=list(self._resolver.limiter.limited_models),
+            prices=price_list(self._live),
+            usage_directory=None if self._usage_directory is None else str(self._usage_directory),
         )

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from neuron.progress.load_times import History, LoadKey, LoadTimes, from_json, to_json
-from shared.files import replace_file
+from shared.system.files import replace_file
 
 log = logging.getLogger(__name__)
 

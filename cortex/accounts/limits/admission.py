@@ -72,8 +72,8 @@ class HeldTokens(NamedTuple):
             scope.settle(held, budgets, used.tokens, used.cost, now)
 
 
-def reserve(scopes: Sequence[Scope], most: Consumption, prices: Prices, now: float) -> HeldTokens:
-    """Admits a request that may use `most`: counts it in all scopes, or in none.
+def check(scopes: Sequence[Scope], most: Consumption, now: float) -> None:
+    """Whether all scopes admit a request that may use `most`.
 
     Raises:
         LimitExceeded: a scope refuses it.
@@ -87,6 +87,11 @@ def reserve(scopes: Sequence[Scope], most: Consumption, prices: Prices, now: flo
             worst = refusal
     if worst is not None:
         raise limit_exceeded(worst, rate_state(scopes))
+
+
+def reserve(scopes: Sequence[Scope], most: Consumption, prices: Prices) -> HeldTokens:
+    """Counts a request that all scopes admit."""
+    tokens, cost = most
     return HeldTokens([(scope, *scope.reserve(tokens, cost)) for scope in scopes], most, prices)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cortex.accounts.limits.terms import Limits, ModelTerms
+from cortex.accounts.prices import FREE, prices_of
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.profile import ModelLimit, ModelProfile
@@ -41,13 +42,14 @@ class ModelTermsTable:
         catalogue = self._live.catalogue
         if catalogue is not self._made_from:
             self._made_from = catalogue
-            self._known = {profile.id: _terms(profile) for profile in catalogue.models}
+            self._known = {profile.id: _terms(catalogue, profile) for profile in catalogue.models}
             self._limited = frozenset(name for name, terms in self._known.items() if not terms.limits.unlimited)
 
 
-def _terms(profile: ModelProfile) -> ModelTerms:
+def _terms(catalogue: Catalogue, profile: ModelProfile) -> ModelTerms:
     limit = profile.limit or _NOTHING
     lengths = [choice.max_model_len for choice in profile.choices]
     tokens = [length for length in lengths if isinstance(length, int)]
     context = max(tokens) if tokens and len(tokens) == len(lengths) else limit.context
-    return ModelTerms(Limits(limit.rpm, limit.tpm, limit.parallel), context, limit.output)
+    prices = prices_of(catalogue, profile) or FREE
+    return ModelTerms(Limits(limit.rpm, limit.tpm, limit.parallel), context, limit.output, prices)

@@ -46,6 +46,8 @@ class Scope:
         self.requests = self.tokens = 0.0
         self.reserved = 0.0
         self.running = 0
+        self.changed = False  # since it was last written
+        self.must_be_written = False  # before it is used
         self.at = now
         self.configure(limits)
 
@@ -130,6 +132,7 @@ class Scope:
     def reserve(self, tokens: int, cost: float) -> tuple[float, Reserved]:
         """Counts a request. Returns what it reserves of the token bucket and of the budgets."""
         self.running += 1
+        self.changed = True
         if self.rpm >= 0:
             self.requests -= 1.0
         held = self.needed(tokens)
@@ -137,14 +140,24 @@ class Scope:
         budgets: Reserved = []
         for window in self.windows:
             amount = float(tokens) if window.in_tokens else cost
-            window.reserved += amount
+            window.reserve(amount)
             budgets.append((window, amount))
         return held, budgets
+
+    def is_allowed_unwritten(self, tokens: int, cost: float) -> bool:
+        """Whether the state need not be written before such a request is admitted."""
+        if self.must_be_written:
+            return False
+        for window in self.windows:  # noqa: SIM110 - for each request
+            if (float(tokens) if window.in_tokens else cost) > window.allowance:
+                return False
+        return True
 
     def settle(self, held: float, budgets: Reserved, tokens: int, cost: float, now: float) -> None:
         """A request that had reserved this has ended and used so much."""
         self.advance(now)
         self.running -= 1
+        self.changed = True
         self.reserved = max(0.0, self.reserved - held)
         if self.tpm >= 0:
             self.tokens -= tokens
