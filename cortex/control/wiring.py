@@ -23,6 +23,7 @@ from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loads.adapters import AdapterLoads
+from cortex.control.loads.engine_room import EngineRoom
 from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
@@ -65,6 +66,7 @@ class ControlCore:
     resolver: Resolver
     groups: GroupKeeper
     adapters: AdapterLoads
+    room: EngineRoom
 
     @property
     def config(self) -> CortexConfig:
@@ -83,6 +85,7 @@ class ControlCore:
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
             "groups": self.groups.run,
+            "engine room": self.room.run,
             "adapters": self.adapters.spread_loop,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
@@ -136,7 +139,8 @@ def build(
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = _routes(live, fleet, endpoints, counts)
+    room = EngineRoom(fleet=fleet, counts=counts, queue=queue, several_callers=lambda: demand.several_callers)
+    routes = _routes(live, fleet, endpoints, counts, room)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -167,11 +171,12 @@ def build(
         shutdown=shutdown,
         state=state,
         contexts=loader.contexts,
+        room=room,
         adapters=adapters,
         limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
@@ -185,10 +190,11 @@ def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
     live.changes.subscribe(label)
 
 
-def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> RouteTable:
-    """The route table, which follows the catalogue in force."""
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals, room: EngineRoom) -> RouteTable:
+    """The route table, which follows the catalogue in force and the limits of engines."""
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, limit=room.limit)
     live.changes.subscribe(routes.publish)
+    room.changes.subscribe(routes.publish)
     return routes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from shared.protocol import FIRST_INSTANCE, GroupPart, ModelStatus
+from shared.protocol import FIRST_INSTANCE, GroupPart, ModelActivity, ModelStatus
 
 
 @dataclass
@@ -98,6 +98,14 @@ class SimulatedEngine:
         end, _, request = heapq.heappop(self._ends)
         self._done = max(self._done, end)  # rounding
         return request
+
+    @property
+    def activity(self) -> ModelActivity:
+        """What its neuron reports: those beyond `parallel` count as queued."""
+        running = min(len(self._ends), self._parallel)
+        return ModelActivity(
+            id=self.model_id, instance=self.instance, in_flight=running, queue_depth=len(self._ends) - running
+        )
 
     @property
     def _speed(self) -> float:

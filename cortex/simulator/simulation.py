@@ -24,7 +24,7 @@ from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
-from cortex.routing.replica import ReplicaKey, adapter_key
+from cortex.routing.replica import Replica, ReplicaKey, adapter_key
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import GroupStarts, SimulatedNeuron
@@ -36,6 +36,8 @@ from shared.errors import ServiceError
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet, first_of
 
+REPORT_SECS = 2.0
+"""How often cortex asks a neuron, by default."""
 RECENT_SECS = 60.0
 """Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
@@ -136,6 +138,8 @@ class Simulation:
             for number, ask in enumerate(trace)
         ]
         self._fair = fair
+        self._several_callers = fair and len({request.key for request in self.requests}) > 1
+        self._limited: dict[int, Replica] = {}  # by number of the request
         self.counts = EventCounts()
         self._name = name
         self._loop = asyncio.get_running_loop()
@@ -154,7 +158,10 @@ class Simulation:
         self._memory = MemoryUse(sum(node.total_mb for node in file.nodes))
         starts = GroupStarts()
         self.neurons = {
-            node.name: SimulatedNeuron(node, simulated, self.fleet, starts, self._memory_changed) for node in file.nodes
+            node.name: SimulatedNeuron(
+                node, simulated, self.fleet, starts, self._memory_changed, with_activity=self._several_callers
+            )
+            for node in file.nodes
         }
         self._core = build(
             live,
@@ -179,6 +186,7 @@ class Simulation:
                     "finished": self._finished,
                     **{name: loop() for name, loop in self._core.loops.items()},
                     "arrivals": self._arrivals(),
+                    "reports": self._reports(),
                 }
             )
             return self._outcome()
@@ -209,6 +217,14 @@ class Simulation:
     def _memory_changed(self, more_mb: int) -> None:
         self._memory.change(self._loop.time(), held_mb=more_mb)
 
+    async def _reports(self) -> None:
+        """Has the neurons report regularly, where it matters what their engines do."""
+        while self._several_callers:
+            await asyncio.sleep(REPORT_SECS)
+            for neuron in self.neurons.values():
+                neuron.report()
+        await self._finished
+
     async def _arrivals(self) -> None:
         for request in self.requests:
             await asyncio.sleep(request.at - self._loop.time())
@@ -227,6 +243,8 @@ class Simulation:
                 self._finish(request)
             return
         request.cold = route.cold
+        if route.replica.limit is not None:
+            self._limited[request.number] = route.replica
         self._begin(request, route.replica.key)
 
     def _begin(self, request: SimulatedRequest, key: ReplicaKey) -> None:
@@ -257,6 +275,9 @@ class Simulation:
             self._worker.requests.remove(counted)
         if self._caller(request).key_id:
             self._worker.requests.remove_caller(key, request.key)
+        limited = self._limited.pop(request.number, None)
+        if limited is not None:
+            self._core.resolver.release(limited)
         self._expect_end(key)
         if not engine.in_flight:
             self._memory.change(self._loop.time(), working_mb=-engine.working_mb)
