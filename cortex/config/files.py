@@ -21,6 +21,9 @@ from shared.system.files import Stamp, stamp_of
 
 ENV_PREFIX = "CORTEX_"
 
+KEYS_VARIABLE = "CORTEX_KEYS"
+"""API keys; `cortex.accounts.keys` reads it."""
+
 HARNESSES = ("vllm", "sim", "candle")
 """Kinds of engines that neurons have by themselves; the last one is that of helexa's. A neuron may describe others."""
 
@@ -80,7 +83,7 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     config: CortexConfig | None = None
     catalogue = Catalogue()
     try:
-        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX)
+        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX, environ=_settings(os.environ))
         models_path: Path | None = config.models_path(path)
     except SettingsError as error:
         problems += error.problems
@@ -92,6 +95,11 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     if problems or config is None:
         raise SettingsError(problems)
     return config, catalogue
+
+
+def _settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without the variable that has API keys, which is not the table `[keys]`."""
+    return {name: value for name, value in environ.items() if name != KEYS_VARIABLE}
 
 
 def _catalogue_named_in(path: Path) -> Path | None:

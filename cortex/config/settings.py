@@ -42,16 +42,41 @@ class GatewaySettings(SettingsModel):
     default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
     allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
-    allow_anonymous: bool = False  # True: no warning when the network can reach cortex
+    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
+    metrics_token: str | None = Field(default=None, min_length=1)
+    metrics_token_env: str | None = None
 
     _origins = field_validator("allowed_origins")(checked_origins)
     _hosts = field_validator("allowed_hosts")(checked_hosts)
+
+    @model_validator(mode="after")
+    def _metrics_token_is_there(self) -> GatewaySettings:
+        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
+            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
+        return self
+
+    @property
+    def metrics_bearer_token(self) -> str | None:
+        """What Prometheus has to send; None if it needs none."""
+        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
 
     @field_validator("listen", "metrics_listen")
     @classmethod
     def _address(cls, value: str) -> str:
         parse_listen(value)
         return value
+
+
+class KeysSettings(SettingsModel):
+    """`[keys]`: API keys that are provisioned from outside."""
+
+    file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
+
+
+class AuthSettings(SettingsModel):
+    """`[auth]`: who may do what without a key."""
+
+    trust_loopback: bool = False  # True: clients on this host need no key, although others do
 
 
 class PollSettings(SettingsModel):
@@ -204,6 +229,8 @@ class CortexConfig(SettingsModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
+    keys: KeysSettings = KeysSettings()
+    auth: AuthSettings = AuthSettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
@@ -232,6 +259,10 @@ class CortexConfig(SettingsModel):
         """By neuron; without those for which nothing is configured."""
         every = {entry.name: HostNetwork(entry.network, entry.network_gbps) for entry in self.neurons}
         return {name: network for name, network in every.items() if network != HostNetwork()}
+
+    def keys_path(self, config_file: Path) -> Path | None:
+        """The file of keys, relative to the file that names it."""
+        return None if self.keys.file is None else config_file.parent / self.keys.file
 
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""

@@ -8,9 +8,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortex.accounts.fairness.device_time import DeviceTime
+from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.limits.limiter import LimitOwner
 from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
@@ -104,6 +106,7 @@ class Parts(ControlCore):
     membership: Membership
     created: int
     database: Database | None
+    keys: KeyRing
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -215,9 +218,10 @@ async def running_control(
     files: Sequence[str] = (),
     state: StateFile | None = None,
     database: Database | None = None,
+    keys: KeyRing | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart. `database` stays the caller's."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -231,12 +235,27 @@ async def running_control(
         live.changes.subscribe(limiter.models_changed)
         core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
         membership.configure(config.neurons, config.poll)
+        keys = keys or KeyRing()
+        _use_keys(keys, core)
+        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         try:
-            async with running({**core.loops, "state file": state.write_loop, "limits": limiter.run}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
+            async with running(loops):
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
         finally:
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
+
+
+def _use_keys(keys: KeyRing, core: ControlCore) -> None:
+    limiter, live = core.resolver.limiter, core.live
+
+    def renew() -> None:
+        limiter.use_keys(keys.limits)
+
+    renew()
+    keys.changes.subscribe(renew)
+    if live.files:
+        live.changes.subscribe(lambda: keys.use_file(live.config.keys_path(Path(live.files[0]))))
 
 
 def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:
