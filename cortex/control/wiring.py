@@ -134,9 +134,8 @@ def build(
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
+    demand = _demand(live, state, fleet, counts, clock)
     _label_variants(live, fleet)
-    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
@@ -201,13 +200,18 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
     return routes
 
 
-def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
-    """The accounts of the API keys, as they were when the last cortex ended."""
+def _demand(
+    live: LiveConfig, state: StateFile, fleet: Fleet, counts: CountTotals, clock: Callable[[], float]
+) -> Demand:
+    """The demand, with the accounts of the API keys as they were when the last cortex ended."""
 
     def half_life_secs() -> float:
         return live.config.placement.fairness_half_life_secs
 
-    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    device_time = DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    demand = Demand(counts, clock=clock, device_time=device_time)
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    return demand
 
 
 @contextlib.asynccontextmanager
