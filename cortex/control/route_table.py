@@ -162,6 +162,7 @@ class RouteTable:
             missing_paths=() if engine is None else tuple(engine.view.missing_paths),
             served=None if engine is None else _served(engine.view),
             adapter=name if name in fleet.catalogue.adapters else None,
+            variant="" if engine is None else engine.view.variant or "",
         )
 
 
