@@ -135,13 +135,12 @@ def build(
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = _demand(live, state, fleet, counts, clock)
-    _label_variants(live, fleet)
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    room = EngineRoom(fleet=fleet, counts=counts, queue=queue, several_callers=lambda: demand.several_callers)
+    room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
     routes = _routes(live, fleet, endpoints, counts, room)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
@@ -194,6 +193,7 @@ def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
 
 def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals, room: EngineRoom) -> RouteTable:
     """The route table, which follows the catalogue in force and the limits of engines."""
+    _label_variants(live, fleet)
     routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, limit=room.limit)
     live.changes.subscribe(routes.publish)
     room.changes.subscribe(routes.publish)

@@ -8,9 +8,10 @@ works on at once is learned from the neuron's reports. Nothing is held back whil
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.demand import Demand
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
@@ -30,13 +31,11 @@ LOOK_SECS = 1.0
 class EngineRoom:
     """Owns the requests that count against limits. `changes` announces models whose engines have other limits now."""
 
-    def __init__(
-        self, *, fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, several_callers: Callable[[], bool]
-    ) -> None:
+    def __init__(self, *, fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, demand: Demand) -> None:
         self._fleet = fleet
         self._counts = counts
         self._queue = queue
-        self._several_callers = several_callers
+        self._demand = demand
         self._requests = RequestLimits()
         self._learned: dict[ReplicaKey, int] = {}
         self._had_queue: set[ReplicaKey] = set()
@@ -49,7 +48,7 @@ class EngineRoom:
         if engine is None:
             return None
         reported, activity = engine.limit, engine.activity
-        if not self._several_callers():
+        if not self._demand.several_callers:
             return reported
         has_queue = activity is not None and activity.queue_depth > 0
         if not has_queue and not self._queue.count(*self._names(engine.key)):
@@ -76,7 +75,7 @@ class EngineRoom:
 
     def look(self) -> None:
         """Learns from the last report of every engine, and lets requests go where there is room."""
-        if not self._several_callers():
+        if not self._demand.several_callers:
             return
         fleet, changed = self._fleet.snapshot(), set[str]()
         limits: dict[ReplicaKey, int | None] = {}
