@@ -40,7 +40,7 @@ class Sent:
         self.ending: asyncio.Task[None] | None = None
 
     def is_silent(self, now: float, secs: float) -> bool:
-        """Whether the client has heard nothing for so long; then it is about to. `now`: monotonic seconds."""
+        """Whether the client has heard nothing for `secs`; then it is about to. `now`: monotonic seconds."""
         if now - max(self.relay.silent_since, self.spoke_at) < secs:
             return False
         self.spoke_at = now

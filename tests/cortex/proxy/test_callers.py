@@ -36,13 +36,13 @@ def asking(key: str, path: str, model: str) -> bytes:
 async def test_a_model_that_the_key_may_not_use_is_refused(
     client: RawClient, engine: RawEngine, path: str, model: str
 ) -> None:
-    """On every path and by every name, before an engine hears of it; a key that may use it gets its answer."""
+    """On every path and by every name, and no engine gets it; a key that may use the model gets its answer."""
     engine.script = answering(plain(b'{"choices":[]}'))
     barred = await client.ask(asking("barred", path, model))
-    engines_heard = len(engine.requests)
+    at_engine = len(engine.requests)
     allowed = [await client.ask(asking(key, path, model)) for key in ("open", "narrow")]
     error = json.loads(barred.body)["error"]
-    assert (barred.status, engines_heard) == (403, 0)
+    assert (barred.status, at_engine) == (403, 0)
     assert "org/small" in error["message"]
     assert error["code"] == "model_not_allowed"
     assert [answer.status for answer in allowed] == [200, 200]
