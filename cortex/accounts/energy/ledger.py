@@ -33,7 +33,7 @@ InstanceAt: TypeAlias = tuple[str, str, str]
 """Node, model and instance."""
 
 
-class Booking(NamedTuple):
+class EnergyEntry(NamedTuple):
     """Energy that has been booked in the table of energy."""
 
     hour: float
@@ -44,7 +44,7 @@ class Booking(NamedTuple):
     kind: EnergyKind
 
 
-Booked: TypeAlias = Mapping[Booking, float]
+Booked: TypeAlias = Mapping[EnergyEntry, float]
 """Wh."""
 
 
@@ -62,7 +62,7 @@ class EnergyLedger:
     async def read_meters(self, readings: Sequence[MeterReading]) -> Booked:
         """Adds what the meters have counted since they were last read. Books what no engine has used; the rest waits
         for `settle`. A meter that is read for the first time begins here."""
-        booked: defaultdict[Booking, float] = defaultdict(float)
+        booked: defaultdict[EnergyEntry, float] = defaultdict(float)
         async with self._database.writing() as connection:
             await self._take_turn(connection)
             for reading in readings:
@@ -81,7 +81,7 @@ class EnergyLedger:
                         used = wh - (before.resident_wh if before.epoch == reading.epoch else 0.0)
                         idle_wh = max(0.0, used - sum(each.wh for each in found))
                         for start, _, part in parts_by_hour(before.read_at, reading.at):
-                            booking = Booking(hour_of(start), reading.node, device, "", "", "idle")
+                            booking = EnergyEntry(hour_of(start), reading.node, device, "", "", "idle")
                             booked[booking] += idle_wh * part
                     meters += _meter_rows(reading, device, wh, counts)
                 await self._write_meters(connection, meters)
@@ -96,7 +96,7 @@ class EnergyLedger:
 
         The records of all requests that ended before these times must be in the database, as far as they ever will.
         """
-        booked: defaultdict[Booking, float] = defaultdict(float)
+        booked: defaultdict[EnergyEntry, float] = defaultdict(float)
         async with self._database.writing() as connection:
             await self._take_turn(connection)
             due = await _due(connection, before, quiet, latest)
@@ -108,9 +108,9 @@ class EnergyLedger:
                 hour = hour_of(each.started_at)
                 for wh, request in shares(each, requests.get((each.node, each.model, each.instance), ())):
                     if request is None:
-                        booked[Booking(hour, each.node, each.device, each.model, "", "resident")] += wh
+                        booked[EnergyEntry(hour, each.node, each.device, each.model, "", "resident")] += wh
                     else:
-                        key = Booking(hour, each.node, each.device, request.model, request.key_id, "request")
+                        key = EnergyEntry(hour, each.node, each.device, request.model, request.key_id, "request")
                         booked[key] += wh
                         by_request[request] += wh
             await self._book(connection, booked)
@@ -137,7 +137,9 @@ class EnergyLedger:
         if rows:
             added = self._insert(ENERGY)
             sums = {"wh": ENERGY.c.wh + added.excluded.wh}
-            await connection.execute(added.on_conflict_do_update(index_elements=list(Booking._fields), set_=sums), rows)
+            await connection.execute(
+                added.on_conflict_do_update(index_elements=list(EnergyEntry._fields), set_=sums), rows
+            )
 
     async def _requests(
         self, connection: AsyncConnection, due: Sequence[EnergySlice]
