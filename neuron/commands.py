@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None)
 
 
 def run_check(config_file: Path) -> int:
-    """Prints the problems of a neuron.toml, or what it configures; the exit status."""
+    """Prints the problems of a neuron.toml, or what it configures; the exit status. An engine that is not installed is
+    no problem of the file, which may be checked elsewhere."""
     try:
         config = _load_config(config_file)
         with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
@@ -62,8 +64,20 @@ def run_check(config_file: Path) -> int:
         return 1
     harnesses = ", ".join(config.harness_names) or "no harness"
     models = f"{len(config.default_models)} default model{'' if len(config.default_models) == 1 else 's'}"
+    for name, program in _missing_programs(config):
+        where = f"{config_file}: [harness.{name}]"
+        print(f"warning: {where}: this host has no executable {program!r}, so no engine starts here", file=sys.stderr)
     print(f"ok: {config_file}: {config.host}:{config.port}; {harnesses}; {models}")
     return 0
+
+
+def _missing_programs(config: NeuronConfig) -> Iterator[tuple[str, str]]:
+    """Each harness whose engines cannot be started here because their executable does not exist, with its name."""
+    for name in config.harness_names:
+        settings = config.harness_settings(name)
+        program = harness_of(name, config).program(settings)
+        if program and shutil.which(program[0], path={**os.environ, **settings.env}.get("PATH")) is None:
+            yield name, program[0]
 
 
 def run_discover(config_file: Path | None, *, as_json: bool) -> int:

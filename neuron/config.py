@@ -117,7 +117,9 @@ class EngineDescription(SettingsModel):
     activity: ActivitySettings | Literal["none"] = "none"
     python_package: str | None = Field(default=None, min_length=1)  # beside the executable: its version is the engine's
     version_arguments: CommandLine = Field(default_factory=list)  # with these the command prints its version and exits
+    version_pattern: RegularExpression | None = None  # its group is the version; no match: the usual forms
     reserved_arguments: list[str] = Field(default_factory=list)  # no load command may have them
+    context_arguments: list[str] = Field(default_factory=list)  # they set what `{context}` does
     code_arguments: list[str] = Field(default_factory=list)  # they make it run other code
 
 

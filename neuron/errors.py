@@ -76,8 +76,12 @@ def adapters_full(key: InstanceKey, limit: int, present: Sequence[str]) -> Confl
 
 def stalled(reason: str, lines: Sequence[str]) -> LoadFailed:
     """For a load that was ended because it did nothing. `lines` is its last output."""
-    said = f"; its last line: {lines[-1].strip()}" if lines else ""
-    return LoadFailed(with_last_lines(reason + said, lines), extra={"cause": FailureCause.NODE.value})
+    return LoadFailed(_with_last_line(reason, lines), extra={"cause": FailureCause.NODE.value})
+
+
+def not_ready(reason: str, lines: Sequence[str]) -> LoadTimedOut:
+    """For a load that took too long. `lines` is its last output."""
+    return LoadTimedOut(_with_last_line(reason, lines))
 
 
 def device_unusable(device: str, ended: ServiceError) -> LoadFailed:
@@ -154,6 +158,12 @@ def not_loaded(key: InstanceKey, state: str) -> NotFound:
 
 def no_endpoint(key: InstanceKey, part: GroupPart) -> NotFound:
     return unknown_model(str(key), f"has no endpoint here: this is {part}, ask the neuron of part 0")
+
+
+def _with_last_line(reason: str, lines: Sequence[str]) -> str:
+    """The last line is part of the reason, which may be shown without those that follow."""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    return with_last_lines(reason if last is None else f"{reason}; its last line: {last}", lines)
 
 
 def with_last_lines(reason: str, lines: Sequence[str]) -> str:

@@ -122,17 +122,29 @@ async def count(directory: Path, packages: Path) -> dict[str, float]:
             await peers.plain(client, requests)
             return await cortex.instructions()
 
-        async def streams(number: int, chunks: int) -> float:
+        async def streams(number: int, chunks: int, *, asks: bool = True) -> float:
             for _ in range(number):
-                await peers.stream(cortex.port, chunks)
+                await peers.stream(cortex.port, chunks, asks=asks)
             return await cortex.instructions()
+
+        async def unasked(number: int, chunks: int) -> float:
+            return await streams(number, chunks, asks=False)
 
         await plain(PLAIN)
         await streams(SHORT_STREAMS, 1)
+        await unasked(SHORT_STREAMS, 1)
         await cortex.count_idle()
         request = (await plain(2 * PLAIN) - await plain(PLAIN)) / PLAIN
         stream = (await streams(2 * SHORT_STREAMS, 1) - await streams(SHORT_STREAMS, 1)) / SHORT_STREAMS
         chunk = (await streams(STREAMS, 2 * CHUNKS) - await streams(STREAMS, CHUNKS)) / (STREAMS * CHUNKS)
+        unasked_stream = (await unasked(2 * SHORT_STREAMS, 1) - await unasked(SHORT_STREAMS, 1)) / SHORT_STREAMS
+        unasked_chunk = (await unasked(STREAMS, 2 * CHUNKS) - await unasked(STREAMS, CHUNKS)) / (STREAMS * CHUNKS)
         client.close()
     server.close()
-    return {"plain request": request, "streamed chunk": chunk, "one-token stream": stream}
+    return {
+        "plain request": request,
+        "streamed chunk": chunk,
+        "one-token stream": stream,
+        "streamed chunk, usage unasked": unasked_chunk,
+        "one-token stream, usage unasked": unasked_stream,
+    }

@@ -59,18 +59,18 @@ class Peers:
             if answer.status != 200:
                 raise RuntimeError(f"{answer.status} {answer.body[:300]!r}")
 
-    async def stream(self, port: int, chunks: int) -> None:
-        """One streamed answer. Raises RuntimeError when it is not what the engine sent."""
+    async def stream(self, port: int, chunks: int, *, asks: bool) -> None:
+        """One streamed answer; `asks`: for usage too. Raises RuntimeError when it is not what the client asked for."""
         reader, writer = await asyncio.open_connection(HOST, port)
-        writer.write(chat(stream=True, stream_options={"include_usage": True}))
+        writer.write(chat(stream=True, **({"stream_options": {"include_usage": True}} if asks else {})))
         engine = (await self._streams.get()).transport
         assert engine is not None
         engine.write(_STREAM_HEAD)
         head = await reader.readuntil(b"\r\n\r\n")
         usage = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": chunks, "total_tokens": 1}}
-        last = f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode()
-        for payload in (*map(token_chunk, range(chunks)), last):
-            engine.write(frame(payload))
+        usage_event, done = f"data: {json.dumps(usage)}\n\n".encode(), b"data: [DONE]\n\n"
+        for payload in (*map(token_chunk, range(chunks)), usage_event + done if asks else done):
+            engine.write(frame(usage_event + done if payload is done else payload))
             size = int(await reader.readline(), 16)
             if (await reader.readexactly(size + 2))[:-2] != payload:
                 raise RuntimeError(f"a chunk came in another form, after {head!r}")

@@ -14,7 +14,7 @@ from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import ModelProfile, TokenLimit
+from cortex.config.profile import ModelLimit, ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error
@@ -124,6 +124,8 @@ def _location(profile: ModelProfile | None, engine: EngineSnapshot, length: int 
         location["group"] = view.group.model_dump(include={"id", "rank", "size"})
     if view.unservable_because is not None:
         location |= {"servable": False, "reason": view.unservable_because}
+    if view.failed_because is not None:
+        location["reason"] = view.failed_because
     return location
 
 
@@ -131,8 +133,8 @@ def _variants(profile: ModelProfile) -> dict[str, Any]:
     return {"variants": [each.name for each in profile.variants]} if profile.variants else {}
 
 
-def _given(limit: TokenLimit) -> dict[str, Any]:
-    return limit.model_dump(exclude_none=True)
+def _given(limit: ModelLimit) -> dict[str, Any]:
+    return limit.model_dump(include={"context", "output"}, exclude_none=True)
 
 
 def _alias(alias: str, target: str, entry: dict[str, Any], catalogue: Catalogue) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence, Sized
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.keys.key_ring import KeyRing
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -18,6 +20,7 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
+from cortex.cli.accounts import opened_accounts
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
     ConfigurationFiles,
@@ -32,18 +35,21 @@ from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
-from shared.files import is_writable
 from shared.logs import configure_logging
 from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
+from shared.system.files import is_writable
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
 log = logging.getLogger(__name__)
 
+USAGE_DIRECTORY = "usage"
+"""In the state directory: what is on its way to the database."""
+
 _OPEN_TO_NETWORK = (
-    "cortex is reachable from the network and requires no API key: anyone can use every model, and load, unload and "
-    "drain. Set [gateway] allow_anonymous = true to silence this warning"
+    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME "
+    "--admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
 )
 
 
@@ -59,7 +65,7 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
                 os.set_inheritable(inherited, False)
         sock = None if fd is None else socket.socket(fileno=fd)
         run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
-    except (SettingsError, ListenError, OSError) as error:
+    except (SettingsError, ListenError, DatabaseError, OSError) as error:
         fail("cortex", error)
     return 0
 
@@ -94,15 +100,12 @@ async def serve(
 
     Raises:
         ListenError: an address is taken.
+        DatabaseError: the database cannot be used.
+        SettingsError: a key is wrong, or there is none and the network can reach cortex.
     """
     settings = config.gateway
     socks = _listening(settings, sock)
-    try:
-        metrics = bind(*parse_listen(settings.metrics_listen))
-    except ListenError as error:
-        for listening in socks:
-            listening.close()
-        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
+    metrics = _metrics_listening(settings, socks)
     workers: Supervisor | None = None
 
     def kill_workers() -> None:
@@ -111,7 +114,8 @@ async def serve(
 
     host, port = socks[0].getsockname()[:2]
     reload_asked = asyncio.Event()
-    state = StateFile(_state_directory(config, files))
+    directory = _state_directory(config, files)
+    state = StateFile(directory)
     async with (
         told_to_stop(
             lifeline=lifeline,
@@ -119,28 +123,40 @@ async def serve(
             on_hangup=reload_asked.set,
             on_forced_exit=kill_workers,
         ) as stop,
-        running_control(config, catalogue, files=[str(path) for path in files.paths], state=state) as parts,
+        opened_accounts(config, files.path, directory) as (database, keys),
+        running_control(
+            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
+        ) as parts,
     ):
+        _refuse_open_network(socks[0], settings, keys, files.path)
         warn_of_absent(state, parts.fleet)
+        usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
-                front: AbstractAsyncContextManager[object] = serving_here(parts, socks, control_address(control))
+                front: AbstractAsyncContextManager[object] = serving_here(
+                    parts, socks, control_address(control), usage_directory=usage
+                )
             else:
-                workers = _supervisor(parts, socks, control_address(control))
+                workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
             async with front, running({"configuration": reloader.watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
-                if reaches_network(socks[0]) and not settings.allow_anonymous:
-                    log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 
 
-def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) -> Supervisor:
+def _refuse_open_network(sock: socket.socket, settings: GatewaySettings, keys: KeyRing, file: Path) -> None:
+    """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
+    if keys.table.empty and not settings.allow_anonymous and reaches_network(sock):
+        host, port = sock.getsockname()[:2]
+        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file)])
+
+
+def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:
     return Supervisor(
         socks,
         address,
@@ -150,6 +166,8 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address) 
         counts=parts.counts,
         fleet=parts.fleet,
         shutdown=parts.shutdown,
+        keys=parts.keys,
+        usage_directory=usage,
     )
 
 
@@ -181,6 +199,16 @@ def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[so
     port = first.getsockname()[1]
     first.close()
     return [bind(host, port, shared=True) for _ in range(settings.workers)]
+
+
+def _metrics_listening(settings: GatewaySettings, others: Sequence[socket.socket]) -> socket.socket:
+    """Closes the other sockets if it fails."""
+    try:
+        return bind(*parse_listen(settings.metrics_listen))
+    except ListenError as error:
+        for other in others:
+            other.close()
+        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
 from itertools import zip_longest
 from typing import Any
 
@@ -69,6 +70,40 @@ def models_table(models: dict[str, Any]) -> str:
     return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
 
 
+def new_key_text(key: dict[str, Any]) -> str:
+    """A key that was made just now. The hint and the key are apart, so that the key can be copied."""
+    where = f" in {key['database']}" if "database" in key else ""
+    return f"{key['name']} ({key['role']}){where}. The key is shown this once:\n{key['key']}"
+
+
+def keys_table(answer: dict[str, Any]) -> str:
+    rows = [
+        [
+            key["name"],
+            f"{key['prefix']}…" if key["prefix"] else "-",
+            key["role"],
+            ", ".join(key["models"]) or "all",
+            _limits_text(key),
+            _day(key["expires_at"]),
+            key["source"],
+        ]
+        for key in answer["keys"]
+    ]
+    return table([["NAME", "KEY", "ROLE", "MODELS", "LIMITS", "EXPIRES", "SOURCE"], *rows])
+
+
+def _limits_text(limits: dict[str, Any]) -> str:
+    """`60 rpm, 20EUR/month; org/*: 5 rpm`."""
+    found = [f"{limits[name]} {name}" for name in ("rpm", "tpm", "parallel") if limits[name] is not None]
+    text = ", ".join([*found, *limits["budget"]])
+    by_model = [f"{glob}: {_limits_text(inner)}" for glob, inner in limits.get("limits", {}).items()]
+    return "; ".join(filter(None, [text, *by_model])) or "none"
+
+
+def _day(secs: float | None) -> str:
+    return "never" if secs is None else datetime.fromtimestamp(secs, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def _stands_for(entry: dict[str, Any]) -> str:
     if "alias_of" in entry:
         return f"alias of {entry['alias_of']}"
@@ -79,7 +114,8 @@ def _places(locations: list[dict[str, Any]]) -> str:
     """`beast (loaded), benjy (2 loaded, sleeping)`: the engines of each neuron by their status."""
     found: dict[str, Counter[str]] = {}
     for each in locations:
-        found.setdefault(each["node"], Counter())[_status(each)] += 1
+        why = f": {each['reason']}" if each["status"] == "failed" and "reason" in each else ""
+        found.setdefault(each["node"], Counter())[_status(each) + why] += 1
     texts = {
         node: ", ".join(f"{count} {status}" if count > 1 else status for status, count in counts.items())
         for node, counts in found.items()
@@ -113,10 +149,29 @@ def explain_table(plan: dict[str, Any]) -> str:
         head += f"\n  evicts {gone['model']} ({gone['state']}, priority {gone['priority']}{idle})"
     if decision.get("expected_load_secs") is not None:
         head += f"\n  the load should take about {decision['expected_load_secs']:.0f} s"
-    head += "".join(f"\n  {line}" for line in _pauses(plan["nodes"]))
+    head += "".join(f"\n  {line}" for line in [*_failures(plan["nodes"]), *_pauses(plan["nodes"])])
     variant = ["VARIANT"] if with_variants else []
     text = head + "\n\n" + table([["NODE", "FEASIBLE", "STATUS", *variant, "DEVICES", "REASON"], *rows])
-    return "\n\n".join([text, *plan.get("hints", ())])
+    return "\n\n".join([text, *_claims(plan.get("claims", ())), *plan.get("hints", ())])
+
+
+def _claims(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """The models that wait, in their order, and whose claim it is."""
+    if not claims:
+        return []
+    rows = [
+        [
+            f"{claim['rank']}{' (starving)' if claim['starving'] else ''}",
+            claim["model"],
+            claim["key"] or "-",
+            claim["key_priority"],
+            f"{claim['device_secs']:.0f} s",
+            claim["requests"],
+            f"{claim['waiting_secs']:.0f} s",
+        ]
+        for claim in claims
+    ]
+    return [table([["RANK", "WAITING MODEL", "KEY", "PRIORITY", "DEVICE TIME", "REQUESTS", "SINCE"], *rows])]
 
 
 def _of_alias(alias: dict[str, Any]) -> list[str]:
@@ -164,6 +219,12 @@ def draining_line(done: dict[str, Any]) -> str:
 def _passed_over(node: dict[str, Any]) -> list[str]:
     """The better variants of a model that its node does not get."""
     return [f"not {better['variant']}: {better['reason']}" for better in node.get("passed_over", ())]
+
+
+def _failures(nodes: list[dict[str, Any]]) -> list[str]:
+    """Why the model's engines on these nodes failed."""
+    engines = [(node["node"], each) for node in nodes for each in node.get("instances", ()) if each.get("error")]
+    return [f"failed on {_place({**each, 'node': name})}: {each['error']}" for name, each in engines]
 
 
 def _pauses(nodes: list[dict[str, Any]]) -> list[str]:

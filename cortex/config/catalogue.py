@@ -13,16 +13,15 @@ from cortex.config.aliases import Alias, Rewrite
 from cortex.config.profile import ModelName, ModelProfile, RequestedModel
 from shared.settings import SettingsModel, load_settings
 
+DEFAULT_MAX_LORAS = 4
+"""How many adapters an engine can have whose model has some, unless its entry says how many."""
+
 
 def _names_of_variants(models: Sequence[ModelProfile]) -> dict[str, ModelProfile]:
     """Each variant by what a request for it says, `id@variant`."""
     return {
         choice.requested.name: choice for profile in models for choice in profile.choices if choice.variant is not None
     }
-
-
-DEFAULT_MAX_LORAS = 4
-"""How many adapters an engine can have whose model has some, unless its entry says how many."""
 
 
 class LoraSettings(NamedTuple):

@@ -25,6 +25,8 @@ class Reload(Enum):
 RELOAD_OF: Mapping[str, Reload] = {
     "models_config": Reload.APPLIES,
     "neurons": Reload.APPLIES,
+    "keys.file": Reload.APPLIES,
+    "auth.trust_loopback": Reload.APPLIES,
     "poll.interval_secs": Reload.APPLIES,
     "poll.timeout_secs": Reload.APPLIES,
     "poll.unhealthy_after": Reload.APPLIES,
@@ -32,6 +34,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "placement.min_residency_secs": Reload.APPLIES,
     "placement.patience_secs": Reload.APPLIES,
     "placement.starvation_secs": Reload.APPLIES,
+    "placement.fairness_half_life_secs": Reload.APPLIES,
     "placement.pause_secs": Reload.APPLIES,
     "placement.replica_target": Reload.APPLIES,
     "placement.load_ahead": Reload.APPLIES,
@@ -45,7 +48,10 @@ RELOAD_OF: Mapping[str, Reload] = {
     "waiting.first_comment_secs": Reload.APPLIES,
     "waiting.comment_interval_secs": Reload.APPLIES,
     "waiting.plain_keepalive": Reload.APPLIES,
+    "usage.currency": Reload.APPLIES,
+    "usage.retention_days": Reload.APPLIES,
     "state_dir": Reload.NEEDS_RESTART,
+    "database": Reload.NEEDS_RESTART,
     "log_level": Reload.NEEDS_RESTART,
     "log_format": Reload.NEEDS_RESTART,
     "gateway.listen": Reload.NEEDS_RESTART,
@@ -58,12 +64,14 @@ RELOAD_OF: Mapping[str, Reload] = {
     "gateway.allowed_origins": Reload.NEEDS_RESTART,
     "gateway.allowed_hosts": Reload.NEEDS_RESTART,
     "gateway.allow_anonymous": Reload.NEEDS_RESTART,
+    "gateway.metrics_token": Reload.NEEDS_RESTART,
+    "gateway.metrics_token_env": Reload.NEEDS_RESTART,
 }
 """Every key of cortex.toml. Write APPLIES only if every reader of the key sees the new value: the control reads
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
-SECRET = frozenset({"token"})
+SECRET = frozenset({"token", "database", "metrics_token"})
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def _changes(key: str, before: object, after: object) -> list[str]:
     """One line per changed value, recursing into tables."""
     if before == after:
         return []
-    if key in SECRET:
+    if key.rpartition(".")[2] in SECRET:
         return [f"{key} changed"]
     if isinstance(before, BaseModel) and isinstance(after, BaseModel):
         return [

@@ -17,14 +17,15 @@ from cortex.config.settings import CortexConfig, GatewaySettings
 from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings
+from shared.system.files import Stamp, stamp_of
 
 ENV_PREFIX = "CORTEX_"
 
+KEYS_VARIABLE = "CORTEX_KEYS"
+"""API keys; `cortex.accounts.keys` reads it."""
+
 HARNESSES = ("vllm", "sim", "candle")
 """Kinds of engines that neurons have by themselves; the last one is that of helexa's. A neuron may describe others."""
-
-Stamp = tuple[int, ...]
-"""Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
 
 
 class _CatalogueName(BaseModel):
@@ -65,19 +66,11 @@ class ConfigurationFiles:
 
     def stamps(self) -> tuple[Stamp, ...]:
         """The current stamps of the files, following symbolic links. Blocks."""
-        return tuple(_stamp(path) for path in self.paths)
+        return tuple(stamp_of(path) for path in self.paths)
 
     def differ_from_what_was_read(self, stamps: tuple[Stamp, ...]) -> bool:
         """Whether the files differ from the versions last read."""
         return stamps != self._read
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
@@ -90,7 +83,7 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     config: CortexConfig | None = None
     catalogue = Catalogue()
     try:
-        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX)
+        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX, environ=_settings(os.environ))
         models_path: Path | None = config.models_path(path)
     except SettingsError as error:
         problems += error.problems
@@ -102,6 +95,11 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     if problems or config is None:
         raise SettingsError(problems)
     return config, catalogue
+
+
+def _settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without the variable that has API keys, which is not the table `[keys]`."""
+    return {name: value for name, value in environ.items() if name != KEYS_VARIABLE}
 
 
 def _catalogue_named_in(path: Path) -> Path | None:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from cortex.config.prices import ModelPrices
 from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
 from shared.protocol.commands import MAX_LORA_RANK, MAX_LORAS
 from shared.protocol.context_length import ContextLength
@@ -71,11 +72,15 @@ class RequestedModel(NamedTuple):
         return (self.model_id,) if self.variant is None else (self.model_id, self.name)
 
 
-class TokenLimit(SettingsModel):
-    """Limits reported to clients, in tokens."""
+class ModelLimit(SettingsModel):
+    """`context`, `output`: reported to clients, in tokens. The others limit the requests of all callers together: per
+    minute, tokens per minute, and at a time."""
 
     context: int | None = Field(default=None, gt=0)
     output: int | None = Field(default=None, gt=0)
+    rpm: int | None = Field(default=None, gt=0)
+    tpm: int | None = Field(default=None, gt=0)
+    parallel: int | None = Field(default=None, gt=0)
 
 
 class Replicas(SettingsModel):
@@ -131,7 +136,7 @@ def _without_devices(value: int | None) -> int | None:
     return value
 
 
-_OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit"})
+_OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit", "prices"})
 
 
 def _lora_source(value: str | None) -> str | None:
@@ -194,7 +199,8 @@ class ModelProfile(SettingsModel):
     args: tuple[str, ...] = ()
     max_model_len: ContextLength = None
     tools: bool = False
-    limit: TokenLimit | None = None
+    limit: ModelLimit | None = None
+    prices: ModelPrices | None = None
     base: ModelName | None = None
     lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)

@@ -42,16 +42,41 @@ class GatewaySettings(SettingsModel):
     default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
     allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
-    allow_anonymous: bool = False  # True: no warning when the network can reach cortex
+    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
+    metrics_token: str | None = Field(default=None, min_length=1)
+    metrics_token_env: str | None = None
 
     _origins = field_validator("allowed_origins")(checked_origins)
     _hosts = field_validator("allowed_hosts")(checked_hosts)
+
+    @model_validator(mode="after")
+    def _metrics_token_is_there(self) -> GatewaySettings:
+        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
+            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
+        return self
+
+    @property
+    def metrics_bearer_token(self) -> str | None:
+        """What Prometheus has to send; None if it needs none."""
+        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
 
     @field_validator("listen", "metrics_listen")
     @classmethod
     def _address(cls, value: str) -> str:
         parse_listen(value)
         return value
+
+
+class KeysSettings(SettingsModel):
+    """`[keys]`: API keys that are provisioned from outside."""
+
+    file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
+
+
+class AuthSettings(SettingsModel):
+    """`[auth]`: who may do what without a key."""
+
+    trust_loopback: bool = False  # True: clients on this host need no key, although others do
 
 
 class PollSettings(SettingsModel):
@@ -102,10 +127,11 @@ class PlacementSettings(SettingsModel):
     scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
     load_ahead: bool = Rules.load_ahead
+    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)  # 0: keys have no device time
 
     def rules(self) -> Rules:
         """These settings as rules for the planner."""
-        rules = Rules(**self.model_dump())
+        rules = Rules(**self.model_dump(exclude={"fairness_half_life_secs"}))
         # Memory is not reserved for a model before busy models may be drained for it.
         return replace(rules, starvation_secs=max(rules.starvation_secs, rules.patience_secs))
 
@@ -133,6 +159,13 @@ class WaitingSettings(SettingsModel):
     first_comment_secs: float = Field(default=1.0, gt=0)
     comment_interval_secs: float = Field(default=2.0, gt=0)
     plain_keepalive: Literal["off", "whitespace"] = "off"
+
+
+class UsageSettings(SettingsModel):
+    """`[usage]`: the records of what was used."""
+
+    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
+    retention_days: int = Field(default=400, ge=0)  # 0: no limit
 
 
 @dataclass(frozen=True)
@@ -192,15 +225,26 @@ class CortexConfig(SettingsModel):
 
     models_config: Path = Path("models.toml")
     state_dir: Path | None = None  # None: see cortex.config.files.state_directory
+    database: str | None = None  # None: SQLite in the state directory
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
+    keys: KeysSettings = KeysSettings()
+    auth: AuthSettings = AuthSettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
+    usage: UsageSettings = UsageSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
+
+    @field_validator("database")
+    @classmethod
+    def _database_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("postgresql://", "postgres://")):
+            raise ValueError("must be a URL such as postgresql://user:password@host/name")
+        return value
 
     @field_validator("neurons")
     @classmethod
@@ -215,6 +259,10 @@ class CortexConfig(SettingsModel):
         """By neuron; without those for which nothing is configured."""
         every = {entry.name: HostNetwork(entry.network, entry.network_gbps) for entry in self.neurons}
         return {name: network for name, network in every.items() if network != HostNetwork()}
+
+    def keys_path(self, config_file: Path) -> Path | None:
+        """The file of keys, relative to the file that names it."""
+        return None if self.keys.file is None else config_file.parent / self.keys.file
 
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""

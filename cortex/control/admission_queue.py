@@ -1,4 +1,5 @@
-"""The admission queue: requests that wait for a model that cannot serve yet. Bounded per model and in total."""
+"""The admission queue: requests that wait for a model that cannot serve yet, or has as many requests as it may. Bounded
+per model and in total. The callers take turns (`cortex.accounts.fairness.turns`)."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.fairness.turns import Turns
 from cortex.config.live import LiveConfig
 from cortex.placement.inputs import WaitingRequests
 from shared.errors import ServiceError, TooManyRequests
@@ -19,12 +20,16 @@ from shared.tasks import timeout
 
 
 class Ticket:
-    """One waiting request. A notification that arrives while it does not wait is kept."""
+    """One waiting request. A notification that arrives while it does not wait is kept. `in_line`: it waits for the
+    model or for a place at an engine, not for something that others do not need."""
 
-    def __init__(self, model_id: str, caller: Caller) -> None:
+    def __init__(self, model_id: str, caller: Caller, turns: Turns[Ticket]) -> None:
         self.model_id = model_id
         self.caller = caller
         self.request_id = current_request_id()
+        self.in_line = True
+        self.admitted = False
+        self._turns = turns
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
 
@@ -37,6 +42,7 @@ class Ticket:
         async with timeout(within_secs):
             await self._event.wait()
         self._event.clear()
+        self._turns.put_back(self)
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -54,7 +60,7 @@ class Ticket:
 @dataclass
 class _ModelQueue:
     since: float
-    tickets: dict[Ticket, None] = field(default_factory=dict)  # in order of arrival
+    tickets: Turns[Ticket]
 
 
 class AdmissionQueue:
@@ -64,14 +70,15 @@ class AdmissionQueue:
         self._live = live
         self._clock = clock
         self._queues: dict[str, _ModelQueue] = {}
+        self._owed: dict[str, Turns[Ticket]] = {}  # of models without a queue
         self._total = 0
 
     @contextlib.contextmanager
     def ticket(
-        self, model_id: str, retry_after: Callable[[str], float], caller: Caller = ANONYMOUS
+        self, model_id: str, retry_after: Callable[[str], float], caller: Caller = ANONYMOUS, tokens: float = 0.0
     ) -> Iterator[Ticket]:
         """A ticket for the duration of the body. `retry_after` estimates the seconds until the model is loaded, for the
-        error.
+        error. `tokens` is an estimate of what the request will use, if it is then `admitted`.
 
         Raises:
             TooManyRequests: the queue is full.
@@ -82,9 +89,10 @@ class AdmissionQueue:
         if self._total >= limits.total:
             raise _full(f"{self._total} requests are already waiting for models", retry_after(model_id))
         if queue is None:
-            queue = self._queues[model_id] = _ModelQueue(self._clock())
-        ticket = Ticket(model_id, caller)
-        queue.tickets[ticket] = None
+            tickets = self._owed.pop(model_id) if model_id in self._owed else Turns[Ticket]()
+            queue = self._queues[model_id] = _ModelQueue(self._clock(), tickets)
+        ticket = Ticket(model_id, caller, queue.tickets)
+        queue.tickets.add(ticket, caller, tokens)
         self._total += 1
         pass_on = True  # it leaves unserved, and may have been woken for a place
         try:
@@ -97,14 +105,28 @@ class AdmissionQueue:
 
     def _remove(self, ticket: Ticket, queue: _ModelQueue) -> None:
         self._total -= 1
-        del queue.tickets[ticket]
+        queue.tickets.remove(ticket, served=ticket.admitted)
         if not queue.tickets:
             del self._queues[ticket.model_id]
+            if queue.tickets.owed:
+                self._owed[ticket.model_id] = queue.tickets
 
     def count(self, *models: str) -> int:
         """How many requests wait for these models."""
+        return sum(len(queue.tickets) for model in models if (queue := self._queues.get(model)) is not None)
+
+    def has_line(self, *models: str) -> bool:
+        """Whether requests that wait for one of these models come before one that arrives now."""
         queues = map(self._queues.get, models)
-        return sum(0 if queue is None else len(queue.tickets) for queue in queues)
+        return any(ticket.in_line for queue in queues if queue is not None for ticket in queue.tickets)
+
+    def set_in_line(self, ticket: Ticket, in_line: bool) -> None:
+        """Has a waiting request join or leave the line for places. One that leaves passes on the place that it may have
+        been woken for."""
+        if ticket.in_line != in_line:
+            ticket.in_line = in_line
+            if not in_line:
+                self.notify_first(ticket.model_id)
 
     def first_request_id(self, *models: str) -> str | None:
         """The id of the request that has waited longest for one of these models; None when no request waits."""
@@ -123,12 +145,19 @@ class AdmissionQueue:
             self._notify(model, None)
 
     def notify_first(self, model_id: str, count: int = 1) -> None:
-        """There is room for some requests at the model: wakes those that have waited longest."""
+        """There is room for some requests at the model: wakes those in line whose turn it is."""
         queue = self._queues.get(model_id)
-        if queue is not None:
-            asleep = (ticket for ticket in queue.tickets if not ticket.notified)
-            for ticket in list(islice(asleep, count)):
+        if queue is None:
+            return
+        passed: list[Ticket] = []
+        while count > 0 and (ticket := queue.tickets.call()) is not None:
+            if ticket.in_line:
                 ticket.notify()
+                count -= 1
+            else:
+                passed.append(ticket)
+        for ticket in passed:
+            queue.tickets.put_back(ticket)
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
         """Fails every request that waits for the model with this error."""
@@ -140,12 +169,23 @@ class AdmissionQueue:
             self.notify(model_id)
 
     def waiting(self) -> Mapping[str, WaitingRequests]:
-        return {model_id: WaitingRequests(len(queue.tickets), queue.since) for model_id, queue in self._queues.items()}
+        return dict(zip(self._queues, self.waiting_for(*self._queues), strict=True))
+
+    def waiting_for(self, *models: str) -> list[WaitingRequests]:
+        """Of these models, for those that requests wait for."""
+        queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
+        return [WaitingRequests(len(each.tickets), each.since, each.tickets.callers) for each in queues]
 
     def _notify(self, model_id: str, error: ServiceError | None) -> None:
+        """Wakes all in the order of their turns: the first ones may take all places."""
         queue = self._queues.get(model_id)
-        for ticket in () if queue is None else queue.tickets:
-            ticket.notify(error)
+        if queue is not None:
+            tickets = queue.tickets
+            for ticket in tickets:
+                if ticket.notified:
+                    ticket.notify(error)
+            while (called := tickets.call()) is not None:
+                called.notify(error)
 
 
 def _full(message: str, retry_after: float) -> TooManyRequests:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
+from cortex.placement.feasibility import possible_nodes
 from cortex.placement.refusal import unknown_model_error
 from cortex.routing.choice import beyond_ours
 from cortex.routing.control import ContextBound
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import ReplicaKey, ServedPaths
 from shared.errors import ServiceError, Unavailable
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import LOAD_TIMED_OUT_SECS
@@ -116,8 +117,24 @@ def context_bound(
     known = [length for length in lengths if length is not None]
     if not known or len(known) < len(lengths):
         return None
-    sources = {"" if _names_tokenizer(choice) else choice.source or choice.id for choice in choices}
+    own = model_id in catalogue.adapters  # its weights may come with another tokenizer
+    sources = {"" if own or _names_tokenizer(choice) else choice.source or choice.id for choice in choices}
     return ContextBound(max(known), sources.pop() if len(sources) == 1 else "")
+
+
+def served_paths(model_id: str, catalogue: Catalogue, fleet: FleetSnapshot) -> ServedPaths | None:
+    """What engines of `model_id` (as for `decide`) serve on all nodes that can hold it; None unless all tell."""
+    profile = catalogue.profile(model_id)
+    harnesses: dict[str, None] = {}
+    paths: dict[str, None] = {}
+    for choice in () if profile is None else profile.choices:
+        for node in possible_nodes(choice, fleet):
+            told = None if node.discovery is None else node.discovery.harness_paths.get(choice.harness)
+            if told is None:
+                return None
+            harnesses[choice.harness] = None
+            paths |= dict.fromkeys(told)
+    return ServedPaths(tuple(harnesses), tuple(paths)) if harnesses else None
 
 
 def _names_tokenizer(choice: ModelProfile) -> bool:

@@ -1,4 +1,4 @@
-"""Demand: when each model was last used, and when its last requests arrived."""
+"""Demand: when each model was last used, when its last requests arrived, and the device time that callers have used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.fairness.device_time import DeviceTime, EngineUse
+from cortex.config.catalogue import Catalogue
+from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import FleetSnapshot, instance_of
+from cortex.metrics.in_flight import CallerCount
 from cortex.metrics.worker_counts import CountTotals
-from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage
+from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage, WaitingRequests
 from cortex.routing.replica import ReplicaKey
 
 SAMPLE_SECS = 1.0
@@ -83,8 +88,16 @@ class _OwnRequests:
 class Demand:
     """Workers count requests; `sample` turns their counts into what planning needs. Times are those of `clock`."""
 
-    def __init__(self, counts: CountTotals, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        counts: CountTotals,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        device_time: DeviceTime | None = None,
+    ) -> None:
+        """Without `device_time` it keeps no accounts of the callers."""
         self._counts = counts
+        self._device_time = device_time or DeviceTime(lambda: 0.0)
         self._clock = clock
         self._begun: Mapping[ReplicaKey, int] = {}
         self._ended: dict[ReplicaKey, int] = {}  # as last reported by the engines
@@ -98,6 +111,11 @@ class Demand:
         self._load_ahead_at = 0.0
         self._admitted: Counter[str] = Counter()  # recorded when they began to wait, and not begun yet
         self._overloaded_since: dict[str, float] = {}
+
+    def record_waiting(self, model_id: str, caller: Caller) -> None:
+        """A request of this caller for a model arrived, and waits."""
+        self._device_time.present(caller, self._clock())
+        self.record_request(model_id)
 
     def record_request(self, model_id: str, count: int = 1) -> None:
         """A request for a model arrived, whether or not it could be served at once."""
@@ -139,20 +157,23 @@ class Demand:
             if any(key not in before for key in loaded):
                 self._displaced.discard(model_id)
 
-    def record_displaced(self, models: Iterable[str]) -> None:
-        """Engines of these models are evicted for another model."""
-        self._displaced.update(models)
+    def record_displaced(self, models: Iterable[str], waiting: Iterable[WaitingRequests] = ()) -> None:
+        """Engines of these models are evicted for another model, which these requests wait for."""
+        displaced = list(models)
+        self._displaced.update(displaced)
+        self._device_time.evicted(displaced, [caller for each in waiting for caller in each.callers])
 
     def record_removed(self, model_id: str) -> None:
         """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
         self._displaced.discard(model_id)
 
-    def displaced_if_due(self) -> frozenset[str]:
-        """Models that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`. In between none:
-        they are not urgent, and planning for all of them takes time."""
+    def displaced_if_due(self, catalogue: Catalogue) -> frozenset[str]:
+        """Models of the catalogue that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`.
+        In between none: they are not urgent, and planning for all of them takes time."""
         if self._clock() < self._load_ahead_at:
             return frozenset()
         self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
+        self._displaced = {model_id for model_id in self._displaced if catalogue.profile(model_id) is not None}
         return frozenset(self._displaced)
 
     def record_use(self, key: ReplicaKey) -> None:
@@ -164,17 +185,47 @@ class Demand:
         _ = self._collect(self._clock())
         return sorted(keys, key=lambda key: (self._last_used.get(key, 0.0), key))
 
+    @property
+    def accounts(self) -> Mapping[str, float]:
+        """The device time of each API key."""
+        return self._device_time.accounts
+
+    def charge(self, fleet: FleetSnapshot, waiting: Mapping[str, WaitingRequests]) -> None:
+        """Charges the devices of every engine to the callers that use it. `waiting` is by name of the model."""
+        by_engine: dict[ReplicaKey, dict[str, CallerCount]] = {}
+        for (key, key_id), count in self._counts.callers().items():
+            by_engine.setdefault(key, {})[key_id] = count
+        queued: dict[str, set[Caller]] = {}
+        for name, requests in waiting.items():
+            queued.setdefault(fleet.catalogue.requested(name).model_id, set()).update(requests.callers)
+        if not self._device_time.accounts and not by_engine and not any(map(_has_key, queued.values())):
+            return
+        engines: list[EngineUse] = []
+        for node in fleet.nodes.values():
+            for engine in node.every_engine() if node.healthy else ():
+                if engine.view.loaded or engine.view.coming:
+                    serving = serving_engine(fleet, engine).key
+                    callers, total = by_engine.get(serving, {}), self._counts.in_flight(serving)
+                    now = {key_id: count.now for key_id, count in callers.items()}
+                    now[ANONYMOUS.key_id] = total - sum(now.values())
+                    begun = {key_id: count.begun for key_id, count in callers.items()}
+                    devices, loading = max(1, len(engine.view.devices)), not engine.view.loaded
+                    engines.append(EngineUse(engine.key, serving.model_id, devices, loading, now, begun))
+        self._device_time.sample(engines, queued, self._clock())
+
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each replica is used. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
         in_flight = self._collect(self._clock())
         loaded_at = {key: at for replicas in self._loaded_at.values() for key, at in replicas.items()}
+        callers = self._device_time.users()
         return {
             key: ReplicaUsage(
                 in_flight.get(key, 0),
                 self._last_used.get(key, 0.0),
                 loaded_at.get(key, 0.0),
                 peak=0 if (own := self._own.get(key)) is None else own.peak,
+                callers=callers.get(key, frozenset()),
             )
             for key in loaded_at.keys() | in_flight.keys()
         }
@@ -221,3 +272,7 @@ class Demand:
                 self._overloaded_since.setdefault(model_id, now)
             else:
                 self._overloaded_since.pop(model_id, None)
+
+
+def _has_key(callers: Iterable[Caller]) -> bool:
+    return any(caller.key_id for caller in callers)

@@ -13,6 +13,7 @@ from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.capacity import device_memory
 from cortex.placement.devices import tensor_groups
 from cortex.placement.eviction import EvictionClass
+from cortex.placement.fair_queue import in_fair_order, is_served_or_loading, is_starving
 from cortex.placement.feasibility import feasible_choices, possible_nodes
 from cortex.placement.inputs import PlanningView
 from cortex.placement.instances import coming
@@ -56,6 +57,7 @@ def explain(name: str, view: PlanningView, in_flight: InFlight) -> dict[str, Any
         **_base(model_id, view),
         "in_catalogue": view.catalogue.profile(model_id) is not None,
         "decision": _decision(model_id, view, found, in_flight),
+        "claims": _claims(view),
         "replicas": _replicas(view, profile, found),
         "hints": []
         if profile is None or not any(choice.refuses_tools for choice in profile.choices)
@@ -73,6 +75,31 @@ def _base(model_id: str, view: PlanningView) -> dict[str, Any]:
     if adapter is None:
         return {}
     return {"base": adapter.base, "adapter_on": list(dict.fromkeys(e.node.name for e in view.fleet.serving(model_id)))}
+
+
+def _claims(view: PlanningView) -> list[dict[str, Any]]:
+    """The models that requests wait for and that are not coming yet, the one that goes first at the front, each with
+    the most deserving caller that waits for it."""
+    waiting = [model_id for model_id in view.waiting if not is_served_or_loading(view, model_id)]
+    found: list[dict[str, Any]] = []
+    for rank, model_id in enumerate(in_fair_order(view, waiting), start=1):
+        claim, requests = view.claim(model_id), view.waiting[model_id]
+        caller = claim.caller
+        found.append(
+            {
+                "rank": rank,
+                "model": model_id,
+                "starving": is_starving(view, model_id),
+                "key": None if caller is None else caller.name,
+                "key_priority": 0 if caller is None else caller.priority,
+                "model_priority": view.priority(model_id),
+                "device_secs": round(claim.used, 1),
+                "requests": requests.count,
+                "keys": len(requests.callers),
+                "waiting_secs": round(view.now - requests.since, 1),
+            }
+        )
+    return found
 
 
 def _replicas(view: PlanningView, profile: ModelProfile | None, found: list[NodeVerdict]) -> dict[str, Any] | None:
@@ -331,6 +358,7 @@ def _node(
                 "status": engine.view.status,
                 "devices": list(engine.view.devices),
                 "variant": engine.view.variant,
+                "error": engine.view.failed_because,
             }
             for engine in view.fleet.engines(model_id, node)
         ],

@@ -9,7 +9,7 @@ import threading
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
-from cortex.config.files import ConfigurationFiles, Stamp, catalogue_problems, configuration_warnings
+from cortex.config.files import ConfigurationFiles, catalogue_problems, configuration_warnings
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from cortex.control.route_table import RouteTable
@@ -17,6 +17,7 @@ from cortex.fleet.membership import Membership
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from shared.settings import SettingsError
+from shared.system.files import Stamp
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import LimitOwner
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
-from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide
+from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide, served_paths
 from cortex.control.demand import Demand
 from cortex.control.loads.adapters import AdapterLoads, AdapterNotLoaded
 from cortex.control.loads.served_contexts import ServedContexts
@@ -26,7 +27,7 @@ from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
@@ -49,8 +50,6 @@ error, within 5 s of the others."""
 END_NOTICED_SECS = 0.5
 END_EXPLAINED_SECS = 1.0
 """How long the client of a lost stream waits until the neuron notices the engine's end, and then for its reason."""
-
-
 ADAPTER_RETRY_SECS = 0.25
 """How often a request looks for an engine with room for its adapter."""
 
@@ -73,6 +72,7 @@ class Resolver:
         state: StateFile,
         contexts: ServedContexts,
         adapters: AdapterLoads,
+        limiter: LimitOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = routes.table
@@ -88,6 +88,7 @@ class Resolver:
         self._state = state
         self.contexts = contexts
         self._adapters = adapters
+        self.limiter = limiter
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
         self._limits = RequestLimits()
@@ -108,16 +109,18 @@ class Resolver:
         """True for models of the catalogue, and their variants."""
         return self._live.catalogue.profile(model_id) is not None
 
-    async def context_bound(self, model_id: str) -> ContextBound | None:
-        """As `routing.control.Control.context_bound`. Waits as `engine`."""
+    async def prospect(self, model_id: str) -> Prospect:
+        """As `routing.control.Control.prospect`. Waits as `engine`."""
         engines = self._engines_for(model_id)
         if self._fleet.snapshot().serving(engines):
-            return None
+            return Prospect()
         await self._fleet.until_all_polled()
-        fleet = self._fleet.snapshot()
-        if fleet.serving(engines) or fleet.loading_on(model_id) is not None:
-            return None
-        return context_bound(model_id, self._live.catalogue, self.contexts.longest)
+        fleet, catalogue = self._fleet.snapshot(), self._live.catalogue
+        if fleet.serving(engines):
+            return Prospect()
+        starts = fleet.loading_on(model_id) is not None
+        context = None if starts else context_bound(model_id, catalogue, self.contexts.longest)
+        return Prospect(context, served_paths(model_id, catalogue, fleet))
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.
@@ -161,7 +164,7 @@ class Resolver:
         return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
-        return not self._queue.count(*self._names_for(replica.key)) and self._limits.take(replica)
+        return not self._queue.has_line(*self._names_for(replica.key)) and self._limits.take(replica)
 
     def release(self, replica: Replica, count: int = 1) -> None:
         self._limits.release(replica, count)
@@ -198,17 +201,19 @@ class Resolver:
         if self._shutdown.begun:
             raise shutting_down()
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
-        self._demand.record_request(self._live.catalogue.requested(model_id).model_id)
+        self._demand.record_waiting(self._live.catalogue.requested(model_id).model_id, caller)
         engines = self._engines_for(model_id)
         with self._queue.ticket(engines, self._scheduler.retry_after, caller) as ticket:
             cold = False
             while True:
-                patience = deadline - self._clock()
-                if not self._fleet.snapshot().serving(engines):
+                patience, fleet = deadline - self._clock(), self._fleet.snapshot()
+                lacks_adapter = bool(fleet.serving(engines)) and not fleet.serving(model_id)
+                self._queue.set_in_line(ticket, not lacks_adapter)
+                if lacks_adapter:  # no event says that another adapter is idle
+                    patience = min(patience, ADAPTER_RETRY_SECS)
+                elif not fleet.serving(engines):
                     cold = True
                     self._scheduler.ensure_scheduled(engines)
-                elif engines != model_id:  # no event says that another adapter is idle
-                    patience = min(patience, ADAPTER_RETRY_SECS)
                 try:
                     await ticket.wait(within_secs=patience)
                 except asyncio.TimeoutError:
@@ -217,6 +222,7 @@ class Resolver:
                 lost &= self._serving_keys(engines)
                 replica = await self._serving(model_id, failures, lost, queued=True)
                 if replica is not None:
+                    ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
                     return Route(replica=replica, cold=cold)
                 if self._shutdown.begun:
@@ -303,7 +309,7 @@ class Resolver:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
         engine = self._fleet.snapshot().engine(key)
         limit = None if engine is None else engine.limit
-        if limit is not None and not queued and self._queue.count(*self._names_for(key)):
+        if limit is not None and not queued and self._queue.has_line(*self._names_for(key)):
             return False
         return self._limits.has_room(key, limit)
 

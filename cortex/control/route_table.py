@@ -11,8 +11,9 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.choice import beyond_ours
-from cortex.routing.replica import Failure, Replica, ReplicaKey
+from cortex.routing.replica import Failure, Replica, ReplicaKey, ServedPaths
 from shared.errors import UpstreamError
+from shared.protocol import ModelView
 from shared.subscribers import Subscribers
 from shared.tasks import TaskSet
 
@@ -157,5 +158,10 @@ class RouteTable:
             limit=None if activity is None else activity.limit,
             keep_alive_secs=None if engine is None else engine.view.keep_alive_secs,
             missing_paths=() if engine is None else tuple(engine.view.missing_paths),
+            served=None if engine is None else _served(engine.view),
             adapter=name if name in fleet.catalogue.adapters else None,
         )
+
+
+def _served(view: ModelView) -> ServedPaths | None:
+    return None if view.paths is None else ServedPaths((view.harness or "unknown",), tuple(view.paths))

@@ -110,6 +110,7 @@ class Scheduler:
             overloaded_since=self._demand.overloaded_since,
             holds=self._holds(),
             networks=self._live.networks,
+            accounts=self._demand.accounts,
         )
 
     def ensure_scheduled(self, model_id: str) -> None:
@@ -143,8 +144,7 @@ class Scheduler:
         """Estimated seconds until the model is loaded."""
         job = self._loader.job(model_id)
         fleet, now = self._fleet.snapshot(), self._clock()
-        coming = fleet.loading_on(model_id)
-        progress = None if coming is None else coming.view.progress
+        progress = None if (coming := fleet.loading_on(model_id)) is None else coming.view.progress
         return until_loaded(
             remaining_secs=None if progress is None else progress.remaining_secs,
             expected_secs=None if job is None else job.plan.expected_secs,
@@ -179,10 +179,11 @@ class Scheduler:
             await asyncio.sleep(SAMPLE_SECS)
             await self._fleet.until_all_polled()  # a replica may be on a neuron that has not answered yet
             self._demand.sample(self._fleet.snapshot(), replica_target=self._live.config.placement.replica_target)
+            self._demand.charge(self._fleet.snapshot(), self._queue.waiting())
             if self._live.catalogue is not catalogue or self._fleet.snapshot() is not fleet:
                 catalogue, fleet = self._live.catalogue, self._fleet.snapshot()
                 profiles = [each for each in catalogue.models if needs_reconciliation(each, fleet)]
-            displaced = self._demand.displaced_if_due()
+            displaced = self._demand.displaced_if_due(catalogue)
             if profiles or displaced:
                 steps = self._policy.reconcile_replicas(replace(self.view(), displaced=displaced), profiles)
                 for plan, why in steps.loads:
@@ -216,8 +217,7 @@ class Scheduler:
         if profile is None:
             raise placement_error(view, model_id, ())
         if node_name is None:
-            job = self._loader.job(model_id)
-            if job is not None:
+            if (job := self._loader.job(model_id)) is not None:
                 job.needed = True
                 return job
             if view.fleet.loading_on(model_id) is not None:
@@ -268,7 +268,8 @@ class Scheduler:
 
         job = self._loader.start(plan, why, still_needed=still_needed, done=self._done, leased=leased)
         job.needed |= not for_waiters
-        self._demand.record_displaced(each.resident.key.model_id for each in plan.eviction_plan.evictions)
+        displaced = [each.resident.key.model_id for each in plan.eviction_plan.evictions]
+        self._demand.record_displaced(displaced, self._queue.waiting_for(*plan.requested.names))
         return job
 
     def _holds(self) -> dict[ModelOnNode, float]:
@@ -391,9 +392,8 @@ class Scheduler:
         if not self._schedule.wait_reasons:
             await self._wake.wait()
         else:
-            pause = RECHECK_SECS
-            if self._schedule.recheck_at is not None:
-                pause = min(pause, max(0.0, self._schedule.recheck_at - self._clock()))
+            due = self._schedule.recheck_at
+            pause = RECHECK_SECS if due is None else min(RECHECK_SECS, max(0.0, due - self._clock()))
             with contextlib.suppress(asyncio.TimeoutError):
                 async with timeout(pause):
                     await self._wake.wait()

@@ -8,7 +8,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cortex.accounts.fairness.device_time import DeviceTime
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.limits.limiter import LimitOwner
+from cortex.accounts.limits.local_limiter import LocalLimiter
+from cortex.accounts.limits.model_terms import ModelTermsTable
+from cortex.accounts.limits.opening import open_limiter
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -37,6 +45,9 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
+
+if TYPE_CHECKING:  # imports SQLAlchemy, which the simulator does not need
+    from cortex.accounts.database.database import Database
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,12 @@ class ControlCore:
 @dataclass(frozen=True)
 class Parts(ControlCore):
     """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
-    is Unix time."""
+    is Unix time. `database` is None for a cortex that keeps nothing."""
 
     membership: Membership
     created: int
+    database: Database | None
+    keys: KeyRing
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -113,11 +126,12 @@ def build(
     clock: Callable[[], float] = time.monotonic,
     policy: Policy = PLANNER,
     leases: LoadLeases | None = None,
+    limiter: LimitOwner | None = None,
 ) -> ControlCore:
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock)
+    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
     _label_variants(live, fleet)
     fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
@@ -157,12 +171,11 @@ def build(
         state=state,
         contexts=loader.contexts,
         adapters=adapters,
+        limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    groups = GroupKeeper(neurons, clock=clock)
-    return ControlCore(
-        live, state, shutdown, fleet, counts, metrics, queue, routes, loader, scheduler, resolver, groups, adapters
-    )
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -182,12 +195,27 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
     return routes
 
 
+def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
+    """The accounts of the API keys, as they were when the last cortex ended."""
+
+    def half_life_secs() -> float:
+        return live.config.placement.fairness_half_life_secs
+
+    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+
+
 @contextlib.asynccontextmanager
 async def running_control(
-    config: CortexConfig, catalogue: Catalogue, *, files: Sequence[str] = (), state: StateFile | None = None
+    config: CortexConfig,
+    catalogue: Catalogue,
+    *,
+    files: Sequence[str] = (),
+    state: StateFile | None = None,
+    database: Database | None = None,
+    keys: KeyRing | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -197,14 +225,41 @@ async def running_control(
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
-        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases)
+        limiter = await open_limiter(_model_terms(live, fleet), database)
+        live.changes.subscribe(limiter.models_changed)
+        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
         membership.configure(config.neurons, config.poll)
+        keys = keys or KeyRing()
+        _use_keys(keys, core)
+        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         try:
-            async with running({**core.loops, "state file": state.write_loop}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()))
+            async with running(loops):
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
         finally:
-            await asyncio.gather(membership.close(), core.close())
+            await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
+
+
+def _use_keys(keys: KeyRing, core: ControlCore) -> None:
+    limiter, live = core.resolver.limiter, core.live
+
+    def renew() -> None:
+        limiter.use_keys(keys.limits)
+
+    renew()
+    keys.changes.subscribe(renew)
+    if live.files:
+        live.changes.subscribe(lambda: keys.use_file(live.config.keys_path(Path(live.files[0]))))
+
+
+def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:
+    return ModelTermsTable(live, partial(_served_context, fleet))
+
+
+def _served_context(fleet: Fleet, model_id: str) -> int | None:
+    """The most tokens of context that an engine of the model serves now; None if unknown."""
+    lengths = [engine.view.max_model_len for engine in fleet.snapshot().serving(model_id)]
+    return max((length for length in lengths if length is not None), default=None)
 
 
 async def follow_routes(fleet: Fleet, routes: RouteTable, scheduler: Scheduler, queue: AdmissionQueue) -> None:

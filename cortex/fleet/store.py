@@ -1,5 +1,5 @@
-"""State that survives a restart: drained neurons, models held back, load times, context lengths, and which engine made
-a response."""
+"""State that survives a restart: drained neurons, models held back, load times, context lengths, the device time of API
+keys, and which engine made a response."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey
 from cortex.routing.response_owners import OwnerList, ResponseOwners
-from shared.files import replace_file
 from shared.protocol import first_problem
+from shared.system.files import replace_file
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,13 @@ class _Responses(BaseModel):
     made: dict[str, int] = {}
 
 
+class _DeviceTime(BaseModel):
+    """The accounts by key id, in device-seconds, as of a Unix time."""
+
+    as_of: Secs = 0.0
+    accounts: dict[str, Secs] = {}
+
+
 class _State(BaseModel):
     """The file's contents. Load times, in seconds, and holds, until a Unix time, are by model and neuron."""
 
@@ -50,6 +57,7 @@ class _State(BaseModel):
     load_secs: dict[str, dict[str, Secs]] = {}
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
     responses: _Responses = _Responses()
+    device_time: _DeviceTime = _DeviceTime()
 
 
 class StateFile:
@@ -67,6 +75,7 @@ class StateFile:
         self._holds: dict[ModelOnNode, float] = {}
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
+        self._device_time = _DeviceTime()
         self.response_owners = ResponseOwners()
         self._lock: int | None = None
         self._unwritten = False
@@ -125,6 +134,17 @@ class StateFile:
         self._max_model_len[model_id] = tokens
         self._touch()
 
+    def device_time(self, half_life_secs: float) -> Mapping[str, float]:
+        """The accounts by key id, in device-seconds, which have faded since they were stored."""
+        stored = self._device_time
+        since = max(0.0, time.time() - stored.as_of)
+        fade = 0.5 ** (since / half_life_secs) if half_life_secs else 0.0
+        return {key_id: secs * fade for key_id, secs in stored.accounts.items()}
+
+    def set_device_time(self, accounts: Mapping[str, float]) -> None:
+        self._device_time = _DeviceTime(as_of=time.time(), accounts=dict(accounts))
+        self._touch()
+
     def add_response(self, response_id: str, replica: Replica) -> None:
         """This engine made the response."""
         self.response_owners.add(response_id, replica)
@@ -176,6 +196,7 @@ class StateFile:
         self._holds = {(model, node): until for model, nodes in state.holds.items() for node, until in nodes.items()}
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
+        self._device_time = state.device_time
         keys = [
             ReplicaKey(model_id, node, *(instance or [""])) for model_id, node, *instance in state.responses.engines
         ]
@@ -199,6 +220,7 @@ class StateFile:
                 holds=holds,
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
+                device_time=self._device_time,
                 responses=_Responses(engines=[tuple(replica.key) for replica in owners.engines], made=owners.responses),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())

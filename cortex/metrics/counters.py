@@ -69,6 +69,7 @@ class Counters(msgspec.Struct):
     the labels: models and neurons that exist, and UNKNOWN."""
 
     series: dict[str, dict[str, Series]] = {}  # by model and neuron
+    dropped_usage_records: int = 0
 
     def request(self, model: str, node: str, status: int, secs: float, first_byte_secs: float | None) -> None:
         """Counts a request that was answered, or whose client disconnected.
@@ -97,6 +98,10 @@ class Counters(msgspec.Struct):
         if cached:
             tokens["cached"] = tokens.get("cached", 0) + cached
 
+    def usage_records_dropped(self, count: int) -> None:
+        """Counts records of usage that could not be written and are lost."""
+        self.dropped_usage_records += count
+
     def items(self) -> Iterator[tuple[ModelOnNode, Series]]:
         """Each series with its model and neuron."""
         for model, nodes in self.series.items():
@@ -111,6 +116,7 @@ class Counters(msgspec.Struct):
         """
         for key, series in other.items():
             self._of(*key).add(series)
+        self.dropped_usage_records += other.dropped_usage_records
 
     def _of(self, model: str, node: str) -> Series:
         try:

@@ -60,7 +60,10 @@ class _Requests(Collector):
         tokens = CounterMetricFamily("cortex_tokens", "Tokens as the engines report them", labels=[*_LABELS, "kind"])
         duration = _family("cortex_request_duration_seconds", "Whole requests")
         first_byte = _family("cortex_time_to_first_byte_seconds", "From a request's arrival to its answer's head")
-        for key, series in merged(self._counters()).items():
+        dropped = CounterMetricFamily("cortex_usage_records_dropped", "Records of usage that could not be written")
+        total = merged(self._counters())
+        dropped.add_metric([], total.dropped_usage_records)
+        for key, series in total.items():
             for status, count in series.statuses.items():
                 requests.add_metric([*key, str(status)], count)
             for code, count in series.errors.items():
@@ -69,7 +72,7 @@ class _Requests(Collector):
                 tokens.add_metric([*key, kind], count)
             _add(duration, key, REQUEST_BUCKETS, series.duration)
             _add(first_byte, key, FIRST_BYTE_BUCKETS, series.first_byte)
-        yield from (requests, errors, tokens, duration, first_byte)
+        yield from (requests, errors, tokens, duration, first_byte, dropped)
 
 
 class _ColdStarts(Collector):

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 from cortex.routing.replica import ReplicaKey
+
+CallerAt: TypeAlias = tuple[ReplicaKey, str]
+"""A replica, and the id of a key whose requests it serves."""
+
+
+class CallerCount(NamedTuple):
+    """One key's requests at one replica: in flight, and since the process began."""
+
+    now: int
+    begun: int
 
 
 class _Count:
@@ -23,6 +34,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._counts: dict[ReplicaKey, _Count] = {}
+        self._callers: dict[CallerAt, _Count] = {}
         self._here: dict[ReplicaKey, int] | None = None  # as last read, until a count changes
         self.elsewhere: Mapping[ReplicaKey, int] = {}
         self.on_change: Callable[[], None] | None = None
@@ -38,6 +50,22 @@ class InFlight:
     def begun(self) -> dict[ReplicaKey, int]:
         """Requests since the process began."""
         return {key: count.begun for key, count in self._counts.items()}
+
+    @property
+    def callers(self) -> dict[CallerAt, CallerCount]:
+        """The requests of each API key."""
+        return {at: CallerCount(count.now, count.begun) for at, count in self._callers.items()}
+
+    def add_caller(self, key: ReplicaKey, key_id: str) -> None:
+        """Of the requests that have been added, one is this key's."""
+        count = self._callers.get((key, key_id))
+        if count is None:
+            count = self._callers[key, key_id] = _Count()
+        count.now += 1
+        count.begun += 1
+
+    def remove_caller(self, key: ReplicaKey, key_id: str) -> None:
+        self._callers[key, key_id].now -= 1
 
     def add(self, key: ReplicaKey) -> None:
         count = self._counts.get(key)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cortex.metrics.counters import Counters, merged
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.replica import ReplicaKey
 
 
@@ -20,6 +21,9 @@ class WorkerCounts(Protocol):
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         """Requests that were sent to an engine since the worker began."""
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        """The same by API key, without requests that have none."""
 
     async def refresh(self) -> None:
         """Brings the counts up to date."""
@@ -54,6 +58,15 @@ class CountTotals:
         for worker in self.workers:
             for key, count in worker.begun_here().items():
                 total[key] = total.get(key, 0) + count
+        return total
+
+    def callers(self) -> dict[CallerAt, CallerCount]:
+        """The requests of each API key. As `begun`."""
+        total: dict[CallerAt, CallerCount] = {}
+        for worker in self.workers:
+            for at, count in worker.callers_here().items():
+                before = total.get(at)
+                total[at] = count if before is None else CallerCount(before.now + count.now, before.begun + count.begun)
         return total
 
     def all_in_flight(self) -> dict[ReplicaKey, int]:

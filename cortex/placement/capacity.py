@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from cortex.accounts.caller import Caller
 from cortex.config.profile import ModelProfile
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import EngineSnapshot, NodeSnapshot, Reservation
@@ -89,6 +90,8 @@ class ResidentModel:
     None: any number."""
     protected: str | None = None
     ram_mb: int = 0
+    callers: frozenset[Caller] = frozenset()
+    """Those that use it now, or did a moment ago."""
 
     def frees_on(self, index: int) -> int:
         """MiB that evicting it frees there."""
@@ -295,6 +298,7 @@ def _resident(view: PlanningView, engine: EngineSnapshot) -> ResidentModel:
         reload_secs=secs,
         cost=_eviction_cost(view, engine, secs),
         asleep=asleep,
+        callers=use.callers,
         variant=entry.variant,
         spare_replicas=None if profile is None else _spare_replicas(view, profile, serving),
         protected=f"pinned on {node.name}" if pinned is not None and node.name in pinned.pinned_on else None,

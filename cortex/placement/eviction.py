@@ -7,6 +7,8 @@ MiB freed.
 
 A model that is likely to be used again stays until the newcomer's requests have waited as long as its own would have to
 (ski rental: rent until the rent paid reaches the price). An idle model goes sooner than a busy one of the same cost.
+
+Between callers with different keys, those that have used less device time get the memory (`claims.advantage`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
+from cortex.accounts.fairness.claims import advantage, contend
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.routing.replica import ReplicaKey
@@ -43,11 +46,13 @@ class EvictionClass(IntEnum):
 
 @dataclass(frozen=True)
 class Eviction:
-    """A resident to evict. `ready_at` is the earliest time for it, on the view's clock."""
+    """A resident to evict. `ready_at` is the earliest time for it, on the view's clock. `undeserved`: its users deserve
+    the memory more than the callers of the newcomer."""
 
     resident: ResidentModel
     eviction_class: EvictionClass
     ready_at: float
+    undeserved: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class EvictionPlan:
     def order(self) -> tuple[object, ...]:
         """Sort key, smaller is better; at equal cost the least recently used models go."""
         used = max((each.resident.last_used for each in self.evictions), default=0.0)
-        return self.eviction_class, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
+        undeserved = any(each.undeserved for each in self.evictions)
+        return undeserved, self.eviction_class, self.busy, self.cost, self.cost_per_mb, used, len(self.evictions)
 
     @property
     def names(self) -> tuple[ReplicaKey, ...]:
@@ -137,31 +143,48 @@ def assess_eviction(
     It waits until its requests have waited for longer, all together, than the eviction is expected to cost beyond the
     load itself, but at most `patience_secs`. So a request that comes alone does not stop a model that many use, and
     many requests soon get the memory of one that few use. An idle model of a lower priority goes at once.
+
+    Against users with other keys, all requests of one key count as one. Where the newcomer's callers have an advantage
+    they wait no longer than for requests under way; where the users have it, for all of `patience_secs`.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
+    own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
+    requested = own_waiting is not None
+    users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
+    favour = advantage(waiting.callers, users, view.accounts, swap_secs)
+    if contend(waiting.callers, users):
+        waiting = replace(waiting, count=len(waiting.callers))
     cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
     worth = cost - load_secs - waiting.waited_secs(view.now)
-    patient_until = min(waiting.since + rules.patience_secs, view.now + max(0.0, worth) / waiting.count)
+    patience_ends_at = waiting.since + rules.patience_secs
+    patient_until = min(patience_ends_at, view.now + max(0.0, worth) / waiting.count)
+    if favour:
+        patient_until = view.now if favour > 0 else patience_ends_at
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
+    if favour > 0:
+        residency_ends_at = min(residency_ends_at, view.now)
     recently_loaded = view.now < residency_ends_at and not resident.asleep
-    requested = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant)) is not None
     if resident.in_flight or requested:
-        if requested:  # just loaded for waiting requests that have not reached it yet; evicting it would waste the load
+        if not resident.in_flight:
+            # Just loaded for waiting requests that have not reached it yet: evicting it would waste the load.
             patient_until = max(patient_until, view.now + HANDOVER_SECS)
         if recently_loaded:
-            return Eviction(resident, EvictionClass.RECENTLY_LOADED_BUSY, max(residency_ends_at, patient_until))
-        return Eviction(resident, EvictionClass.BUSY, patient_until)
-    if recently_loaded:
+            kind, ready_at = EvictionClass.RECENTLY_LOADED_BUSY, max(residency_ends_at, patient_until)
+        else:
+            kind, ready_at = EvictionClass.BUSY, patient_until
+    elif recently_loaded:
         # In the gap between sequential requests, or right after its load, it does not count as idle yet.
         quiet_at = max(resident.last_used, resident.loaded_at) + pause
-        return Eviction(resident, EvictionClass.RECENTLY_LOADED, max(min(quiet_at, residency_ends_at), patient_until))
-    in_pause = view.now < resident.last_used + pause and not resident.asleep
-    if in_pause:
-        return Eviction(resident, EvictionClass.BUSY, patient_until)
-    return Eviction(resident, EvictionClass.IDLE, view.now if resident.priority < priority else patient_until)
+        kind, ready_at = EvictionClass.RECENTLY_LOADED, max(min(quiet_at, residency_ends_at), patient_until)
+    elif view.now < resident.last_used + pause and not resident.asleep:
+        kind, ready_at = EvictionClass.BUSY, patient_until
+    else:
+        kind = EvictionClass.IDLE
+        ready_at = view.now if resident.priority < priority else patient_until
+    return Eviction(resident, kind, ready_at, undeserved=favour < 0)
 
 
 def plan_evictions_each(

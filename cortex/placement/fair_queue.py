@@ -1,14 +1,15 @@
 """What to load now for the waiting models, in fair order. Pure.
 
-Models that share memory take turns. Among equal priorities, the model whose requests have waited longest, all together,
-goes first. A model that has waited for
-`starvation_secs` goes before all others, and the memory it waits for is reserved for it. One load serves every request
+Models that share memory take turns. The claim of a model is that of the most deserving of the callers that wait for it:
+its key's priority, and how little device time it has used. Among models of equal priorities and claims, the one whose
+requests have waited longest, all together, goes first. A model that has waited for `starvation_secs` goes before all
+others, and the memory it waits for is reserved for it. One load serves every request
 that waits for the model, so ABCABC becomes AABBCC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -41,7 +42,7 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
     recheck_at: list[float] = []
     reserved: dict[str, str] = {}  # node -> the starving model it is reserved for
     queued = [model_id for model_id in view.waiting if not is_served_or_loading(view, model_id)]
-    for model_id in sorted(queued, key=partial(_fair_order, view)):
+    for model_id in in_fair_order(view, queued):
         if view.fleet.reservation_of(model_id) is not None:
             continue  # one for another name of the model has just been planned
         profile = view.profile(model_id)
@@ -52,7 +53,7 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
             if any(verdict.temporary for verdict in found):
                 recheck_at += [backoff.until for backoff in view.backoffs_of(model_id)]
                 wait_reasons[model_id] = "; ".join(f"{each.node} {each.reason}" for each in found if each.temporary)
-                if _is_starving(view, model_id):
+                if is_starving(view, model_id):
                     reserved.setdefault(min(each.node for each in found if each.temporary), model_id)
             else:
                 rejected[model_id] = placement_error(view, model_id, found)
@@ -60,7 +61,7 @@ def schedule_loads(view: PlanningView) -> LoadSchedule:
             recheck_at.append(plan.ready_at)
             because = plan.eviction_plan.waits_because(view.now)
             wait_reasons[model_id] = f"waiting for its turn: {plan.reason}{f'; {because}' if because else ''}"
-            if _is_starving(view, model_id):
+            if is_starving(view, model_id):
                 view = after_start(view, plan)
         else:
             loads.append(plan)
@@ -84,7 +85,8 @@ def is_served_or_loading(view: PlanningView, model_id: str) -> bool:
     )
 
 
-def _is_starving(view: PlanningView, model_id: str) -> bool:
+def is_starving(view: PlanningView, model_id: str) -> bool:
+    """Whether the model goes first because of its wait, whatever the claims."""
     return view.now - view.waiting[model_id].since >= view.rules.starvation_secs
 
 
@@ -97,8 +99,15 @@ def _unless_reserved(reserved: Mapping[str, str], verdict: NodeVerdict) -> NodeV
     return NodeVerdict(verdict.node, None, f"is reserved for {reserved[taken]}", temporary=True)
 
 
+def in_fair_order(view: PlanningView, models: Iterable[str]) -> list[str]:
+    """These waiting models, the one that goes first at the front."""
+    return sorted(models, key=partial(_fair_order, view))
+
+
 def _fair_order(view: PlanningView, model_id: str) -> tuple[object, ...]:
     waiting = view.waiting[model_id]
-    if _is_starving(view, model_id):
+    if is_starving(view, model_id):
         return False, 0, waiting.since, model_id
-    return True, -view.priority(model_id), -waiting.waited_secs(view.now), waiting.since, model_id
+    claim = view.claim(model_id)
+    waited = -waiting.waited_secs(view.now), waiting.since, model_id
+    return True, *claim.level, -view.priority(model_id), claim.used, *waited

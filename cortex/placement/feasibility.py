@@ -16,7 +16,8 @@ def infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why the node's topology can never hold the model, in any of its variants; None when it can, or when it is not
     known yet.
 
-    `vram_mb` and the node's health play no part.
+    The node's health plays no part, and `vram_mb` only for a model on the CPU: it may be wrong by much for a GPU, where
+    neuron measures, but RAM is booked by it.
     """
     if not profile.variants:
         return _infeasible_reason(profile, node)
@@ -53,7 +54,9 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     if unsupported is not None:
         return unsupported
     if profile.on_cpu:
-        return None if node.ram is not None else "runs on the CPU, and the neuron does not tell how much RAM it has"
+        if node.ram is None:
+            return "runs on the CPU, and the neuron does not tell how much RAM it has"
+        return oversize_reason(profile, node)
     return _too_few_reason(profile, node)
 
 
@@ -147,7 +150,7 @@ class _Topology(NamedTuple):
     knows_groups: bool
     devices: tuple[tuple[int, tuple[int, ...], bool], ...]
     """Memory, compute capability and whether it is a MIG instance, of the usable ones, ascending."""
-    has_ram: bool
+    ram_mb: int | None
 
 
 class _Requirement(NamedTuple):
@@ -161,6 +164,7 @@ class _Requirement(NamedTuple):
     min_compute_capability: str | None
     spanned: Parallelism | None  # with `span_nodes`: how it is split over all hosts
     explicit: bool  # the model says that itself
+    ram_mb: int  # of a model on the CPU
 
 
 _Question: TypeAlias = tuple[tuple[_Requirement, tuple[str, ...]], ...]
@@ -268,6 +272,7 @@ def _requirement(profile: ModelProfile) -> _Requirement:
         profile.min_compute_capability,
         profile.parallelism if profile.span_nodes else None,
         profile.span_nodes and profile.parallel is not None,
+        profile.device_share_mb if profile.on_cpu else 0,
     )
 
 
@@ -282,5 +287,5 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
         _knows_parallel(node.discovery),
         node.discovery.groups,
         devices,
-        node.ram is not None,
+        None if node.ram is None else node.ram.vram_total_mb,
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count
 
+from cortex.accounts.caller import Caller
+from cortex.accounts.fairness.claims import Claim, claim_of
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import DEFAULT_PRIORITY, ModelProfile, RequestedModel
 from cortex.config.settings import HostNetwork, Rules
@@ -24,13 +26,14 @@ class ReplicaUsage:
     """How one replica is used. Times are on the clock of `PlanningView.now`.
 
     `in_flight` counts our own requests there, `peak` the most that a report of the engine may still show.
-    `last_used` and `loaded_at` are 0 when unknown.
+    `last_used` and `loaded_at` are 0 when unknown. `callers` use it now or did a moment ago, as far as known.
     """
 
     in_flight: int = 0
     last_used: float = 0.0
     loaded_at: float = 0.0
     peak: int = 0
+    callers: frozenset[Caller] = frozenset()
 
 
 DRAINING = "draining"
@@ -89,10 +92,11 @@ NO_ARRIVALS = Arrivals()
 
 @dataclass(frozen=True)
 class WaitingRequests:
-    """Requests waiting for a model: how many, and when the first one arrived."""
+    """Requests waiting for a model: how many, when the first one arrived, and whose they are."""
 
     count: int
     since: float
+    callers: frozenset[Caller] = frozenset()
 
     def waited_secs(self, now: float) -> float:
         """How long they have waited, all together, as if they had arrived evenly."""
@@ -139,6 +143,8 @@ class PlanningView:
     displaced: frozenset[str] = frozenset()
     networks: Mapping[str, HostNetwork] = field(default_factory=dict)
     """Of the nodes for which something is configured."""
+    accounts: Mapping[str, float] = field(default_factory=dict)
+    """The device time of each API key (`cortex.accounts.fairness.device_time`)."""
 
     def network_of(self, node: str) -> HostNetwork:
         """As configured; a speed that is not configured is the one that the neuron reports."""
@@ -156,7 +162,12 @@ class PlanningView:
         found = [waiting for name in names if (waiting := self.waiting.get(name)) is not None]
         if len(found) < 2:
             return found[0] if found else None
-        return WaitingRequests(sum(each.count for each in found), min(each.since for each in found))
+        callers = frozenset[Caller]().union(*(each.callers for each in found))
+        return WaitingRequests(sum(each.count for each in found), min(each.since for each in found), callers)
+
+    def claim(self, model_id: str) -> Claim:
+        """What the most deserving of the callers that wait for the model deserves."""
+        return claim_of(self.waiting[model_id].callers, self.accounts)
 
     @cached_property
     def _replicas(self) -> dict[str, frozenset[ReplicaKey]]:

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy
+from cortex.proxy.paths import INFERENCE
 from cortex.proxy.prompt.local_tokenizer import local_tokenizer
-from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, PromptSize, excess, prompt_size
+from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, excess, prompt_size
 from cortex.proxy.prompt.token_counter import TokenCounter
+from cortex.proxy.relay import Relay
 from cortex.routing.affinity import Affinity
 from cortex.routing.choice import choose
-from cortex.routing.control import Control
+from cortex.routing.control import ContextBound, Control
 from cortex.routing.missing_paths import MissingPaths
-from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, adapter_key
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, adapter_key, not_served
 from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
+from cortex.routing.stream_usage import StreamUsages
 from cortex.upstream.pool import EnginePool
-from cortex.upstream.tail import UsageTail
+from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
 OTHER_WORKER_SECS: Final = 0.2
@@ -56,8 +59,10 @@ class ProxyContext:
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.missing_paths = MissingPaths()
+        self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = Counters()
+        self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
 
@@ -74,22 +79,32 @@ class ProxyContext:
         )
         self.default_model = gateway.default_model  # for requests that name none
 
-    async def resolve(self, request: Request, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
-        """As `Control.resolve`, for this request.
+    async def resolve(
+        self,
+        request: Request,
+        model_id: str,
+        failures: Sequence[Failure],
+        caller: Caller,
+        is_able: Callable[[ServedPaths], bool],
+    ) -> Route:
+        """As `Control.resolve`, for this request. `is_able`: whether engines that serve these paths can answer it.
 
         Raises:
-            ServiceError: it cannot be served, or certainly exceeds the context that the model would have once loaded.
+            ServiceError: it cannot be served. Before it costs a load: no engine of the model would serve its path, or
+                it certainly exceeds the context that the model would have.
         """
-        await self._check_length(request, model_id)
+        if model_id not in self.control.table:
+            prospect = await self.control.prospect(model_id)
+            if prospect.served is not None and not is_able(prospect.served):
+                raise not_served(model_id, request.path, prospect.served)
+            if prospect.context is not None and request.path in SIZED:
+                await self._check_length(request, prospect.context)
         return await self.control.resolve(model_id, failures, caller)
 
-    async def _check_length(self, request: Request, model_id: str) -> None:
-        if request.path not in SIZED or model_id in self.control.table:
-            return
-        bound = await self.control.context_bound(model_id)
-        size = PromptSize() if bound is None else prompt_size(request.path, request.body)
+    async def _check_length(self, request: Request, bound: ContextBound) -> None:
+        size = prompt_size(request.path, request.body)
         # No token is shorter than a byte; a special one may come on top.
-        if bound is None or max(size.limit, size.tokens, len(size.text.encode())) < bound.tokens:
+        if max(size.limit, size.tokens, len(size.text.encode())) < bound.tokens:
             return
         tokenizer = await asyncio.to_thread(local_tokenizer, bound.source)
         longest = LONGEST_TOKEN_CHARS if tokenizer is None else tokenizer.longest_token
@@ -100,21 +115,25 @@ class ProxyContext:
         if error is not None:
             raise error
 
-    def count(self, replica: Replica) -> None:
-        """A request is about to be sent to this replica."""
+    def count(self, replica: Replica, key_id: str) -> None:
+        """A request is about to be sent to this replica, from a client with this API key."""
+        if key_id:
+            self.in_flight.add_caller(replica.key, key_id)
         self.in_flight.add(replica.key)
         if replica.adapter is not None:
             self.in_flight.add(adapter_key(replica.adapter, replica.key))
 
-    def uncount(self, replica: Replica) -> None:
+    def uncount(self, replica: Replica, key_id: str) -> None:
         """Takes `count` back."""
+        if key_id:
+            self.in_flight.remove_caller(replica.key, key_id)
         self.in_flight.remove(replica.key)
         if replica.adapter is not None:
             self.in_flight.remove(adapter_key(replica.adapter, replica.key))
 
-    def finished(self, replica: Replica) -> None:
+    def finished(self, replica: Replica, key_id: str) -> None:
         """A request at this replica has ended, or is given up."""
-        self.uncount(replica)
+        self.uncount(replica, key_id)
         if replica.limit is not None:
             self.control.release(replica)
 
@@ -130,17 +149,24 @@ class ProxyContext:
         key = self.affinity.key(request.path, request.passed, request.body)
         return replicas[choose(names, outstanding, self.speeds.of(keys), key, self.load_factor)]
 
-    def measure(self, replica: Replica, request: Request, answer: Answer) -> None:
-        """Records the speed of the engine that gave this complete answer."""
-        key = replica.key
+    def measure(self, replica: Replica, request: Request, relay: Relay) -> None:
+        """Records the speed of the engine, if its answer is complete."""
+        if relay.status != 200 or relay.lost_because is not None or request.path not in INFERENCE:
+            return  # any other path: a client must not add kinds without limit
+        key, answer = replica.key, relay.answer
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_tokens(self, model: str, node: str, tail: UsageTail) -> None:
-        """Counts the tokens of an answer that says them. `model` and `node` are metric labels."""
-        usage = tail.usage()
+    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> None:
+        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
+        if relay.lost_because is not None:
+            self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
+            return
+        usage = relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
+        if relay.status == 400:
+            self._hint_at_tools(model_id, node, relay.answer.refusal())
 
     def published_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response, if it is known and can be used without asking the control."""
@@ -167,7 +193,7 @@ class ProxyContext:
             self.control.tell_owner(found, replica)
         return found is not None or len(start) >= SEARCHED_BYTES
 
-    def hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
+    def _hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
         """Tells the operator, once a model, why clients cannot offer it tools. `refusal` is the engine's error."""
         if model_id not in self._hinted and AUTO_TOOL_CHOICE in refusal:
             self._hinted.add(model_id)
@@ -175,6 +201,7 @@ class ProxyContext:
 
     async def close(self) -> None:
         await self.tasks.close()
+        await self.usage.close()
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

@@ -19,6 +19,8 @@ from cortex.upstream.connection import Body, EngineConnection
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.errors import ServiceError
 
+REFUSALS: Final = frozenset({400, 422})
+"""Statuses of an engine that does not accept the request itself."""
 _BRACE: Final = 0x7B
 DOWN_SILENCE_SECS = 30.0
 """How long an engine may be silent while its neuron counts as down. A neuron that restarts takes less."""
@@ -62,6 +64,7 @@ class Relay:
         "answer",
         "first_byte_at",
         "lost_because",
+        "on_refusal",
         "on_start",
         "only_head",
         "silent_since",
@@ -94,6 +97,8 @@ class Relay:
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
         self.on_start: Callable[[bytes], bool] | None = None  # gets the body so far, until it returns True
+        # Gets the engine's error about the request itself. True if the request is sent again, which ends the relay.
+        self.on_refusal: Callable[[bytes], bool] | None = None
         self._down_since = 0.0  # 0 while the neuron is up
         self._last_piece: bytes | None = None
         self.silent_since = 0.0
@@ -183,6 +188,8 @@ class Relay:
             self._pass_first(data)
             return
         self.answer.write(data)
+        if self._straight and self._connection is not None:
+            self._connection.straight_end = self.answer.straight_end
         if self.on_start is not None:
             self._show_start()
 
@@ -200,7 +207,8 @@ class Relay:
 
     def _pass_straight(self) -> None:
         assert self._connection is not None
-        self._connection.pass_straight(self.answer.client.transport.write, self.answer.tail)
+        answer = self.answer
+        self._connection.pass_straight(answer.client.transport.write, answer.tail, answer.straight_end)
 
     def _show_start(self) -> None:
         assert self.on_start is not None
@@ -307,14 +315,23 @@ class Relay:
         """True if the listener retries elsewhere: the answer only says that this engine does not serve now, or that it
         may not be the model's engine. `body`: what there is of it."""
         refusal = refusal_of(head, body)
-        return refusal is not None and self._refused(refusal, head.status)
+        if refusal is not None:
+            return self._refused(refusal, head.status)
+        if self.on_refusal is None or head.status not in REFUSALS or not self.on_refusal(body):
+            return False
+        self._drop()
+        return True
 
     def _refused(self, refusal: Refusal, status: int) -> bool:
         """True if the listener retries elsewhere, which ends the relay."""
         if not self._listener.refused(status, refusal):
             return False
+        self._drop()
+        return True
+
+    def _drop(self) -> None:
+        """Drops an answer that the client does not get."""
         connection, self._connection = self._connection, None
         self._close_body()
         if connection is not None:  # the answer is not complete
             connection.drop()
-        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, Final
 
@@ -12,7 +12,6 @@ from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.request import Request
-from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
@@ -20,23 +19,24 @@ from cortex.proxy.body.alias_edit import rewritten
 from cortex.proxy.body.model_field import find_or_add_model
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
+from cortex.proxy.progress.account import CLIENT_DISCONNECTED, RequestAccount
+from cortex.proxy.progress.state import Resolving, Sent
+from cortex.proxy.progress.usage_request import UsageRequest, usage_request
 from cortex.proxy.relay import Relay
-from cortex.proxy.request_state import Resolving, Sent
 from cortex.routing.replica import (
     Failure,
     FailureKind,
     Refusal,
     Replica,
+    ServedPaths,
     failure_of,
-    lost,
+    not_served,
     stopped,
     unreachable,
     untried,
 )
 from cortex.upstream.address import Address, engine_target
 from shared.errors import ServiceError
-from shared.protocol import ErrorCode
-from shared.request_ids import request_id as make_request_id
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,6 @@ MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
 
 STOPPING: Final = "cortex is stopping"
-
-CLIENT_DISCONNECTED: Final = 499
-"""nginx's status for a client that disconnected before its answer."""
 
 
 class RequestHandler:
@@ -58,37 +55,29 @@ class RequestHandler:
     """
 
     __slots__ = (
-        "_attempts",
-        "_caller",
+        "_account",
         "_client",
-        "_cold",
         "_context",
+        "_diverted",
         "_failures",
         "_keep_alive",
-        "_label",
-        "_model_id",
         "_name",
-        "_node",
         "_request",
-        "_request_id",
         "_state",
-        "_waited",
+        "_usage_request",
     )
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         self._context = context
         self._client = client
         self._request = request
-        self._request_id = make_request_id(request.request_id)
-        self._caller = caller
+        self._account = RequestAccount(context, request, caller)
         self._state: Resolving | Sent | None = None
-        self._name = self._model_id = ""
-        # Metric labels: only names that exist, so clients cannot create time series.
-        self._label = self._node = UNKNOWN
-        self._cold, self._attempts = False, 0
+        self._name = ""
+        self._diverted = False
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
-        self._waited = 0.0  # seconds spent waiting for the control
+        self._usage_request: UsageRequest | None = None
 
     def begin(self) -> None:
         request, control = self._request, self._context.control
@@ -101,6 +90,7 @@ class RequestHandler:
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
+        self._usage_request = usage_request(request)
         if rewrite is None:
             self._route(field.model, field.model)
         else:
@@ -113,10 +103,10 @@ class RequestHandler:
     def _route(self, name: str, model_id: str) -> None:
         """Sends it to an engine of the model `name`, an id or `id@variant`, or asks the control for one."""
         control = self._context.control
-        self._name, self._model_id = name, model_id
+        self._name, self._account.model_id = name, model_id
         replicas = control.table.get(name, ())
         if not replicas and control.knows(name):
-            self._label = model_id
+            self._account.label = model_id
         self._send_to_one_of(replicas)
 
     def abandon(self) -> None:
@@ -125,13 +115,13 @@ class RequestHandler:
         self._stop_keep_alive()
         if relay is not None:
             relay.abandon()
-        self._account(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
+        self._account.close(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
 
     def stop(self) -> None:
         state = self._state
         if isinstance(state, Sent):
             if state.ending is not None:
-                self._end_lost(state, None)
+                state.end_lost(self._account.request_id)
                 return
             if state.relay.status:
                 state.relay.cut_off(STOPPING)
@@ -165,10 +155,10 @@ class RequestHandler:
             return
         sent.spoke_at = now
         if relay.status:
-            relay.answer.break_silence(f"{self._name} on {self._node} is working")
+            relay.answer.break_silence(f"{self._name} on {self._account.node} is working")
         elif self._keep_alive is None and not sent.plain:
             keep_alive = self._new_keep_alive(cold=False)
-            keep_alive.sent_to = self._node
+            keep_alive.sent_to = self._account.node
             keep_alive.begin()
             sent.plain = not keep_alive.begun
             if keep_alive.begun:
@@ -177,7 +167,7 @@ class RequestHandler:
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
-        if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
+        if self._account.attempts >= MAX_ATTEMPTS or not self._request.replayable:
             self._refuse(unreachable(self._name, self._failures))
             return
         # The control must learn of a dead engine before other requests go there. A busy engine is only avoided.
@@ -186,7 +176,7 @@ class RequestHandler:
     def refused(self, status: int, refusal: Refusal) -> bool:
         state = self._state
         assert isinstance(state, Sent)
-        if self._attempts >= MAX_ATTEMPTS or not self._request.replayable:
+        if self._account.attempts >= MAX_ATTEMPTS or not self._request.replayable:
             return False
         others = self._untried() if refusal == "unavailable" else ()
         kind = failure_of(refusal, state.replica, self._failures, others)
@@ -202,9 +192,9 @@ class RequestHandler:
         if reason == STOPPING:
             state.relay.end_lost(stopped(state.replica), state.replica.model_id)
         elif state.relay.answer.events:
-            state.ending = self._spawn(self._explain_end(state), "end")
+            state.ending = self._spawn(state.end_explained(self._account.request_id, self._context.control), "end")
         else:
-            self._end_lost(state, None)
+            state.end_lost(self._account.request_id)
 
     def _can_follow(self, answer: Answer) -> bool:
         """Prepares to continue an event stream whose head the client already has. False if that is impossible."""
@@ -214,32 +204,17 @@ class RequestHandler:
         self._keep_alive.follow()
         return True
 
-    async def _explain_end(self, sent: Sent) -> None:
-        engine_end = await self._context.control.engine_end(sent.replica)
-        sent.ending = None
-        self._end_lost(sent, engine_end)
-
-    def _end_lost(self, sent: Sent, engine_end: str | None) -> None:
-        error = lost(sent.replica, sent.relay.lost_because or "", engine_end)
-        with request_scope(self._request_id):
-            log.warning("%s", error.message)
-        sent.relay.end_lost(error, sent.replica.model_id)
-
     def done(self) -> None:
         state = self._leave_state()
         assert isinstance(state, Sent)
         relay = state.relay
-        self._account(relay.status, relay)
-        if state.compared:
-            self._measure(state.replica, relay)
+        if self._usage_request is not None:
+            self._usage_request.answered(relay.status)
+        self._account.close(relay.status, relay)
+        if state.compared and self._account.attempts == 1 and not self._account.cold:  # others are not comparable
+            self._context.measure(state.replica, self._request, relay)
         self._stop_keep_alive()
         self._client.finished()
-
-    def _measure(self, replica: Replica, relay: Relay) -> None:
-        """Records the engine's speed. Only complete answers at the first attempt are comparable."""
-        comparable = relay.status == 200 and relay.lost_because is None and self._attempts == 1 and not self._cold
-        if comparable and self._request.path in INFERENCE:  # a client must not add kinds without limit
-            self._context.measure(replica, self._request, relay.answer)
 
     def _untried(self) -> tuple[Replica, ...]:
         """Usable replicas that this request has not been sent to."""
@@ -251,7 +226,8 @@ class RequestHandler:
         state = self._leave_state()
         assert isinstance(state, Sent)
         replica = state.replica
-        with request_scope(self._request_id):
+        self._context.stream_usages.forget(replica)  # it may come back changed
+        with request_scope(self._account.request_id):
             log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
         self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
 
@@ -273,33 +249,36 @@ class RequestHandler:
         self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        with request_scope(self._request_id):
-            return self._context.tasks.spawn(work, name=f"{name} {self._request_id}")
+        with request_scope(self._account.request_id):
+            return self._context.tasks.spawn(work, name=f"{name} {self._account.request_id}")
 
     async def _ask_control(self) -> None:
         try:
-            route = await self._context.resolve(self._request, self._name, self._failures, self._caller)
+            route = await self._context.resolve(
+                self._request, self._name, self._failures, self._account.caller, self._is_able
+            )
         except ServiceError as error:
             self._resolved()
             self._refuse(error)
             return
         self._resolved()
         if route.cold:
-            self._cold = True
+            self._account.cold = True
+            self._context.stream_usages.forget(route.replica)
             self._failures = [f for f in self._failures if f.replica.key != route.replica.key or f.kind == "dead"]
         self._send(route.replica, compared=False)
 
     def _resolved(self) -> None:
         state, self._state = self._state, None
         assert isinstance(state, Resolving)
-        self._waited += monotonic() - state.since
+        self._account.waited += monotonic() - state.since
         if self._keep_alive is not None and not self._keep_alive.begun:
             self._stop_keep_alive()
 
     def _new_keep_alive(self, *, cold: bool) -> KeepAliveStream:
         note, policy = self._context.control.note, self._context.keep_alive
         return KeepAliveStream(
-            self._client, self._request, self._request_id, self._name, note=note, policy=policy, cold=cold
+            self._client, self._request, self._account.request_id, self._name, note=note, policy=policy, cold=cold
         )
 
     def _stop_keep_alive(self) -> None:
@@ -309,23 +288,63 @@ class RequestHandler:
 
     def _send(self, replica: Replica, *, compared: bool) -> None:
         context, request = self._context, self._request
+        if replica.served is not None and not self._is_able(replica.served):
+            error = not_served(self._name, request.path, replica.served)
+            self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
+            return
         node = replica.key.node
-        self._label, self._node = self._model_id, node
-        self._attempts += 1
-        context.count(replica)
-        request_id = self._request_id.encode()
+        self._account.label, self._account.node = self._account.model_id, node
+        self._account.attempts += 1
+        context.count(replica, self._account.caller.key_id)
+        request_id = self._account.request_id.encode()
         if self._keep_alive is None:
             answer = self._new_answer(
                 b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (own_lines(request, request_id), node.encode(), b"true" if self._cold else b"false")
+                % (own_lines(request, request_id), node.encode(), b"true" if self._account.cold else b"false")
             )
         else:
             self._keep_alive.sent_to = node
             answer = self._deferred(self._keep_alive)
+        if self._usage_request is not None:
+            answer = self._usage_request.prepare(context.stream_usages.of(replica), answer)
         address, host, prefix, credentials = engine_target(replica.url, replica.api_key, replica.keep_alive_secs)
         relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
+        if self._usage_request is not None:
+            relay.on_refusal = self._send_unasked
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
+
+    def _send_unasked(self, refusal: bytes) -> bool:
+        """Sends a refused request again, to the same engine, if that may not know what cortex has added. Implements
+        `Relay.on_refusal`."""
+        state = self._state
+        assert isinstance(state, Sent)
+        assert self._usage_request is not None
+        if not self._usage_request.give_up(refusal):
+            return False
+        self._state = None
+        self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept
+        self._account.attempts -= 1
+        self._send(state.replica, compared=state.compared)
+        return True
+
+    def _is_able(self, served: ServedPaths) -> bool:
+        """Whether engines that serve these paths can answer the request."""
+        return served.has(self._request.path)
+
+    def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
+        """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
+        # The control counts it already, and must learn that it has ended.
+        self._context.count(replica, self._account.caller.key_id)
+        self._context.finished(replica, self._account.caller.key_id)
+        able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
+        others = untried(able, self._failures, replica)
+        if others and not self._diverted:  # once: with limits, the control may name this replica again and again
+            self._diverted = True
+            self._send_to_one_of(others)
+        else:
+            self._account.label, self._account.node = self._account.model_id, replica.node
+            self._refuse(error)
 
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         """A relay that sends the request, with this `head`, to the engine at `address`."""
@@ -337,64 +356,30 @@ class RequestHandler:
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
-        if keep_alive.events:
-            return DeferredAnswer(self._client, self._request, keep_alive=keep_alive)
-        return DeferredJson(self._client, self._request, keep_alive=keep_alive)
+        form = DeferredAnswer if keep_alive.events else DeferredJson
+        return form(self._client, self._request, keep_alive=keep_alive)
 
     def _leave_state(self) -> Resolving | Sent | None:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, Sent):
-            self._context.finished(state.replica)
+            self._context.finished(state.replica, self._account.caller.key_id)
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
             if state.ending is not None:
                 state.ending.cancel()
         elif state is not None:
             state.task.cancel()
-            self._waited += monotonic() - state.since
+            self._account.waited += monotonic() - state.since
         return state
 
     def _refuse(self, error: ServiceError) -> None:
-        self._context.counters.error(self._label, self._node, error.code)
-        self._account(error.status, None)
+        self._context.counters.error(self._account.label, self._account.node, error.code)
+        self._account.close(error.status, None)
         keep_alive = self._keep_alive
         self._stop_keep_alive()
         if keep_alive is not None and keep_alive.begun:
             keep_alive.fail(error)
             self._client.finished()
         else:
-            self._client.refuse(error, self._request_id, self._node if self._failures else None)
-
-    def _account(self, status: int, relay: Relay | None) -> None:
-        """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any."""
-        context, request, model, node = self._context, self._request, self._label, self._node
-        took = monotonic() - request.received
-        sent, more = 0, ""
-        first_byte_secs: float | None = None
-        if relay is not None:
-            tail = relay.answer.tail
-            sent = tail.fed_bytes
-            if relay.first_byte_at is not None:
-                first_byte_secs = relay.first_byte_at - request.received
-            if relay.lost_because is not None:
-                more = f" lost={relay.lost_because!r}"
-                context.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-            elif status != CLIENT_DISCONNECTED:
-                context.count_tokens(model, node, tail)
-                if status == 400:
-                    context.hint_at_tools(self._model_id, node, relay.answer.refusal())
-        context.counters.request(model, node, status, took, first_byte_secs)
-        if context.access_log.on:
-            if self._caller.key_id:
-                more = f" caller={self._caller.name}{more}"
-            if self._attempts > 1:
-                more = f" attempts={self._attempts}{more}"
-            if self._waited >= 0.001:
-                more = f" waited={format(self._waited, '.3f')}{more}"
-            secs = format(took, ".3f")  # compiled, a format within an f-string takes 8,000 instructions more
-            context.access_log.line(
-                f"{request.shown} {status} model={model} node={node}"
-                f" cold={'yes' if self._cold else 'no'} bytes={sent} secs={secs} id={self._request_id}{more}",
-                self._request_id,
-            )
+            self._client.refuse(error, self._account.request_id, self._account.node if self._failures else None)

@@ -8,8 +8,9 @@ from typing import Protocol
 import msgspec
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.limits.limiter import Limiter
 from cortex.config.aliases import Rewrite
-from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
+from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 
 
@@ -19,6 +20,14 @@ class ContextBound(msgspec.Struct, frozen=True):
 
     tokens: int
     source: str
+
+
+class Prospect(msgspec.Struct, frozen=True):
+    """What an engine of a model that none serves could do at most: its context, its paths; None where that is not
+    known."""
+
+    context: ContextBound | None = None
+    served: ServedPaths | None = None
 
 
 class Control(Protocol):
@@ -39,11 +48,15 @@ class Control(Protocol):
     def response_owners(self) -> ResponseOwners:
         """Which engines made stored responses."""
 
+    @property
+    def limiter(self) -> Limiter:
+        """Admits requests within the limits of their callers and models."""
+
     def knows(self, model_id: str) -> bool: ...
 
-    async def context_bound(self, model_id: str) -> ContextBound | None:
-        """How much context a model, or the variant of `id@variant`, can have that must be loaded first; None if that is
-        unknown, or if an engine serves it or starts."""
+    async def prospect(self, model_id: str) -> Prospect:
+        """What a model, or the variant of `id@variant`, could do once it is loaded. Nothing is known of its context
+        while its engine starts, and nothing at all while one serves."""
 
     async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
         """Waits until the model, or the variant of `id@variant`, can be served, in `caller`'s turn. `failures` are the

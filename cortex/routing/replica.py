@@ -7,7 +7,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from shared.errors import UpstreamError
+from shared.errors import NotFound, UpstreamError, shortened
 from shared.protocol import FIRST_INSTANCE, ErrorCode
 
 
@@ -38,14 +38,26 @@ ANY_NODE: Final = "*"
 """As the node name of a key: every node. No neuron has this name."""
 
 
+class ServedPaths(msgspec.Struct, frozen=True):
+    """What engines of these harnesses serve, and nothing else."""
+
+    harnesses: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    def has(self, path: bytes) -> bool:
+        """True for these paths and those below them."""
+        asked = path.decode("latin-1")
+        return any(asked == known or asked.startswith(f"{known}/") for known in self.paths)
+
+
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that has the model. `name` is that of its `key`, made once and not for each request. `url` is its base
     URL; `others` is its work for other clients of the engine, by the neuron's last report (`choice.beyond_ours`).
 
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
     the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
-    `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`. `adapter`: the LoRA adapter
-    of the model that requests name.
+    `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`. `served`: all that it serves,
+    None if that is not known. `adapter`: the LoRA adapter of the model that requests name.
     """
 
     key: ReplicaKey
@@ -58,6 +70,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     keep_alive_secs: float | None = None
     missing_paths: tuple[str, ...] = ()
+    served: ServedPaths | None = None
     adapter: str | None = None
 
     @property
@@ -175,6 +188,13 @@ def stopped(replica: Replica) -> UpstreamError:
     """The error for an answer that began and that cortex cannot wait for, because it stops."""
     message = f"the answer of {replica.model_id!r} on {replica.name} was cut off: cortex is stopping"
     return UpstreamError(message, code=ErrorCode.UPSTREAM_LOST)
+
+
+def not_served(model_id: str, path: bytes, served: ServedPaths) -> NotFound:
+    """The error for a path that no engine of the model serves."""
+    engines = " and ".join(served.harnesses)
+    shown, paths = shortened(path.decode("latin-1")), ", ".join(served.paths) or "nothing"
+    return NotFound(f"{model_id!r} does not answer {shown!r}: its engine ({engines}) serves only {paths}")
 
 
 def unreachable(model_id: str, failures: Sequence[Failure]) -> UpstreamError:

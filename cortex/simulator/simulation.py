@@ -18,7 +18,7 @@ from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
@@ -56,6 +56,9 @@ class SimulatedWorker:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self.requests.callers
 
     async def refresh(self) -> None:
         """Nothing to do: the counts are live."""

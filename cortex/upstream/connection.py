@@ -77,6 +77,7 @@ class EngineConnection:
         "idle_since",
         "on_full",
         "partial",
+        "straight_end",
         "transport",
     )
 
@@ -100,6 +101,7 @@ class EngineConnection:
         self.on_full: Callable[[bool], None] | None = None  # the engine reads too slowly, or goes on
         self._straight = False
         self._between = False  # passing straight, and the next byte begins a chunk
+        self.straight_end = b""  # how a whole chunk ends that bypasses the exchange
         self._write: Callable[[bytes], None]
         self._tail: UsageTail
         self._chunks: list[bytes]
@@ -145,7 +147,12 @@ class EngineConnection:
 
     def data_received(self, data: bytes) -> None:
         size = len(data)
-        if self._between and size < len(PREFIXES) and data.startswith(PREFIXES[size]) and data.endswith(b"\r\n"):
+        if (
+            self._between
+            and size < len(PREFIXES)
+            and data.startswith(PREFIXES[size])
+            and data.endswith(self.straight_end)
+        ):
             # The hot path of every stream: one whole chunk per read. Inlined, because each additional call measurably
             # raises the cost of a stream.
             chunks = self._chunks
@@ -177,12 +184,14 @@ class EngineConnection:
             assert isinstance(body, ChunkedBody)
             self._between = body.between
 
-    def pass_straight(self, write: Callable[[bytes], None], tail: UsageTail) -> None:
-        """From now on whole chunks of the current answer go to `write` and `tail` and bypass the exchange."""
+    def pass_straight(self, write: Callable[[bytes], None], tail: UsageTail, straight_end: bytes) -> None:
+        """From now on whole chunks of the current answer with this end, CRLF included, go to `write` and `tail` and
+        bypass the exchange."""
         body = self._body
         assert isinstance(body, ChunkedBody)
         self._straight = True
         self._between = body.between
+        self.straight_end = straight_end
         self._write = write
         self._tail = tail
         self._chunks = tail.chunks

@@ -9,28 +9,33 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 
 from cortex.app import working
 from cortex.config.settings import CortexConfig
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.proxy.gateway import Gateway
 from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
+    AdmitRefused,
+    Admitted,
     CatalogueChanged,
     Collect,
     ConfigChanged,
-    ContextFound,
     Counted,
     DownChanged,
     EngineEnd,
     EngineFound,
     EngineRetired,
     InFlightNow,
+    KeysChanged,
     Notes,
     OthersInFlight,
+    ProspectFound,
     Ready,
     Refused,
     Resolved,
@@ -70,7 +75,11 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
-    async with working(control, config, socks, Address(setup.control_host, 0)) as gateway:
+    address = Address(setup.control_host, 0)
+    directory = None if setup.usage_directory is None else Path(setup.usage_directory)
+    async with working(
+        control, config, socks, address, keys=setup.keys, prices=setup.prices, usage_directory=directory
+    ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         settle()
@@ -92,14 +101,21 @@ async def listen(
     async with contextlib.aclosing(messages):  # type: ignore[type-var]
         async for message in messages:
             match message:
-                case TableChanged() | CatalogueChanged() | DownChanged() | ResponseMade():
+                case CatalogueChanged():
                     control.receive(message)
-                case Resolved() | Refused() | ContextFound() | EngineFound() | EngineEnd() | Notes():
+                    gateway.use_prices(message.prices)
+                case TableChanged() | DownChanged() | ResponseMade():
+                    control.receive(message)
+                case Admitted() | AdmitRefused():
+                    control.limiter.receive(message)
+                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
+                case KeysChanged(keys):
+                    gateway.use_keys(keys)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):
@@ -124,13 +140,16 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     loop = asyncio.get_running_loop()
     scheduled = False
     reported: dict[ReplicaKey, int] = {}
+    callers_reported: dict[CallerAt, CallerCount] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
         begun = {key: count for key, count in gateway.in_flight.begun.items() if reported.get(key) != count}
         reported.update(begun)
-        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun)))
+        callers = {at: count for at, count in gateway.in_flight.callers.items() if callers_reported.get(at) != count}
+        callers_reported.update(callers)
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun), list(callers.items())))
 
     def changed() -> None:
         nonlocal scheduled

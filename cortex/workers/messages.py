@@ -8,9 +8,14 @@ from typing import Any, TypeAlias
 import msgspec
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
+from cortex.accounts.limits.exceeded import LimitExceeded
+from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.prices import NO_PRICES, PriceList
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
-from cortex.routing.control import ContextBound
+from cortex.metrics.in_flight import CallerAt, CallerCount
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList
 from shared.errors import ServiceError
@@ -29,6 +34,10 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     control_host: str
     down: list[str]  # neurons
     responses: OwnerList = OwnerList([], {})
+    limited_models: list[str] = []
+    keys: KeyTable = NO_KEYS
+    prices: PriceList = NO_PRICES
+    usage_directory: str | None = None
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):
@@ -49,12 +58,20 @@ class CatalogueChanged(msgspec.Struct, frozen=True, tag=True):
 
     models: list[str]
     aliases: dict[str, Rewrite]
+    limited_models: list[str] = []
+    prices: PriceList = NO_PRICES
 
 
 class ConfigChanged(msgspec.Struct, frozen=True, tag=True):
     """The configuration from now on, CortexConfig as JSON. Keys that need a restart keep their values."""
 
     config: str
+
+
+class KeysChanged(msgspec.Struct, frozen=True, tag=True):
+    """The API keys of clients from now on."""
+
+    keys: KeyTable
 
 
 class DownChanged(msgspec.Struct, frozen=True, tag=True):
@@ -96,6 +113,19 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     permanent: bool
 
 
+class Admitted(msgspec.Struct, frozen=True, tag=True):
+    """Answers Admit: the request's limits allow it."""
+
+    number: int
+    grant: Grant
+
+
+class AdmitRefused(Refused, frozen=True, tag=True):
+    """Answers Admit: the request is refused. `rates`: of a LimitExceeded."""
+
+    rates: RateState | None = None
+
+
 class EngineFound(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngine."""
 
@@ -103,11 +133,11 @@ class EngineFound(msgspec.Struct, frozen=True, tag=True):
     replica: Replica | None
 
 
-class ContextFound(msgspec.Struct, frozen=True, tag=True):
-    """Answers AskContext."""
+class ProspectFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskProspect."""
 
     number: int
-    bound: ContextBound | None
+    prospect: Prospect
 
 
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
@@ -139,12 +169,15 @@ ToWorker = (
     | EngineRetired
     | CatalogueChanged
     | ConfigChanged
+    | KeysChanged
     | DownChanged
     | OthersInFlight
     | ResponseMade
     | Resolved
     | Refused
-    | ContextFound
+    | Admitted
+    | AdmitRefused
+    | ProspectFound
     | EngineFound
     | EngineEnd
     | Notes
@@ -167,6 +200,24 @@ class Resolve(msgspec.Struct, frozen=True, tag=True):
     caller: Caller
 
 
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """Asks whether its limits allow a request. Answered by Admitted or AdmitRefused, with its number."""
+
+    number: int
+    caller: Caller
+    model_id: str
+    bound: TokenBound
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """The request of a grant has ended, as in `accounts.limits.limiter.Limiter.settle`."""
+
+    grant: Grant
+    prompt: int
+    completion: int
+    cached: int
+
+
 class CancelResolve(msgspec.Struct, frozen=True, tag=True):
     """The request of this Resolve is gone."""
 
@@ -180,8 +231,8 @@ class AskEngine(msgspec.Struct, frozen=True, tag=True):
     key: ReplicaKey
 
 
-class AskContext(msgspec.Struct, frozen=True, tag=True):
-    """Asks for `routing.control.Control.context_bound`."""
+class AskProspect(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.prospect`."""
 
     number: int
     model_id: str
@@ -195,10 +246,12 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
-    """All requests in flight, and the number of requests begun, for models where it changed since the last report."""
+    """All requests in flight; and where they changed since the last report, the number of requests begun, and those of
+    each API key."""
 
     counts: Counts
     begun: Counts
+    callers: list[tuple[CallerAt, CallerCount]]
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
@@ -225,9 +278,11 @@ FromWorker = (
     Ready
     | Resolve
     | CancelResolve
+    | Admit
+    | Settle
     | Released
     | RouteUnused
-    | AskContext
+    | AskProspect
     | AskEngine
     | AskEngineEnd
     | InFlightNow
@@ -245,20 +300,21 @@ def counts_from_wire(counts: Counts) -> dict[ReplicaKey, int]:
 
 
 def error_to_wire(number: int, error: ServiceError) -> Refused:
-    return Refused(
-        number,
-        error.status,
-        error.message,
-        error.code,
-        error.param,
-        error.retry_after,
-        error.extra,
-        error.permanent,
-    )
+    return Refused(number, *_fields(error))
+
+
+def refused_to_wire(number: int, error: ServiceError) -> AdmitRefused:
+    return AdmitRefused(number, *_fields(error), error.rates if isinstance(error, LimitExceeded) else None)
+
+
+def _fields(error: ServiceError) -> tuple[int, str, str, str | None, int | None, dict[str, Any], bool]:
+    """Those of Refused behind `number`."""
+    return error.status, error.message, error.code, error.param, error.retry_after, error.extra, error.permanent
 
 
 def error_from_wire(refused: Refused) -> ServiceError:
-    return ServiceError(
+    rates = refused.rates if isinstance(refused, AdmitRefused) else None
+    error = (ServiceError if rates is None else LimitExceeded)(
         refused.message,
         code=refused.code,
         param=refused.param,
@@ -267,3 +323,6 @@ def error_from_wire(refused: Refused) -> ServiceError:
         status=refused.status,
         permanent=refused.permanent,
     )
+    if isinstance(error, LimitExceeded) and rates is not None:
+        error.rates = rates
+    return error

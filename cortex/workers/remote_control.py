@@ -10,20 +10,20 @@ from typing import Any
 from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
-from cortex.routing.control import ContextBound
+from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import ResponseOwners
 from cortex.workers.messages import (
-    AskContext,
     AskEngine,
     AskEngineEnd,
+    AskProspect,
     CancelResolve,
     CatalogueChanged,
-    ContextFound,
     DownChanged,
     EngineEnd,
     EngineFound,
     Notes,
+    ProspectFound,
     Refused,
     Released,
     Resolve,
@@ -34,6 +34,7 @@ from cortex.workers.messages import (
     TableChanged,
     error_from_wire,
 )
+from cortex.workers.remote_limiter import RemoteLimiter
 from shared.request_ids import current_request_id
 
 
@@ -45,6 +46,7 @@ class RemoteControl:
         self._aliases = setup.aliases
         self._models = frozenset(setup.models)
         self.down: Collection[str] = frozenset(setup.down)
+        self.limiter = RemoteLimiter(setup.limited_models, send)
         self.response_owners = ResponseOwners(setup.responses)
         self._send = send
         self._numbers = itertools.count(1)
@@ -81,9 +83,9 @@ class RemoteControl:
             if not self._waiting:
                 self._notes = {}  # outdated at the next wait
 
-    async def context_bound(self, model_id: str) -> ContextBound | None:
-        found: ContextBound | None = await self._ask(AskContext(next(self._numbers), model_id))
-        return found
+    async def prospect(self, model_id: str) -> Prospect:
+        found: Prospect | None = await self._ask(AskProspect(next(self._numbers), model_id))
+        return found or Prospect()
 
     async def engine(self, key: ReplicaKey) -> Replica | None:
         found: Replica | None = await self._ask(AskEngine(next(self._numbers), key))
@@ -93,7 +95,7 @@ class RemoteControl:
         reason: str | None = await self._ask(AskEngineEnd(next(self._numbers), replica))
         return reason
 
-    async def _ask(self, question: AskContext | AskEngine | AskEngineEnd) -> Any:
+    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd) -> Any:
         """The answer; None if the control is gone."""
         if self._gone:
             return None
@@ -140,7 +142,7 @@ class RemoteControl:
         | ResponseMade
         | Resolved
         | Refused
-        | ContextFound
+        | ProspectFound
         | EngineFound
         | EngineEnd
         | Notes,
@@ -158,7 +160,8 @@ class RemoteControl:
                 self._notes = by_model
             case DownChanged(neurons):
                 self.down = frozenset(neurons)
-            case CatalogueChanged(models, aliases):
+            case CatalogueChanged(models, aliases, limited_models):
+                self.limiter.limited_models = frozenset(limited_models)
                 self._models = frozenset(models)
                 self._aliases = aliases
             case Resolved(number, route):
@@ -167,7 +170,7 @@ class RemoteControl:
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
-            case ContextFound(number, answer) | EngineFound(number, answer) | EngineEnd(number, answer):
+            case ProspectFound(number, answer) | EngineFound(number, answer) | EngineEnd(number, answer):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():
                     asking.set_result(answer)
@@ -175,6 +178,7 @@ class RemoteControl:
     def lost(self) -> None:
         """The control is gone: fails all waiting requests, and later ones."""
         self._gone = True
+        self.limiter.lost()
         for asking in self._asking.values():
             if not asking.done():
                 asking.set_result(None)

@@ -10,9 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import msgspec
 
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.prices import price_list
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
@@ -29,6 +32,7 @@ from cortex.workers.messages import (
     DownChanged,
     EngineRetired,
     FromWorker,
+    KeysChanged,
     Setup,
     Stop,
     TableChanged,
@@ -60,6 +64,8 @@ class Supervisor:
         counts: CountTotals,
         fleet: Fleet,
         shutdown: Shutdown,
+        keys: KeyRing,
+        usage_directory: Path | None,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
@@ -70,6 +76,8 @@ class Supervisor:
         self._counts = counts
         self._fleet = fleet
         self._shutdown = shutdown
+        self._keys = keys
+        self._usage_directory = usage_directory
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
@@ -83,6 +91,7 @@ class Supervisor:
             self._routes.retired.subscribe(self._engine_retired),
             self._live.changes.subscribe(self._configuration_changed),
             self._fleet.down_changes.subscribe(self._down_changed),
+            self._keys.changes.subscribe(self._keys_changed),
         ]
         keepers = [
             asyncio.create_task(self._keep_running(number), name=f"worker {number}")
@@ -126,14 +135,20 @@ class Supervisor:
 
     def _configuration_changed(self) -> None:
         models, aliases = self._catalogue()
+        limited = list(self._resolver.limiter.limited_models)
+        prices = price_list(self._live)
         config = self._live.config.model_dump_json()
         for worker in self._workers.values():
-            worker.send(CatalogueChanged(models, aliases))
+            worker.send(CatalogueChanged(models, aliases, limited, prices))
             worker.send(ConfigChanged(config))
 
     def _down_changed(self) -> None:
         for worker in self._workers.values():
             worker.send(DownChanged(list(self._fleet.down)))
+
+    def _keys_changed(self) -> None:
+        for worker in self._workers.values():
+            worker.send(KeysChanged(self._keys.table))
 
     def _catalogue(self) -> tuple[list[str], dict[str, Rewrite]]:
         catalogue = self._live.catalogue
@@ -196,4 +211,8 @@ class Supervisor:
             control_host=self._address.host,
             down=list(self._fleet.down),
             responses=self._resolver.response_owners.listed(),
+            limited_models=list(self._resolver.limiter.limited_models),
+            keys=self._keys.table,
+            prices=price_list(self._live),
+            usage_directory=None if self._usage_directory is None else str(self._usage_directory),
         )

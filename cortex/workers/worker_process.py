@@ -11,16 +11,17 @@ from typing import Any
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
+from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
 from cortex.workers.messages import (
-    AskContext,
+    Admit,
     AskEngine,
     AskEngineEnd,
+    AskProspect,
     CancelResolve,
     Collect,
-    ContextFound,
     Counted,
     Counts,
     EngineEnd,
@@ -29,16 +30,19 @@ from cortex.workers.messages import (
     InFlightNow,
     Notes,
     OthersInFlight,
+    ProspectFound,
     Ready,
     Released,
     Resolve,
     Resolved,
     ResponseMade,
     RouteUnused,
+    Settle,
     counts_from_wire,
     counts_to_wire,
     error_to_wire,
 )
+from cortex.workers.worker_grants import WorkerGrants
 from shared.errors import ServiceError
 from shared.request_ids import request_scope
 from shared.tasks import TaskSet, timeout
@@ -74,11 +78,13 @@ class WorkerProcess:
         self._granted: Counter[ReplicaKey] = Counter()
         self._taken: dict[ReplicaKey, list[Replica]] = {}  # requests at replicas with a limit
         self._begun: dict[ReplicaKey, int] = {}
+        self._callers: dict[CallerAt, CallerCount] = {}
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
+        self._grants = WorkerGrants(resolver.limiter, channel.send, self._tasks)
         self._numbers = 0
 
     def collect(self) -> Counters:
@@ -89,6 +95,9 @@ class WorkerProcess:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self._callers
 
     async def refresh(self) -> None:
         """Asks for the latest counts. Without an answer in time the last ones stay."""
@@ -115,14 +124,15 @@ class WorkerProcess:
                         self._resolve(message)
                     case CancelResolve(number):
                         self._cancel_resolve(number)
-                    case AskContext() | AskEngine() | AskEngineEnd():
+                    case Admit() | Settle():
+                        self._grants.receive(message)
+                    case AskProspect() | AskEngine() | AskEngineEnd():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
-                    case Released(replica):
-                        self._release(replica)
-                    case RouteUnused(replica):
-                        self._take_back(replica)
-                    case InFlightNow(counts, begun):
+                    case Released() | RouteUnused():
+                        self._give_back(message)
+                    case InFlightNow(counts, begun, callers):
                         self._reported(counts)
+                        self._callers.update(callers)
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
                     case ResponseMade(response_id, replica):
@@ -148,6 +158,7 @@ class WorkerProcess:
         await self._tasks.close()
         for taken in self._taken.values():
             self._resolver.release(taken[0], len(taken))
+        self._grants.end()
         await self._channel.close()
 
     def _resolve(self, asked: Resolve) -> None:
@@ -193,6 +204,12 @@ class WorkerProcess:
                 self._taken.setdefault(replica.key, []).append(replica)
             self._channel.send(Resolved(number, route))
 
+    def _give_back(self, message: Released | RouteUnused) -> None:
+        if isinstance(message, Released):
+            self._release(message.replica)
+        else:
+            self._take_back(message.replica)
+
     def _release(self, replica: Replica) -> None:
         taken = self._taken[replica.key]
         taken.pop()
@@ -206,11 +223,11 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _answer_question(self, asked: AskContext | AskEngine | AskEngineEnd) -> None:
-        answer: ContextFound | EngineFound | EngineEnd
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd
         match asked:
-            case AskContext(number, model_id):
-                answer = ContextFound(number, await self._resolver.context_bound(model_id))
+            case AskProspect(number, model_id):
+                answer = ProspectFound(number, await self._resolver.prospect(model_id))
             case AskEngine(number, key):
                 answer = EngineFound(number, await self._resolver.engine(key))
             case AskEngineEnd(number, replica):

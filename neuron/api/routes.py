@@ -230,8 +230,8 @@ async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> N
 
 async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth], HostMemoryHealth | None]:
     """The devices, with what the driver measures and this neuron has booked on each now; the same of the host's RAM."""
-    live = await services.source.health()
-    topology = await services.source.discover()  # after health(), which finds lost devices
+    reading = await services.source.read()
+    topology, live = reading.topology, reading.health
     services.device_watch.observe(topology.devices, live)
     capacities = services.ledger.capacities(topology, live)
     return topology.devices, with_capacities(live, capacities), host_memory_health(live, capacities)

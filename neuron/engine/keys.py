@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from neuron.config import KeyMode
-from shared.files import replace_file
+from shared.system.files import replace_file
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from neuron.engine import session
 from neuron.engine.session import Leader
 from neuron.harness.base import ENGINE_ID_VARIABLE
-from shared.process_stat import stat_of
+from shared.system.process_stat import stat_of
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)

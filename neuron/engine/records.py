@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from neuron.spec import EngineSpec
-from shared.files import replace_file
 from shared.protocol import FIRST_INSTANCE
+from shared.system.files import replace_file
 
 VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

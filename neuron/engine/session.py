@@ -22,7 +22,7 @@ import psutil
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
 from neuron.progress.stall import ProcessWork
-from shared.process_stat import ProcessStat, stat_of
+from shared.system.process_stat import ProcessStat, stat_of
 
 log = logging.getLogger(__name__)
 

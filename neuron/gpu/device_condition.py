@@ -23,7 +23,6 @@ FATAL_XIDS = {
     64: "a memory row could not be remapped or retired",
     74: "NVLink error",
     79: "the GPU has fallen off the bus",
-    94: "uncorrectable memory error, contained: its memory is out of use until a reset",
     95: "uncorrectable memory error, not contained",
     110: "security fault",
     119: "the GPU's system processor (GSP) does not answer",
@@ -40,8 +39,10 @@ FATAL_XIDS = {
 REPORTED_XIDS = {
     63: "a memory row is marked for remapping",
     92: "many correctable memory errors",
+    94: "uncorrectable memory error, contained: it ended its program, and the GPU should be reset when convenient",
 }
-"""The GPU works on."""
+"""The GPU works on. After 94 the page with the error is out of use and other programs may start (NVIDIA's "GPU Memory
+Error Management"); if the driver still wants a reset, its recovery action says so."""
 
 _ACTIONS = {
     pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET: "the driver says that the GPU needs a reset",

@@ -7,12 +7,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from neuron.gpu.device_condition import RESET_ADVICE
 from neuron.gpu.topology import TopologySource
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
+
+_Condition: TypeAlias = tuple[str | None, tuple[str, ...]]
+"""The fault and the warnings of a device."""
 
 INTERVAL_SECS = 5.0
 """Between two looks at the GPUs while no one asks for their figures."""
@@ -30,7 +34,8 @@ class DeviceWatch:
     def __init__(self, source: TopologySource, publish: Callable[[str, str], None]) -> None:
         self._source = source
         self._publish = publish
-        self._told: dict[int, tuple[str | None, tuple[str, ...]]] = {}
+        self._told: dict[int, _Condition] = {}
+        self._watched: dict[int, Device] = {}
         self._observed_at = float("-inf")
 
     def observe(self, devices: Sequence[Device], health: Sequence[DeviceHealth]) -> None:
@@ -38,15 +43,17 @@ class DeviceWatch:
         self._observed_at = time.monotonic()
         faults = faults_of(devices, health)
         warnings = {live.index: tuple(live.warnings) for live in health}
-        for device in devices:
-            index = device.index
+        present = {device.index: device for device in devices}
+        # A MIG instance that is gone has no fault any more.
+        for index, device in {**self._watched, **present}.items():
             before = self._told.get(index, (None, ()))
-            now = faults.get(index), warnings.get(index, ())
+            now = (faults.get(index), warnings.get(index, ())) if index in present else (None, ())
             if now != before:
                 self._told[index] = now
-                self._log(device, before, now)
+                self._log(device, before, now, gone=index not in present)
                 condition = {"index": index, "uuid": device.uuid, "fault": now[0], "warnings": list(now[1])}
                 self._publish("device", json.dumps(condition))
+        self._watched = present
 
     async def run(self) -> None:
         """Looks at the GPUs whenever no one has for some time. Never returns."""
@@ -55,14 +62,14 @@ class DeviceWatch:
             if left > 0:
                 await asyncio.sleep(left)
                 continue
-            health = await self._source.health()
-            self.observe((await self._source.discover()).devices, health)
+            reading = await self._source.read()
+            self.observe(reading.topology.devices, reading.health)
 
-    def _log(
-        self, device: Device, before: tuple[str | None, tuple[str, ...]], now: tuple[str | None, tuple[str, ...]]
-    ) -> None:
+    def _log(self, device: Device, before: _Condition, now: _Condition, *, gone: bool) -> None:
         (fault, warnings), index = now, device.index
-        if fault is None and before[0] is not None:
+        if gone:
+            log.info("GPU %d does not exist any more", index)
+        elif fault is None and before[0] is not None:
             log.warning("GPU %d can be used again", index)
         elif fault != before[0] and device.lost is None:  # of a lost one the source has said what to do
             log.error("GPU %d cannot be used: %s; %s", index, fault, RESET_ADVICE)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from neuron.gpu.nvml import NvmlTopologySource
 from neuron.gpu.simulated import SimulatedTopologySource
 from neuron.gpu.sources.amd import AmdTopologySource
 from neuron.gpu.sources.configured import ConfiguredTopologySource
-from neuron.gpu.topology import Topology, TopologySource
+from neuron.gpu.topology import DeviceReading, Topology, TopologySource
 from shared import __version__
-from shared.protocol import DeviceHealth, Discovery, HostResources
+from shared.protocol import Discovery, HostResources
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class DetectedTopologySource:
     async def discover(self) -> Topology:
         return await (await self._source()).discover()
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        return await (await self._source()).health()
+    async def read(self) -> DeviceReading:
+        return await (await self._source()).read()
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return await (await self._source()).process_memory_mb()
@@ -104,6 +104,7 @@ async def discovery_of(
         driver_version=topology.driver_version,
         devices=list(topology.devices),
         harnesses=config.harness_names,
+        harness_paths=_harness_paths(config),
         links=list(topology.links),
         simulated=topology.simulated,
         instance_id=instance_id,
@@ -115,6 +116,11 @@ async def discovery_of(
         network_mbps=network_mbps,
         host=HostResources(ram_total_mb=0 if ram is None else ram.vram_total_mb, cores=len(usable_cores(config))),
     )
+
+
+def _harness_paths(config: NeuronConfig) -> dict[str, list[str]]:
+    known = ((name, config.harness_settings(name).paths) for name in config.harness_names)
+    return {name: list(paths) for name, paths in known if paths is not None}
 
 
 def usable_cores(config: NeuronConfig) -> tuple[int, ...]:

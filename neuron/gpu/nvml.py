@@ -31,7 +31,7 @@ class NvmlTopologySource(DriverSource):
 
     Without an NVIDIA library there are no devices; with an unusable driver there are none, and a reason. An unusable
     GPU is a device with `lost` set, and does not affect the others. A GPU lost later keeps its facts, gets `lost`, and
-    is missing in `health` until it answers again.
+    is missing in the figures until it answers again.
 
     GPUs do not change while the process lives: after a driver is repaired, neuron must be restarted, as the reasons
     say. MIG modes and instances are looked up at each call.
@@ -48,17 +48,13 @@ class NvmlTopologySource(DriverSource):
         self._conditions = ConditionTracker()
         self._initialised = False
 
-    def _discover(self) -> Topology:
+    def _look_up(self) -> Topology:
         if self._topology is None:
             self._topology = self._read_topology()
             self._gpus = {device.index: device for device in self._topology.devices}
         self._follow_mig()
         slices = (device for devices in self._slices.values() for device in devices)
-        devices = tuple(
-            device.model_copy(update={"lost": self._lost.get(device.index)})
-            for device in (*self._gpus.values(), *slices)
-        )
-        return replace(self._topology, devices=devices)
+        return replace(self._topology, devices=(*self._gpus.values(), *slices))
 
     def _follow_mig(self) -> None:
         """Looks for changes of MIG modes and instances, which `nvidia-smi mig` makes at any time."""
@@ -160,7 +156,7 @@ class NvmlTopologySource(DriverSource):
         return self._conditions.added_to(health, index)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
-        devices = {device.index: device for device in self._discover().devices}
+        devices = {device.index: device for device in self._look_up().devices}
         return self._read_devices(lambda index, handle: self._processes_on(devices[index], handle))
 
     def _processes_on(self, device: Device, handle: Handle) -> dict[int, int]:

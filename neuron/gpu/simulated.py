@@ -11,7 +11,7 @@ from pathlib import Path
 
 from neuron.config import SimulatedDevice, SimulateSettings
 from neuron.gpu import simulated_vram as vram
-from neuron.gpu.topology import MIG_MARK, Topology, mig_index
+from neuron.gpu.topology import MIG_MARK, DeviceReading, Topology, mig_index
 from shared.gpus import PRESETS, find_preset
 from shared.protocol import Device, DeviceHealth, Link, LinkKind
 from shared.protocol.topology import AMD, MIG_KIND, NVIDIA
@@ -54,13 +54,14 @@ class SimulatedTopologySource:
     async def discover(self) -> Topology:
         return self._topology
 
-    async def health(self) -> Sequence[DeviceHealth]:
+    async def read(self) -> DeviceReading:
         used = await asyncio.to_thread(vram.used_mb, self._vram_dir)
         conditions = await asyncio.to_thread(vram.conditions, self._vram_dir)
-        return [
+        health = [
             _with_condition(health_of(device, used[device.uuid or ""]), device, conditions)
             for device in self._topology.devices
         ]
+        return DeviceReading(self._topology, health)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         usage = await asyncio.to_thread(vram.usage_by_process, self._vram_dir)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.files import replace_file
-from shared.process_stat import stat_of
+from shared.system.files import replace_file
+from shared.system.process_stat import stat_of
 
 VRAM_DIR_VARIABLE = "NEURON_SIM_VRAM_DIR"
 """Environment variable: the directory of the holders' files, for a simulated engine."""

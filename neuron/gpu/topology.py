@@ -67,6 +67,15 @@ class Topology:
         return paths_between(combinable_numa_nodes(self.devices), self.links)
 
 
+@dataclass(frozen=True)
+class DeviceReading:
+    """One look at the devices: `health` has the live figures of every device that answers, by index; of RAM too, where
+    it is counted. `topology` is that of the same moment."""
+
+    topology: Topology
+    health: Sequence[DeviceHealth]
+
+
 class TopologySource(Protocol):
     """Reads GPU facts. No method blocks the event loop, or raises for a failure of hardware or driver."""
 
@@ -76,9 +85,8 @@ class TopologySource(Protocol):
         """
         ...
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        """Live figures of every device that answers, by index; of RAM too, where it is counted. Each call asks the
-        driver."""
+    async def read(self) -> DeviceReading:
+        """The live figures. Each call asks the driver."""
         ...
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:

@@ -32,7 +32,7 @@ class LaunchFacts:
     """What does not change while neuron runs. `environ` is what engines inherit, already without neuron's own."""
 
     has_gpu: bool
-    cpus: tuple[int, ...]  # the cores this process may use
+    cpus: tuple[int, ...]  # the cores that engines may use
     environ: Mapping[str, str]
     vram_dir: Path  # memory of the simulated GPUs
     ram_total_mb: int | None = None  # of the host; None: not counted
@@ -206,6 +206,8 @@ class Harness(ABC):
     """Its files that define the command line, relative to the directory of packages."""
     version_arguments: tuple[str, ...] = ()
     """With these its executable prints its version and exits."""
+    version_pattern: str | None = None
+    """Finds the version in what it prints, as its last group; without it or a match, the usual forms do."""
 
     def program(self, settings: HarnessSettings) -> tuple[str, ...]:
         """The executable and its first arguments; empty if that depends on the load."""

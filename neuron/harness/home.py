@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from neuron.estimate.locate import hub_cache
-from shared.files import is_writable
+from shared.system.files import is_writable
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from neuron.config import HarnessSettings
 from neuron.harness.base import Harness, InstalledEngine
@@ -23,19 +25,27 @@ WAIT_SECS: Final = 1.0
 """How long a load waits for `--version`; a slower answer is used by later loads."""
 
 _GIVE_UP_SECS: Final = 60.0
+RETRY_SECS: Final = 60.0
+"""After a failure, which may have been the host's: no file descriptors, a file system that hangs."""
+
 _UNKNOWN: Final = InstalledEngine()
 _PRINTED = re.compile(
     r"\bversion:?\s+(?:is\s+)?v?(\d[\w.+-]*)|^(?:\S+\s+)?v?(\d+(?:\.\d+)+[\w.+-]*)\s*$", re.IGNORECASE | re.MULTILINE
 )
 _WORD = re.compile(r"[a-z][a-z0-9_]+")
 
+_Key: TypeAlias = tuple[str, int, str]
+"""An executable, when it was changed, and the command with what is asked of it."""
+
 
 class InstalledEngines:
-    """Asks each installation once, again when its executable has changed."""
+    """Asks each installation once, again when its executable has changed, or at a load RETRY_SECS after a failure."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int, str], InstalledEngine] = {}
-        self._asking: dict[tuple[str, int, str], asyncio.Task[None]] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._known: dict[_Key, InstalledEngine] = {}
+        self._failed_at: dict[_Key, float] = {}
+        self._asking: dict[_Key, asyncio.Task[None]] = {}
+        self._clock = clock
         self._tasks = TaskSet()
 
     async def of(self, harness: Harness, settings: HarnessSettings, environ: Mapping[str, str]) -> InstalledEngine:
@@ -47,9 +57,11 @@ class InstalledEngines:
         executable = await asyncio.to_thread(_executable, program[0], env.get("PATH"))
         if executable is None:
             return _UNKNOWN
-        key = (*executable, " ".join(program))
+        key = (*executable, " ".join((*program, *harness.version_arguments, harness.version_pattern or "")))
         if key in self._known:
             return self._known[key]
+        if self._clock() - self._failed_at.get(key, -inf) < RETRY_SECS:
+            return _UNKNOWN
         if harness.python_package is not None:
             found = await asyncio.to_thread(
                 _installed, Path(executable[0]), harness.python_package, harness.option_files
@@ -62,7 +74,8 @@ class InstalledEngines:
             asking = self._asking.get(key)
             if asking is None:
                 argv = (*program, *harness.version_arguments)
-                asking = self._tasks.spawn(self._ask(key, argv, env), name=f"version of {program[0]}")
+                work = self._ask(key, argv, env, harness.version_pattern)
+                asking = self._tasks.spawn(work, name=f"version of {program[0]}")
                 self._asking[key] = asking
             await asyncio.wait({asking}, timeout=WAIT_SECS)
         return self._known.get(key, _UNKNOWN)
@@ -70,23 +83,34 @@ class InstalledEngines:
     async def close(self) -> None:
         await self._tasks.close()
 
-    async def _ask(self, key: tuple[str, int, str], argv: Sequence[str], env: Mapping[str, str]) -> None:
-        found = _UNKNOWN
+    async def _ask(self, key: _Key, argv: Sequence[str], env: Mapping[str, str], pattern: str | None) -> None:
+        failure: object = None
         try:
-            printed = _PRINTED.search(await _output(argv, env))
+            printed, code = await _output(argv, env)
+            version = _version_in(printed, pattern)
+            if version is not None or code == 0:
+                self._known[key] = InstalledEngine(version)
+                log.info("%s is version %s", key[0], version)
+            else:
+                failure = f"it ended with status {code}"
         except asyncio.TimeoutError:
-            log.info("%s does not tell its version within %.0f s", key[0], _GIVE_UP_SECS)
+            failure = f"no answer within {_GIVE_UP_SECS:.0f} s"
         except OSError as error:
-            log.info("%s does not tell its version: %s", key[0], error)
-        else:
-            found = _UNKNOWN if printed is None else InstalledEngine(printed[1] or printed[2])
-            log.info("%s is version %s", key[0], found.version)
-        self._known[key] = found
+            failure = error
+        if failure is not None:
+            log.info("%s does not tell its version: %s", key[0], failure)
+            self._failed_at[key] = self._clock()
         del self._asking[key]
 
 
-async def _output(argv: Sequence[str], env: Mapping[str, str]) -> str:
-    """What the command prints. Raises OSError and TimeoutError; no process of it is left."""
+def _version_in(printed: str, pattern: str | None) -> str | None:
+    found = None if pattern is None else re.search(pattern, printed)
+    found = found or _PRINTED.search(printed)
+    return None if found is None else found[found.lastindex or 0]
+
+
+async def _output(argv: Sequence[str], env: Mapping[str, str]) -> tuple[str, int | None]:
+    """What the command prints, and its exit status. Raises OSError and TimeoutError; no process of it is left."""
     process = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
@@ -98,7 +122,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> str:
     try:
         async with timeout(_GIVE_UP_SECS):
             output, _ = await process.communicate()
-            return output.decode(errors="replace")
+            return output.decode(errors="replace"), process.returncode
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

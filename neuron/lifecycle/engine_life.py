@@ -202,7 +202,7 @@ class EngineLife:
             silent = engine.harness.waits_for_line and not self._said_serving.is_set()
             why = ": no line of its output matched ready_pattern" if silent else ""
             reason = f"not ready within {engine.startup_timeout_secs:g} s{why}"
-            return failures.LoadTimedOut(failures.with_last_lines(reason, lines)), False
+            return failures.not_ready(reason, lines), False
         if self.ended_by is EngineEvent.STALLED:
             return failures.stalled(self._fault, lines), False
         if self.ended_by is EngineEvent.UNHEALTHY:

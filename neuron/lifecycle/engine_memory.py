@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from neuron.config import NeuronConfig
 from neuron.engine.engine import VRAM_RELEASE_SECS, Engine, measure
 from neuron.gpu.discovery import usable_cores
-from neuron.gpu.topology import Topology, TopologySource
+from neuron.gpu.topology import DeviceReading, Topology, TopologySource
 from neuron.harness.registry import harness_of
 from neuron.memory.cores import shared_cores
 from neuron.memory.host_memory import HostMemory
@@ -20,18 +20,10 @@ from neuron.memory.requirement import MemoryRequirement, guessed_share_mb
 from neuron.progress.history import LoadHistory
 from neuron.progress.load_times import LoadKey
 from neuron.spec import EngineSpec
-from shared.protocol import Device, DeviceHealth
+from shared.protocol import Device
 from shared.tasks import timeout
 
 _MEMORY_POLL_SECS = 0.1
-
-
-@dataclass(frozen=True)
-class MemoryReading:
-    """What the driver reports, read right after this neuron's engines were measured."""
-
-    topology: Topology
-    health: Sequence[DeviceHealth]
 
 
 class StartLocks:
@@ -84,6 +76,11 @@ class EngineMemory:
     def remove(self, engine: Engine) -> None:
         """The engine is gone, or left to the next neuron. Its booking stays until `Ledger.release`."""
         self._engines.pop(engine.engine_id, None)
+        self._history.ended(engine.engine_id)
+
+    async def save_history(self) -> None:
+        """Writes what the engines that are gone have used."""
+        await self._history.save()
 
     async def devices(self) -> dict[int, Device]:
         """This host's devices by index."""
@@ -91,20 +88,19 @@ class EngineMemory:
 
     async def unusable(self, indices: Collection[int]) -> str | None:
         """Why one of these devices cannot be used now, in words; None if all can."""
-        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
-        for device in self.ledger.capacities(topology, health):
+        reading = await self._source.read()
+        for device in self.ledger.capacities(reading.topology, reading.health):
             if device.index in indices and device.unusable is not None:
                 return str(device)
         return None
 
-    async def read(self) -> MemoryReading:
+    async def read(self) -> DeviceReading:
         """Measures every engine, then asks the driver: a booking counts the rest of the used memory as foreign, so
         memory that an engine took since its last measurement must be known first."""
         await self.measure_all()
-        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
-        return MemoryReading(topology, health)
+        return await self._source.read()
 
-    def book(self, number: int, spec: EngineSpec, share_mb: int | None, reading: MemoryReading) -> EnginePlacement:
+    def book(self, number: int, spec: EngineSpec, share_mb: int | None, reading: DeviceReading) -> EnginePlacement:
         """Books devices and memory under `number` until `Ledger.release`. Nothing is awaited, so two loads cannot book
         the same memory.
 
@@ -140,7 +136,7 @@ class EngineMemory:
         return shared_cores(usable_cores(self._config), [each.cores for each in others if not each.devices])
 
     def to_displace(
-        self, candidates: Sequence[int], spec: EngineSpec, share_mb: int | None, reading: MemoryReading
+        self, candidates: Sequence[int], spec: EngineSpec, share_mb: int | None, reading: DeviceReading
     ) -> list[int]:
         """As `Ledger.to_displace`: which of the engines `candidates`, by booking number, must end for `spec`."""
         requirement = self._requirement(spec, share_mb, reading)
@@ -156,10 +152,11 @@ class EngineMemory:
     async def host_memory(self, *, taken_mb: int = 0) -> HostMemory | None:
         """What can be taken of the host's RAM now; None where it is not counted. On a simulated host `taken_mb` is
         taken in addition."""
-        topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+        reading = await self._source.read()
+        topology = reading.topology
         if topology.ram is None:
             return None
-        ram = self.ledger.capacities(topology, health)[-1]
+        ram = self.ledger.capacities(topology, reading.health)[-1]
         taken = taken_mb if topology.simulated else 0
         left = ram.bookable_mb - ram.short_mb - taken
         return HostMemory(left + topology.ram_reserve_mb, topology.ram_reserve_mb)
@@ -178,7 +175,8 @@ class EngineMemory:
             released = self._released
             if free_until is None and not self.ledger.any_stops():
                 return  # without asking the driver, which takes a while on a host with many GPUs
-            topology, health = await asyncio.gather(self._source.discover(), self._source.health())
+            reading = await self._source.read()
+            topology, health = reading.topology, reading.health
             leaving, now = self.ledger.counts_on(number, topology, health), time.monotonic()
             if leaving:
                 waiting(leaving)
@@ -200,12 +198,12 @@ class EngineMemory:
             file_mb = 0 if engine.ram is None else engine.ram.file_mb
             update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
             if engine.ready_at is not None and engine.ram is not None and engine.placement.ram_mb is not None:
-                await self._history.record_ram(LoadKey.of(engine.spec), engine.ram.used_mb)
+                self._history.measured_ram(engine.engine_id, LoadKey.of(engine.spec), engine.ram.used_mb)
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)
 
-    def _requirement(self, spec: EngineSpec, share_mb: int | None, reading: MemoryReading) -> MemoryRequirement:
+    def _requirement(self, spec: EngineSpec, share_mb: int | None, reading: DeviceReading) -> MemoryRequirement:
         """With `share_mb` None by the harness's default. That is a part of a whole device, and no engine may take the
         whole RAM: there it is a guess instead."""
         # Arguments that set the engine's memory override `share_mb`, since the engine obeys them.

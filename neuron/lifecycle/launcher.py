@@ -357,6 +357,7 @@ class Launcher:
                 await process.stop(engine.stop_timeout_secs, signal.Signals[engine.harness.stop_signal])
         finally:
             self._memory.remove(engine)
+        await self._memory.save_history()
         await engine.output.close()
         await asyncio.to_thread(shared_memory.remove, engine.shared_files)
         engine.vram_released = await until_released(self._source, process.pids_seen)
@@ -369,12 +370,13 @@ class Launcher:
         await engine.process.detach()
         await engine.output.close()
         self._memory.remove(engine)
+        await self._memory.save_history()
         log.info("%s: engine process %d is left running", engine.spec.key, engine.process.pid)
 
     def _facts(self, topology: Topology) -> LaunchFacts:
         """Blocks for a moment."""
         hidden = frozenset({self._config.token_env} if self._config.token_env else ())
-        cpus = tuple(sorted(os.sched_getaffinity(0)))
+        cpus = usable_cores(self._config)
         node_mb = None
         with contextlib.suppress(OSError, KeyError, ValueError):
             node_mb = node_ram_mb(cpus[0])

@@ -16,10 +16,11 @@ from neuron.engine import records, session
 from neuron.engine.engine import Engine
 from neuron.engine.records import RunRecord
 from neuron.engine.state_dir import FoundEngine
+from neuron.gpu.topology import DeviceReading
 from neuron.harness.checks import spec_of
 from neuron.harness.registry import is_known
 from neuron.lifecycle.admission import Admission
-from neuron.lifecycle.engine_memory import EngineMemory, MemoryReading
+from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.instance_state import InstanceState, NeuronModelView
 from neuron.lifecycle.instance_supervisor import InstanceSupervisor
 from neuron.lifecycle.launcher import Launcher
@@ -246,7 +247,7 @@ class Registry:
             self._launcher.kill_all_now()
 
     def _book(
-        self, spec: EngineSpec, share_mb: int | None, reading: MemoryReading, *, displace: bool
+        self, spec: EngineSpec, share_mb: int | None, reading: DeviceReading, *, displace: bool
     ) -> EnginePlacement:
         number = next(self._numbers)
         try:

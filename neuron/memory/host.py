@@ -11,7 +11,7 @@ from typing import Protocol
 
 from neuron.config import NeuronConfig, SimulateSettings
 from neuron.gpu import simulated_vram as vram
-from neuron.gpu.topology import Topology, TopologySource
+from neuron.gpu.topology import DeviceReading, Topology, TopologySource
 from neuron.memory.ram import RamFigures, host_ram
 from shared.gpus import ram_reserve_mb
 from shared.protocol import RAM, Device, DeviceHealth
@@ -89,7 +89,9 @@ class HostTopologySource:
         self._total_mb: int | None = None
 
     async def discover(self) -> Topology:
-        topology = await self._devices.discover()
+        return await self._with_ram(await self._devices.discover())
+
+    async def _with_ram(self, topology: Topology) -> Topology:
         unified = [device for device in topology.devices if device.unified]
         if unified and isinstance(self._ram, SimulatedRam):
             self._ram.share_with(unified)
@@ -107,15 +109,15 @@ class HostTopologySource:
         reserve = ram_reserve_mb(total) if self._reserve_mb is None else self._reserve_mb
         return replace(topology, devices=devices, ram=ram, ram_reserve_mb=reserve)
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        live = await self._devices.health()
-        topology, figures = await self.discover(), await self._ram.figures()
+    async def read(self) -> DeviceReading:
+        reading = await self._devices.read()
+        topology, figures = await self._with_ram(reading.topology), await self._ram.figures()
         if figures is None:
-            return live
+            return DeviceReading(topology, reading.health)
         unified = {device.index for device in topology.devices if device.unified}
         memory = {"vram_used_mb": figures.used_mb, "vram_free_mb": figures.available_mb}
-        found = [each.model_copy(update=memory) if each.index in unified else each for each in live]
-        return [*found, DeviceHealth(index=RAM, **memory)]
+        found = [each.model_copy(update=memory) if each.index in unified else each for each in reading.health]
+        return DeviceReading(topology, [*found, DeviceHealth(index=RAM, **memory)])
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         usage = await self._devices.process_memory_mb()

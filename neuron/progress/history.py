@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from neuron.progress.load_times import History, LoadKey, LoadTimes, from_json, to_json
-from shared.files import replace_file
+from shared.system.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ class LoadHistory:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._history = History()
+        self._running: dict[str, tuple[LoadKey, int]] = {}  # by engine id: the most RAM that it has used
+        self._unsaved = False
         self._writing = asyncio.Lock()
 
     async def read(self) -> None:
@@ -34,14 +36,26 @@ class LoadHistory:
         return self._history.expected(key)
 
     def ram_mb(self, key: LoadKey) -> int | None:
-        """The most that an engine of this key used of the host's RAM; None: never measured."""
-        return self._history.ram_mb.get(key)
+        """The most RAM that engines of this key used lately, running ones included; None: never measured."""
+        known = [mb for other, mb in self._running.values() if other == key]
+        if key in self._history.ram_mb:
+            known.append(self._history.ram_mb[key])
+        return max(known, default=None)
 
-    async def record_ram(self, key: LoadKey, mb: int) -> None:
-        """Adds a measurement of an engine's RAM."""
-        history = self._history.with_ram(key, mb)
-        if history is not self._history:
+    def measured_ram(self, engine_id: str, key: LoadKey, mb: int) -> None:
+        """What an engine of this key uses of the host's RAM now."""
+        self._running[engine_id] = key, max(mb, self._running.get(engine_id, (key, 0))[1])
+
+    def ended(self, engine_id: str) -> None:
+        """The engine uses no RAM any more. `save` writes what it used."""
+        if engine_id in self._running:
+            history = self._history.with_ram(*self._running.pop(engine_id))
+            self._unsaved = self._unsaved or history is not self._history
             self._history = history
+
+    async def save(self) -> None:
+        """Returns when what is known is in the file, or a warning in the log."""
+        if self._unsaved:
             await self._save()
 
     async def record(self, key: LoadKey, times: LoadTimes) -> None:
@@ -50,6 +64,7 @@ class LoadHistory:
         await self._save()
 
     async def _save(self) -> None:
+        self._unsaved = False
         if self._path is not None:
             # In its own task: cancelling the caller must not let two threads write at once.
             await asyncio.shield(asyncio.create_task(self._write(self._path), name="write history of loads"))

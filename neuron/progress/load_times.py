@@ -12,6 +12,7 @@ from neuron.spec import EngineSpec
 
 MAX_LOADS = 5  # per key
 MAX_MODELS = 500
+RAM_FADING = 4  # after a smaller engine, a model's RAM falls by 1/RAM_FADING of the difference
 VERSION = 1  # of the file format
 
 
@@ -50,7 +51,7 @@ class History:
 
     loads: Mapping[LoadKey, tuple[LoadTimes, ...]] = field(default_factory=dict)
     ram_mb: Mapping[LoadKey, int] = field(default_factory=dict)
-    """The most that an engine of a key used of the host's RAM; only of keys with a load."""
+    """The most that engines of a key used lately of the host's RAM; only of keys with a load."""
 
     def with_load(self, key: LoadKey, times: LoadTimes) -> History:
         """With one more load; drops the key's oldest load and the key that has not loaded for longest, if too many."""
@@ -60,11 +61,14 @@ class History:
         return History(loads, {other: mb for other, mb in self.ram_mb.items() if other in loads})
 
     def with_ram(self, key: LoadKey, mb: int) -> History:
-        """With a measurement of the RAM that an engine uses. The same without a load of the key, and if more was
-        measured before."""
-        if key not in self.loads or mb <= self.ram_mb.get(key, 0):
+        """With the most RAM that an engine used from its start to its end. If that is less than before, the figure
+        falls by a quarter of the difference: the engine may have had few requests. The same without a load of the key.
+        """
+        before = self.ram_mb.get(key, mb)
+        known = max(mb, before - -(-(before - mb) // RAM_FADING))
+        if key not in self.loads or known == self.ram_mb.get(key):
             return self
-        return History(self.loads, {**self.ram_mb, key: mb})
+        return History(self.loads, {**self.ram_mb, key: known})
 
     def expected(self, key: LoadKey) -> LoadTimes | None:
         """Expected times of the next load; None without an earlier one.

@@ -180,6 +180,12 @@ class ModelView(ModelFacts):
         return ": ".join(filter(None, (self.servable.reason, self.servable.detail))) or "no reason given"
 
     @property
+    def failed_because(self) -> str | None:
+        """Why it failed, without its engine's output; None if it has not failed, or if its neuron gives no reason."""
+        told = self.error or self.reason
+        return told.strip().partition("\n")[0] if told and self.known_status is ModelStatus.FAILED else None
+
+    @property
     def known_status(self) -> ModelStatus | None:
         return ModelStatus.known(self.status)
 

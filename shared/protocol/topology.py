@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from shared.protocol.base import PROTOCOL_V1, Mib, Text, WireModel
+from shared.protocol.base import PROTOCOL_V1, Mib, NameList, Text, WireModel
 from shared.protocol.interconnect import DevicePath, Link, Pair, paths_between
 
 GPU_KIND: Final = "gpu"
@@ -76,7 +76,7 @@ class Discovery(WireModel):
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
     that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
     the system does not know it. `host`: its RAM, which models with `devices = 0` are placed in; None if it does not
-    tell.
+    tell. `harness_paths`: the paths that engines of a harness serve, for each harness that says so.
     """
 
     hostname: Text = ""
@@ -96,6 +96,7 @@ class Discovery(WireModel):
     groups: bool = False
     network_mbps: int | None = None
     host: HostResources | None = None
+    harness_paths: dict[str, NameList] = Field(default_factory=dict)
 
     @cached_property
     def paths(self) -> Mapping[Pair, DevicePath]:

@@ -16,7 +16,7 @@ HISTORY = {"CHANGELOG.md"}
 FOLDERS = r"(?:cortex|neuron|shared|tests|benchmarks|deploy|docs)"
 PATH = re.compile(rf"`({FOLDERS}/[\w./-]*)`")
 DOTTED = re.compile(r"`((?:cortex|neuron|shared)(?:\.\w+)+)(?:\(\))?`")
-FILE_NAMES = {"cortex.toml", "neuron.toml"}
+FILE_NAMES = {"cortex.toml", "neuron.toml", "cortex.db"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

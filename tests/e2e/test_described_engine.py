@@ -67,7 +67,7 @@ async def test_one_fleet_mixes_engines(mark: str, tmp_path: Path) -> None:
             async with session.post("/v1/messages", json=body) as response:
                 assert (response.status, (await response.json())["usage"]["output_tokens"]) == (200, 2)
             async with session.post("/v1/embeddings", json={"model": FAKE, "input": "x"}) as response:
-                assert (response.status, (await response.json())["error"]["type"]) == (404, "not_found_error")
+                assert (response.status, (await response.json())["error"]["code"]) == (404, "not_found")
         assert "translating" not in cortex.log()  # `paths` said so before the first request
         killed = (await neuron.model(FAKE))["pid"]
         os.kill(killed, signal.SIGKILL)

@@ -51,4 +51,4 @@ def gpu_model(gpu_vllm: Path) -> Path:
 
 async def used_mb(source: TopologySource, index: int) -> int:
     """MiB of a device that the driver counts as used, by any process."""
-    return next(device.vram_used_mb for device in await source.health() if device.index == index)
+    return next(device.vram_used_mb for device in (await source.read()).health if device.index == index)

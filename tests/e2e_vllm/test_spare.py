@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from neuron.engine.session import Leader, live_members
-from shared.process_stat import stat_of
+from shared.system.process_stat import stat_of
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.neurons import NeuronProcess, marked_processes, neuron_process, until
 

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from neuron.engine import session
-from shared.process_stat import stat_of
+from shared.system.process_stat import stat_of
 from tests.e2e_vllm.conftest import RealVllm
 from tests.neuron.neurons import Client, NeuronProcess, marked_processes, neuron_process, until
 from tests.neuron.v1_cortex import v1_cortex

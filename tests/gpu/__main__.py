@@ -72,7 +72,7 @@ async def host() -> dict[str, Any]:
         return {
             "python": platform.python_version(),
             "discovery": discovery.model_dump(mode="json"),
-            "health": [each.model_dump(mode="json") for each in await source.health()],
+            "health": [each.model_dump(mode="json") for each in (await source.read()).health],
             "processes": await source.process_memory_mb(),
         }
     finally:

@@ -39,7 +39,7 @@ def handles() -> Iterator[dict[int, Handle]]:
 async def test_every_gpu_tells_its_facts(gpus: TopologySource, record_property: Record) -> None:
     """UUID, compute capability and memory of each; the figures of those that are not lost."""
     topology = await gpus.discover()
-    live = {each.index: each for each in await gpus.health()}
+    live = {each.index: each for each in (await gpus.read()).health}
     for device in topology.devices:
         record_property(f"device {device.index}", device.model_dump(mode="json"))
         if device.lost is None:

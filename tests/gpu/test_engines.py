@@ -142,7 +142,7 @@ async def test_one_engine_on_two_gpus(host: Host, record_property: Record) -> No
     record_property("devices", entry["devices"])
     record_property("because", entry["placement"])
     assert len(entry["devices"]) == 2
-    health = {each.index: each.vram_used_mb for each in await host.source.health()}
+    health = {each.index: each.vram_used_mb for each in (await host.source.read()).health}
     record_property("MiB used", {index: health[index] for index in entry["devices"]})
     assert await host.answers("test/pair")
     await host.unload("test/pair")

@@ -66,7 +66,7 @@ async def answer(source: DetectedTopologySource, command: str) -> Any:
             "links": [link.model_dump(mode="json") for link in topology.links],
         }
     if command == "health":
-        return [device.model_dump() for device in await source.health()]
+        return [device.model_dump() for device in (await source.read()).health]
     if command == "processes":
         return await source.process_memory_mb()
     return await _gap(source)
@@ -74,7 +74,7 @@ async def answer(source: DetectedTopologySource, command: str) -> Any:
 
 async def _gap(source: DetectedTopologySource) -> dict[str, float]:
     longest, started = 0.0, time.monotonic()
-    call = asyncio.create_task(source.health())
+    call = asyncio.create_task(source.read())
     while not call.done():
         before = time.monotonic()
         await asyncio.sleep(0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import replace_file
+from shared.system.files import replace_file
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shared.process_stat import ProcessStat, parse_stat, stat_of
+from shared.system.process_stat import ProcessStat, parse_stat, stat_of
 
 
 @pytest.mark.parametrize("name", ["sh", "a) b (c", "((", "x y", ") S 1"])

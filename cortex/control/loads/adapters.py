@@ -74,7 +74,7 @@ class AdapterLoads:
         if name not in self._loads:
             self._loads[name] = self._tasks.spawn(self._load(key, adapter), name=f"load {adapter} on {key.name}")
             self._loads[name].add_done_callback(lambda _: self._loads.pop(name))
-        with self.claimed(key, adapter):
+        with self._claimed(key, adapter):
             problem = await asyncio.shield(self._loads[name])
         if problem is not None:
             raise problem
@@ -94,18 +94,6 @@ class AdapterLoads:
                 f"{key.node}: {error}", code=ErrorCode.NEURON_UNAVAILABLE, retry_after=LOAD_TIMED_OUT_SECS
             )
         return None
-
-    @contextlib.contextmanager
-    def claimed(self, key: ReplicaKey, adapter: str) -> Iterator[None]:
-        """A request needs the adapter at this engine: no other one displaces it there inside the body."""
-        name = adapter_key(adapter, key)
-        self._claims[name] += 1
-        try:
-            yield
-        finally:
-            self._claims[name] -= 1
-            if not self._claims[name]:
-                del self._claims[name]
 
     def note(self, adapter: str) -> WaitNote:
         """What a client that waits for the adapter may be told, while its base serves."""
@@ -184,6 +172,18 @@ class AdapterLoads:
             await unless_down(self._neurons.fleet, key.node, command)
         finally:
             await self._neurons.refresh(key.node)
+
+    @contextlib.contextmanager
+    def _claimed(self, key: ReplicaKey, adapter: str) -> Iterator[None]:
+        """A request needs the adapter at this engine: no other one displaces it there inside the body."""
+        name = adapter_key(adapter, key)
+        self._claims[name] += 1
+        try:
+            yield
+        finally:
+            self._claims[name] -= 1
+            if not self._claims[name]:
+                del self._claims[name]
 
     def _displaceable(self, key: ReplicaKey, adapter: str) -> list[str]:
         """The adapters of the engine that no request uses, least recently used first."""

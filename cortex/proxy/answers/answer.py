@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from cortex.http import headers as names
 from cortex.http.connection import ClientConnection
 from cortex.http.event_stream import EVENT_STREAM_LINES, ends_event, is_event_stream, sign_of_life
@@ -11,7 +13,13 @@ from cortex.http.request import Request
 from cortex.proxy.answers.error_event import error_event
 from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
+from cortex.upstream.usage_fields import Usage
 from shared.errors import ServiceError, is_anthropic_path
+
+STRAIGHT_END: Final = b"\r\n"
+"""How every whole chunk ends."""
+NEVER_STRAIGHT: Final = b"\n\n"
+"""How none does."""
 
 
 class Answer:
@@ -19,10 +27,11 @@ class Answer:
     and one of `finish` and `lose` at the end.
 
     `events`: the answer is an event stream, into which events of ours can be written, `in_chunks`: as chunks. `tail`
-    must be fed with each byte of the engine's body that goes to the client.
+    must be fed with each byte of the engine's body that goes to the client. `straight_end`: of an answer whose chunks
+    pass as they are, whole ones with this end do not need `write` either.
     """
 
-    __slots__ = ("body", "client", "events", "in_chunks", "request", "tail", "unpacked")
+    __slots__ = ("body", "client", "events", "in_chunks", "request", "straight_end", "tail", "unpacked")
 
     def __init__(self, client: ClientConnection, request: Request) -> None:
         self.client = client
@@ -30,6 +39,7 @@ class Answer:
         self.tail = UsageTail()
         self.events = False
         self.in_chunks = False
+        self.straight_end = STRAIGHT_END
         self.body: Body | None = None
         self.unpacked: ChunkedBody | None = None  # the body, if the client does not get its chunks
 
@@ -62,6 +72,10 @@ class Answer:
             self.client.cut()
         else:
             self.client.transport.write(last)
+
+    def usage(self) -> Usage | None:
+        """What the engine has counted, if it says so."""
+        return self.tail.usage()
 
     @property
     def can_follow(self) -> bool:

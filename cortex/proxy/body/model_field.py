@@ -176,7 +176,7 @@ def _model_of_json(body: bytes) -> JsonModel:
 def _model_of_lenient_json(body: bytes) -> JsonModel:
     """For a body that msgspec refuses: it has NaN or the like, has a non-string `model` before the last one, or is
     invalid."""
-    strict = _made_strict(body)
+    strict = made_strict(body)
     try:
         if bytes(_check_syntax(strict).model) in {b"", b"null"}:
             raise missing_model()
@@ -197,7 +197,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
 
 def asks_for_stream(body: bytes) -> bool:
     """True for a JSON object whose top-level `stream` is true; never raises. The last of several counts."""
-    for read in (bytes, _made_strict):
+    for read in (bytes, made_strict):
         try:
             return bytes(_decode_stream(read(body)).stream) == b"true"
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -209,7 +209,7 @@ def previous_response_id(body: bytes) -> str | None:
     """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
     if b'"previous_response_id"' not in body:
         return None
-    for read in (bytes, _made_strict):
+    for read in (bytes, made_strict):
         try:
             return _decode_text(memoryview(_decode_previous(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -217,7 +217,7 @@ def previous_response_id(body: bytes) -> str | None:
     return None
 
 
-def _made_strict(body: bytes) -> bytes:
+def made_strict(body: bytes) -> bytes:
     """The body with all that json.loads accepts and msgspec refuses replaced, at the same length."""
     for lenient, same in _LENIENCIES:
         body = body.replace(lenient, same)

@@ -3,6 +3,7 @@ only, never the network."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,6 +17,9 @@ MAX_TOKENIZER_BYTES: Final = 64 << 20
 
 _OWN_FORMAT: Final = ("tekken.json", "tokenizer.model.v*")
 """With these vLLM may use Mistral's library instead of tokenizer.json."""
+
+
+log = logging.getLogger(__name__)
 
 
 class LocalTokenizer(msgspec.Struct, frozen=True):
@@ -68,14 +72,21 @@ class _Tokenizer(msgspec.Struct):
 def _read(path: Path, config: Path, changed: tuple[int, int]) -> LocalTokenizer | None:
     if path.stat().st_size > MAX_TOKENIZER_BYTES or any(any(path.parent.glob(name)) for name in _OWN_FORMAT):
         return None
-    settings = msgspec.json.decode(config.read_bytes(), type=dict[str, Any]) if changed[1] else {}
+    tokenizer, settings = path.read_bytes(), config.read_bytes() if changed[1] else b"{}"
+    try:
+        return _parsed(str(path), changed, tokenizer, settings)
+    except (TypeError, ValueError, RecursionError) as error:
+        log.warning("cannot use %s and its tokenizer_config.json to judge prompts: %s", path, error)
+        return None
+
+
+def _parsed(path: str, changed: tuple[int, int], tokenizer: bytes, config: bytes) -> LocalTokenizer | None:
+    settings = msgspec.json.decode(config, type=dict[str, Any])
     if "AutoTokenizer" in (settings.get("auto_map") or ()):  # code of the model's own
         return None
     added = tuple(_named_tokens(settings))
-    longest = _longest_token(path.read_bytes(), added)
-    if longest is None:
-        return None
-    return LocalTokenizer(str(path), changed, longest, added, _special_tokens(settings))
+    longest = _longest_token(tokenizer, added)
+    return None if longest is None else LocalTokenizer(path, changed, longest, added, _special_tokens(settings))
 
 
 def _longest_token(tokenizer: bytes, added: tuple[str, ...]) -> int | None:

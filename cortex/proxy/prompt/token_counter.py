@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 from importlib.util import find_spec
+from time import monotonic
 from typing import Final
 
 import msgspec
@@ -21,6 +23,8 @@ COUNT_SECS: Final = 10.0
 """A count that takes longer, with the wait for others, is given up."""
 ATTEMPTS: Final = 2
 """The process may end just as it is asked: it has been idle."""
+RETRY_SECS: Final = 60.0
+"""How long a tokenizer is left alone after the process could not be started, or ended while it counted."""
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +36,11 @@ class TokenCounter:
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._killed: list[asyncio.subprocess.Process] = []
-        self._unusable: dict[str, tuple[int, int]] = {}  # path to modification times
+        self._unusable: dict[str, tuple[LocalTokenizer, float]] = {}  # by path; until when, by monotonic()
 
     async def counted(self, size: PromptSize, tokenizer: LocalTokenizer, context: int) -> PromptSize:
         """`size` with the tokens of its text; unchanged if they cannot be counted. Cancelled, it stops counting."""
-        if self._unusable.get(tokenizer.path) == tokenizer.changed or not await asyncio.to_thread(is_installed):
+        if self._is_unusable(tokenizer) or not await asyncio.to_thread(is_installed):
             return size
         request = CountRequest(tokenizer, size.text, size.seams, size.special, context)
         try:
@@ -44,25 +48,36 @@ class TokenCounter:
                 found = await self._ask(msgspec.json.encode(request) + b"\n")
         except asyncio.TimeoutError:
             return size
-        if not found.error:
-            return msgspec.structs.replace(size, tokens=found.tokens, at_least=found.at_least)
-        if self._unusable.get(tokenizer.path) != tokenizer.changed:
-            self._unusable[tokenizer.path] = tokenizer.changed
-            log.warning("cannot count tokens with %s, only characters: %s", tokenizer.path, found.error)
-        return size
+        except _ProcessFailed as error:
+            self._note_unusable(tokenizer, str(error), monotonic() + RETRY_SECS)
+            return size
+        if found.error:
+            self._note_unusable(tokenizer, found.error, math.inf)
+            return size
+        return msgspec.structs.replace(size, tokens=found.tokens, at_least=found.at_least)
+
+    def _is_unusable(self, tokenizer: LocalTokenizer) -> bool:
+        known, until = self._unusable.get(tokenizer.path, (None, 0.0))
+        return known == tokenizer and monotonic() < until
+
+    def _note_unusable(self, tokenizer: LocalTokenizer, reason: str, until: float) -> None:
+        if not self._is_unusable(tokenizer):
+            self._unusable[tokenizer.path] = tokenizer, until
+            log.warning("cannot count tokens with %s, only characters: %s", tokenizer.path, reason)
 
     async def _ask(self, request: bytes) -> CountReply:
         failure = ""
         for _ in range(ATTEMPTS):
             try:
                 line = await self._exchange(request)
-            except OSError as error:  # it cannot be started, or has ended
+            # It cannot be started, or has ended; uvloop raises RuntimeError for a pipe that it has closed.
+            except (OSError, RuntimeError) as error:
                 failure = str(error)
                 continue
             if line.endswith(b"\n"):
                 return msgspec.json.decode(line, type=CountReply)
             failure = "the process that counts has ended"
-        return CountReply(error=failure)
+        raise _ProcessFailed(failure)
 
     async def _exchange(self, request: bytes) -> bytes:
         """Its answer, a line; something else if it has ended."""
@@ -107,6 +122,10 @@ class TokenCounter:
         """Ends the process, once nothing is being counted."""
         self._kill()
         await self._reap()
+
+
+class _ProcessFailed(Exception):
+    """The process that counts cannot be started, or has ended."""
 
 
 def is_installed() -> bool:

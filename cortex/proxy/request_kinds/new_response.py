@@ -13,8 +13,8 @@ from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.body.model_field import previous_response_id
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.progress.state import Resolving
 from cortex.proxy.relay import Relay
-from cortex.proxy.request_state import Resolving
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
@@ -61,7 +61,7 @@ class NewResponse(TranslatableRequest):
         if maker is None or maker.model_id != model_id or other_variant:
             super()._route(name, model_id)
             return
-        self._name, self._model_id, self._continues = name, model_id, True
+        self._name, self._account.model_id, self._continues = name, model_id, True
         self._send(msgspec.structs.replace(maker, limit=None), compared=False)
 
     def _is_among(self, name: str, maker: Replica) -> bool:

@@ -11,8 +11,8 @@ from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.progress.state import Resolving
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.request_state import Resolving
 from cortex.routing.replica import FailureKind, Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
 from shared.errors import NotFound, shortened
@@ -70,7 +70,7 @@ class StoredResponse(RequestHandler):
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
-        self._name = self._model_id = replica.model_id
+        self._name = self._account.model_id = replica.model_id
         self._send(msgspec.structs.replace(replica, limit=None), compared=False)
 
     def _unstored(self) -> NotFound:

@@ -12,14 +12,14 @@ from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.held_answer import HeldAnswer
 from cortex.proxy.answers.keep_alive import KeepAliveStream
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.progress.state import Sent
 from cortex.proxy.relay import Relay
 from cortex.proxy.request_handler import RequestHandler
-from cortex.proxy.request_state import Sent
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.interface import CHAT_PATH, Translation
 from cortex.proxy.translation.probing_relay import ProbingRelay
 from cortex.proxy.translation.translated_answer import TranslatedAnswer
-from cortex.routing.replica import FailureKind, Refusal, Replica, untried
+from cortex.routing.replica import FailureKind, Refusal, Replica, ServedPaths
 from cortex.upstream.address import Address
 from shared.errors import InvalidRequest, ServiceError
 from shared.request_ids import request_scope
@@ -31,26 +31,28 @@ class TranslatableRequest(RequestHandler):
     """Implements `ProbeListener` as well. Each engine gets the client's own request unless it is known to lack the
     path; one that turns out to lack it gets the translation at once, before the client hears anything."""
 
-    __slots__ = ("_diverted", "_held", "_translation")
+    __slots__ = ("_held", "_translation")
 
     def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, caller: Caller) -> None:
         super().__init__(context, client, request, caller)
         self._translation: Translation | None = None  # of the current attempt
         self._held: HeldAnswer | None = None  # of the first engine that lacked the path
-        self._diverted = False
 
     def lacks_path(self, held: HeldAnswer) -> None:
         state, self._state = self._state, None
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.uncount(replica)
+        self._context.uncount(replica, self._account.caller.key_id)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
-        with request_scope(self._request_id):
+        with request_scope(self._account.request_id):
             log.info("%s on %s has no %s: translating", replica.model_id, replica.node, path.decode("latin-1"))
-        self._attempts -= 1  # it was the same engine
+        self._account.attempts -= 1  # it was the same engine
         self._send(replica, compared=state.compared)
+
+    def _is_able(self, served: ServedPaths) -> bool:
+        return super()._is_able(served) or served.has(CHAT_PATH)
 
     def refused(self, status: int, refusal: Refusal) -> bool:
         translation = self._translation
@@ -68,32 +70,17 @@ class TranslatableRequest(RequestHandler):
         request = self._request
         request.restore()
         self._translation = None
-        if self._cold and self._held is None:
+        if self._account.cold and self._held is None:
             self._context.missing_paths.forget(replica, request.path)  # it has just been loaded
         if self._context.missing_paths.lacks(replica, request.path, monotonic()):
             try:
                 self._translation = _translated(request, replica)
             except ServiceError as error:
-                # The control counts it already, and must learn that it has ended.
-                self._context.count(replica)
-                self._context.finished(replica)
-                self._refuse_translation(replica, error)
+                path, now = request.path, monotonic()
+                self._divert(replica, error, lambda each: not self._context.missing_paths.lacks(each, path, now))
                 return
             request.translate(self._translation.path, self._translation.body)
         super()._send(replica, compared=compared)
-
-    def _refuse_translation(self, replica: Replica, error: ServiceError) -> None:
-        """The replica can only answer a translated request, and this one cannot be translated: another may do."""
-        context, path, now = self._context, self._request.path, monotonic()
-        replicas = context.control.table.get(self._name, ())
-        able = tuple(each for each in replicas if not context.missing_paths.lacks(each, path, now))
-        others = untried(able, self._failures, replica)
-        if others and not self._diverted:  # once: with limits, the control may name this replica again and again
-            self._diverted = True
-            self._send_to_one_of(others)
-        else:
-            self._label, self._node = self._model_id, replica.node
-            self._refuse(error)
 
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         if self._translation is not None:

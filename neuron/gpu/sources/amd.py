@@ -7,7 +7,6 @@ import importlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -35,13 +34,10 @@ class AmdTopologySource(DriverSource):
         self._smi: Any = None
         self._topology: Topology | None = None
 
-    def _discover(self) -> Topology:
+    def _look_up(self) -> Topology:
         if self._topology is None:
             self._topology = self._read_topology()
-        devices = tuple(
-            device.model_copy(update={"lost": self._lost.get(device.index)}) for device in self._topology.devices
-        )
-        return replace(self._topology, devices=devices)
+        return self._topology
 
     def _read_topology(self) -> Topology:
         smi = _library()
@@ -141,7 +137,7 @@ class AmdTopologySource(DriverSource):
         return next((each for each in watts if each), None)
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
-        self._discover()
+        self._look_up()
         return self._read_devices(lambda _, handle: self._processes(handle))
 
     def _processes(self, handle: Handle) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from neuron.config import AcceleratorEntry
-from neuron.gpu.topology import Topology
+from neuron.gpu.topology import DeviceReading, Topology
 from shared.protocol import Device, DeviceHealth
 from shared.protocol.topology import UNKNOWN_VENDOR
 
@@ -26,11 +26,11 @@ class ConfiguredTopologySource:
     async def discover(self) -> Topology:
         return self._topology
 
-    async def health(self) -> Sequence[DeviceHealth]:
+    async def read(self) -> DeviceReading:
         """As if nothing were in use: what is booked is all that is known."""
-        return [
-            DeviceHealth(index=device.index, vram_free_mb=device.vram_total_mb) for device in self._topology.devices
-        ]
+        devices = self._topology.devices
+        free = [DeviceHealth(index=device.index, vram_free_mb=device.vram_total_mb) for device in devices]
+        return DeviceReading(self._topology, free)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return {}

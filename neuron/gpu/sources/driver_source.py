@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 from neuron.gpu.sources.driver_thread import DriverThread
-from neuron.gpu.topology import Topology
+from neuron.gpu.topology import DeviceReading, Topology
 from shared.protocol import DeviceHealth
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class DriverSource(ABC):
     async def discover(self) -> Topology:
         return await self._thread.call(self._discover)
 
-    async def health(self) -> Sequence[DeviceHealth]:
-        return await self._thread.call(self._read_health)
+    async def read(self) -> DeviceReading:
+        return await self._thread.call(self._read)
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         return await self._thread.call(self._read_process_memory)
@@ -45,8 +46,8 @@ class DriverSource(ABC):
         await self._thread.close(self._shut_down)
 
     @abstractmethod
-    def _discover(self) -> Topology:
-        """The topology, with `lost` of each device as of the last reading."""
+    def _look_up(self) -> Topology:
+        """The present devices and their links; `lost` of a device may be out of date."""
 
     @abstractmethod
     def _health_of(self, index: int, handle: Handle) -> DeviceHealth:
@@ -63,9 +64,17 @@ class DriverSource(ABC):
     @abstractmethod
     def _shut_down(self) -> None: ...
 
-    def _read_health(self) -> list[DeviceHealth]:
-        self._discover()
-        return self._read_figures()
+    def _discover(self) -> Topology:
+        return self._with_lost(self._look_up())
+
+    def _read(self) -> DeviceReading:
+        found = self._look_up()
+        figures = self._read_figures()
+        return DeviceReading(self._with_lost(found), figures)  # after the figures, which show what is lost
+
+    def _with_lost(self, topology: Topology) -> Topology:
+        devices = (device.model_copy(update={"lost": self._lost.get(device.index)}) for device in topology.devices)
+        return replace(topology, devices=tuple(devices))
 
     def _read_figures(self) -> list[DeviceHealth]:
         figures = self._read_devices(self._health_of)

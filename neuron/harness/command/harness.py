@@ -43,6 +43,7 @@ class CommandHarness(Harness):
         self.paths = None if settings.paths is None else tuple(settings.paths)
         self.python_package = settings.python_package
         self.version_arguments = tuple(settings.version_arguments)
+        self.version_pattern = settings.version_pattern
         missing = settings.missing_paths
         if settings.paths is not None:
             missing = [*missing, *(path for path in _TRANSLATABLE if path not in settings.paths)]
@@ -82,6 +83,9 @@ class CommandHarness(Harness):
             return "parallel", "its command line has no placeholder for expert parallelism"
         if spec.context is not None and "context" not in self._used:
             return "max_model_len", "its command line has no {context}"
+        twice = None if spec.max_model_len is None else matching_flag(spec.args, self._settings.context_arguments)
+        if twice is not None:
+            return "max_model_len", f"{twice[1]} is in its args too, remove one of them"
         if spec.served_names and "names" not in self._used:
             return "served_names", "its command line has no {names}"
         return None

@@ -119,6 +119,22 @@ async def test_a_place_that_a_served_request_does_not_need_goes_to_the_next() ->
         assert second.notified
 
 
+async def test_a_request_outside_the_line() -> None:
+    """It counts as waiting, but lets others pass: the place that it was woken for goes to the next, and so do later
+    ones."""
+    queue = _queue()
+    with queue.ticket("m") as first, queue.ticket("m") as second:
+        queue.notify_first("m")
+        assert (first.notified, second.notified) == (True, False)
+        queue.set_in_line(first, False)
+        await second.wait(within_secs=1)
+        await first.wait(within_secs=1)
+        queue.notify_first("m")
+        assert (first.notified, second.notified) == (False, True)
+        queue.set_in_line(second, False)
+        assert (queue.has_line("m"), queue.count("m")) == (False, 2)
+
+
 def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
     """The wait is counted while requests wait; an empty queue resets it."""
     clock = Clock()

@@ -79,6 +79,12 @@ def test_bound(model: dict[str, Any], name: str, expected: ContextBound | int | 
     assert (found.tokens if found is not None and isinstance(expected, int) else found) == expected
 
 
+def test_bound_of_an_adapter() -> None:
+    """That of its base; its tokenizer may be its own."""
+    models = [{"id": "m", "max_model_len": 100}, {"id": "a", "base": "m", "lora": "/srv/a"}]
+    assert context_bound("a", Catalogue.model_validate({"models": models}), lambda _: None) == ContextBound(100, "")
+
+
 async def test_what_an_engine_served_counts_for_the_next_load(start_cortex: StartCortex) -> None:
     """As long as the catalogue entry and the neuron process are the same: another may have other settings."""
     model, one = instances_neuron.MODEL, InstancesNeuron("one", devices=1)

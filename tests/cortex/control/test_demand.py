@@ -10,7 +10,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.control.demand import LOAD_AHEAD_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
 from cortex.metrics.counters import Counters
-from cortex.metrics.in_flight import InFlight
+from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import MAX_ARRIVALS, PlanningView, ReplicaUsage
 from cortex.routing.replica import ReplicaKey
@@ -18,6 +18,7 @@ from shared.protocol import ModelActivity, ModelView, NeuronHealth
 from tests.cortex.fleets import On, fleet, host, replica_key
 
 KEY = replica_key("m", "a")
+BOTH = Catalogue.model_validate({"models": [{"id": "m"}, {"id": "other"}]})
 FLEET = fleet(host("a", 24000, models={"m": On(9000)}))
 
 
@@ -35,6 +36,9 @@ class Worker:
 
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.in_flight.begun
+
+    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
+        return self.in_flight.callers
 
     async def refresh(self) -> None: ...
 
@@ -246,11 +250,20 @@ def test_a_displaced_model_is_one_until_it_is_loaded_or_removed(demand: Demand, 
     demand.record_displaced(["m", "other"])
     demand.routes_changed(["m"], there)  # it drains
     demand.routes_changed(["m"], fleet(host("a", 24000)))
-    assert demand.displaced_if_due() == {"m", "other"}
-    assert not demand.displaced_if_due()  # not again at once
+    assert demand.displaced_if_due(BOTH) == {"m", "other"}
+    assert not demand.displaced_if_due(BOTH)  # not again at once
     demand.routes_changed(["m"], there)
     clock.now += LOAD_AHEAD_SECS
-    assert demand.displaced_if_due() == {"other"}
+    assert demand.displaced_if_due(BOTH) == {"other"}
     demand.record_removed("other")
     clock.now += LOAD_AHEAD_SECS
-    assert not demand.displaced_if_due()
+    assert not demand.displaced_if_due(BOTH)
+
+
+def test_a_displaced_model_that_left_the_catalogue_is_forgotten(demand: Demand, clock: Moment) -> None:
+    """Also when it comes back: it may be another one."""
+    one = Catalogue.model_validate({"models": [{"id": "m"}]})
+    demand.record_displaced(["m", "other"])
+    assert demand.displaced_if_due(one) == {"m"}
+    clock.now += LOAD_AHEAD_SECS
+    assert demand.displaced_if_due(BOTH) == {"m"}

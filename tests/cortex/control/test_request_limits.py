@@ -178,6 +178,34 @@ async def test_seats_for_requests_without_an_account(start_cortex: StartCortex) 
     assert neuron.most == 2
 
 
+class FullOfAdapters(LimitedNeuron):
+    """Its engine has another LoRA adapter, which stays."""
+
+    def __init__(self, name: str, **admission: Any) -> None:
+        super().__init__(name, **admission)
+        self.entries[MODEL] = {"max_loras": 1, "adapters": ["other"]}
+
+    def _routes(self) -> list[web.RouteDef]:
+        return [*super()._routes(), web.post("/adapters/load", self._refuse_adapter)]
+
+    async def _refuse_adapter(self, _: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "full", "code": "adapters_full"}}, status=409)
+
+
+async def test_requests_do_not_wait_for_those_that_need_an_adapter(start_cortex: StartCortex) -> None:
+    """A request for an adapter that the engine has no room for keeps no seat from requests for the model."""
+    async with FullOfAdapters("n", max_in_flight=1).running() as neuron:
+        assert isinstance(neuron, LimitedNeuron)
+        cortex = await start_cortex([neuron], [{"id": MODEL}, {"id": "a", "base": MODEL, "lora": "/srv/a"}])
+        async with many(cortex.url, 1, BODY.replace(MODEL.encode(), b"a")) as waiting:
+            await until(lambda: cortex.parts.queue.count(MODEL) == 1)
+            async with many(cortex.url, 3) as tasks:
+                await until(lambda: neuron.now == 1)
+                neuron.gate.set()
+                assert await bounded(asyncio.gather(*tasks)) == [200] * 3
+            assert not waiting[0].done()
+
+
 async def test_a_limit_that_rises_lets_more_in(start_cortex: StartCortex, neuron: LimitedNeuron) -> None:
     cortex = await start_cortex([neuron], [{"id": MODEL}])
     async with many(cortex.url, 10):

@@ -179,7 +179,7 @@ async def test_an_accepted_load_counts_before_its_first_event(start_cortex: Star
             await watch.poll()
         asking = asyncio.create_task(_status(cortex.chat("org/low")))
         await bounded(taken.wait())
-        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().loading_on("org/low") is not None), secs=2)
+        await bounded(cortex.until(lambda: cortex.parts.fleet.snapshot().loading_on("org/low") is not None))
         for _ in range(2):
             await watch.refresh()
         assert [job.node for job in cortex.parts.loader.jobs()] == ["first"]

@@ -54,6 +54,20 @@ async def test_models_held_back_survive_a_restart(tmp_path: Path) -> None:
     assert list(again.holds) == [("b", ANY_NODE)]
 
 
+async def test_a_restart_forgives_no_key(tmp_path: Path) -> None:
+    """Device time fades while cortex is down, as it does while it runs."""
+    state = StateFile(tmp_path)
+    state.set_device_time({"key": 100.0})
+    await state.close()
+    assert StateFile(tmp_path).device_time(1e9) == pytest.approx({"key": 100.0})
+    assert StateFile(tmp_path).device_time(0) == {"key": 0.0}
+    path = tmp_path / "state.json"
+    stored = json.loads(path.read_text())
+    stored["device_time"]["as_of"] -= 3600
+    path.write_text(json.dumps(stored))
+    assert StateFile(tmp_path).device_time(1800) == pytest.approx({"key": 25.0}, rel=0.01)
+
+
 async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
     """The newest of them. Their URLs and keys may have changed, and keys do not belong into the file."""
     state = StateFile(tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cortex.accounts.caller import Caller
 from cortex.config.profile import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import FleetSnapshot
@@ -328,3 +329,53 @@ def test_what_a_cold_start_costs() -> None:
     assert asked(100).cold_start_wait(NOW, 40) == 40
     assert asked(110, 100).cold_start_wait(NOW, 40) == (40 + 30 + 40 + 2 * 40) / 4
     assert asked(3, 2, 1).cold_start_wait(NOW, 40) == 40 * 4 / 2
+
+
+GREEDY, MODEST = Caller("g", "greedy"), Caller("m", "modest")
+
+
+def _swap(newcomer: Caller | None, user: Caller | None, accounts: dict[str, float], *, queued: int = 1) -> float:
+    """In how many seconds a newly loaded, busy model of `user` is evicted for one that `newcomer` has waited for for
+    2 s. Both load in 40 s."""
+    use = replace(used(3, idle=0, age=5), callers=frozenset() if user is None else frozenset({user}))
+    waits = WaitingRequests(queued, NOW - 2, frozenset() if newcomer is None else frozenset({newcomer}))
+    moment = view(
+        BOX,
+        M,
+        usages={("a", "box"): use},
+        arrivals={"a": asked(*range(36, -1, -4))},
+        load_secs={"a": {"box": 40.0}, "m": {"box": 40.0}},
+        rules=Rules(),
+    )
+    return plan_for(replace(moment, waiting={"m": waits}, accounts=accounts)).ready_at - NOW
+
+
+def test_a_caller_that_used_less_waits_only_for_requests_under_way() -> None:
+    """Not even for the minimum residency: the key that makes others wait pays with its turn."""
+    assert _swap(MODEST, GREEDY, {"g": 500.0}) == 0
+
+
+def test_a_caller_that_used_more_waits_for_all_of_its_patience() -> None:
+    """However many requests it sends."""
+    for queued in (1, 500):
+        assert _swap(GREEDY, MODEST, {"g": 500.0}, queued=queued) == 298
+
+
+def test_the_requests_of_one_caller_count_as_one_against_another() -> None:
+    """Among callers that have used about the same."""
+    assert _swap(GREEDY, MODEST, {}, queued=500) == _swap(GREEDY, MODEST, {}, queued=1)
+
+
+def test_without_another_caller_nothing_changes() -> None:
+    """With one key or none: the same time as when no key is known."""
+    for queued in (1, 500):
+        expected = _swap(None, None, {}, queued=queued)
+        assert _swap(GREEDY, GREEDY, {"g": 500.0}, queued=queued) == expected
+        assert _swap(GREEDY, None, {"g": 500.0}, queued=queued) == expected
+        assert _swap(None, GREEDY, {"g": 500.0}, queued=queued) == expected
+
+
+def test_a_model_whose_requests_wait_for_a_place_can_be_evicted() -> None:
+    """It serves as many as its neuron allows. Those that wait do not protect it, or it would never leave."""
+    moment = view(BOX, M, waiting={"m": 1000, "a": 60}, usages={("a", "box"): used(3, idle=0)})
+    assert plan_for(moment).ready_at <= NOW

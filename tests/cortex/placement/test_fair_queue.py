@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import ModelProfile
 from cortex.config.settings import Rules
 from cortex.fleet.snapshot import NodeSnapshot, Reservation
-from cortex.placement.fair_queue import LoadSchedule, schedule_loads
+from cortex.placement.fair_queue import LoadSchedule, in_fair_order, schedule_loads
 from cortex.placement.inputs import Backoff, PlanningView, ReplicaUsage, WaitingRequests
 from cortex.placement.load_plan import Fit, LoadPlan
 from tests.cortex.fleets import On, fleet, host, replica_key
@@ -338,3 +339,56 @@ def test_each_load_counts_for_the_next_decision() -> None:
     )
     assert [(plan.model_id, plan.fit) for plan in schedule.loads] == [("half", Fit.NOW), ("rest", Fit.NOW)]
     assert "waiting for half" in schedule.wait_reasons["a"]
+
+
+WAITS = (("a", 5.0, 1), ("b", 4.0, 9), ("c", 8.0, 1))
+"""Models, since when requests wait for them, and how many."""
+
+
+def _moment(*models: ModelProfile) -> PlanningView:
+    return view(fleet(host("box", 24000)), *models)
+
+
+def _claimed(since: float, *callers: Caller, count: int = 1) -> WaitingRequests:
+    return WaitingRequests(count, since, frozenset(callers))
+
+
+def test_the_model_of_the_caller_that_used_least_goes_first() -> None:
+    """Before one that has waited longer, with many more requests, for a caller that used more."""
+    greedy, modest = Caller("g", "greedy"), Caller("m", "modest")
+    waiting = {"a": _claimed(NOW - 50, greedy, count=500), "b": _claimed(NOW - 1, modest)}
+    moment = replace(_moment(A, B, C), waiting=waiting, accounts={"g": 60.0, "m": 5.0})
+    assert in_fair_order(moment, waiting) == ["b", "a"]
+    assert in_fair_order(replace(moment, accounts={}), waiting) == ["a", "b"]
+    waiting["c"] = _claimed(NOW - 10, ANONYMOUS, greedy)
+    assert in_fair_order(replace(moment, waiting=waiting), waiting) == ["b", "a", "c"]
+
+
+def test_a_starving_model_goes_first_whatever_its_caller_has_used() -> None:
+    greedy, modest = Caller("g", "greedy"), Caller("m", "modest", priority=5)
+    starved = NOW - RULES.starvation_secs
+    waiting = {"a": _claimed(starved, greedy), "b": _claimed(NOW - 1, modest)}
+    moment = replace(_moment(A, B), waiting=waiting, accounts={"g": 1e6})
+    assert in_fair_order(moment, waiting) == ["a", "b"]
+
+
+def test_priorities_of_keys_come_before_those_of_models_and_anonymous_callers_last() -> None:
+    low = profile(id="low", vram_mb=20000, residency_priority=1)
+    urgent, usual = Caller("u", "urgent", priority=1), Caller("k", "usual")
+    waiting = {
+        "a": _claimed(NOW - 50, ANONYMOUS),
+        "b": _claimed(NOW - 1, usual),
+        "low": _claimed(NOW, urgent),
+    }
+    moment = replace(_moment(A, B, low), waiting=waiting)
+    assert in_fair_order(moment, waiting) == ["low", "b", "a"]
+
+
+@pytest.mark.parametrize("callers", [(), (ANONYMOUS,), (Caller("k", "k"),)])
+def test_with_one_key_or_none_the_order_is_that_of_the_waits(callers: tuple[Caller, ...]) -> None:
+    """As if there were no keys, whatever the key has used."""
+    waiting = {name: _claimed(NOW - secs, *callers, count=count) for name, secs, count in WAITS}
+    plain = {name: WaitingRequests(count, NOW - secs) for name, secs, count in WAITS}
+    expected = in_fair_order(replace(_moment(A, B, C), waiting=plain), plain)
+    moment = replace(_moment(A, B, C), waiting=waiting, accounts={"k": 100.0})
+    assert in_fair_order(moment, waiting) == expected == ["b", "c", "a"]

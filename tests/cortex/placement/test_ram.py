@@ -108,6 +108,22 @@ def test_a_host_without_gpus_holds_no_model_for_gpus() -> None:
     assert infeasible_reason(profile(), cpu_host()) == "needs a GPU, has none: only models with devices = 0 run here"
 
 
+def test_more_than_the_whole_ram_is_infeasible() -> None:
+    """On every host that tells how much it has, and with the reason; a variant that fits is used instead."""
+    large = cpu_model(mb=TOTAL + 1)
+    reason = f"needs {TOTAL + 1} MiB of RAM, more than the {TOTAL} MiB in total"
+    for where in (cpu_host(), cpu_host("both", 24_000)):
+        assert infeasible_reason(large, where) == reason
+        assert FeasibilityCache().nodes(large, fleet(where)) == ()
+        assert reason in told(view(fleet(where), large))
+    feasibility = FeasibilityCache()  # one answer does not become another's
+    box = fleet(cpu_host())
+    assert [len(feasibility.nodes(each, box)) for each in (cpu_model(mb=TOTAL), large, cpu_model(mb=None))] == [1, 0, 1]
+    assert is_feasible(large, node("v1"))
+    both = cpu_model(mb=TOTAL + 1, variants=[{"quant": "large"}, {"quant": "small", "vram_mb": 10_000}])
+    assert plan_for(view(fleet(cpu_host()), both)).variant == "small"
+
+
 def test_the_load_command_lists_no_devices() -> None:
     """A neuron that tells nothing of RAM is not told of a list that it may read otherwise."""
     for where, devices in ((cpu_host("both", 24_000), []), (node("v1"), None)):

@@ -157,6 +157,8 @@ def test_longest_token_of_a_local_tokenizer(tokenizer: object, config: object, l
         {"tokenizer.json": {"model": 1}},
         {"tokenizer.json": []},
         {"tokenizer.json": PLAIN, "tokenizer_config.json": []},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": 1}},
+        {"tokenizer.json": PLAIN, "tokenizer_config.json": {"extra_special_tokens": 1}},
         # The engine may use another one.
         {"tokenizer.json": PLAIN, "tekken.json": {}},
         {"tokenizer.json": PLAIN, "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}},
@@ -164,6 +166,17 @@ def test_longest_token_of_a_local_tokenizer(tokenizer: object, config: object, l
 )
 def test_tokenizer_that_is_not_used(files: dict[str, object], tmp_path: Path) -> None:
     assert local_tokenizer(str(put_in_hub_cache(tmp_path, "m", files)), {}) is None
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_file_is_told_once(broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files: dict[str, object] = {"tokenizer.json": PLAIN, "tokenizer_config.json": {}}
+    directory = put_in_hub_cache(tmp_path, "m", files)
+    (directory / broken).write_text("{ no JSON", encoding="utf-8")
+    for _ in range(2):
+        assert local_tokenizer(str(directory), {}) is None
+    (told,) = caplog.records
+    assert str(directory) in told.getMessage()
 
 
 @pytest.mark.parametrize("source", ["", "/nowhere", "org/m", "\0", "../../etc"])

@@ -226,8 +226,9 @@ async def test_engine_lost_in_a_stream_of_known_length_is_a_cut(cortex: RunningC
         return response
 
     benjy.engine.answer = answer
+    asked = {"include_usage": True}  # otherwise cortex frames the stream itself
     with pytest.raises(aiohttp.ClientPayloadError):
-        async with cortex.chat("org/small", stream=True) as response:
+        async with cortex.chat("org/small", stream=True, stream_options=asked) as response:
             await response.read()
 
 

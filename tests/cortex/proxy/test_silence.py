@@ -110,14 +110,16 @@ async def test_silent_stream_gets_signs_of_life(
     ids=["in-a-chunk", "in-an-event", "in-the-blank-line", "in-the-blank-line-2"],
 )
 async def test_nothing_is_written_into_an_event(cortex: RunningCortex, engine: RawEngine, cut: bytes) -> None:
-    """The last byte did not end an event: the client waits in silence, and gets what the engine sends."""
+    """The last byte did not end an event: the client waits in silence, and gets what the engine sends. (If cortex looks
+    for the usage event, the client has no part of an event.)"""
     whole = b'data: {"a": 1}\n\n'
     done = {
         framed(EVENTS[:16]) + b"f\r\n" + EVENTS[16:20]: EVENTS[20:31] + b"\r\n" + chunked(EVENTS[31:], 9),
         framed(EVENTS[:20]): chunked(EVENTS[20:], 9),
     }
     engine.script = paced(stream_head() + cut, done.get(cut, chunked(EVENTS[len(whole) - 1 :], 9)))
-    body, _ = await stream_of(cortex, asking())
+    asked = json.dumps({"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    body, _ = await stream_of(cortex, request(asked, target="/v1/chat/completions"))
     assert body == EVENTS
 
 

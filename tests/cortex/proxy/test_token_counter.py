@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from cortex.proxy.prompt import counting_process
+from cortex.proxy.prompt import counting_process, token_counter
 from cortex.proxy.prompt.counting_process import CountRequest, count_tokens
 from cortex.proxy.prompt.local_tokenizer import LocalTokenizer, local_tokenizer
 from cortex.proxy.prompt.prompt_size import PromptSize
 from cortex.proxy.prompt.token_counter import TokenCounter
 from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
 SAMPLE = ["the quick brown fox jumps over the lazy dog", "then they thought of other things", "12 34 naïve"] * 9
@@ -69,10 +73,10 @@ def found_in(directory: Path) -> LocalTokenizer:
     return found
 
 
-def counting_processes() -> list[psutil.Process]:
-    """Those of this process that are alive."""
+def counting_processes(pid: int | None = None) -> list[psutil.Process]:
+    """Those that a cortex, or the test's own process, has started and that are alive."""
     found = []
-    for child in psutil.Process().children():
+    for child in psutil.Process(pid).children():
         try:
             if counting_process.__name__ in child.cmdline():
                 found.append(child)
@@ -214,6 +218,36 @@ async def test_process_that_has_ended_is_replaced(counter: TokenCounter, tokeniz
         assert (await counter.counted(size, tokenizer, CONTEXT)).tokens == 1
         (process,) = counting_processes()
         os.kill(process.pid, signal.SIGKILL)
+
+
+async def test_process_that_has_ended_is_replaced_on_uvloop(tmp_path: Path, benjy: V1Neuron, directory: Path) -> None:
+    """Its loop has other errors than asyncio's for a pipe to a process that has ended."""
+    model = {"id": MODEL, "source": str(directory), "max_model_len": CONTEXT}
+    async with cortex_process(tmp_path, [benjy], [model]) as cortex, aiohttp.ClientSession() as http:
+        for _ in range(3):
+            body = {"model": MODEL, "prompt": prompt_of(CONTEXT + 1)}
+            async with http.post(f"{cortex.url}/v1/completions", json=body) as answer:
+                assert answer.status == 400
+            (process,) = counting_processes(cortex.process.pid)
+            process.kill()
+            while psutil.pid_exists(process.pid):  # noqa: ASYNC110 - until cortex has noticed
+                await asyncio.sleep(0.01)
+
+
+async def test_process_that_ends_while_it_counts_is_started_again_later(
+    counter: TokenCounter, tokenizer: LocalTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Told once until then."""
+    size = PromptSize(text="the")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        for _ in range(2):
+            assert await counter.counted(size, tokenizer, CONTEXT) == size
+    assert [record.name for record in caplog.records].count(token_counter.__name__) == 1  # asyncio may warn too
+    assert await counter.counted(size, tokenizer, CONTEXT) == size
+    later = monotonic() + token_counter.RETRY_SECS
+    monkeypatch.setattr(token_counter, "monotonic", lambda: later)
+    assert (await counter.counted(size, tokenizer, CONTEXT)).tokens == 1
 
 
 async def test_without_the_package_nothing_is_counted(

@@ -21,7 +21,7 @@ import tomli_w
 
 from neuron.engine import session
 from neuron.engine.state_dir import StateDir
-from shared.process_stat import stat_of
+from shared.system.process_stat import stat_of
 from tests.e2e.chaos.models import HOSTS, ChaosModel, HostShape
 from tests.neuron.neurons import MARK_VARIABLE, REPOSITORY
 

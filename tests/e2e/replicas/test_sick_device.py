@@ -15,7 +15,7 @@ from tests.neuron.neurons import until
 __all__ = ["mark"]
 
 MODEL, LARGE = "org/model", "org/large"
-FAULT = "Xid 94: uncorrectable memory error, contained"
+FAULT = "Xid 95: uncorrectable memory error, not contained"
 SLOW = ["--tokens-per-sec", "20"]
 TOKENS = 100
 

@@ -23,8 +23,8 @@ from neuron.engine import records
 from neuron.engine.session import Leader, live_members
 from neuron.sim.process.leftovers import SHARED_MEMORY
 from neuron.spec import EngineSpec
-from shared.process_stat import stat_of
 from shared.settings import load_settings
+from shared.system.process_stat import stat_of
 from tests.neuron.lasting import MODEL, config, leaving, rewritten, streaming
 from tests.neuron.neurons import (
     Client,

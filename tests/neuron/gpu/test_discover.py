@@ -171,3 +171,13 @@ async def test_a_simulated_host_has_the_neurons_name(tmp_path: Path) -> None:
     assert (discovery.hostname, discovery.simulated, discovery.instance_id) == ("beast", True, "one")
     assert [device.name for device in discovery.devices] == ["RTX 5090", "RTX 5090"]
     assert discovery.links == [Link(a=0, b=1, kind=LinkKind.NVLINK, nvlinks=4)]
+
+
+async def test_it_tells_the_paths_of_harnesses(tmp_path: Path) -> None:
+    """Only of those for which they are known: cortex refuses others before a load."""
+    simulate = SimulateSettings(devices=["RTX 5090"])
+    embed = {"preset": "infinity", "paths": ["/v1/embeddings"]}
+    tables = {"sim": {}, "embed": embed, "llama": {"preset": "llama.cpp"}}
+    config = NeuronConfig.model_validate({"simulate": simulate, "harness": tables})
+    discovery = await discovery_of(config, topology_source(config, tmp_path), instance_id="one")
+    assert discovery.harness_paths == {"embed": ["/v1/embeddings"]}

@@ -48,7 +48,7 @@ def one(probe: Probe, hardware: Path, figures: Mapping[str, object], **keys: obj
 
 def test_a_fatal_xid_takes_the_gpu_out_of_use(library: dict[str, str], hardware: Path) -> None:
     """The reason has the number and what it means."""
-    xids = (46, 48, 62, 64, 74, 79, 94, 95, 119, 120, 140)
+    xids = (46, 48, 62, 64, 74, 79, 95, 119, 120, 140)
     gpus = (Gpu(),) * (len(xids) + 1)
     with probing(library | write_scenario(hardware, gpus)) as probe:
         probe.ask("discover")
@@ -61,9 +61,18 @@ def test_xids_of_a_program_and_of_the_log_leave_the_gpu_in_use(library: dict[str
     """Those that the engine caused are the engine's; others are only told."""
     with probing(library | write_scenario(hardware, PAIR)) as probe:
         probe.ask("discover")
-        health = after_xids(probe, hardware, (0, 13), (0, 31), (0, 43), (0, 45), (0, 109), (0, 63), (0, 92), (0, 9999))
+        health = after_xids(
+            probe, hardware, (0, 13), (0, 31), (0, 43), (0, 45), (0, 109), (0, 63), (0, 92), (0, 94), (0, 9999)
+        )
         assert health[0]["fault"] is None
-        assert [warning.split(":")[0] for warning in health[0]["warnings"]] == ["Xid 63", "Xid 92"]
+        assert [warning.split(":")[0] for warning in health[0]["warnings"]] == ["Xid 63", "Xid 92", "Xid 94"]
+
+
+def test_a_contained_error_is_a_fault_if_the_driver_wants_a_reset(library: dict[str, str], hardware: Path) -> None:
+    with probing(library | write_scenario(hardware, PAIR)) as probe:
+        probe.ask("discover")
+        health = after_xids(probe, hardware, (0, 94), keys={"gpu0.recovery_action": RESET})
+        assert health[0]["fault"] == "the driver says that the GPU needs a reset"
 
 
 @pytest.mark.parametrize("way", ["action", "energy", "gone"])

@@ -112,20 +112,20 @@ async def test_memory_follows_the_processes_that_hold_it(tmp_path: Path) -> None
     holder = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
     try:
         vram.hold(tmp_path, {first.uuid: 30000, second.uuid: 99999}, pid=holder.pid)
-        figures = [(device.vram_used_mb, device.vram_free_mb) for device in await source.health()]
+        figures = [(device.vram_used_mb, device.vram_free_mb) for device in (await source.read()).health]
         assert figures == [(30000, 2607), (12288, 0)]
         assert await source.process_memory_mb() == {0: {holder.pid: 30000}, 1: {holder.pid: 99999}}
     finally:
         holder.kill()
         await holder.communicate()
-    assert [device.vram_used_mb for device in await source.health()] == [0, 0]
+    assert [device.vram_used_mb for device in (await source.read()).health] == [0, 0]
     assert await source.process_memory_mb() == {0: {}, 1: {}}
 
 
 async def test_idle_figures_without_a_directory(tmp_path: Path) -> None:
     """A host that never loaded a model has free memory and the figures of an idle card."""
     source = SimulatedTopologySource(SimulateSettings(devices=["L4"]), tmp_path / "not-yet")
-    (device,) = await source.health()
+    (device,) = (await source.read()).health
     assert (device.vram_used_mb, device.vram_free_mb, device.utilization_pct) == (0, 23034, 0)
     assert device.temp_c is not None
     assert device.power_w is not None

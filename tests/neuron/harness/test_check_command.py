@@ -57,6 +57,24 @@ def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"ok: {tmp_path}/neuron.toml: 192.0.2.7:13131; sim; 1 default model\n"
 
 
+def test_an_engine_that_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning names it; the file is still good, as it may be checked on another host. One in the PATH that the engine
+    gets is found."""
+    engine = tmp_path / "bin" / "serve"
+    engine.parent.mkdir()
+    engine.touch(mode=0o755)
+    text = (
+        "[harness.sim]\n"
+        "[harness.llama]\npreset = 'llama.cpp'\ncommand = ['/no/such/llama-server']\n"
+        f"[harness.found]\nkind = 'command'\ncommand = 'serve --port={{port}}'\nenv = {{ PATH = '{engine.parent}' }}\n"
+        "[harness.each]\nkind = 'command'\ncommand = ['/srv/{model}/serve', '{port}']\n"
+    )
+    assert check(tmp_path, text) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/neuron.toml: [harness.llama]: ")
+    assert "'/no/such/llama-server'" in warning
+
+
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The path is named."""
     assert main(["check", "--config", str(tmp_path / "no.toml")]) == 1

@@ -11,8 +11,9 @@ import pytest
 
 from neuron.config import HarnessSettings
 from neuron.harness.base import InstalledEngine, LaunchFacts, LaunchPlan
-from neuron.harness.installed import InstalledEngines
-from neuron.harness.registry import HARNESSES
+from neuron.harness.checks import CheckedConfig
+from neuron.harness.installed import RETRY_SECS, InstalledEngines
+from neuron.harness.registry import HARNESSES, harness_of
 from neuron.spec import EngineSpec
 from shared.protocol import Device
 from tests.neuron.neurons import Neuron, marked_processes, until
@@ -98,6 +99,59 @@ async def test_without_metadata_the_executable_is_asked(tmp_path: Path, printed:
     assert await known_after(1)
     os.utime(executable, ns=(1, 1))
     await until(lambda: known_after(2))
+    await engines.close()
+
+
+@pytest.mark.parametrize(
+    ("printed", "number"),
+    [
+        ("version: 0.3.0-dev (build 10621, commit c1d0e7a00)\nbuilt with GNU 11.4.0 for Linux x86_64", "10621"),
+        ("version: 0.1.0-dev (build 1, commit 7e4c0a9)\nbuilt with GNU 11.4.0 for Linux x86_64", "0.1.0-dev"),
+        ("version: 10360 (90e6a9131)", "10360"),
+    ],
+)
+async def test_llama_cpp_tells_its_build(tmp_path: Path, printed: str, number: str) -> None:
+    """Without one, as in a build that was made outside of its repository, its version."""
+    config = CheckedConfig.model_validate({"harness": {"llama": {"preset": "llama.cpp"}}})
+    harness = harness_of("llama", config)
+    executable = script(tmp_path / "bin" / "llama-server", f"cat <<END\n{printed}\nEND")
+    settings = config.harness_settings("llama").model_copy(update={"command": [str(executable)]})
+    engines = InstalledEngines()
+
+    async def known() -> bool:
+        return (await engines.of(harness, settings, dict(os.environ))).version == number
+
+    await until(known)
+    await engines.close()
+
+
+@pytest.mark.parametrize("failure", ["status", "cannot be started"])
+async def test_it_is_asked_again_after_a_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: str
+) -> None:
+    """A minute later, without a change of the file: the fault may have been the host's."""
+    count, good, now = tmp_path / "count", tmp_path / "good", [0.0]
+    count.touch()
+    body = f"echo >> {count}; test -e {good} || exit 1; echo 0.30.0"
+    interpreter = "/bin/sh" if failure == "status" else str(tmp_path / "sh")
+    executable = script(tmp_path / "bin" / "vllm", body, interpreter)
+    engines = InstalledEngines(lambda: now[0])
+    with caplog.at_level("INFO"):
+        assert (await asked(executable, engines)).version is None
+        await until(lambda: "does not tell its version" in caplog.text)
+    good.touch()
+    if failure != "status":
+        (tmp_path / "sh").symlink_to("/bin/sh")
+    now[0] += RETRY_SECS - 1
+    asked_before = count.read_text()
+    assert (await asked(executable, engines)).version is None
+    assert count.read_text() == asked_before
+    now[0] += 1
+
+    async def known() -> bool:
+        return (await asked(executable, engines)).version == "0.30.0"
+
+    await until(known)
     await engines.close()
 
 

@@ -132,3 +132,43 @@ async def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCap
         await history.record(KEY, LoadTimes({"starting": 2.0}))
     assert "cannot be written" in caplog.text
     assert history.expected(KEY) == LoadTimes({"starting": 2.0})
+
+
+async def test_the_ram_of_a_model_falls_slowly(tmp_path: Path) -> None:
+    """It is the most that an engine used, while it runs too; after one that used less it falls by a quarter."""
+    history = LoadHistory(tmp_path / "history.json")
+    await history.record(KEY, LoadTimes({"starting": 1}))
+    figures = []
+    for number, measured in enumerate([(3000, 8000, 5000), (4000,), (2000,), (9000,)]):
+        for mb in measured:
+            history.measured_ram(f"engine-{number}", KEY, mb)
+        figures.append(history.ram_mb(KEY))
+        history.ended(f"engine-{number}")
+        figures.append(history.ram_mb(KEY))
+    assert figures == [8000, 8000, 8000, 7000, 7000, 5750, 9000, 9000]
+    for number in range(60):
+        history.measured_ram(f"small-{number}", KEY, 1000)
+        history.ended(f"small-{number}")
+    assert history.ram_mb(KEY) == 1000
+
+
+async def test_measuring_ram_writes_nothing(tmp_path: Path) -> None:
+    """The file is written after an engine's end: not with each new peak, and not without a change."""
+    path = tmp_path / "history.json"
+    history = LoadHistory(path)
+    await history.record(KEY, LoadTimes({"starting": 1}))
+    path.unlink()
+    history.measured_ram("engine", KEY, 3000)
+    history.measured_ram("engine", KEY, 4000)
+    await history.save()
+    assert not path.exists()
+    history.ended("engine")
+    await history.save()
+    again = LoadHistory(path)
+    await again.read()
+    assert again.ram_mb(KEY) == 4000
+    path.unlink()
+    history.measured_ram("same", KEY, 4000)
+    history.ended("same")
+    await history.save()
+    assert not path.exists()

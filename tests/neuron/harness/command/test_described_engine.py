@@ -66,7 +66,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
     are refused; its process gets the signal that its table names."""
     stopped = tmp_path / "stopped"
     engine = table(
-        *("--prefix", "/api", "--stop-with", str(stopped), "--share={memory_share}"),
+        *("--prefix", "/api", "--stop-with", str(stopped), "--share={memory_share}", "--cores={cpu_count}"),
         api_prefix="/api/",
         stop_signal="SIGINT",
         extra_args=["--gpus", "{device_count}"],
@@ -74,7 +74,8 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         keep_alive_secs=7,
         context_field="meta.n_ctx",
     )
-    async with neuron_with(tmp_path, engine) as neuron:
+    simulated = {"devices": ["RTX 5090", "RTX 5090"], "cores": 3}
+    async with neuron_with(tmp_path, engine, simulate=simulated) as neuron:
         assert (await load(neuron, tensor_parallel=2, args=["--mine"])).status == 200
         endpoint = (await neuron.endpoint(MODEL)).body
         assert endpoint["url"].endswith("/api")
@@ -84,7 +85,7 @@ async def test_it_is_loaded_reached_and_unloaded(mark: str, tmp_path: Path) -> N
         assert (await asked(neuron, "/v1/chat/completions", body=body, key="other")).status == 401
         async with neuron.session.get(endpoint["url"].removesuffix("/api") + "/arguments") as response:
             started = await response.json()
-        assert started["rest"] == ["--share=0.0153", "--mine", "--gpus", "2"]
+        assert started["rest"] == ["--share=0.0153", "--cores=3", "--mine", "--gpus", "2"]
         assert started["env"]["CUDA_VISIBLE_DEVICES"].count(",") == 1
         entry = await neuron.model(MODEL)
         assert entry["paths"] == ["/v1/chat/completions"]
@@ -135,7 +136,8 @@ async def test_the_missing_line_is_named(mark: str, tmp_path: Path) -> None:
     async with neuron_with(tmp_path, engine) as neuron:
         answer = await load(neuron)
         assert (answer.status, answer.error["code"]) == (504, "load_timeout")
-        assert "not ready within 1 s: no line of its output matched ready_pattern" in answer.error["message"]
+        reason = "not ready within 1 s: no line of its output matched ready_pattern; its last line: hello"
+        assert answer.error["message"].startswith(f"{reason}\nlast output lines:")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,9 @@ async def test_its_metrics_count_its_requests(mark: str, tmp_path: Path) -> None
         ({"args": ["--remote-code"]}, "args", "allow_code = true in [harness.fake]"),
         ({"parallel": {"tensor": 1, "data": 2}}, "parallel", "has no {data_parallel}"),
         ({"served_names": ["alias"]}, "served_names", "has no {names}"),
+        ({"max_model_len": 256, "args": ["-c", "512"]}, "max_model_len", "-c is in its args too"),
+        ({"max_model_len": 256, "args": ["--context=512"]}, "max_model_len", "--context is in its args too"),
+        ({"args": ["--context", "512"]}, None, ""),
         ({"tools": True}, None, ""),
     ],
 )
@@ -241,7 +246,12 @@ async def test_what_it_cannot_do_is_refused(
     mark: str, tmp_path: Path, fields: Table, param: str | None, text: str
 ) -> None:
     """With the field and the reason. Tools need no argument that neuron knows of."""
-    engine = table(reserved_arguments=["--port"], code_arguments=["--remote-code"])
+    engine = table(
+        "--context={context}",
+        reserved_arguments=["--port"],
+        code_arguments=["--remote-code"],
+        context_arguments=["-c", "--context"],
+    )
     async with neuron_with(tmp_path, engine) as neuron:
         answer = await load(neuron, **fields)
         if param is None:

@@ -113,6 +113,14 @@ def test_what_neuron_sets_is_reserved(preset: str) -> None:
     assert harness.refused_argument(["--temperature", "1"]) is None
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_context_in_the_arguments_is_known(preset: str) -> None:
+    """A load with `max_model_len` and with the preset's own flag for it is refused."""
+    settings = table_of(preset)
+    words = pairwise(settings.arguments)
+    assert {flag for flag, value in words if value == "{context}"} <= set(settings.context_arguments)
+
+
 SGLANG_START = (
     "[2025-03-27 21:33:20] server_args=ServerArgs(model_path='meta-llama/Llama-3.1-8B-Instruct', port=30000)",
     "[2025-10-16 09:06:10 TP0] Load weight begin. avail mem=137.34 GB",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from time import monotonic
 
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import Replica
+from cortex.routing.control import Control
+from cortex.routing.replica import Replica, lost
+from shared.request_ids import request_scope
+
+log = logging.getLogger(__name__)
 
 
 class Resolving:
@@ -33,3 +38,16 @@ class Sent:
         self.spoke_at = 0.0
         self.plain = False
         self.ending: asyncio.Task[None] | None = None
+
+    def end_lost(self, request_id: str, engine_end: str | None = None) -> None:
+        """Ends the answer of an engine that was lost. `engine_end` is what the neuron says of it."""
+        error = lost(self.replica, self.relay.lost_because or "", engine_end)
+        with request_scope(request_id):
+            log.warning("%s", error.message)
+        self.relay.end_lost(error, self.replica.model_id)
+
+    async def end_explained(self, request_id: str, control: Control) -> None:
+        """As `end_lost`, after asking the neuron."""
+        engine_end = await control.engine_end(self.replica)
+        self.ending = None
+        self.end_lost(request_id, engine_end)

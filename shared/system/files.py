@@ -1,9 +1,22 @@
-"""Atomic file replacement, for state that must survive a crash, and whether a directory can be written."""
+"""Atomic file replacement, for state that must survive a crash, changes of files, and whether a directory can be
+written."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+Stamp = tuple[int, ...]
+"""Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The current stamp of a file, following symbolic links. Blocks."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:

@@ -1,0 +1,165 @@
+"""Opens the database: SQLite in a file, or PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy.exc
+from sqlalchemy import URL, Connection, event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
+from cortex.accounts.database.source import DatabaseError, DatabaseSource
+
+CONNECT_SECS = 5.0
+COMMAND_SECS = 30.0
+BUSY_SECS = 10.0
+"""How long SQLite waits for another process that writes."""
+FAILURES = (sqlalchemy.exc.SQLAlchemyError, OSError, asyncio.TimeoutError)
+"""What a command raises that fails."""
+_UNWRITABLE = ("readonly database", "unable to open database file")
+"""What SQLite says if it may not write the file or beside it."""
+_MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
+
+
+class Database:
+    """An open database with all tables. Use it from one event loop. `read_only`: SQLite's file cannot be written.
+
+    A command that fails raises one of FAILURES.
+    """
+
+    def __init__(self, engine: AsyncEngine, source: DatabaseSource, *, read_only: bool = False) -> None:
+        self._engine = engine
+        self._writing = engine.execution_options(writing=True)
+        self._source = source
+        self.read_only = read_only
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Several cortexes may use it."""
+        return self._source.path is None
+
+    def __str__(self) -> str:
+        return self._source.shown
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads."""
+        async with self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes; committed at the end of the body, undone by an exception. SQLite has one at a
+        time, over all processes."""
+        async with self._writing.begin() as connection:
+            yield connection
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._engine.dispose()
+
+
+async def open_database(source: DatabaseSource) -> Database:
+    """The database, created and migrated if necessary. Two cortexes may do that at once.
+
+    Raises:
+        DatabaseError: it cannot be opened.
+    """
+    if source.path is None:
+        return await _opened(Database(_postgresql(source.url), source))
+    try:
+        await asyncio.to_thread(_create, source.path)
+        return await _opened(Database(_sqlite(URL.create("sqlite+aiosqlite", database=str(source.path))), source))
+    except OSError as error:
+        if not source.path.exists():
+            raise DatabaseError(f"{source.shown} cannot be created: {error.strerror}") from error
+    except DatabaseError as error:
+        if not any(sign in str(error) for sign in _UNWRITABLE):
+            raise
+    return await _opened(Database(_sqlite(_read_only(source.path)), source, read_only=True))
+
+
+def _read_only(path: Path) -> URL:
+    """Without a log beside it, which a killed process leaves behind, SQLite could not read the file in a directory
+    where it cannot make one, unless told that the file does not change."""
+    query = {"mode": "ro", "uri": "true"}
+    if not path.with_name(f"{path.name}-wal").exists():
+        query["immutable"] = "1"
+    return URL.create("sqlite+aiosqlite", database=path.as_uri(), query=query)
+
+
+def _create(path: Path) -> None:
+    """Others must not read names and usage, so the file is this user's alone from the start."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+async def _opened(database: Database) -> Database:
+    """Migrates the database. Closes it again if that fails."""
+    try:
+        async with database.reading() as connection:
+            version = await connection.run_sync(version_of)
+        if version != HEAD:
+            if database.read_only:
+                raise DatabaseError(f"{database} was made by another version of cortex and cannot be written")
+            async with database.writing() as connection:
+                if database.is_postgresql:
+                    await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+                await connection.run_sync(migrate)
+    except BaseException as error:
+        await database.close()
+        if isinstance(error, NewerDatabase):
+            message = f"{database} was made by a newer cortex (migration {error}): update this one"
+            raise DatabaseError(message) from error
+        if isinstance(error, FAILURES):
+            raise DatabaseError(f"{database}: {reason(error)}") from error
+        raise
+    return database
+
+
+def reason(error: Exception) -> str:
+    """What a failed command says, without its statement and parameters."""
+    original = getattr(error, "orig", None) or error
+    return str(original).partition("\n")[0] or type(original).__name__
+
+
+def _postgresql(url: str) -> AsyncEngine:
+    import asyncpg
+
+    async def connect() -> Any:
+        try:
+            # asyncpg reads the URL itself: it knows libpq's parameters, which SQLAlchemy's dialect does not.
+            return await asyncpg.connect(url, timeout=CONNECT_SECS, command_timeout=COMMAND_SECS)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # SQLAlchemy passes them on as they are
+            raise ConnectionError(str(error)) from error
+        except asyncio.TimeoutError as error:
+            raise ConnectionError(f"no connection after {CONNECT_SECS:g} s") from error
+
+    return create_async_engine("postgresql+asyncpg://", async_creator=connect, pool_pre_ping=True)
+
+
+def _sqlite(url: URL) -> AsyncEngine:
+    # Without an isolation level the driver leaves transactions to `_begin`.
+    engine = create_async_engine(url, connect_args={"isolation_level": None, "timeout": BUSY_SECS})
+    event.listen(engine.sync_engine, "connect", _set_up_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin)
+    return engine
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    # A transaction that begins by reading fails if another process writes before it does.
+    writes = connection.get_execution_options().get("writing", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

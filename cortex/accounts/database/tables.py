@@ -1,0 +1,91 @@
+"""The tables. Each change is also a migration in `cortex.accounts.database.migrations`; a test compares both.
+
+Times are UTC seconds since 1970, amounts of energy Wh.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, Boolean, Column, Double, Index, Integer, MetaData, PrimaryKeyConstraint, String, Table
+
+METADATA = MetaData()
+
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    Column("id", String, primary_key=True),
+    Column("name", String, nullable=False),
+    Column("digest", String, nullable=False, unique=True),  # SHA-256 of the key, as hex
+    Column("prefix", String, nullable=False),  # the key's first characters, to recognise it by
+    Column("role", String, nullable=False),
+    Column("models", JSON, nullable=False),  # globs
+    Column("priority", Integer, nullable=False),
+    Column("weight", Double, nullable=False),
+    Column("limits", JSON, nullable=False),  # `cortex.accounts.keys.api_key.KeyLimits`
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+    Column("revision", Integer, nullable=False),  # 1, and 1 more with each change of the row
+)
+"""Keys created with `cortex keys create` or `POST /keys`. A revoked one stays, because usage refers to it."""
+
+Index(
+    "api_keys_name_in_use",
+    API_KEYS.c.name,
+    unique=True,
+    sqlite_where=API_KEYS.c.revoked_at.is_(None),
+    postgresql_where=API_KEYS.c.revoked_at.is_(None),
+)
+
+LIMIT_STATES = Table(
+    "limit_states",
+    METADATA,
+    Column("scope", String, primary_key=True),
+    Column("state", JSON, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+"""What is left of each limit, by scope: a key, a model, or the models of a key that match a glob."""
+
+USAGE = Table(
+    "usage",
+    METADATA,
+    Column("request_id", String, nullable=False),
+    Column("ended_at", Double, nullable=False),
+    Column("key_id", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("variant", String, nullable=False),
+    Column("node", String, nullable=False),
+    Column("instance", String, nullable=False),
+    Column("path", String, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("prompt_tokens", Integer),
+    Column("cached_tokens", Integer),
+    Column("completion_tokens", Integer),
+    Column("reasoning_tokens", Integer),
+    Column("first_byte_secs", Double),
+    Column("secs", Double, nullable=False),
+    Column("queued_secs", Double, nullable=False),
+    Column("cold", Boolean, nullable=False),
+    Column("complete", Boolean, nullable=False),
+    Column("energy_wh", Double),
+    Column("cost", Double),
+    Column("currency", String),
+    PrimaryKeyConstraint("request_id", "ended_at"),
+    Index("usage_ended_at", "ended_at"),
+    Index("usage_key_id_ended_at", "key_id", "ended_at"),
+)
+"""The fields of `cortex.accounts.usage.record.UsageRecord`, and what is calculated from them."""
+
+ENERGY = Table(
+    "energy",
+    METADATA,
+    Column("hour", Double, nullable=False),
+    Column("node", String, nullable=False),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("key_id", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("wh", Double, nullable=False),
+    PrimaryKeyConstraint("hour", "node", "device", "model", "key_id", "kind"),
+)
+"""Energy by hour (its first second), device, and what it was used for."""

@@ -1,0 +1,62 @@
+"""What callers deserve in comparison with each other. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from cortex.accounts.caller import Caller
+from cortex.accounts.fairness.turns import level_of
+
+
+class Claim(NamedTuple):
+    """Sorts models by what the most deserving of their callers deserves, the best first. `used` are device-seconds
+    divided by its weight (`DeviceTime.accounts`); `caller` is None without one."""
+
+    anonymous: bool
+    negative_priority: int
+    used: float
+    caller: Caller | None = None
+
+    @property
+    def order(self) -> tuple[bool, int, float]:
+        """Without the caller, which does not compare."""
+        return self.anonymous, self.negative_priority, self.used
+
+    @property
+    def level(self) -> tuple[bool, int]:
+        return self.anonymous, self.negative_priority
+
+
+def claim_of(callers: Collection[Caller], accounts: Mapping[str, float]) -> Claim:
+    """The claim of a model for which these callers wait; without any that of one that has used nothing."""
+    found = [Claim(*level_of(each), accounts.get(each.key_id, 0.0), each) for each in callers]
+    return min(found, key=lambda claim: (claim.order, str(claim.caller)), default=Claim(False, 0, 0.0))
+
+
+def contend(newcomers: Collection[Caller], users: Collection[Caller]) -> bool:
+    """Whether both are known, and not the same keys."""
+    return bool(newcomers and users) and {each.key_id for each in newcomers} != {each.key_id for each in users}
+
+
+def advantage(
+    newcomers: Collection[Caller], users: Collection[Caller], accounts: Mapping[str, float], swap_secs: float
+) -> int:
+    """Whether the callers of a waiting model may displace those of a loaded one at once (1), not before their patience
+    ends (-1), or as if all were one caller (0). `swap_secs`: how long it takes to load both models.
+
+    They may if they have used so much less that the difference pays for the swap, which every user of the loaded model
+    would wait for; they may not if those would then displace them in turn. 0 also if they do not `contend`.
+    """
+    if not contend(newcomers, users):
+        return 0
+    here, there = newcomers, users
+    ours, theirs = claim_of(here, accounts), claim_of(there, accounts)
+    if ours.level != theirs.level:
+        return 1 if ours.level < theirs.level else -1
+    ahead = theirs.used - ours.used
+    if ahead > swap_secs * len(there) / len(here):
+        return 1
+    if -ahead > swap_secs * len(here) / len(there):
+        return -1
+    return 0

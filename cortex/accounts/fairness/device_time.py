@@ -1,0 +1,153 @@
+"""The accounts of device time: which callers have kept the devices, and what that cost the others. No I/O.
+
+An engine's devices are charged to the callers whose requests it serves, and while it loads to those that wait for it:
+device-seconds, divided by the caller's weight. When a model loads again after it was evicted for another, those pay
+that waited for that other. Each second costs as much again for every other caller that waits meanwhile. Accounts fade
+with a half-life. A caller that comes back has at least what the least of the present callers has, so that an idle one
+saves nothing up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cortex.accounts.caller import ANONYMOUS, Caller
+
+PRESENT_SECS = 30.0
+"""A caller counts as a user of an engine for this long after its last request there. Until then it has a claim to what
+it uses, and is not idle."""
+NEGLIGIBLE = 0.01
+"""Accounts below this are forgotten, in device-seconds."""
+STORE_SECS = 5.0
+MAX_SAMPLE_SECS = 10.0
+"""At most this long is charged for one sample: the process may have been stopped meanwhile."""
+
+
+@dataclass(frozen=True)
+class EngineUse:
+    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since its
+    start; "" stands for clients without a key. `loading`: it does not serve yet."""
+
+    engine: Hashable
+    model_id: str
+    devices: int
+    loading: bool
+    now: Mapping[str, int]
+    begun: Mapping[str, int]
+
+
+class DeviceTime:
+    """Owns the accounts, by key id. Callers without a key have none. `now` is in seconds, always on one clock."""
+
+    def __init__(
+        self,
+        half_life_secs: Callable[[], float],
+        accounts: Mapping[str, float] | None = None,
+        store: Callable[[Mapping[str, float]], None] = lambda _: None,
+    ) -> None:
+        """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change."""
+        self._half_life_secs = half_life_secs
+        self._store = store
+        self._store_at = 0.0
+        self._accounts = dict(accounts or {})
+        self._callers: dict[str, Caller] = {}
+        self._seen: dict[str, float] = {}
+        self._begun: dict[Hashable, Mapping[str, int]] = {}
+        self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
+        self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
+        self._as_of: float | None = None
+
+    @property
+    def accounts(self) -> Mapping[str, float]:
+        """Device-seconds by key id, divided by the caller's weight, as of the last sample. A new object whenever they
+        change."""
+        return self._accounts
+
+    @property
+    def kept(self) -> bool:
+        """Whether accounts are kept."""
+        return self._half_life_secs() > 0
+
+    def users(self) -> dict[Hashable, frozenset[Caller]]:
+        """By engine, the callers that it serves, or served within `PRESENT_SECS`."""
+        if not self.kept:
+            return {}
+        return {engine: frozenset(map(self._caller, used)) for engine, used in self._used.items() if used}
+
+    def present(self, caller: Caller, now: float) -> None:
+        """A request of the caller waits."""
+        self._callers[caller.key_id] = caller
+        self._see(caller.key_id, now)
+
+    def evicted(self, models: Iterable[str], callers: Iterable[Caller]) -> None:
+        """Engines of these models are evicted for a model that these callers wait for."""
+        keys = frozenset(each.key_id for each in callers if each.key_id)
+        self._blamed.update(dict.fromkeys(models, keys))
+
+    def sample(self, engines: Sequence[EngineUse], waiting: Mapping[str, Iterable[Caller]], now: float) -> None:
+        """Charges the time since the last sample. `waiting` are the callers in the queue by model id."""
+        secs = 0.0 if self._as_of is None else min(max(0.0, now - self._as_of), MAX_SAMPLE_SECS)
+        self._as_of = now
+        if not self.kept:
+            self._accounts = {}
+            return
+        queued = {model_id: {each.key_id for each in callers} for model_id, callers in waiting.items()}
+        fade = 0.5 ** (secs / self._half_life_secs())
+        self._accounts = {key_id: had * fade for key_id, had in self._accounts.items() if had * fade > NEGLIGIBLE}
+        shares = [self._shares(each, queued.get(each.model_id, set()), now) for each in engines]
+        self._begun = {each.engine: each.begun for each in engines}
+        self._used = {each.engine: self._used[each.engine] for each in engines}
+        serving = {each.model_id for each in engines if not each.loading}
+        for each, charged in zip(engines, shares, strict=True):
+            blamed = self._blamed.get(each.model_id)
+            if blamed is not None and each.model_id in serving:
+                del self._blamed[each.model_id]
+            delayed = {
+                key_id
+                for model_id, keys in queued.items()
+                if model_id not in serving and (model_id != each.model_id or blamed is not None)
+                for key_id in keys
+            }
+            whole = sum(charged.values())
+            for key_id, share in charged.items():
+                if key_id:
+                    cost = secs * each.devices * share / whole * (1 + len(delayed - {key_id}))
+                    self._charge(key_id, cost)
+        if now >= self._store_at and self._accounts:
+            self._store(self._accounts)
+            self._store_at = now + STORE_SECS
+
+    def _shares(self, use: EngineUse, queued: set[str], now: float) -> Mapping[str, float]:
+        """The keys that pay for the engine, in proportion."""
+        used, before = self._used.setdefault(use.engine, {}), self._begun.get(use.engine, {})
+        active = {
+            key_id: requests
+            for key_id in use.now.keys() | use.begun.keys()
+            if (requests := max(use.now.get(key_id, 0), use.begun.get(key_id, 0) - before.get(key_id, 0))) > 0
+        }
+        for key_id in active:
+            self._see(key_id, now)
+            used[key_id] = now
+        for key_id in [key_id for key_id, at in used.items() if now - at > PRESENT_SECS]:
+            del used[key_id]
+        if use.loading:
+            return dict.fromkeys(self._blamed.get(use.model_id) or queued, 1.0)
+        return active or dict.fromkeys(used, 1.0)
+
+    def _charge(self, key_id: str, secs: float) -> None:
+        self._accounts[key_id] = self._accounts.get(key_id, 0.0) + secs / self._caller(key_id).weight
+
+    def _see(self, key_id: str, now: float) -> None:
+        if not key_id:
+            return
+        before, self._seen[key_id] = self._seen.get(key_id), now
+        if before is not None and now - before <= PRESENT_SECS:
+            return
+        self._seen = {other: at for other, at in self._seen.items() if now - at <= PRESENT_SECS}
+        least = min((self._accounts.get(other, 0.0) for other in self._seen if other != key_id), default=0.0)
+        if least > self._accounts.get(key_id, 0.0):
+            self._accounts = {**self._accounts, key_id: least}
+
+    def _caller(self, key_id: str) -> Caller:
+        return self._callers.get(key_id) or (Caller(key_id, key_id) if key_id else ANONYMOUS)

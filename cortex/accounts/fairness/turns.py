@@ -1,0 +1,188 @@
+"""The order in which requests of several callers get the places of a saturated model. Pure.
+
+By the caller's priority, callers without a key last; then start-time fair queueing over the callers (Goyal, Vin, Cheng
+1996). A caller's tag is what it has used, in tokens divided by its weight; the lowest tag is next, and among equal ones
+the request that arrived first. A caller that begins to wait has at least the tag of the request that was served last,
+so that an idle caller saves no turns up. One caller's requests keep their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Generic, TypeAlias, TypeVar
+
+from cortex.accounts.caller import Caller
+
+Item = TypeVar("Item")
+_Level: TypeAlias = tuple[bool, int]
+_Turn: TypeAlias = tuple[_Level, float, int, int, str]
+"""Level, tag and oldest sleeper of a flow, its version at that time, and its key id."""
+
+MIN_TOKENS = 1.0
+"""A request costs at least this much, so that requests of unknown size take turns too."""
+
+
+def level_of(caller: Caller) -> _Level:
+    """Sorts callers that are served before all of another level: smaller is better."""
+    return not caller.key_id, -caller.priority
+
+
+@dataclass
+class _Flow:
+    """The requests of one caller. `called` is what those cost that have been called and not been served yet."""
+
+    caller: Caller
+    tag: float
+    waiting: int = 0
+    called: float = 0.0
+    version: int = 0
+    sleepers: list[int] = field(default_factory=list)  # a heap of request numbers, with some that have left
+
+    @property
+    def next_tag(self) -> float:
+        """The tag once those that have been called are served."""
+        return self.tag + self.called / self.caller.weight
+
+
+@dataclass
+class _Request(Generic[Item]):
+    item: Item
+    flow: _Flow
+    tokens: float
+    asleep: bool = True
+
+
+class Turns(Generic[Item]):
+    """The waiting requests of one model. Every step takes time logarithmic in their number, averaged over the steps."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, _Request[Item]] = {}  # by number, in order of arrival
+        self._numbers: dict[Item, int] = {}
+        self._flows: dict[str, _Flow] = {}
+        self._served: dict[_Level, float] = {}  # the highest tag of a served request
+        self._turns: list[_Turn] = []  # a heap; of each flow with sleepers the entry of its version counts
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Item]:
+        """In order of arrival."""
+        return (request.item for request in self._requests.values())
+
+    @property
+    def callers(self) -> frozenset[Caller]:
+        """Those whose requests wait."""
+        return frozenset(flow.caller for flow in self._flows.values() if flow.waiting)
+
+    @property
+    def owed(self) -> bool:
+        """Whether a caller has used more than others, so that its next request has a later turn."""
+        return bool(self._flows)
+
+    def add(self, item: Item, caller: Caller, tokens: float) -> None:
+        """A request arrives. `tokens`: an estimate of what it will use."""
+        self._arrivals += 1
+        number, flow = self._arrivals, self._begin(caller)
+        flow.waiting += 1
+        self._requests[number] = _Request(item, flow, max(MIN_TOKENS, tokens))
+        self._numbers[item] = number
+        heappush(flow.sleepers, number)
+        self._changed(flow)
+
+    def call(self) -> Item | None:
+        """The request whose turn it is; None if all have been called."""
+        while self._turns:
+            _, _, number, version, key_id = heappop(self._turns)
+            flow = self._flows.get(key_id)
+            if flow is None or flow.version != version:
+                continue
+            heappop(flow.sleepers)
+            request = self._requests[number]
+            request.asleep = False
+            flow.called += request.tokens
+            self._changed(flow)
+            return request.item
+        return None
+
+    def put_back(self, item: Item) -> None:
+        """A request that was called waits again, in its old place."""
+        number = self._numbers[item]
+        request = self._requests[number]
+        if not request.asleep:
+            request.asleep = True
+            request.flow.called -= request.tokens
+            heappush(request.flow.sleepers, number)
+            self._changed(request.flow)
+
+    def remove(self, item: Item, *, served: bool) -> None:
+        """A request waits no more: it is served, or leaves."""
+        request = self._requests.pop(self._numbers.pop(item))
+        flow = request.flow
+        flow.waiting -= 1
+        if not request.asleep:
+            flow.called -= request.tokens
+        if not flow.waiting:
+            flow.called = 0.0  # despite rounding
+        if served:
+            self._charge(flow, request.tokens)
+        self._changed(flow)
+        if not self._requests:
+            self._forget()
+
+    def admit(self, caller: Caller, tokens: float) -> None:
+        """A request of the caller is served without having waited."""
+        flow = self._begin(caller)
+        self._charge(flow, max(MIN_TOKENS, tokens))
+        self._changed(flow)
+
+    def correct(self, key_id: str, tokens: float) -> None:
+        """A served request of the caller has used so many tokens more than estimated, or fewer if negative."""
+        flow = self._flows.get(key_id)
+        if flow is not None:
+            flow.tag += tokens / flow.caller.weight
+            self._changed(flow)
+
+    def _begin(self, caller: Caller) -> _Flow:
+        """The caller's flow, brought up to date."""
+        served = self._served.setdefault(level_of(caller), 0.0)
+        flow = self._flows.get(caller.key_id)
+        if flow is None:
+            flow = self._flows[caller.key_id] = _Flow(caller, served)
+        elif level_of(flow.caller) != level_of(caller):
+            flow.tag = served
+        elif not flow.waiting:
+            flow.tag = max(flow.tag, served)
+        flow.caller = caller
+        return flow
+
+    def _charge(self, flow: _Flow, tokens: float) -> None:
+        level = level_of(flow.caller)
+        self._served[level] = max(self._served[level], flow.tag)
+        flow.tag += tokens / flow.caller.weight
+
+    def _changed(self, flow: _Flow) -> None:
+        """Renews the flow's entry in the heap."""
+        flow.version += 1
+        while flow.sleepers and not self._sleeps(flow.sleepers[0]):
+            heappop(flow.sleepers)
+        if flow.sleepers:
+            heappush(self._turns, self._turn(flow))
+        if len(self._turns) > 64 + 4 * len(self._flows):
+            self._turns = [self._turn(each) for each in self._flows.values() if each.sleepers]
+            heapify(self._turns)
+
+    def _turn(self, flow: _Flow) -> _Turn:
+        return level_of(flow.caller), flow.next_tag, flow.sleepers[0], flow.version, flow.caller.key_id
+
+    def _sleeps(self, number: int) -> bool:
+        request = self._requests.get(number)
+        return request is not None and request.asleep
+
+    def _forget(self) -> None:
+        """Drops the callers whose tags say no more than that they have waited."""
+        served = self._served
+        self._flows = {key_id: flow for key_id, flow in self._flows.items() if flow.tag > served[level_of(flow.caller)]}
+        self._turns.clear()

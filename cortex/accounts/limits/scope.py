@@ -1,0 +1,183 @@
+"""One thing that is limited, such as a key or a model: what it has left of its limits. Pure.
+
+Tokens that a request may use are reserved until it ends and then charged as used. So at any time what was used and what
+running requests may still use is within the limit: one minute's amount and what is refilled.
+"""
+
+from __future__ import annotations
+
+from cortex.accounts.limits.budget_window import TOLERANCE, BudgetWindow
+from cortex.accounts.limits.terms import Budget, Limits
+
+Reserved = list[tuple[BudgetWindow, float]]
+
+
+class Refusal:
+    """Why a scope does not admit a request. `wait_secs`: when it would be admitted at the earliest, None if never.
+    `limit` is what stands in its way, for people. `runs`: it also has to wait for requests that run. `budget`: the
+    limit is a budget. `needs`: what the request may use, for people, "" if it does not matter."""
+
+    def __init__(
+        self, scope: Scope, limit: str, wait_secs: float | None, *, runs: bool, budget: bool, needs: str
+    ) -> None:
+        self.scope = scope
+        self.limit = limit
+        self.wait_secs = wait_secs
+        self.runs = runs
+        self.budget = budget
+        self.needs = needs
+
+
+class Scope:
+    """What is left of the limits of one scope. Times are seconds since 1970; `now` never has to increase.
+
+    `requests` and `tokens` are the levels of the buckets at `at`. `reserved` are the tokens of running requests, which
+    are still in the bucket. `running`: the number of requests.
+    """
+
+    def __init__(self, name: str, label: str, limits: Limits, now: float) -> None:
+        """`name` is unique; `label` is for people, such as `key 'alice'`."""
+        self.name = name
+        self.label = label
+        self.rpm = -1.0  # no limit
+        self.tpm = -1.0
+        self.parallel = -1
+        self.windows: list[BudgetWindow] = []
+        self.requests = self.tokens = 0.0
+        self.reserved = 0.0
+        self.running = 0
+        self.changed = False  # since it was last written
+        self.must_be_written = False  # before it is used
+        self.at = now
+        self.configure(limits)
+
+    def configure(self, limits: Limits) -> None:
+        """Puts limits into effect. What was used counts on; a limit that did not exist before begins full."""
+        rpm, tpm = (-1.0 if limit is None else float(limit) for limit in (limits.rpm, limits.tpm))
+        self.requests = rpm if self.rpm < 0 else min(self.requests, rpm)
+        self.tokens = tpm if self.tpm < 0 else min(self.tokens, tpm)
+        self.rpm, self.tpm = rpm, tpm
+        self.parallel = -1 if limits.parallel is None else limits.parallel
+        before = {(window.unit, window.window, window.secs): window for window in self.windows}
+        self.windows = [_window(budget, before) for budget in limits.budgets]
+
+    def advance(self, now: float) -> None:
+        """Refills the buckets and moves the windows."""
+        elapsed, self.at = now - self.at, now
+        if elapsed > 0:
+            self.requests = min(self.rpm, self.requests + elapsed * self.rpm / 60.0)
+            self.tokens = min(self.tpm, self.tokens + elapsed * self.tpm / 60.0)
+        for window in self.windows:
+            window.advance(now)
+
+    @property
+    def tokens_free(self) -> float:
+        """What a request may reserve now."""
+        return self.tokens - self.reserved
+
+    @property
+    def requests_full_in(self) -> float:
+        """Seconds until all requests of a minute are free."""
+        return (self.rpm - self.requests) * 60.0 / self.rpm if self.rpm > 0 else 0.0
+
+    @property
+    def tokens_full_in(self) -> float:
+        """Seconds until all tokens of a minute are free, if running requests use all that they reserve."""
+        return (self.tpm - self.tokens_free) * 60.0 / self.tpm if self.tpm > 0 else 0.0
+
+    def needed(self, tokens: int) -> float:
+        """What a request that may use so many tokens reserves of the bucket: at most all of it, so that a
+        large request is admitted at all."""
+        return min(float(tokens), self.tpm) if self.tpm >= 0 else 0.0
+
+    def refusal(self, tokens: int, cost: float) -> Refusal | None:
+        """After `advance`: why a request that may use so many tokens, or so much money, is not admitted."""
+        if (
+            (self.rpm >= 0 and self.requests + TOLERANCE < 1.0)
+            or (self.tpm >= 0 and self.tokens - self.reserved + TOLERANCE < self.needed(tokens))
+            or 0 <= self.parallel <= self.running
+        ):
+            return self._longest(tokens, cost)
+        for window in self.windows:
+            if not window.has_room(float(tokens) if window.in_tokens else cost):
+                return self._longest(tokens, cost)
+        return None
+
+    def _longest(self, tokens: int, cost: float) -> Refusal:
+        """Of the limits in its way that which takes longest."""
+        found: list[Refusal] = []
+        if 0 <= self.parallel <= self.running:
+            found.append(self._refused(f"{self.parallel} parallel requests", 0.0, runs=True))
+        if self.rpm >= 0 and self.requests + TOLERANCE < 1.0:
+            wait = (1.0 - self.requests) * 60.0 / self.rpm if self.rpm else None
+            found.append(self._refused(f"{self.rpm:g} requests per minute", wait))
+        lacking = self.needed(tokens) - self.tokens_free
+        if self.tpm >= 0 and lacking > TOLERANCE:
+            runs = self.needed(tokens) + self.reserved > self.tpm + TOLERANCE
+            lacking -= self.reserved if runs else 0.0
+            wait = max(0.0, lacking) * 60.0 / self.tpm if self.tpm else None
+            found.append(self._refused(f"{self.tpm:g} tokens per minute", wait, runs=runs, needs=_tokens(tokens)))
+        for window in self.windows:
+            amount = float(tokens) if window.in_tokens else cost
+            if not window.has_room(amount):
+                runs = window.total + amount <= window.amount + TOLERANCE
+                wait = 0.0 if runs else window.room_in(amount, self.at)
+                needs = _tokens(tokens) if window.in_tokens else f"{cost:.6g} {window.unit}"
+                found.append(Refusal(self, window.name, wait, runs=runs, budget=True, needs=needs))
+        return max(found, key=_how_long)
+
+    def _refused(self, limit: str, wait_secs: float | None, *, runs: bool = False, needs: str = "") -> Refusal:
+        return Refusal(self, limit, wait_secs, runs=runs, budget=False, needs=needs)
+
+    def reserve(self, tokens: int, cost: float) -> tuple[float, Reserved]:
+        """Counts a request. Returns what it reserves of the token bucket and of the budgets."""
+        self.running += 1
+        self.changed = True
+        if self.rpm >= 0:
+            self.requests -= 1.0
+        held = self.needed(tokens)
+        self.reserved += held
+        budgets: Reserved = []
+        for window in self.windows:
+            amount = float(tokens) if window.in_tokens else cost
+            window.reserve(amount)
+            budgets.append((window, amount))
+        return held, budgets
+
+    def is_allowed_unwritten(self, tokens: int, cost: float) -> bool:
+        """Whether the state need not be written before such a request is admitted."""
+        if self.must_be_written:
+            return False
+        for window in self.windows:  # noqa: SIM110 - for each request
+            if (float(tokens) if window.in_tokens else cost) > window.allowance:
+                return False
+        return True
+
+    def settle(self, held: float, budgets: Reserved, tokens: int, cost: float, now: float) -> None:
+        """A request that had reserved this has ended and used so much."""
+        self.advance(now)
+        self.running -= 1
+        self.changed = True
+        self.reserved = max(0.0, self.reserved - held)
+        if self.tpm >= 0:
+            self.tokens -= tokens
+        for window, amount in budgets:
+            window.settle(amount, tokens if window.in_tokens else cost, now)
+
+
+def _tokens(tokens: int) -> str:
+    return f"{tokens} tokens, by the length of its prompt and its max_tokens"
+
+
+def _how_long(refusal: Refusal) -> float:
+    return float("inf") if refusal.wait_secs is None else refusal.wait_secs
+
+
+def _window(budget: Budget, before: dict[tuple[str, str, float], BudgetWindow]) -> BudgetWindow:
+    rolling = not isinstance(budget.window, str)
+    name, secs = ("", float(budget.window)) if rolling else (str(budget.window), 0.0)
+    kept = before.get((budget.unit, name, secs))
+    if kept is None:
+        return BudgetWindow(budget.amount, budget.unit, name, secs)
+    kept.amount = budget.amount
+    return kept

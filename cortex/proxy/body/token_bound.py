@@ -1,0 +1,161 @@
+"""How many tokens a request can use at most, as far as its body says. Pure.
+
+A token of text is at least one byte, so a text has at most as many tokens as bytes. A body that refers to something
+else, such as an image or an earlier response, may have a prompt as long as the context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from cortex.accounts.limits.terms import TokenBound
+from cortex.proxy.body.form_scan import is_form
+
+WHOLE_CONTEXT: Final = 1 << 40
+"""As the tokens of one prompt: as many as the model's context."""
+
+_LIMITS: Final[Mapping[bytes, tuple[str, ...]]] = {
+    b"/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    b"/v1/completions": ("max_tokens",),
+    b"/v1/messages": ("max_tokens",),
+    b"/v1/responses": ("max_output_tokens",),
+}
+"""By path the fields with the most tokens of one answer. Others are ignored there, by some engines, and so here."""
+
+_WITHOUT_OUTPUT: Final = frozenset(
+    b"/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /classify /v1/classify /pooling /v1/pooling "
+    b"/v2/embed /v1/moderations /v1/audio/speech /v1/images/generations".split()
+)
+"""Paths whose answers have no tokens."""
+
+COUNTS_NOTHING: Final = frozenset((b"/v1/messages/count_tokens", b"/tokenize", b"/detokenize"))
+"""Paths whose requests use no tokens of a model."""
+
+_REFERENCES: Final = (
+    b'_url"',
+    b'"image',
+    b'"audio',
+    b'"video',
+    b'"file',
+    b'"input_image"',
+    b'"input_audio"',
+    b'"input_file"',
+    b'"document"',
+    b'"previous_response_id"',
+    b'"conversation"',
+    b'"prompt_embeds"',
+)
+"""Names in a body whose prompt may be longer than its text."""
+
+
+class _Generation(msgspec.Struct):
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    best_of: Any = None
+
+
+class _Completion(_Generation):
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Texts(msgspec.Struct):
+    """Of a path without output. Each of the second three is read together with the first."""
+
+    query: msgspec.Raw = msgspec.Raw(b"null")
+    queries: msgspec.Raw = msgspec.Raw(b"null")
+    text_1: msgspec.Raw = msgspec.Raw(b"null")
+    documents: msgspec.Raw = msgspec.Raw(b"null")
+    items: msgspec.Raw = msgspec.Raw(b"null")
+    text_2: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_Fields = TypeVar("_Fields", bound=msgspec.Struct)
+
+_generation: Final = msgspec.json.Decoder(_Generation)
+_completion: Final = msgspec.json.Decoder(_Completion)
+_texts: Final = msgspec.json.Decoder(_Texts)
+_list: Final = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
+    """The bound of a request with this body, as it is sent to the engine. `path` is without its query."""
+    if path in COUNTS_NOTHING:
+        return TokenBound(0)
+    if is_form(content_type):  # whose seconds count, not its bytes
+        return TokenBound(WHOLE_CONTEXT, None)
+    prompt = WHOLE_CONTEXT if _refers(body) else len(body)
+    if path in _WITHOUT_OUTPUT:
+        return TokenBound(prompt + _repeated(_fields(_texts, body)), prompts=2)
+    if path == b"/v1/completions":
+        completion = _fields(_completion, body)
+        prompts = _count(completion.prompt)
+        fields: _Generation = completion
+    else:
+        fields, prompts = _fields(_generation, body), 1
+    output: int | None = None
+    for name in _LIMITS.get(path, ()):
+        given = _number(getattr(fields, name))
+        if given is not None and (output is None or given > output):
+            output = given
+    answers = prompts
+    if fields.n is not None or fields.best_of is not None:
+        answers *= max(_number(fields.n) or 1, _number(fields.best_of) or 1)
+    return TokenBound(prompt, output, answers, prompts)
+
+
+def _fields(decoder: msgspec.json.Decoder[_Fields], body: bytes) -> _Fields:
+    try:
+        return decoder.decode(body)
+    except (ValueError, RecursionError):
+        return decoder.decode(_strict(body))
+
+
+def _strict(body: bytes) -> bytes:
+    """An object in strict JSON with what Python reads of the body, as most engines do: with NaN, a byte order mark."""
+    try:
+        read = json.loads(body)
+    except (ValueError, RecursionError):
+        return b"{}"
+    fields = read if isinstance(read, dict) else {}
+    names = (*_Completion.__struct_fields__, *_Texts.__struct_fields__)
+    return msgspec.json.encode({name: fields.get(name) for name in names})  # null for NaN and Infinity
+
+
+def _refers(body: bytes) -> bool:
+    """Whether something in the body may be longer in the prompt than it is written."""
+    for name in _REFERENCES:  # noqa: SIM110 - a generator costs three times as much
+        if name in body:
+            return True
+    return False
+
+
+def _number(value: Any) -> int | None:
+    """A positive whole number, or None for anything else: the engine refuses that, or ignores it."""
+    if type(value) is not int:
+        try:
+            value = int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return min(value, WHOLE_CONTEXT) if value >= 1 else None
+
+
+def _repeated(texts: _Texts) -> int:
+    """Bytes of a query that is read again with each text."""
+    pairs = max(_count(texts.documents), _count(texts.items), _count(texts.text_2))
+    repeated = sum(len(bytes(each)) for each in (texts.query, texts.queries, texts.text_1))
+    return repeated * pairs if pairs > 1 else 0
+
+
+def _count(value: msgspec.Raw) -> int:
+    """How many prompts or texts this is: one, or those of a list. A list of token ids is one."""
+    written = bytes(value)
+    if not written.startswith(b"["):
+        return 1
+    items = _list.decode(written)
+    return 1 if not items or bytes(items[0])[:1].isdigit() else len(items)

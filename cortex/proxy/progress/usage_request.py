@@ -1,0 +1,61 @@
+"""Asks the engines that a stream is sent to for its usage, and does without where one refuses to be asked."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from cortex.http.request import Request
+from cortex.proxy.answers.answer import Answer
+from cortex.proxy.answers.usage_event import UnaskedUsage
+from cortex.proxy.body.alias_edit import Splice, spliced
+from cortex.proxy.body.usage_option import HAVE_OPTION, usage_splice
+from cortex.routing.stream_usage import StreamUsage
+
+
+class UsageRequest:
+    """Belongs to one request for a stream whose client does not ask for usage."""
+
+    __slots__ = ("_asks", "_engine", "_given_up", "_request", "_splice", "_taken")
+
+    def __init__(self, request: Request, splice: Splice) -> None:
+        self._request = request
+        self._splice = splice
+        self._taken = b""  # what the splice replaces
+        self._asks = False  # the body has the splice
+        self._given_up = False
+        self._engine = StreamUsage()  # that the request is sent to
+
+    def prepare(self, engine: StreamUsage, answer: Answer) -> Answer:
+        """Makes the body fit the engine that gets it next. Returns the form of its answer."""
+        self._engine = engine
+        asks = not self._given_up and not engine.refuses(monotonic())
+        if asks != self._asks:
+            self._replace(asks=asks)
+        return UnaskedUsage(answer, engine) if asks else answer
+
+    def give_up(self, refusal: bytes) -> bool:
+        """True if the engine's refusal may be about the field: the request should be sent again without it."""
+        if not self._asks or (self._engine.reports and b"stream_options" not in refusal):
+            return False
+        self._given_up = True
+        return True
+
+    def answered(self, status: int) -> None:
+        """The request has its answer."""
+        if self._given_up and status == 200:
+            self._engine.refuse(monotonic())
+
+    def _replace(self, *, asks: bool) -> None:
+        request, (start, end, value) = self._request, self._splice
+        if asks:
+            self._taken = request.body[start:end]
+            request.body = spliced(request.body, [(start, end, value)])
+        else:
+            request.body = spliced(request.body, [(start, start + len(value), self._taken)])
+        self._asks = asks
+
+
+def usage_request(request: Request) -> UsageRequest | None:
+    """For a request whose body is complete; None if no engine has to be asked."""
+    splice = usage_splice(request.body) if request.path in HAVE_OPTION else None
+    return None if splice is None else UsageRequest(request, splice)

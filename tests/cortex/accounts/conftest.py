@@ -1,0 +1,7 @@
+"""Fixtures of the tests of keys, limits and usage."""
+
+from __future__ import annotations
+
+from tests.postgresql import new_postgresql, postgresql_server
+
+__all__ = ["new_postgresql", "postgresql_server"]

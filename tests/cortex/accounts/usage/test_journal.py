@@ -1,0 +1,165 @@
+"""The journal: records reach a file soon and whole, and nothing about a disk harms requests."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cortex.accounts.prices import PriceList, Prices
+from cortex.accounts.usage import journal, journal_file
+from cortex.accounts.usage.journal import UsageJournal
+from cortex.accounts.usage.journal_file import JournalWriter
+from cortex.accounts.usage.record import UsageRecord
+from tests.cortex.accounts.usage.records import usage_record
+from tests.cortex.raw_http import until
+
+PRICES = PriceList("EUR", {"org/small": Prices(1.0, 0.1, 2.0)})
+
+
+def read(path: Path) -> tuple[PriceList, list[UsageRecord]]:
+    """What a journal file says."""
+    header, *lines = path.read_bytes().splitlines()
+    records = [msgspec.json.decode(line, type=UsageRecord) for line in lines]
+    return msgspec.json.decode(header, type=PriceList), records
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.jsonl"))
+
+
+def no_drops(count: int) -> None:
+    raise AssertionError(f"{count} dropped")
+
+
+async def test_records_reach_the_file_while_the_journal_is_open(tmp_path: Path) -> None:
+    """They do not wait for more records, nor for the end."""
+    usage = UsageJournal(tmp_path / "usage", PRICES, no_drops)
+    records = [usage_record() for _ in range(500)]
+    for record in records:
+        usage.add(record)
+    await until(lambda: bool(files(tmp_path / "usage")))
+    (path,) = files(tmp_path / "usage")
+    await until(lambda: path.read_bytes().count(b"\n") == 501)
+    assert read(path) == (PRICES, records)
+    await usage.close()
+
+
+async def test_close_writes_what_is_in_memory(tmp_path: Path) -> None:
+    """A worker that stops in good order loses nothing, also while an earlier batch is being written."""
+    usage = UsageJournal(tmp_path, PRICES, no_drops)
+    records = [usage_record() for _ in range(10)]
+    usage.add(records[0])
+    usage._write()
+    for record in records[1:]:
+        usage.add(record)
+    await usage.close()
+    (path,) = files(tmp_path)
+    assert read(path) == (PRICES, records)
+
+
+async def test_new_prices_begin_another_file(tmp_path: Path) -> None:
+    """Each file has the prices of its records, and is closed when they change."""
+    usage = UsageJournal(tmp_path, PRICES, no_drops)
+    usage.add(usage_record())
+    usage._write()
+    await until(lambda: bool(files(tmp_path)))
+    dearer = PriceList("EUR", {"org/small": Prices(2.0)})
+    usage.use_prices(dearer)
+    usage.add(usage_record())
+    await usage.close()
+    assert [(prices, len(records)) for prices, records in map(read, files(tmp_path))] == [(PRICES, 1), (dearer, 1)]
+
+
+async def test_records_wait_in_memory_while_the_directory_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so once, drops the oldest beyond the limit, counts them, and goes on once it can write."""
+    monkeypatch.setattr(journal, "RETRY_SECS", 0.01)
+    monkeypatch.setattr(journal, "MAX_PENDING", 100)
+    (tmp_path / "usage").touch()  # not a directory
+    dropped: list[int] = []
+    usage = UsageJournal(tmp_path / "usage", PRICES, dropped.append)
+    records = [usage_record() for _ in range(130)]
+    for record in records:
+        usage.add(record)
+    await until(lambda: bool(dropped))
+    assert sum(dropped) == 30
+    (tmp_path / "usage").unlink()
+    await until(lambda: bool(files(tmp_path / "usage")))
+    await usage.close()
+    (path,) = files(tmp_path / "usage")
+    assert read(path) == (PRICES, records[30:])
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert "File exists" in caplog.text
+    assert "30 records were dropped" in caplog.text
+
+
+async def test_a_write_that_stops_in_the_middle_of_a_line_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for a while leaves no broken line and no record twice, although the reader may have had the
+    first part already."""
+    writer, write, room = JournalWriter(tmp_path), os.write, 1000
+
+    def write_to_small_disk(fd: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(fd, data[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(journal_file, "CHUNK", 10)
+    monkeypatch.setattr(os, "write", write_to_small_disk)
+    records = [usage_record() for _ in range(50)]
+    taken = writer.write(records, PRICES)
+    assert writer.problem == "No space left on device"
+    assert taken < len(records)
+    room = 100_000
+    assert writer.write(records[taken:], PRICES) == len(records) - taken
+    assert writer.problem == ""
+    writer.close()
+    (path,) = files(tmp_path)
+    assert read(path) == (PRICES, records)
+
+
+def test_a_full_file_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the first can be deleted."""
+    monkeypatch.setattr(journal_file, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(journal_file, "CHUNK", 10)
+    records = [usage_record() for _ in range(200)]
+    writer = JournalWriter(tmp_path)
+    assert writer.write(records, PRICES) == 200
+    writer.close()
+    assert len(files(tmp_path)) > 2
+    assert [record for path in files(tmp_path) for record in read(path)[1]] == records
+
+
+def test_the_files_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the database is away they do not fill the disk."""
+    monkeypatch.setattr(journal_file, "MAX_TOTAL_BYTES", 50_000)
+    monkeypatch.setattr(journal_file, "MAX_FILE_BYTES", 10_000)
+    writer = JournalWriter(tmp_path)
+    records = [usage_record() for _ in range(2000)]
+    assert writer.write(records, PRICES) < len(records)
+    assert "the limit" in writer.problem
+    assert journal_file.total_bytes(tmp_path) < 100_000
+    writer.close()
+
+
+def test_a_deleted_directory_is_created_again(tmp_path: Path) -> None:
+    """Records do not vanish in a file without a name."""
+    directory = tmp_path / "usage"
+    writer = JournalWriter(directory)
+    writer.write([usage_record()], PRICES)
+    shutil.rmtree(directory)
+    record = usage_record()
+    assert writer.write([record], PRICES) == 1
+    writer.close()
+    (path,) = files(directory)
+    assert read(path) == (PRICES, [record])
