@@ -76,6 +76,15 @@ USAGE = Table(
 )
 """The fields of `cortex.accounts.usage.record.UsageRecord`, and what is calculated from them."""
 
+USAGE_JOURNALS = Table(
+    "usage_journals",
+    METADATA,
+    Column("name", String, primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+"""How many bytes of each journal file are in the table of usage."""
+
 ENERGY = Table(
     "energy",
     METADATA,
