@@ -15,6 +15,7 @@ from aiohttp import web
 
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
+from cortex.accounts.usage.reports import usage_reports
 from cortex.accounts.usage.journal import UsageJournal
 from cortex.api.app_keys import (
     ADAPTERS,
@@ -22,6 +23,7 @@ from cortex.api.app_keys import (
     CREATED,
     FLEET,
     KEYS,
+    USAGE_LEDGER,
     LIVE,
     LOADER,
     METRICS,
@@ -69,6 +71,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[KEYS] = parts.keys
+    app[USAGE_LEDGER] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
