@@ -15,21 +15,21 @@ from aiohttp import web
 
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
-from cortex.accounts.usage.reports import usage_reports
 from cortex.accounts.usage.journal import UsageJournal
+from cortex.accounts.usage.reports import usage_reports
 from cortex.api.app_keys import (
     ADAPTERS,
     COUNTS,
     CREATED,
     FLEET,
     KEYS,
-    USAGE_LEDGER,
     LIVE,
     LOADER,
     METRICS,
     SCHEDULER,
     SHUTDOWN,
     STATE,
+    USAGE_LEDGER,
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following

@@ -52,7 +52,8 @@ async def _rows(connection: AsyncConnection, asked: Select[Any]) -> list[dict[st
     found = (await connection.execute(asked.limit(MAX_ROWS + 1))).mappings().all()
     if len(found) > MAX_ROWS:
         raise InvalidRequest(
-            f"the report would have more than {MAX_ROWS} rows: shorten from and to, or use fewer groups", param="group_by"
+            f"the report would have more than {MAX_ROWS} rows: shorten from and to, or use fewer groups",
+            param="group_by",
         )
     return [dict(row) for row in found]
 
@@ -111,14 +112,14 @@ def _number(condition: ColumnElement[bool]) -> ColumnElement[int]:
 
 def _slowest(groups: dict[str, ColumnElement[Any]], chosen: ColumnElement[bool]) -> Select[Any]:
     """The 95th percentile of each group, by the nearest rank: neither database has a function that the other has."""
-    part = {"partition_by": list(groups.values())} if groups else {}
+    part = list(groups.values()) or None
     secs = USAGE.c.first_byte_secs
     ranked = (
         select(
             *(column.label(name) for name, column in groups.items()),
             secs.label("secs"),
-            func.row_number().over(order_by=secs, **part).label("rank"),
-            func.count().over(**part).label("of"),
+            func.row_number().over(partition_by=part, order_by=secs).label("rank"),
+            func.count().over(partition_by=part).label("of"),
         )
         .where(chosen, secs.is_not(None))
         .subquery()

@@ -24,7 +24,7 @@ DEFAULT_SECS: Final = 30 * 86_400.0
 class UsageQuery:
     """Requests that ended from `since` up to, but not at, `until` (seconds since 1970), in groups. `keys` (ids or
     names) and `models`: only these, all if empty. `paths`: likewise. `key_id`: only this key; "" is a client without
-    one, None is everybody. `bucket_secs`: also in groups of this many seconds, 0 for none."""
+    one, None is any client. `bucket_secs`: also in groups of this many seconds, 0 for none."""
 
     since: float
     until: float
@@ -78,7 +78,7 @@ def _time(name: str, text: str, now: float) -> float:
         return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError):
         raise InvalidRequest(
-            f"{name}: {shortened(text)!r} is no time: write 2026-11-29, 2026-11-29T12:00:00Z, seconds since 1970, or "
+            f"{name}: {shortened(text)!r} cannot be read: write 2026-11-29, 2026-11-29T12:00:00Z, seconds since 1970, or "
             "how long ago: 7d, 24h",
             param=name,
         ) from None
