@@ -78,8 +78,8 @@ def _time(name: str, text: str, now: float) -> float:
         return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError):
         raise InvalidRequest(
-            f"{name}: {shortened(text)!r} cannot be read: write 2026-11-29, 2026-11-29T12:00:00Z, seconds since 1970, or "
-            "how long ago: 7d, 24h",
+            f"{name}: {shortened(text)!r} cannot be read: write 2026-11-29, 2026-11-29T12:00:00Z, seconds since 1970, "
+            "or how long ago: 7d, 24h",
             param=name,
         ) from None
 
