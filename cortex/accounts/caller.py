@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -26,6 +27,10 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     weight: float = 1.0
     models: tuple[str, ...] = ()
     limited: bool = False
+
+    def may_use(self, model_id: str) -> bool:
+        """`model_id`: as in the catalogue, without a variant."""
+        return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
 
 
 ROLES: Final[tuple[Role, ...]] = ("user", "viewer", "operator", "admin")

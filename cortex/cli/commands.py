@@ -131,6 +131,9 @@ def simulate(
         typer.Option(help="How models are placed; all compares the three."),
     ] = "all",
     by_model: Annotated[bool, typer.Option("--by-model", help="Print a line for each model.")] = False,
+    ignore_keys: Annotated[
+        bool, typer.Option("--ignore-keys", help="Treat all requests as one caller's: keys take no turns.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> int:
     """Replay a trace of requests on a simulated fleet."""
@@ -143,8 +146,8 @@ def simulate(
         comparing = "--compare" if compare else "--compare, which --seeds, --loads and --bound imply,"
         if workload is None:
             raise typer.BadParameter(f"{comparing} needs --workload")
-        if make_trace is not None or by_model or policy != "all":
-            raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model and --policy")
+        if make_trace is not None or by_model or ignore_keys or policy != "all":
+            raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model, --ignore-keys and --policy")
         each_seed = [seed] if seeds is None else parsed_seeds(seeds)
         each_load = [load] if loads is None else parsed_loads("--loads", loads)
         return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, bound=bound, as_json=as_json)
@@ -157,6 +160,7 @@ def simulate(
         made_trace=make_trace,
         policy=policy,
         each_model=by_model,
+        fair=not ignore_keys,
         as_json=as_json,
     )
 

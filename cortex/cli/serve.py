@@ -8,11 +8,12 @@ import os
 import socket
 import sys
 from collections.abc import Sequence, Sized
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -131,7 +132,7 @@ async def serve(
     ):
         _refuse_open_network(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
-        usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
+        usage, recorder = _recording(parts, directory)
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
@@ -143,7 +144,7 @@ async def serve(
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
-            async with front, running({"configuration": reloader.watch_loop}):
+            async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
                 log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
                 await stop.wait()
@@ -157,6 +158,15 @@ def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRin
         given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
         directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
         raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file, directory=directory)])
+
+
+def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:
+    """Where workers leave usage, None for nowhere, and what moves it into the database while it runs."""
+    database = parts.database
+    if directory is None or database is None or database.read_only:
+        return None, nullcontext()
+    usage = directory / USAGE_DIRECTORY
+    return usage, RecorderProcess(parts.live, database.source, usage).running()
 
 
 def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:

@@ -25,6 +25,7 @@ from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loads.adapters import AdapterLoads
+from cortex.control.loads.engine_room import EngineRoom
 from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
@@ -40,6 +41,7 @@ from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.fleet.variant_labels import VariantLabels
+from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
@@ -67,6 +69,7 @@ class ControlCore:
     resolver: Resolver
     groups: GroupKeeper
     adapters: AdapterLoads
+    room: EngineRoom
 
     @property
     def config(self) -> CortexConfig:
@@ -85,6 +88,7 @@ class ControlCore:
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
             "groups": self.groups.run,
+            "engine room": self.room.run,
             "adapters": self.adapters.spread_loop,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
@@ -131,15 +135,14 @@ def build(
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
-    _label_variants(live, fleet)
-    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    demand = _demand(live, state, fleet, counts, clock)
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = _routes(live, fleet, endpoints, counts)
+    room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
+    routes = _routes(live, fleet, endpoints, counts, room)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -170,11 +173,12 @@ def build(
         shutdown=shutdown,
         state=state,
         contexts=loader.contexts,
+        room=room,
         adapters=adapters,
         limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
@@ -188,20 +192,27 @@ def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
     live.changes.subscribe(label)
 
 
-def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> RouteTable:
-    """The route table, which follows the catalogue in force."""
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals, room: EngineRoom) -> RouteTable:
+    """The route table, which follows the catalogue in force and the limits of engines."""
+    _label_variants(live, fleet)
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, limit=room.limit)
     live.changes.subscribe(routes.publish)
+    room.changes.subscribe(routes.publish)
     return routes
 
 
-def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
-    """The accounts of the API keys, as they were when the last cortex ended."""
+def _demand(
+    live: LiveConfig, state: StateFile, fleet: Fleet, counts: CountTotals, clock: Callable[[], float]
+) -> Demand:
+    """The demand, with the accounts of the API keys as they were when the last cortex ended."""
 
     def half_life_secs() -> float:
         return live.config.placement.fairness_half_life_secs
 
-    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    device_time = DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    demand = Demand(counts, clock=clock, device_time=device_time)
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    return demand
 
 
 @contextlib.asynccontextmanager
@@ -232,6 +243,9 @@ async def running_control(
         keys = keys or KeyRing()
         _use_keys(keys, core)
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
+        if books is not None:
+            loops["energy"] = books.run
         try:
             async with running(loops):
                 yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)

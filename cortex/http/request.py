@@ -26,7 +26,8 @@ class Request:
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
     `content_length` is None for a chunked body; `modern`: HTTP/1.1. `anthropic`: cortex's own answers have
-    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF.
+    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF. `rates`: header
+    lines of the answer about limits, each after a CRLF.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Request:
         "modern",
         "path",
         "peer",
+        "rates",
         "received",
         "streamed",
         "target",
@@ -68,6 +70,7 @@ class Request:
         self.received = received
         self.body = b""
         self.cors = b""
+        self.rates = b""
         self.content_type = named.get(names.CONTENT_TYPE, b"")
         self.content_length = _content_length(named, modern=modern)
         if names.HOST not in named:
@@ -246,9 +249,14 @@ class Request:
             return b"transfer-encoding: chunked" if left is None else b"content-length: %d" % (len(self.body) + left)
         return b"connection: Upgrade\r\nupgrade: websocket"
 
+    def drop_header(self, name: bytes) -> None:
+        """Does not pass on the headers of this name (in lower case) that cortex does not read otherwise."""
+        start = name + b":"
+        self._passed = [line for line in self._passed if line[: len(start)].lower() != start]
+
     def refuse_encodings(self) -> None:
         """Asks the engine for an uncompressed answer."""
-        self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
+        self.drop_header(b"accept-encoding")
         self._passed.append(b"accept-encoding: identity")
 
     def discard(self) -> None:

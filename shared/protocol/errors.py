@@ -37,6 +37,7 @@ class ErrorCode(str, Enum):
     MODEL_BUSY = "model_busy"
     MODEL_FILES_INVALID = "model_files_invalid"
     MODEL_FILES_NOT_FOUND = "model_files_not_found"
+    MODEL_NOT_ALLOWED = "model_not_allowed"
     MODEL_NOT_FOUND = "model_not_found"
     NEURON_STOPPING = "neuron_stopping"
     NEURON_UNAVAILABLE = "neuron_unavailable"

@@ -36,16 +36,16 @@ class Database:
     def __init__(self, engine: AsyncEngine, source: DatabaseSource, *, read_only: bool = False) -> None:
         self._engine = engine
         self._writing = engine.execution_options(writing=True)
-        self._source = source
+        self.source = source
         self.read_only = read_only
 
     @property
     def is_postgresql(self) -> bool:
         """Several cortexes may use it."""
-        return self._source.path is None
+        return self.source.path is None
 
     def __str__(self) -> str:
-        return self._source.shown
+        return self.source.shown
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:

@@ -46,6 +46,7 @@ class BudgetWindow:
         """`window` is one of CALENDAR, or "" for a rolling one of `secs` seconds."""
         self.amount = amount
         self.unit = unit
+        self.in_tokens = unit == "tokens"
         self.window = window
         self.secs = secs
         self.reserved = 0.0
@@ -54,10 +55,6 @@ class BudgetWindow:
         self.total = 0.0  # of `used`
         self.allowance = math.inf
         self.granted = 0.0  # the allowance after the last write
-
-    @property
-    def in_tokens(self) -> bool:
-        return self.unit == "tokens"
 
     @property
     def name(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from cortex.accounts.limits.admission import Consumption
 from cortex.accounts.limits.budget_window import BudgetWindow
 from cortex.accounts.limits.scope import Scope
 from cortex.accounts.limits.scope_state import budget_name, dump_scope, restore_scope
@@ -15,15 +14,15 @@ SHARE_UNWRITTEN: Final = 0.01
 
 
 def write_before_use(scope: Scope) -> None:
-    """A scope that has just begun is written before anything is used, and so are budgets that have just begun."""
-    scope.must_be_written = True
+    """Of budgets that have just begun nothing may be used before they are written."""
     for window in scope.windows:
         if math.isinf(window.allowance):
             window.allowance = 0.0
 
 
 def restore(scope: Scope, state: dict[str, Any], now: float) -> None:
-    """Puts back what was written last. If it was written while cortex ran, all that may have been used since counts."""
+    """Puts back what was written last before this cortex started, at `now`. If that was while another ran, all that may
+    have been used since counts."""
     restore_scope(scope, state)
     scope.advance(now)
     if state.get("clean"):
@@ -36,12 +35,18 @@ def restore(scope: Scope, state: dict[str, Any], now: float) -> None:
 class PendingWrite:
     """What is being written of one scope."""
 
-    def __init__(self, scope: Scope, coming: Consumption) -> None:
-        """`coming`: this may be reserved before the next write, at least."""
+    def __init__(self, scope: Scope, tokens: int, cost: float) -> None:
+        """At least so much may be reserved before the next write."""
         scope.changed = False
         self._scope = scope
         self._windows = [
-            (window, window.ends_at, window.allowance, _next_allowance(window, coming)) for window in scope.windows
+            (
+                window,
+                window.ends_at,
+                window.allowance,
+                _next_allowance(window, float(tokens) if window.in_tokens else cost),
+            )
+            for window in scope.windows
         ]
         unwritten = {budget_name(window): window.reserved + planned for window, _, _, planned in self._windows}
         self.state: dict[str, Any] = {**dump_scope(scope), "unwritten": unwritten}
@@ -62,7 +67,6 @@ class PendingWrite:
             window.allowance = math.inf
 
 
-def _next_allowance(window: BudgetWindow, coming: Consumption) -> float:
+def _next_allowance(window: BudgetWindow, needed: float) -> float:
     lately = max(0.0, window.granted - window.allowance) if math.isfinite(window.allowance) else 0.0
-    needed = coming.tokens if window.in_tokens else coming.cost
     return needed + max(2 * lately, SHARE_UNWRITTEN * window.amount)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cortex.accounts.caller import Caller
 from cortex.accounts.database.source import DatabaseError
-from cortex.accounts.limits.admission import Consumption, HeldTokens, check, most_usage, reserve, scopes_of
+from cortex.accounts.limits.admission import HeldTokens, RequestTerms, scopes_of
 from cortex.accounts.limits.exceeded import LimitExceeded, rate_state
 from cortex.accounts.limits.holders import Holdings, holdings_of, load_shared, shared_state
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.scope import Scope
-from cortex.accounts.limits.terms import UNLIMITED, Grant, KeyLimits, ModelTerms, TokenBound
+from cortex.accounts.limits.terms import UNLIMITED, Grant, KeyLimits, TokenBound
 from shared.errors import ServiceError, Unavailable
 from shared.retry_after import LIMITS_UNKNOWN_SECS
 from shared.tasks import timeout
@@ -43,11 +43,11 @@ _CORTEX: Final = "cortex:"
 
 
 class _Asked(NamedTuple):
-    """A request that waits for admission."""
+    """A request that waits for admission. It may use so many tokens, which cost so much."""
 
-    scopes: list[Scope]
-    most: Consumption
-    terms: ModelTerms
+    terms: RequestTerms
+    tokens: int
+    cost: float
     answer: asyncio.Future[Grant]
 
 
@@ -55,7 +55,8 @@ class _Settled(NamedTuple):
     """A request that has ended."""
 
     held: HeldTokens
-    used: Consumption
+    tokens: int
+    cost: float
 
 
 class SharedLimiter:
@@ -89,27 +90,26 @@ class SharedLimiter:
         return None
 
     async def admission(self, caller: Caller, model_id: str, bound: TokenBound) -> Grant:
-        terms = self._model_terms(model_id)
-        scopes = self._find_scopes(caller, model_id, terms)
-        if not scopes:
+        terms = self._find_terms(caller, model_id)
+        if not terms.scopes:
             return UNLIMITED
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
-        self._asked.append(_Asked(scopes, most_usage(bound, terms), terms, answer))
+        self._asked.append(_Asked(terms, *terms.most(bound), answer))
         self._wanted.set()
         return await answer
 
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         held = self._running.pop(grant.number, None)
         if held is not None:
-            self._end(held, Consumption(prompt + completion, held.prices.cost(prompt, completion, cached)))
+            self._end(held, prompt + completion, held.terms.cost(prompt, completion, cached))
 
     def settle_at_bound(self, grant: Grant) -> None:
         held = self._running.pop(grant.number, None)
         if held is not None:
-            self._end(held, held.most)
+            self._end(held, held.most_tokens, held.most_cost)
 
-    def _end(self, held: HeldTokens, used: Consumption) -> None:
-        self._settled.append(_Settled(held, used))
+    def _end(self, held: HeldTokens, tokens: int, cost: float) -> None:
+        self._settled.append(_Settled(held, tokens, cost))
         self._wanted.set()
 
     async def run(self) -> None:
@@ -126,7 +126,7 @@ class SharedLimiter:
 
     async def close(self) -> None:
         for held in list(self._running.values()):
-            self._end(held, held.most)
+            self._end(held, held.most_tokens, held.most_cost)
         self._running.clear()
         await self._batch()
         with contextlib.suppress(DatabaseError, asyncio.TimeoutError):
@@ -138,8 +138,8 @@ class SharedLimiter:
         self._wanted.clear()
         asked = [each for each in self._asked if not each.answer.done()]
         settled, self._asked, self._settled = self._settled, [], []
-        names = {scope.name for each in asked for scope in each.scopes}
-        names |= {scope.name for each in settled for scope, _, _ in each.held.scopes}
+        names = {scope.name for each in asked for scope in each.terms.scopes}
+        names |= {scope.name for each in settled for scope in each.held.scopes}
         try:
             async with timeout(DATABASE_SECS), self._states.locked(names) as rows:
                 answers, own = await self._decide(rows, asked, settled)
@@ -170,7 +170,7 @@ class SharedLimiter:
             for name, scope in scopes.items()
         }
         for each in settled:
-            each.held.settle(each.used, rows.now)
+            each.held.settle(each.tokens, each.cost, rows.now)
         answers = [_decision(each, rows.now) for each in asked]
         own = {name: holdings_of(scope).without(others[name].values()) for name, scope in scopes.items()}
         states = {name: shared_state(scope, {**others[name], self._name: own[name]}) for name, scope in scopes.items()}
@@ -182,11 +182,11 @@ class SharedLimiter:
         if isinstance(answer, LimitExceeded):
             _fail(asked.answer, answer)
         elif asked.answer.done():  # cancelled meanwhile
-            self._end(answer, Consumption(0, 0.0))
+            self._end(answer, 0, 0.0)
         else:
             number = next(self._numbers)
             self._running[number] = answer
-            asked.answer.set_result(Grant(number, rate_state(asked.scopes)))
+            asked.answer.set_result(Grant(number, rate_state(asked.terms.scopes)))
 
     def _report(self, reason: str) -> None:
         if not self._failed:
@@ -195,31 +195,32 @@ class SharedLimiter:
         if self._settled:
             self._wanted.set()
 
-    def _find_scopes(self, caller: Caller, model_id: str, terms: ModelTerms) -> list[Scope]:
+    def _find_terms(self, caller: Caller, model_id: str) -> RequestTerms:
+        model = self._model_terms(model_id)
         found: list[Scope] = []
         key = self._keys.get(caller.key_id)
-        for name, label, limits in scopes_of(caller.key_id, caller.name, key, model_id, terms.limits):
+        for name, label, limits in scopes_of(caller.key_id, caller.name, key, model_id, model.limits):
             scope = self._scopes.get(name)
             if scope is None:
                 scope = self._scopes[name] = Scope(name, label, limits, 0.0)
-            else:
-                scope.label = label
+            elif scope.limits != limits:
                 scope.configure(limits)
+            scope.label = label
             found.append(scope)
-        return found
+        return RequestTerms(found, model, 0.0)
 
 
 def _by_name(asked: Iterable[_Asked], settled: Iterable[_Settled]) -> dict[str, Scope]:
-    found = {scope.name: scope for each in asked for scope in each.scopes}
-    return found | {scope.name: scope for each in settled for scope, _, _ in each.held.scopes}
+    found = {scope.name: scope for each in asked for scope in each.terms.scopes}
+    return found | {scope.name: scope for each in settled for scope in each.held.scopes}
 
 
 def _decision(asked: _Asked, now: float) -> HeldTokens | LimitExceeded:
     try:
-        check(asked.scopes, asked.most, now)
+        asked.terms.check(asked.tokens, asked.cost, now)
     except LimitExceeded as refused:
         return refused
-    return reserve(asked.scopes, asked.most, asked.terms.prices)
+    return asked.terms.reserve(asked.tokens, asked.cost)
 
 
 def _fail(answer: asyncio.Future[Any], error: ServiceError) -> None:
