@@ -62,6 +62,8 @@ RELOAD_OF: Mapping[str, Reload] = {
     "gateway.allowed_origins": Reload.NEEDS_RESTART,
     "gateway.allowed_hosts": Reload.NEEDS_RESTART,
     "gateway.allow_anonymous": Reload.NEEDS_RESTART,
+    "gateway.tls_cert": Reload.NEEDS_RESTART,
+    "gateway.tls_key": Reload.NEEDS_RESTART,
 }
 """Every key of cortex.toml. Write APPLIES only if every reader of the key sees the new value: the control reads
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
