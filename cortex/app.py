@@ -9,15 +9,28 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
-from cortex.accounts.caller import Caller
+from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
 from cortex.accounts.usage.journal import UsageJournal
-from cortex.api.app_keys import ADAPTERS, COUNTS, CREATED, FLEET, LIVE, LOADER, METRICS, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.app_keys import (
+    ADAPTERS,
+    COUNTS,
+    CREATED,
+    FLEET,
+    KEYS,
+    LIVE,
+    LOADER,
+    METRICS,
+    SCHEDULER,
+    SHUTDOWN,
+    STATE,
+)
+from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -26,14 +39,14 @@ from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
-from cortex.proxy.authentication import authenticate
+from cortex.proxy.authentication import Authentication
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.gateway import Gateway
 from cortex.routing.control import Control
 from cortex.upstream.address import Address
 from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
-from shared.http import Handler, error_middleware, hide_server, refuse_cross_site, require_json
+from shared.http import Handler, error_middleware, hide_server, refuse_cross_site, require_json, require_token
 from shared.serve import BACKLOG
 from shared.tasks import running
 from shared.tls import RenewedContext, server_context
@@ -45,7 +58,7 @@ TICKS_OF_SILENCE = 10
 def build_control_app(parts: Parts) -> web.Application:
     """Every route that no engine answers. Workers hand its requests on."""
     app = web.Application(
-        middlewares=[error_middleware, _own_user_only, require_json],
+        middlewares=[error_middleware, _own_user_only, authorize, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
     )
     app.on_response_prepare.append(hide_server)
@@ -58,6 +71,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
+    app[KEYS] = parts.keys
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
@@ -75,8 +89,9 @@ def build_control_app(parts: Parts) -> web.Application:
 
 def build_metrics_app(parts: Parts) -> web.Application:
     """What is served on `metrics_listen`."""
-    policy = cross_site_policy(parts.config.gateway)
-    app = web.Application(middlewares=[error_middleware, refuse_cross_site(policy)])
+    policy, token = cross_site_policy(parts.config.gateway), parts.config.gateway.metrics_bearer_token
+    checks = [refuse_cross_site(policy)] if token is None else [refuse_cross_site(policy), require_token(token)]
+    app = web.Application(middlewares=[error_middleware, *checks])
     app.on_response_prepare.append(hide_server)
     app[COUNTS] = parts.counts
     app[METRICS] = parts.metrics
@@ -117,12 +132,12 @@ async def working(
     socks: Sequence[socket.socket],
     address: Address,
     *,
+    keys: KeyTable = NO_KEYS,
     prices: PriceList = NO_PRICES,
     usage_directory: Path | None = None,
-    authenticate: Callable[[bytes | None], Caller] = authenticate,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
-    app's. Usage is written to `usage_directory`, and lost without one."""
+    app's, `keys` are those of clients. Usage is written to `usage_directory`, and lost without one."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
@@ -137,7 +152,7 @@ async def working(
         control_address=address,
         max_body_bytes=max_body_bytes,
         cross_site_policy=cross_site_policy(config.gateway),
-        authenticate=authenticate,
+        authentication=Authentication(keys, config),
     )
     files = config.gateway.tls_files
     tls = None if files is None else await asyncio.to_thread(RenewedContext, files, server_context)
@@ -162,9 +177,15 @@ async def serving_here(
     parts: Parts, socks: Sequence[socket.socket], address: Address, *, usage_directory: Path | None = None
 ) -> AsyncIterator[Gateway]:
     """The only worker, in the control's own process."""
-    prices = price_list(parts.live)
+    keys, prices = parts.keys, price_list(parts.live)
     async with working(
-        parts.resolver, parts.config, socks, address, prices=prices, usage_directory=usage_directory
+        parts.resolver,
+        parts.config,
+        socks,
+        address,
+        keys=keys.table,
+        prices=prices,
+        usage_directory=usage_directory,
     ) as gateway:
         parts.counts.attach(gateway)
 
@@ -175,6 +196,7 @@ async def serving_here(
         subscriptions = [
             parts.live.changes.subscribe(configure),
             parts.routes.retired.subscribe(gateway.retire),
+            keys.changes.subscribe(lambda: gateway.use_keys(keys.table)),
         ]
         try:
             yield gateway

@@ -24,9 +24,13 @@ from neuron.api.routes import add_routes
 from neuron.config import NeuronConfig
 from neuron.engine.keys import FILE_NAME as V1_CALLERS_FILE
 from neuron.engine.keys import EngineKeys
+from neuron.engine.records import boot_id
 from neuron.engine.state_dir import StateDir
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import topology_source
+from neuron.gpu.energy.meter import FILE_NAME as ENERGY_FILE
+from neuron.gpu.energy.meter import EnergyMeter
+from neuron.gpu.energy.sharing import Resident
 from neuron.harness.installed import InstalledEngines
 from neuron.lifecycle.admission import Admission
 from neuron.lifecycle.default_models import DefaultModels
@@ -95,7 +99,8 @@ def cross_site_policy(config: NeuronConfig) -> CrossSitePolicy:
 async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
     async with contextlib.AsyncExitStack() as stack:
         state = await _held_state(config, port, stack)
-        source = with_host_ram(topology_source(config, state.vram), config, state.vram)
+        meter = await _meter(state)
+        source = with_host_ram(topology_source(config, state.vram, meter.requests_on), config, state.vram)
         stack.push_async_callback(source.close)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         hub, metrics = EventHub(), NeuronMetrics()
@@ -125,11 +130,12 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             launcher=launcher,
             new_supervisor=new_supervisor,
         )
+        meter.residents = functools.partial(_residents, registry)
         stack.push_async_callback(registry.stop_all)
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
-        device_watch = DeviceWatch(source, hub.publish)
+        device_watch = DeviceWatch(source, hub.publish, meter)
         stack.push_async_callback(_running(default_models, spares, device_watch).close)
         yield Services(
             config=config,
@@ -137,6 +143,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
+            meter=meter,
             home=state.home,
             ledger=memory.ledger,
             registry=registry,
@@ -168,6 +175,17 @@ def _running(default_models: DefaultModels, spares: Spares, device_watch: Device
     watched = "condition of the GPUs"
     _ = tasks.spawn(keep_running(watched, device_watch.run), name=watched)
     return tasks
+
+
+async def _meter(state: StateDir) -> EnergyMeter:
+    meter = EnergyMeter(state.path / ENERGY_FILE, boot_id())
+    await meter.read()
+    return meter
+
+
+def _residents(registry: Registry) -> list[Resident]:
+    found = (model.resident() for model in registry.models)
+    return [resident for resident in found if resident is not None]
 
 
 async def _load_history(state: StateDir) -> LoadHistory:

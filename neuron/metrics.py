@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from neuron.gpu.device_watch import faults_of
+from neuron.gpu.energy.sharing import JOULES_PER_WH
 from neuron.lifecycle.instance_state import InstanceState
 from neuron.lifecycle.states import State
-from shared.protocol import Device, DeviceHealth, HostMemoryHealth, SpareView
+from shared.protocol import Device, DeviceHealth, HostMemoryHealth, InstanceEnergy, SpareView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 1800)
@@ -59,12 +60,14 @@ class NeuronMetrics:
         health: Sequence[DeviceHealth],
         spares: Iterable[SpareView],
         host: HostMemoryHealth | None = None,
+        *,
+        energy: Iterable[InstanceEnergy] = (),
     ) -> bytes:
-        """The metrics page: the counters, and the given state of models, devices, spare processes and the host's
-        RAM."""
+        """The metrics page: the counters, and the given state of models, devices, spare processes, the host's RAM and
+        the energy of instances."""
         now = CollectorRegistry()
         families = [*_engine_states(models), *_device_gauges(devices, health), _spare_gauge(spares)]
-        now.register(_Snapshot([*families, *_ram_gauges(models, host)]))
+        now.register(_Snapshot([*families, *_ram_gauges(models, host), *_energy_counters(devices, health, energy)]))
         return generate_latest(self._registry) + generate_latest(now)
 
 
@@ -149,6 +152,29 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
     for index, reason in faults_of(devices, health).items():
         family.add_metric([str(index), uuids.get(index, ""), reason], 1)
     yield family
+
+
+def _energy_counters(
+    devices: Sequence[Device], health: Sequence[DeviceHealth], energy: Iterable[InstanceEnergy]
+) -> Iterator[Metric]:
+    uuids = {device.index: device.uuid or "" for device in devices}
+    metered = CounterMetricFamily(
+        "neuron_device_energy_joules", "Energy that the device has used.", labels=["index", "uuid"]
+    )
+    for index, wh in _given(health, "energy_wh").items():
+        metered.add_metric([str(index), uuids.get(index, "")], wh * JOULES_PER_WH)
+    total: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for each in energy:
+        total[each.id, "active"] += each.active_wh
+        total[each.id, "resident"] += each.resident_wh
+    shared = CounterMetricFamily(
+        "neuron_model_energy_joules",
+        "What the engines of a model have used of it: for requests, and of the draw of an idle device.",
+        labels=["model", "kind"],
+    )
+    for key, wh in total.items():
+        shared.add_metric(key, wh * JOULES_PER_WH)
+    yield from (metered, shared)
 
 
 def _bytes(health: Sequence[DeviceHealth], field: str) -> dict[int, float]:

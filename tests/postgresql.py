@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class PostgresServer:
             finally:
                 await connection.close()
 
-        asyncio.run(run())
+        with ThreadPoolExecutor(1) as thread:  # the caller may be in a running event loop
+            thread.submit(asyncio.run, run()).result()
 
 
 @pytest.fixture(scope="session")

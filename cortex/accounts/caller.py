@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -27,6 +28,27 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     models: tuple[str, ...] = ()
     limited: bool = False
 
+    def may_use(self, model_id: str) -> bool:
+        """`model_id`: as in the catalogue, without a variant."""
+        return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
+
+
+ROLES: Final[tuple[Role, ...]] = ("user", "viewer", "operator", "admin")
+"""Each may do what those before it may."""
+
+
+def may(role: Role, needed: Role) -> bool:
+    """Whether this role may do what needs the other one."""
+    return ROLES.index(role) >= ROLES.index(needed)
+
 
 ANONYMOUS: Final = Caller("", "anonymous", role="admin")
-"""A client without a key, where cortex has none."""
+"""A client on this host, where cortex has no keys."""
+
+LOOPBACK: Final = Caller("", "loopback", role="admin")
+"""A client on this host without a key, where cortex has keys and trusts it."""
+
+GUEST: Final = Caller("", "guest", role="user", priority=-1_000_000)
+"""A client without a key where others have one or could: it gets what they leave."""
+
+KEYLESS: Final = {caller.name: caller for caller in (ANONYMOUS, LOOPBACK, GUEST)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from cortex.accounts.keys.key_ring import KeyRing
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
@@ -23,5 +24,6 @@ LOADER = web.AppKey("loader", Loader)
 COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
+KEYS = web.AppKey("keys", KeyRing)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

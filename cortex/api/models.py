@@ -9,7 +9,9 @@ from typing import Any
 
 from aiohttp import web
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.api.app_keys import CREATED, FLEET, LIVE
+from cortex.api.authorization import caller_of
 from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet_view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
@@ -31,10 +33,13 @@ share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    models = request.app[MODEL_LIST]
+    models, caller = request.app[MODEL_LIST], caller_of(request) or ANONYMOUS
     blocks = await _up_to_date(request)
     if ANTHROPIC_VERSION in request.headers:
-        return web.json_response(anthropic_page(models.names, request.query, models.entry))
+        return web.json_response(anthropic_page(models.names_for(caller), request.query, models.entry))
+    if caller.models:
+        entries = list(map(models.entry, models.names_for(caller)))
+        return web.json_response({"object": "list", "data": entries, "models": list(map(codex_model, entries))})
     if len(blocks) == 1 or request.method == "HEAD":
         return web.Response(body=b"".join(blocks), content_type="application/json", charset="utf-8")
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
@@ -47,7 +52,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 async def show_model(request: web.Request) -> web.Response:
     await _up_to_date(request)
-    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"])
+    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"], caller_of(request) or ANONYMOUS)
     return web.json_response(anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry)
 
 
@@ -170,16 +175,25 @@ class ModelList:
         """Ids and aliases in the order of the list, as of the last `blocks`."""
         return self._names
 
-    def entry(self, name: str) -> dict[str, Any]:
+    def names_for(self, caller: Caller) -> Sequence[str]:
+        """The `names` that a caller may use."""
+        return [name for name in self._names if self._may_use(caller, name)] if caller.models else self._names
+
+    def _may_use(self, caller: Caller, name: str) -> bool:
+        model_id = self._catalogue.resolve(name)
+        is_adapter = model_id in self._catalogue.adapters
+        return caller.may_use(model_id if is_adapter else self._catalogue.requested(model_id).model_id)
+
+    def entry(self, name: str, caller: Caller = ANONYMOUS) -> dict[str, Any]:
         """The entry of an id or alias, as of the last `blocks`.
 
         Raises:
-            NotFound: it is not listed.
+            NotFound: it is not listed for this caller.
         """
         model_id = self._catalogue.resolve(name)
-        entry = self._entry(model_id)
+        entry = self._entry(model_id) if self._may_use(caller, name) else None
         if entry is None:
-            raise no_such_model_error(name, self.names, self._catalogue)
+            raise no_such_model_error(name, self.names_for(caller), self._catalogue)
         return entry if name == model_id else _alias(name, model_id, entry, self._catalogue)
 
     def blocks(

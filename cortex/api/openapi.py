@@ -9,6 +9,8 @@ from typing import Any
 from aiohttp import web
 from pydantic import BaseModel
 
+from cortex.accounts.keys.key_terms import KeyTerms
+from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
@@ -41,6 +43,10 @@ _ANTHROPIC_ERROR = {
             "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
         },
     },
+}
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
@@ -151,6 +157,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Stops sending new loads to a neuron, and requests if another neuron can serve them.", "operator"
     ),
     ("POST", "/fleet/nodes/{name}/resume"): Operation("Ends a drain.", "operator"),
+    ("GET", "/keys"): Operation("The API keys, without their secrets.", "keys"),
+    ("POST", "/keys"): Operation("Creates an API key; only this answer has it.", "keys", _model_body(KeyTerms)),
+    ("DELETE", "/keys/{name}"): Operation("Revokes an API key.", "keys"),
+    ("POST", "/keys/{name}/rotate"): Operation("Gives an API key a new secret.", "keys"),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
 }
 """By method and path; a test compares it with the routes."""
@@ -160,8 +170,20 @@ def openapi_document() -> dict[str, Any]:
     """The whole description. Pure."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), operation in OPERATIONS.items():
-        paths.setdefault(path, {})[method.lower()] = operation.document(path)
-    return {"openapi": "3.1.0", "info": {"title": "cortex", "version": __version__}, "paths": paths}
+        role = NEEDED_ROLES[method, path]
+        described = operation.document(path)
+        if role is None:
+            described["security"] = []
+        elif role != "user":
+            described["description"] = f"Needs the role {role}."
+        paths.setdefault(path, {})[method.lower()] = described
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "cortex", "version": __version__},
+        "paths": paths,
+        "components": {"securitySchemes": _SECURITY_SCHEMES},
+        "security": [{name: []} for name in _SECURITY_SCHEMES],
+    }
 
 
 async def show_openapi(request: web.Request) -> web.Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, models, openapi, operator
+from cortex.api import fleet, keys, models, openapi, operator
 from cortex.api.app_keys import COUNTS, METRICS
 from cortex.proxy.paths import INFERENCE_PATHS
 
@@ -33,6 +33,10 @@ CONTROL_ROUTES = (
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),
     web.post("/fleet/nodes/{name}/resume", operator.resume_node),
+    web.get("/keys", keys.list_keys),
+    web.post("/keys", keys.create_key),
+    web.delete("/keys/{name}", keys.revoke_key),
+    web.post("/keys/{name}/rotate", keys.rotate_key),
     web.get("/openapi.json", openapi.show_openapi),
 )
 

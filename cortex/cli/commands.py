@@ -4,7 +4,6 @@ completion are fast."""
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +11,15 @@ from urllib.parse import quote
 
 import typer
 
-from shared.terminal.command_line import command_line, fail
+from cortex.cli.key_commands import keys_app
+from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, print_answer
+from shared.terminal.command_line import command_line
 
-DEFAULT_URL = "http://127.0.0.1:31313"
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
 _COMPLETION_TIMEOUT_SECS = 0.5
 
 app = command_line("One address in front of a fleet of GPU hosts.")
+app.add_typer(keys_app)
 
 
 def _fetch(ctx: typer.Context, path: str) -> Any:
@@ -49,7 +50,6 @@ def _complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id or an alias.", autocompletion=_complete_model)]
 Node = Annotated[str, typer.Argument(metavar="NODE", help="A neuron's name.", autocompletion=_complete_node)]
 On = Annotated[
@@ -64,8 +64,6 @@ Instance = Annotated[
     str | None,
     typer.Option("--instance", metavar="NAME", help="One of several engines of the model on the neuron of --on."),
 ]
-Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @app.command()
@@ -133,6 +131,9 @@ def simulate(
         typer.Option(help="How models are placed; all compares the three."),
     ] = "all",
     by_model: Annotated[bool, typer.Option("--by-model", help="Print a line for each model.")] = False,
+    ignore_keys: Annotated[
+        bool, typer.Option("--ignore-keys", help="Treat all requests as one caller's: keys take no turns.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> int:
     """Replay a trace of requests on a simulated fleet."""
@@ -145,8 +146,8 @@ def simulate(
         comparing = "--compare" if compare else "--compare, which --seeds, --loads and --bound imply,"
         if workload is None:
             raise typer.BadParameter(f"{comparing} needs --workload")
-        if make_trace is not None or by_model or policy != "all":
-            raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model and --policy")
+        if make_trace is not None or by_model or ignore_keys or policy != "all":
+            raise typer.BadParameter(f"{comparing} excludes --make-trace, --by-model, --ignore-keys and --policy")
         each_seed = [seed] if seeds is None else parsed_seeds(seeds)
         each_load = [load] if loads is None else parsed_loads("--loads", loads)
         return run_comparison(fleet, workload, seeds=each_seed, loads=each_load, bound=bound, as_json=as_json)
@@ -159,6 +160,7 @@ def simulate(
         made_trace=make_trace,
         policy=policy,
         each_model=by_model,
+        fair=not ignore_keys,
         as_json=as_json,
     )
 
@@ -168,7 +170,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Show the neurons, their GPUs and their models."""
     from cortex.cli.tables import status_table
 
-    _print_answer(url, _call(url, "GET", "/fleet"), as_json, status_table)
+    print_answer(url, ask(url, "GET", "/fleet"), as_json, status_table)
     return 0
 
 
@@ -177,7 +179,7 @@ def models(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """List the models that clients can request."""
     from cortex.cli.tables import models_table
 
-    _print_answer(url, _call(url, "GET", "/v1/models"), as_json, models_table)
+    print_answer(url, ask(url, "GET", "/v1/models"), as_json, models_table)
     return 0
 
 
@@ -187,8 +189,8 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     from cortex.cli.tables import explain_table
     from shared.protocol import ErrorCode
 
-    plan = _call(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
-    _print_answer(url, plan, as_json, explain_table)
+    plan = ask(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
+    print_answer(url, plan, as_json, explain_table)
     return int(isinstance(plan, dict) and plan.get("decision", {}).get("code") == ErrorCode.MODEL_NOT_FOUND)
 
 
@@ -245,27 +247,6 @@ def resume(node: Node, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 
 
 def _act(url: str, path: str, body: dict[str, Any], as_json: bool, show: Callable[[Any], str]) -> int:
-    answer = _call(url, "POST", path, body)
-    _print_answer(url, answer, as_json, show)
+    answer = ask(url, "POST", path, body)
+    print_answer(url, answer, as_json, show)
     return 0
-
-
-def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    from cortex.cli.client import CALL_TIMEOUT_SECS, LOAD_TIMEOUT_SECS, CallFailed, call
-
-    timeout = CALL_TIMEOUT_SECS if body is None else LOAD_TIMEOUT_SECS
-    try:
-        key = os.environ.get("CORTEX_API_KEY")
-        return call(url, method, path, api_key=key, body=body, timeout_secs=timeout)
-    except CallFailed as error:
-        fail("cortex", error)
-
-
-def _print_answer(url: str, answer: Any, as_json: bool, show: Callable[[Any], str]) -> None:
-    import json
-
-    try:
-        text = json.dumps(answer, indent=2) if as_json else show(answer)
-    except (LookupError, TypeError, AttributeError):
-        fail("cortex", f"{url} does not answer like a cortex, check --url")
-    sys.stdout.write(f"{text}\n")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence, Sized
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence, Sized
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
+from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -21,6 +21,7 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
+from cortex.cli.accounts import opened_accounts
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
     ConfigurationFiles,
@@ -43,17 +44,14 @@ from shared.system.files import is_writable
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
-if TYPE_CHECKING:
-    from cortex.accounts.database.database import Database
-
 log = logging.getLogger(__name__)
 
 USAGE_DIRECTORY = "usage"
 """In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
-    "cortex is reachable from the network and requires no API key: anyone can use every model, and load, unload and "
-    "drain. Set [gateway] allow_anonymous = true to silence this warning"
+    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME "
+    "--admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
 )
 
 
@@ -108,6 +106,7 @@ async def serve(
     Raises:
         ListenError: an address is taken.
         DatabaseError: the database cannot be used.
+        SettingsError: a key is wrong, or there is none and the network can reach cortex.
     """
     settings = config.gateway
     socks = _listening(settings, sock)
@@ -129,13 +128,14 @@ async def serve(
             on_hangup=reload_asked.set,
             on_forced_exit=kill_workers,
         ) as stop,
-        _opened_database(database_source(config.database, directory)) as database,
+        opened_accounts(config, files.path, directory) as (database, keys),
         running_control(
-            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database
+            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
+        _refuse_open_network(socks[0], settings, keys, files.path)
         warn_of_absent(state, parts.fleet)
-        usage = None if directory is None or database is None or database.read_only else directory / USAGE_DIRECTORY
+        usage, recorder = _recording(parts, directory)
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
@@ -147,30 +147,28 @@ async def serve(
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
-            async with front, running({"configuration": reloader.watch_loop}):
+            async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
                 scheme = "http" if settings.tls_files is None else "https"
                 log.info("cortex listening on %s://%s:%d, %s", scheme, host, port, _count(config.neurons, "neuron"))
-                if reaches_network(socks[0]) and not settings.allow_anonymous:
-                    log.warning(_OPEN_TO_NETWORK)
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 
 
-@contextlib.asynccontextmanager
-async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Database | None]:
-    """None if there is none and cannot be one. A database that is there and cannot be opened is an error: it may have
-    keys."""
-    if source is None or (source.path is not None and not source.path.exists() and not is_writable(source.path.parent)):
-        yield None
-        return
-    from cortex.accounts.database.database import open_database
+def _refuse_open_network(sock: socket.socket, settings: GatewaySettings, keys: KeyRing, file: Path) -> None:
+    """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
+    if keys.table.empty and not settings.allow_anonymous and reaches_network(sock):
+        host, port = sock.getsockname()[:2]
+        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file)])
 
-    database = await open_database(source)
-    try:
-        yield database
-    finally:
-        await database.close()
+
+def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:
+    """Where workers leave usage, None for nowhere, and what moves it into the database while it runs."""
+    database = parts.database
+    if directory is None or database is None or database.read_only:
+        return None, nullcontext()
+    usage = directory / USAGE_DIRECTORY
+    return usage, RecorderProcess(parts.live, database.source, usage).running()
 
 
 def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:
@@ -183,6 +181,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         counts=parts.counts,
         fleet=parts.fleet,
         shutdown=parts.shutdown,
+        keys=parts.keys,
         usage_directory=usage,
     )
 

@@ -14,7 +14,7 @@ from cortex.simulator.comparison import as_json as comparison_as_json
 from cortex.simulator.comparison import compare
 from cortex.simulator.fleet_file import SimulatedFleet, load_fleet
 from cortex.simulator.policies import POLICIES
-from cortex.simulator.report import by_model, comparison, side_by_side
+from cortex.simulator.report import by_key, by_model, comparison, side_by_side
 from cortex.simulator.simulation import simulate
 from cortex.simulator.trace import Ask, read_trace, write_trace
 from cortex.simulator.workload import load_workload, make_trace
@@ -79,10 +79,11 @@ def run_simulate(
     made_trace: Path | None,
     policy: str,
     each_model: bool,
+    fair: bool,
     as_json: bool,
 ) -> int:
     """Simulates one policy or "all" and prints the outcome, or only writes the requests to `made_trace`; the exit
-    status. Either `trace` or `workload` is given."""
+    status. Either `trace` or `workload` is given. `fair`: keys take turns."""
     try:
         fleet = load_fleet(fleet_file)
         asks = _requests(fleet, trace, workload, seed=seed, load=load)
@@ -96,11 +97,13 @@ def run_simulate(
     except OSError as error:
         fail("cortex", error)
     names = list(POLICIES) if policy == "all" else [policy]
-    outcomes = [simulate(fleet, asks, name) for name in names]
+    outcomes = [simulate(fleet, asks, name, fair=fair) for name in names]
     if as_json:
         print(json.dumps([outcome.as_json() for outcome in outcomes], indent=2))
         return 0
     print(side_by_side(outcomes))
+    if outcomes[0].waiting_by_key:
+        print("\n" + by_key(outcomes))
     for outcome in outcomes if each_model else ():
         print("\n" + by_model(outcome))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from itertools import zip_longest
 from typing import Any
 
@@ -68,6 +68,40 @@ def models_table(models: dict[str, Any]) -> str:
         for entry in models["data"]
     ]
     return table([["MODEL", "LOADED", "FEASIBLE ON", "WHERE", ""], *rows])
+
+
+def new_key_text(key: dict[str, Any]) -> str:
+    """A key that was made just now. The hint and the key are apart, so that the key can be copied."""
+    where = f" in {key['database']}" if "database" in key else ""
+    return f"{key['name']} ({key['role']}){where}. The key is shown this once:\n{key['key']}"
+
+
+def keys_table(answer: dict[str, Any]) -> str:
+    rows = [
+        [
+            key["name"],
+            f"{key['prefix']}…" if key["prefix"] else "-",
+            key["role"],
+            ", ".join(key["models"]) or "all",
+            _limits_text(key),
+            _day(key["expires_at"]),
+            key["source"],
+        ]
+        for key in answer["keys"]
+    ]
+    return table([["NAME", "KEY", "ROLE", "MODELS", "LIMITS", "EXPIRES", "SOURCE"], *rows])
+
+
+def _limits_text(limits: dict[str, Any]) -> str:
+    """`60 rpm, 20EUR/month; org/*: 5 rpm`."""
+    found = [f"{limits[name]} {name}" for name in ("rpm", "tpm", "parallel") if limits[name] is not None]
+    text = ", ".join([*found, *limits["budget"]])
+    by_model = [f"{glob}: {_limits_text(inner)}" for glob, inner in limits.get("limits", {}).items()]
+    return "; ".join(filter(None, [text, *by_model])) or "none"
+
+
+def _day(secs: float | None) -> str:
+    return "never" if secs is None else datetime.fromtimestamp(secs, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _stands_for(entry: dict[str, Any]) -> str:

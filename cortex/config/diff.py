@@ -25,6 +25,8 @@ class Reload(Enum):
 RELOAD_OF: Mapping[str, Reload] = {
     "models_config": Reload.APPLIES,
     "neurons": Reload.APPLIES,
+    "keys.file": Reload.APPLIES,
+    "auth.trust_loopback": Reload.APPLIES,
     "poll.interval_secs": Reload.APPLIES,
     "poll.timeout_secs": Reload.APPLIES,
     "poll.unhealthy_after": Reload.APPLIES,
@@ -64,12 +66,14 @@ RELOAD_OF: Mapping[str, Reload] = {
     "gateway.allow_anonymous": Reload.NEEDS_RESTART,
     "gateway.tls_cert": Reload.NEEDS_RESTART,
     "gateway.tls_key": Reload.NEEDS_RESTART,
+    "gateway.metrics_token": Reload.NEEDS_RESTART,
+    "gateway.metrics_token_env": Reload.NEEDS_RESTART,
 }
 """Every key of cortex.toml. Write APPLIES only if every reader of the key sees the new value: the control reads
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
-SECRET = frozenset({"token", "database"})
+SECRET = frozenset({"token", "database", "metrics_token"})
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _changes(key: str, before: object, after: object) -> list[str]:
     """One line per changed value, recursing into tables."""
     if before == after:
         return []
-    if key in SECRET:
+    if key.rpartition(".")[2] in SECRET:
         return [f"{key} changed"]
     if isinstance(before, BaseModel) and isinstance(after, BaseModel):
         return [

@@ -22,6 +22,9 @@ from shared.tls import TlsError, certificate_warning, server_context
 
 ENV_PREFIX = "CORTEX_"
 
+KEYS_VARIABLE = "CORTEX_KEYS"
+"""API keys; `cortex.accounts.keys` reads it."""
+
 HARNESSES = ("vllm", "sim", "candle")
 """Kinds of engines that neurons have by themselves; the last one is that of helexa's. A neuron may describe others."""
 
@@ -81,7 +84,7 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     config: CortexConfig | None = None
     catalogue = Catalogue()
     try:
-        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX).beside(path)
+        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX, environ=_settings(os.environ)).beside(path)
         models_path: Path | None = config.models_path(path)
     except SettingsError as error:
         problems += error.problems
@@ -93,6 +96,11 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     if problems or config is None:
         raise SettingsError(problems)
     return config, catalogue
+
+
+def _settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without the variable that has API keys, which is not the table `[keys]`."""
+    return {name: value for name, value in environ.items() if name != KEYS_VARIABLE}
 
 
 def _catalogue_named_in(path: Path) -> Path | None:

@@ -43,12 +43,25 @@ class GatewaySettings(SettingsModel):
     default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
     allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
-    allow_anonymous: bool = False  # True: no warning when the network can reach cortex
+    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
+    metrics_token: str | None = Field(default=None, min_length=1)
+    metrics_token_env: str | None = None
     tls_cert: Path | None = None  # PEM, with its chain; relative to cortex.toml
     tls_key: Path | None = None
 
     _origins = field_validator("allowed_origins")(checked_origins)
     _hosts = field_validator("allowed_hosts")(checked_hosts)
+
+    @model_validator(mode="after")
+    def _metrics_token_is_there(self) -> GatewaySettings:
+        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
+            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
+        return self
+
+    @property
+    def metrics_bearer_token(self) -> str | None:
+        """What Prometheus has to send; None if it needs none."""
+        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
 
     @field_validator("listen", "metrics_listen")
     @classmethod
@@ -66,6 +79,18 @@ class GatewaySettings(SettingsModel):
     def tls_files(self) -> TlsFiles | None:
         """What clients see of this server; None for HTTP without TLS."""
         return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
+
+
+class KeysSettings(SettingsModel):
+    """`[keys]`: API keys that are provisioned from outside."""
+
+    file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
+
+
+class AuthSettings(SettingsModel):
+    """`[auth]`: who may do what without a key."""
+
+    trust_loopback: bool = False  # True: clients on this host need no key, although others do
 
 
 class PollSettings(SettingsModel):
@@ -218,6 +243,8 @@ class CortexConfig(SettingsModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     gateway: GatewaySettings = GatewaySettings()
+    keys: KeysSettings = KeysSettings()
+    auth: AuthSettings = AuthSettings()
     poll: PollSettings = PollSettings()
     cold_load: ColdLoadSettings = ColdLoadSettings()
     placement: PlacementSettings = PlacementSettings()
@@ -252,6 +279,10 @@ class CortexConfig(SettingsModel):
         paths = {name: getattr(self.gateway, name) for name in ("tls_cert", "tls_key")}
         found = {name: (config_file.parent / path).absolute() for name, path in paths.items() if path is not None}
         return self.model_copy(update={"gateway": self.gateway.model_copy(update=found)})
+
+    def keys_path(self, config_file: Path) -> Path | None:
+        """The file of keys, relative to the file that names it."""
+        return None if self.keys.file is None else config_file.parent / self.keys.file
 
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""

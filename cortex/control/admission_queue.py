@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Ticket:
 class _ModelQueue:
     since: float
     tickets: Turns[Ticket]
+    admitted_at: float = -math.inf
 
 
 class AdmissionQueue:
@@ -71,6 +73,7 @@ class AdmissionQueue:
         self._clock = clock
         self._queues: dict[str, _ModelQueue] = {}
         self._owed: dict[str, Turns[Ticket]] = {}  # of models without a queue
+        self._served_at: dict[str, float] = {}  # by key id
         self._total = 0
 
     @contextlib.contextmanager
@@ -106,6 +109,8 @@ class AdmissionQueue:
     def _remove(self, ticket: Ticket, queue: _ModelQueue) -> None:
         self._total -= 1
         queue.tickets.remove(ticket, served=ticket.admitted)
+        if ticket.admitted:
+            self._served_at[ticket.caller.key_id] = queue.admitted_at = self._clock()
         if not queue.tickets:
             del self._queues[ticket.model_id]
             if queue.tickets.owed:
@@ -174,7 +179,15 @@ class AdmissionQueue:
     def waiting_for(self, *models: str) -> list[WaitingRequests]:
         """Of these models, for those that requests wait for."""
         queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
-        return [WaitingRequests(len(each.tickets), each.since, each.tickets.callers) for each in queues]
+        return [
+            WaitingRequests(
+                len(each.tickets), each.since, callers, min(map(self._last_served, callers)), each.admitted_at
+            )
+            for each, callers in ((each, each.tickets.callers) for each in queues)
+        ]
+
+    def _last_served(self, caller: Caller) -> float:
+        return self._served_at.get(caller.key_id, -math.inf)
 
     def _notify(self, model_id: str, error: ServiceError | None) -> None:
         """Wakes all in the order of their turns: the first ones may take all places."""

@@ -186,6 +186,11 @@ class Demand:
         return sorted(keys, key=lambda key: (self._last_used.get(key, 0.0), key))
 
     @property
+    def several_callers(self) -> bool:
+        """Whether more than one caller has used this cortex."""
+        return self._device_time.several_callers
+
+    @property
     def accounts(self) -> Mapping[str, float]:
         """The device time of each API key."""
         return self._device_time.accounts

@@ -17,6 +17,7 @@ from cortex.control.admission_queue import AdmissionQueue
 from cortex.control.decision import Attach, Await, Place, Refuse, Serve, attachable, context_bound, decide, served_paths
 from cortex.control.demand import Demand
 from cortex.control.loads.adapters import AdapterLoads, AdapterNotLoaded
+from cortex.control.loads.engine_room import EngineRoom
 from cortex.control.loads.served_contexts import ServedContexts
 from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
@@ -29,7 +30,6 @@ from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
-from cortex.routing.request_limits import RequestLimits
 from cortex.routing.response_owners import ResponseOwners
 from shared.errors import ServiceError, UpstreamError
 from shared.protocol import ModelStatus, ModelView
@@ -71,6 +71,7 @@ class Resolver:
         shutdown: Shutdown,
         state: StateFile,
         contexts: ServedContexts,
+        room: EngineRoom,
         adapters: AdapterLoads,
         limiter: LimitOwner,
         clock: Callable[[], float] = time.monotonic,
@@ -91,7 +92,7 @@ class Resolver:
         self.limiter = limiter
         self._clock = clock
         self._chosen: Counter[ReplicaKey] = Counter()
-        self._limits = RequestLimits()
+        self._room = room
 
     @property
     def aliases(self) -> Mapping[str, Rewrite]:
@@ -164,10 +165,10 @@ class Resolver:
         return engine.view.error or engine.view.reason
 
     def take(self, replica: Replica) -> bool:
-        return not self._queue.has_line(*self._names_for(replica.key)) and self._limits.take(replica)
+        return not self._queue.has_line(*self._names_for(replica.key)) and self._room.take(replica)
 
     def release(self, replica: Replica, count: int = 1) -> None:
-        self._limits.release(replica, count)
+        self._room.release(replica, count)
         for name in self._live.catalogue.names_of(replica.model_id):
             self._queue.notify_first(name, count)
 
@@ -262,11 +263,7 @@ class Resolver:
                         lost.add(replica.key)
                         continue
                     # While its neuron was asked, the model may have been chosen for eviction.
-                    if (
-                        replica is not None
-                        and replica.key in self._serving_keys(model_id)
-                        and self._limits.take(replica)
-                    ):
+                    if replica is not None and replica.key in self._serving_keys(model_id) and self._room.take(replica):
                         return replica
                 case Await() | Place():
                     return None
@@ -308,10 +305,10 @@ class Resolver:
     def _has_room(self, key: ReplicaKey, *, queued: bool) -> bool:
         """Whether the node's limit allows another request. One that arrives does not overtake those that wait."""
         engine = self._fleet.snapshot().engine(key)
-        limit = None if engine is None else engine.limit
+        limit = self._room.limit(engine)
         if limit is not None and not queued and self._queue.has_line(*self._names_for(key)):
             return False
-        return self._limits.has_room(key, limit)
+        return self._room.has_room(key, limit)
 
     @contextlib.contextmanager
     def _choosing(self, key: ReplicaKey) -> Iterator[None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from cortex.control.endpoints import Endpoint, Endpoints
-from cortex.fleet.snapshot import FleetSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.choice import beyond_ours
@@ -30,11 +30,13 @@ class RouteTable:
         fleet: Fleet,
         endpoints: Endpoints,
         counts: CountTotals,
+        limit: Callable[[EngineSnapshot | None], int | None],
     ) -> None:
         self.table: dict[str, tuple[Replica, ...]] = {}
         self._fleet = fleet
         self._endpoints = endpoints
         self._counts = counts
+        self._limit = limit
         self._wanted: set[str] = set()  # requested at least once: their endpoints are fetched ahead
         self._fetching: dict[ReplicaKey, asyncio.Task[Endpoint | UpstreamError | None]] = {}
         self._tasks = TaskSet()
@@ -155,11 +157,12 @@ class RouteTable:
             others=others,
             fresh=endpoint.fresh,
             may_move=endpoint.may_move,
-            limit=None if activity is None else activity.limit,
+            limit=self._limit(engine),
             keep_alive_secs=None if engine is None else engine.view.keep_alive_secs,
             missing_paths=() if engine is None else tuple(engine.view.missing_paths),
             served=None if engine is None else _served(engine.view),
             adapter=name if name in fleet.catalogue.adapters else None,
+            variant="" if engine is None else engine.view.variant or "",
         )
 
 

@@ -8,11 +8,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortex.accounts.fairness.device_time import DeviceTime
-from cortex.accounts.limits.limiter import LocalLimiter
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.limits.limiter import LimitOwner
+from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
+from cortex.accounts.limits.opening import open_limiter
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -21,6 +25,7 @@ from cortex.control.demand import Demand
 from cortex.control.endpoints import Endpoints
 from cortex.control.load_backoff import Backoffs
 from cortex.control.loads.adapters import AdapterLoads
+from cortex.control.loads.engine_room import EngineRoom
 from cortex.control.loads.evictor import Evictor
 from cortex.control.loads.groups import GroupKeeper
 from cortex.control.loads.loader import Loader
@@ -63,6 +68,7 @@ class ControlCore:
     resolver: Resolver
     groups: GroupKeeper
     adapters: AdapterLoads
+    room: EngineRoom
 
     @property
     def config(self) -> CortexConfig:
@@ -81,6 +87,7 @@ class ControlCore:
             "scheduler": self.scheduler.run,
             "replica control": self.scheduler.reconcile_loop,
             "groups": self.groups.run,
+            "engine room": self.room.run,
             "adapters": self.adapters.spread_loop,
             "route changes": partial(follow_routes, self.fleet, self.routes, self.scheduler, self.queue),
         }
@@ -99,6 +106,7 @@ class Parts(ControlCore):
     membership: Membership
     created: int
     database: Database | None
+    keys: KeyRing
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -121,19 +129,19 @@ def build(
     clock: Callable[[], float] = time.monotonic,
     policy: Policy = PLANNER,
     leases: LoadLeases | None = None,
+    limiter: LimitOwner | None = None,
 ) -> ControlCore:
     """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
     `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = Demand(counts, clock=clock, device_time=_device_time(live, state))
-    _label_variants(live, fleet)
-    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    demand = _demand(live, state, fleet, counts, clock)
     metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
     queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
-    routes = _routes(live, fleet, endpoints, counts)
+    room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
+    routes = _routes(live, fleet, endpoints, counts, room)
     neurons = NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
     loader = Loader(
@@ -164,12 +172,12 @@ def build(
         shutdown=shutdown,
         state=state,
         contexts=loader.contexts,
+        room=room,
         adapters=adapters,
-        limiter=_limiter(live, fleet),
+        limiter=limiter or LocalLimiter(_model_terms(live, fleet)),
         clock=clock,
     )
-    groups = GroupKeeper(neurons, clock=clock)
-    work = (loader, scheduler, resolver, groups, adapters)
+    work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
 
 
@@ -183,20 +191,27 @@ def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
     live.changes.subscribe(label)
 
 
-def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals) -> RouteTable:
-    """The route table, which follows the catalogue in force."""
-    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts)
+def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountTotals, room: EngineRoom) -> RouteTable:
+    """The route table, which follows the catalogue in force and the limits of engines."""
+    _label_variants(live, fleet)
+    routes = RouteTable(fleet=fleet, endpoints=endpoints, counts=counts, limit=room.limit)
     live.changes.subscribe(routes.publish)
+    room.changes.subscribe(routes.publish)
     return routes
 
 
-def _device_time(live: LiveConfig, state: StateFile) -> DeviceTime:
-    """The accounts of the API keys, as they were when the last cortex ended."""
+def _demand(
+    live: LiveConfig, state: StateFile, fleet: Fleet, counts: CountTotals, clock: Callable[[], float]
+) -> Demand:
+    """The demand, with the accounts of the API keys as they were when the last cortex ended."""
 
     def half_life_secs() -> float:
         return live.config.placement.fairness_half_life_secs
 
-    return DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    device_time = DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
+    demand = Demand(counts, clock=clock, device_time=device_time)
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    return demand
 
 
 @contextlib.asynccontextmanager
@@ -207,9 +222,10 @@ async def running_control(
     files: Sequence[str] = (),
     state: StateFile | None = None,
     database: Database | None = None,
+    keys: KeyRing | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart. `database` stays the caller's."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     fleet = Fleet(
         [(entry.name, entry.endpoint) for entry in config.neurons],
@@ -219,20 +235,35 @@ async def running_control(
     with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
-        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases)
+        limiter = await open_limiter(_model_terms(live, fleet), database)
+        live.changes.subscribe(limiter.models_changed)
+        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
         membership.configure(config.neurons, config.poll)
+        keys = keys or KeyRing()
+        _use_keys(keys, core)
+        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         try:
-            async with running({**core.loops, "state file": state.write_loop}):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database)
+            async with running(loops):
+                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
         finally:
-            await asyncio.gather(membership.close(), core.close())
+            await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
 
 
-def _limiter(live: LiveConfig, fleet: Fleet) -> LocalLimiter:
-    limiter = LocalLimiter(ModelTermsTable(live, partial(_served_context, fleet)))
-    live.changes.subscribe(limiter.models_changed)
-    return limiter
+def _use_keys(keys: KeyRing, core: ControlCore) -> None:
+    limiter, live = core.resolver.limiter, core.live
+
+    def renew() -> None:
+        limiter.use_keys(keys.limits)
+
+    renew()
+    keys.changes.subscribe(renew)
+    if live.files:
+        live.changes.subscribe(lambda: keys.use_file(live.config.keys_path(Path(live.files[0]))))
+
+
+def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:
+    return ModelTermsTable(live, partial(_served_context, fleet))
 
 
 def _served_context(fleet: Fleet, model_id: str) -> int | None:

@@ -25,6 +25,9 @@ UPGRADE: Final = 16
 CACHE_CONTROL: Final = 17
 ACCEL_BUFFERING: Final = 18
 
+CALLER_NAME: Final = b"x-cortex-caller"
+"""Tells the control app who a worker has found a request to be from. Clients cannot send it."""
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -82,6 +85,7 @@ OF_REQUESTS: Final = Names(
         b"x-forwarded-for": FORWARDED_FOR,
         b"origin": ORIGIN,  # cortex decides about origins; an engine would answer as if every page were allowed
         b"sec-fetch-site": FETCH_SITE,
+        CALLER_NAME: DROP,
     }
 )
 OF_RESPONSES: Final = Names(

@@ -12,6 +12,7 @@ from cortex.http.body_reader import BodyRest
 from cortex.http.heads import BadHead, RequestHead
 from shared.errors import shortened
 
+_OFFERED_KEY: Final = b"openai-insecure-api-key."
 _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
 _COMMA: Final = 0x2C
@@ -25,7 +26,8 @@ class Request:
 
     `target` is path and query as received, without scheme and authority; `path` is unquoted and has no query.
     `content_length` is None for a chunked body; `modern`: HTTP/1.1. `anthropic`: cortex's own answers have
-    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF.
+    Anthropic's shape. `cors`: header lines that let a web page read the answer, without the final CRLF. `rates`: header
+    lines of the answer about limits, each after a CRLF.
     """
 
     __slots__ = (
@@ -42,6 +44,7 @@ class Request:
         "modern",
         "path",
         "peer",
+        "rates",
         "received",
         "streamed",
         "target",
@@ -67,6 +70,7 @@ class Request:
         self.received = received
         self.body = b""
         self.cors = b""
+        self.rates = b""
         self.content_type = named.get(names.CONTENT_TYPE, b"")
         self.content_length = _content_length(named, modern=modern)
         if names.HOST not in named:
@@ -177,11 +181,34 @@ class Request:
 
     @property
     def api_key(self) -> bytes | None:
-        """The key from `Authorization: Bearer` or Anthropic's `x-api-key`; None without either."""
+        """The key from `Authorization: Bearer`, Anthropic's `x-api-key` or the protocol
+        `openai-insecure-api-key.KEY` of a WebSocket; None without any."""
         given = self._named.get(names.AUTHORIZATION)
         if given is not None and given[:7].lower() == b"bearer ":
             return given[7:].strip() or None
-        return self._named.get(names.API_KEY)
+        given = self._named.get(names.API_KEY)
+        return self._take_offered_key() if given is None and names.UPGRADE in self._named else given
+
+    def _take_offered_key(self) -> bytes | None:
+        """The key that a browser offers as a protocol of a WebSocket, because it cannot set headers. Engines do not get
+        it."""
+        for place, line in enumerate(self._passed):
+            name, _, value = line.partition(b":")
+            if name.lower() != b"sec-websocket-protocol":
+                continue
+            offered = [part.strip() for part in value.split(b",")]
+            keys = [part[len(_OFFERED_KEY) :] for part in offered if part.startswith(_OFFERED_KEY)]
+            if keys:
+                rest = [part for part in offered if not part.startswith(_OFFERED_KEY)]
+                self._passed[place : place + 1] = [name + b": " + b", ".join(rest)] if rest else []
+                self._named[names.API_KEY] = keys[0]
+                return keys[0]
+        return None
+
+    @property
+    def forwarded(self) -> bool:
+        """A proxy says that it passes the request on for another host."""
+        return names.FORWARDED_FOR in self._named or self.passed_value(b"forwarded") is not None
 
     @property
     def credentials(self) -> list[bytes]:
@@ -222,9 +249,14 @@ class Request:
             return b"transfer-encoding: chunked" if left is None else b"content-length: %d" % (len(self.body) + left)
         return b"connection: Upgrade\r\nupgrade: websocket"
 
+    def drop_header(self, name: bytes) -> None:
+        """Does not pass on the headers of this name (in lower case) that cortex does not read otherwise."""
+        start = name + b":"
+        self._passed = [line for line in self._passed if line[: len(start)].lower() != start]
+
     def refuse_encodings(self) -> None:
         """Asks the engine for an uncompressed answer."""
-        self._passed = [line for line in self._passed if line[:16].lower() != b"accept-encoding:"]
+        self.drop_header(b"accept-encoding")
         self._passed.append(b"accept-encoding: identity")
 
     def discard(self) -> None:

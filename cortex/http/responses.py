@@ -27,5 +27,7 @@ def error_answer(
         lines.append(f"x-cortex-node: {node}")
     if request is not None and request.cors:
         lines.append(request.cors.decode("latin-1"))
+    if request is not None and request.rates:
+        lines.append(request.rates.decode("latin-1").removeprefix("\r\n"))
     head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     return head if request is not None and request.method == b"HEAD" else head + body

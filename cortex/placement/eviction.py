@@ -31,6 +31,9 @@ BUSY_FACTOR = 6.0
 waits, and its users come back at once, so it evicts another model in turn: the two would take turns, a load each."""
 PAUSE_SWAPS = 0.05
 """After its last request a model counts as in use for this fraction of the swap time, up to `pause_secs`."""
+TURN_SWAPS = 0.1
+"""The least residency of a model whose users deserve the memory less than the newcomer's callers, as a part of the swap
+time: otherwise each of their turns would serve hardly more than a request."""
 HANDOVER_SECS = 0.1
 """When to look again at a loaded model whose requests are still in the admission queue."""
 
@@ -145,7 +148,7 @@ def assess_eviction(
     many requests soon get the memory of one that few use. An idle model of a lower priority goes at once.
 
     Against users with other keys, all requests of one key count as one. Where the newcomer's callers have an advantage
-    they wait no longer than for requests under way; where the users have it, for all of `patience_secs`.
+    they wait for requests under way, and for a short residency; where the users have it, for all of `patience_secs`.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
@@ -156,7 +159,7 @@ def assess_eviction(
         waiting = replace(waiting, count=len(waiting.callers))
     cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
     worth = cost - load_secs - waiting.waited_secs(view.now)
-    patience_ends_at = waiting.since + rules.patience_secs
+    patience_ends_at = view.unserved_since(waiting) + rules.patience_secs
     patient_until = min(patience_ends_at, view.now + max(0.0, worth) / waiting.count)
     if favour:
         patient_until = view.now if favour > 0 else patience_ends_at
@@ -165,7 +168,7 @@ def assess_eviction(
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
     if favour > 0:
-        residency_ends_at = min(residency_ends_at, view.now)
+        residency_ends_at = min(residency_ends_at, resident.loaded_at + TURN_SWAPS * swap_secs)
     recently_loaded = view.now < residency_ends_at and not resident.asleep
     if resident.in_flight or requested:
         if not resident.in_flight:

@@ -87,7 +87,7 @@ def is_served_or_loading(view: PlanningView, model_id: str) -> bool:
 
 def is_starving(view: PlanningView, model_id: str) -> bool:
     """Whether the model goes first because of its wait, whatever the claims."""
-    return view.now - view.waiting[model_id].since >= view.rules.starvation_secs
+    return view.now - view.unserved_since(view.waiting[model_id]) >= view.rules.starvation_secs
 
 
 def _unless_reserved(reserved: Mapping[str, str], verdict: NodeVerdict) -> NodeVerdict:
@@ -109,5 +109,5 @@ def _fair_order(view: PlanningView, model_id: str) -> tuple[object, ...]:
     if is_starving(view, model_id):
         return False, 0, waiting.since, model_id
     claim = view.claim(model_id)
-    waited = -waiting.waited_secs(view.now), waiting.since, model_id
+    waited = -view.waited_secs(waiting), waiting.since, model_id
     return True, *claim.level, -view.priority(model_id), claim.used, *waited

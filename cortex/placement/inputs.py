@@ -92,11 +92,15 @@ NO_ARRIVALS = Arrivals()
 
 @dataclass(frozen=True)
 class WaitingRequests:
-    """Requests waiting for a model: how many, when the first one arrived, and whose they are."""
+    """Requests waiting for a model: how many, when the first one arrived, and whose they are. `served_at` is when the
+    caller that has been without for longest last got a request through, of any model; `admitted_at` when one of these
+    did that waited for this model."""
 
     count: int
     since: float
     callers: frozenset[Caller] = frozenset()
+    served_at: float = -math.inf
+    admitted_at: float = -math.inf
 
     def waited_secs(self, now: float) -> float:
         """How long they have waited, all together, as if they had arrived evenly."""
@@ -163,7 +167,28 @@ class PlanningView:
         if len(found) < 2:
             return found[0] if found else None
         callers = frozenset[Caller]().union(*(each.callers for each in found))
-        return WaitingRequests(sum(each.count for each in found), min(each.since for each in found), callers)
+        count, since = sum(each.count for each in found), min(each.since for each in found)
+        served_at, admitted_at = min(each.served_at for each in found), max(each.admitted_at for each in found)
+        return WaitingRequests(count, since, callers, served_at, admitted_at)
+
+    def waited_secs(self, waiting: WaitingRequests) -> float:
+        """How long these requests have waited, all together. Among several callers since the model last served one, and
+        all of one key count as one."""
+        if self._several_callers:
+            since = max(waiting.since, waiting.admitted_at)
+            waiting = replace(waiting, count=len(waiting.callers), since=since)
+        return waiting.waited_secs(self.now)
+
+    def unserved_since(self, waiting: WaitingRequests) -> float:
+        """Since when these requests wait; among several callers not while theirs for other models were served. One that
+        keeps several models busy does not starve for another."""
+        return max(waiting.since, waiting.served_at) if self._several_callers else waiting.since
+
+    @cached_property
+    def _several_callers(self) -> bool:
+        users = (use.callers for use in self.usages.values())
+        waiting = (requests.callers for requests in self.waiting.values())
+        return len({caller.key_id for callers in chain(users, waiting) for caller in callers}) > 1
 
     def claim(self, model_id: str) -> Claim:
         """What the most deserving of the callers that wait for the model deserves."""

@@ -1,16 +1,58 @@
-"""Authentication of clients. `Gateway` calls `authenticate` for every request before it is handled. Pure."""
+"""Finds out who sent a request, by its API key. `Gateway` asks before a request is handled."""
 
 from __future__ import annotations
 
-from cortex.accounts.caller import ANONYMOUS, Caller
+from typing import Final
+
+from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
+from cortex.accounts.keys.key_table import KeyTable
+from cortex.config.settings import CortexConfig
+from cortex.http.request import Request
+from shared.errors import Unauthorized
+
+_MISSING: Final = "this cortex requires an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+_INVALID: Final = "invalid API key: it is unknown, expired or revoked"
 
 
-def authenticate(api_key: bytes | None) -> Caller:
-    """The caller with this key (None: the request has no key).
+class Authentication:
+    """Knows the keys, and who may come without one. `keys` is replaced when they change."""
 
-    cortex has no API keys yet, so every caller is anonymous.
+    def __init__(self, keys: KeyTable, config: CortexConfig) -> None:
+        self.keys = keys
+        self._allow_anonymous = config.gateway.allow_anonymous
+        self.configure(config)
 
-    Raises:
-        ServiceError: the client gets this error as its answer.
-    """
-    return ANONYMOUS
+    def configure(self, config: CortexConfig) -> None:
+        """Applies a reloaded configuration."""
+        self._trust_loopback = config.auth.trust_loopback
+
+    def caller_of(self, request: Request) -> Caller:
+        """Who sent the request.
+
+        Raises:
+            ServiceError: a key is needed and is missing or invalid.
+        """
+        keys = self.keys
+        if keys.callers:
+            api_key = request.api_key
+            if api_key is not None:
+                caller = keys.find(api_key)
+                if caller is None:
+                    raise Unauthorized(_INVALID)
+                return caller
+        return self._without_key(request)
+
+    def _without_key(self, request: Request) -> Caller:
+        if self.keys.empty:
+            if is_loopback(request.peer):
+                return ANONYMOUS
+        elif self._trust_loopback and is_loopback(request.peer) and not request.forwarded:
+            return LOOPBACK
+        if self._allow_anonymous:
+            return GUEST
+        raise Unauthorized(_MISSING)
+
+
+def is_loopback(peer: str) -> bool:
+    """True for an address of this host's loopback, also written as IPv6."""
+    return peer.startswith("127.") or peer in {"::1", ""} or peer.startswith("::ffff:127.")

@@ -13,10 +13,11 @@ from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
+from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
-from cortex.proxy.answers.keep_alive import KeepAlivePolicy
+from cortex.proxy.answers.keep_alive import KeepAlivePolicy, KeepAliveStream
 from cortex.proxy.paths import INFERENCE
 from cortex.proxy.prompt.local_tokenizer import local_tokenizer
 from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, excess, prompt_size
@@ -31,6 +32,7 @@ from cortex.routing.response_owners import SEARCHED_BYTES, response_id
 from cortex.routing.speeds import Speeds
 from cortex.routing.stream_usage import StreamUsages
 from cortex.upstream.pool import EnginePool
+from cortex.upstream.usage_fields import Usage
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
@@ -131,6 +133,12 @@ class ProxyContext:
         if replica.adapter is not None:
             self.in_flight.remove(adapter_key(replica.adapter, replica.key))
 
+    def keep_alive_stream(
+        self, client: ClientConnection, request: Request, request_id: str, name: str, *, cold: bool
+    ) -> KeepAliveStream:
+        note = self.control.note
+        return KeepAliveStream(client, request, request_id, name, note=note, policy=self.keep_alive, cold=cold)
+
     def finished(self, replica: Replica, key_id: str) -> None:
         """A request at this replica has ended, or is given up."""
         self.uncount(replica, key_id)
@@ -157,16 +165,16 @@ class ProxyContext:
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> None:
+    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> Usage | None:
         """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
         if relay.lost_because is not None:
             self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-            return
         usage = relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         if relay.status == 400:
             self._hint_at_tools(model_id, node, relay.answer.refusal())
+        return usage
 
     def published_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response, if it is known and can be used without asking the control."""

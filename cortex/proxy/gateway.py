@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from time import monotonic
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.keys.key_table import KeyTable
 from cortex.accounts.prices import PriceList
 from cortex.config.settings import CortexConfig
 from cortex.http.body_reader import BodySpool
@@ -15,6 +16,7 @@ from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
+from cortex.proxy.authentication import Authentication
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
@@ -57,15 +59,15 @@ class Gateway:
         control_address: Address,
         max_body_bytes: int,
         cross_site_policy: CrossSitePolicy,
-        authenticate: Callable[[bytes | None], Caller],
+        authentication: Authentication,
     ) -> None:
-        """`control_address` is where the control app listens. `authenticate`: `authentication.authenticate`."""
+        """`control_address` is where the control app listens."""
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self._context = context
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
-        self._authenticate = authenticate
+        self._authentication = authentication
         self._origins = cross_site_policy.origins
 
     @property
@@ -75,6 +77,11 @@ class Gateway:
     def configure(self, config: CortexConfig) -> None:
         """Applies a reloaded configuration to requests that arrive from now on."""
         self._context.configure(config)
+        self._authentication.configure(config)
+
+    def use_keys(self, keys: KeyTable) -> None:
+        """These are the keys from now on."""
+        self._authentication.keys = keys
 
     def use_prices(self, prices: PriceList) -> None:
         """What the tokens of requests that end from now on cost."""
@@ -104,12 +111,22 @@ class Gateway:
             if _is_preflight(request):  # a browser sends it without the key
                 return OwnAnswer(client, request, preflight_answer(request))
         try:
-            caller = self._authenticate(request.api_key)
+            caller = self._authentication.caller_of(request)
         except ServiceError as error:
-            return self._refuse(client, request, error)
+            return self._handle_stranger(client, request, error)
         if request.method == b"POST" and request.path in INFERENCE:
             return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
+
+    def _handle_stranger(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
+        """The control app knows which of its routes need no key."""
+        request.notice_anthropic_client()
+        path = meant_path(request.raw_path, reads=request.method in {b"GET", b"HEAD"})
+        if not is_own(path):
+            return self._refuse(client, request, error)
+        if path != request.raw_path:
+            request.use_path(path)
+        return ControlRequest(self._context, client, request, self._control_address, None)
 
     def _handle_other(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         method = request.method
@@ -120,7 +137,7 @@ class Gateway:
         if path != request.raw_path:
             request.use_path(path)
         if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
-            return ControlRequest(self._context, client, request, self._control_address)
+            return ControlRequest(self._context, client, request, self._control_address, caller)
         response_id = stored_response_id(method, request.path)
         if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)

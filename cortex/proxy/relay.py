@@ -97,8 +97,8 @@ class Relay:
         self.first_byte_at: float | None = None
         self.lost_because: str | None = None
         self.on_start: Callable[[bytes], bool] | None = None  # gets the body so far, until it returns True
-        # Gets the engine's error about the request itself. True if the request is sent again, which ends the relay.
-        self.on_refusal: Callable[[bytes], bool] | None = None
+        # Called if the engine does not accept the request itself. True if it is sent again, which ends the relay.
+        self.on_refusal: Callable[[], bool] | None = None
         self._down_since = 0.0  # 0 while the neuron is up
         self._last_piece: bytes | None = None
         self.silent_since = 0.0
@@ -317,7 +317,7 @@ class Relay:
         refusal = refusal_of(head, body)
         if refusal is not None:
             return self._refused(refusal, head.status)
-        if self.on_refusal is None or head.status not in REFUSALS or not self.on_refusal(body):
+        if self.on_refusal is None or head.status not in REFUSALS or not self.on_refusal():
             return False
         self._drop()
         return True

@@ -12,11 +12,10 @@ from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.request import Request
-from cortex.proxy.answers.answer import Answer, DirectAnswer, own_lines
+from cortex.proxy.answers.answer import Answer, DirectAnswer
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
-from cortex.proxy.body.alias_edit import rewritten
-from cortex.proxy.body.model_field import find_or_add_model
+from cortex.proxy.body.alias_edit import with_model_id
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.progress.account import CLIENT_DISCONNECTED, RequestAccount
@@ -80,34 +79,42 @@ class RequestHandler:
         self._usage_request: UsageRequest | None = None
 
     def begin(self) -> None:
-        request, control = self._request, self._context.control
+        context, content_type = self._context, self._request.content_type.decode("latin-1")
         try:
-            content_type = request.content_type.decode("latin-1")
-            field, request.body = find_or_add_model(request.body, content_type, self._context.default_model)
-            rewrite = control.aliases.get(field.model)
-            if rewrite is not None:
-                request.body = rewritten(request.body, content_type, field, rewrite)
+            self._request.body, name, model_id = with_model_id(
+                self._request.body, content_type, context.control.aliases, context.default_model
+            )
         except ServiceError as error:
             self._refuse_unnamed(error)
-            return
-        self._usage_request = usage_request(request)
-        if rewrite is None:
-            self._route(field.model, field.model)
         else:
-            self._route(rewrite.name, rewrite.model_id)
+            self._admit(name, model_id)
 
     def _refuse_unnamed(self, error: ServiceError) -> None:
         """The body gives no model that can be used. On an unknown path the path is probably wrong."""
         self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
-    def _route(self, name: str, model_id: str) -> None:
-        """Sends it to an engine of the model `name`, an id or `id@variant`, or asks the control for one."""
-        control = self._context.control
+    def _admit(self, name: str, model_id: str) -> None:
+        """Sends it to an engine of the model `name`, an id or `id@variant`, if the limits allow it."""
         self._name, self._account.model_id = name, model_id
-        replicas = control.table.get(name, ())
-        if not replicas and control.knows(name):
-            self._account.label = model_id
-        self._send_to_one_of(replicas)
+        try:
+            admitted = self._account.admit()
+        except ServiceError as error:
+            self._refuse(error)
+            return
+        if not admitted:
+            self._state = Resolving(self._spawn(self._wait_for_admission(), "admission of"))
+            return
+        self._route(name, model_id)
+
+    async def _wait_for_admission(self) -> None:
+        await self._account.admission()
+        self._resolved()
+        self._route(self._name, self._account.model_id)
+
+    def _route(self, name: str, model_id: str) -> None:
+        """Sends it to an engine, or asks the control for one."""
+        self._usage_request = usage_request(self._request)
+        self._send_to_one_of(self._context.control.table.get(name, ()))
 
     def abandon(self) -> None:
         state = self._leave_state()
@@ -115,7 +122,8 @@ class RequestHandler:
         self._stop_keep_alive()
         if relay is not None:
             relay.abandon()
-        self._account.close(CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status, relay)
+        status = CLIENT_DISCONNECTED if relay is None or not relay.status else relay.status
+        self._account.close(status, relay, left=True)
 
     def stop(self) -> None:
         state = self._state
@@ -151,16 +159,13 @@ class RequestHandler:
     def _break_silence(self, sent: Sent, now: float) -> None:
         """Tells a client that has heard nothing for a while that its request is still worked on."""
         relay = sent.relay
-        if now - max(relay.silent_since, sent.spoke_at) < self._context.keep_alive.silence_secs:
+        if not sent.is_silent(now, self._context.keep_alive.silence_secs):
             return
-        sent.spoke_at = now
         if relay.status:
             relay.answer.break_silence(f"{self._name} on {self._account.node} is working")
         elif self._keep_alive is None and not sent.plain:
             keep_alive = self._new_keep_alive(cold=False)
-            keep_alive.sent_to = self._account.node
-            keep_alive.begin()
-            sent.plain = not keep_alive.begun
+            sent.plain = not keep_alive.begin_at(self._account.node)
             if keep_alive.begun:
                 self._keep_alive = keep_alive
                 relay.answer = self._deferred(keep_alive)
@@ -225,11 +230,8 @@ class RequestHandler:
         """Gives up the current replica."""
         state = self._leave_state()
         assert isinstance(state, Sent)
-        replica = state.replica
-        self._context.stream_usages.forget(replica)  # it may come back changed
-        with request_scope(self._account.request_id):
-            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
-        self._failures.append(Failure(replica=replica, reason=reason, kind=kind))
+        self._context.stream_usages.forget(state.replica)  # it may come back changed
+        self._failures.append(state.failed(self._account.request_id, reason, kind))
 
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         """Without a replica, or if it has as many requests as its neuron allows, asks the control."""
@@ -250,17 +252,32 @@ class RequestHandler:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         with request_scope(self._account.request_id):
-            return self._context.tasks.spawn(work, name=f"{name} {self._account.request_id}")
+            return self._context.tasks.spawn(self._run(work), name=f"{name} {self._account.request_id}")
+
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs a task of this request. Its client gets an answer whatever fails."""
+        try:
+            await work
+        except ServiceError as error:
+            self._give_up(error)
+        except Exception:
+            log.exception("cortex cannot handle the request")
+            self._give_up(ServiceError("cortex cannot handle the request: its log says why"))
+
+    def _give_up(self, error: ServiceError) -> None:
+        state = self._state
+        if isinstance(state, Resolving):
+            self._resolved()
+        elif state is not None:
+            if state.give_up(self._account.request_id):
+                return
+            self._leave_state()
+        if not self._account.closed:
+            self._refuse(error)
 
     async def _ask_control(self) -> None:
-        try:
-            route = await self._context.resolve(
-                self._request, self._name, self._failures, self._account.caller, self._is_able
-            )
-        except ServiceError as error:
-            self._resolved()
-            self._refuse(error)
-            return
+        caller, able = self._account.caller, self._is_able
+        route = await self._context.resolve(self._request, self._name, self._failures, caller, able)
         self._resolved()
         if route.cold:
             self._account.cold = True
@@ -276,10 +293,8 @@ class RequestHandler:
             self._stop_keep_alive()
 
     def _new_keep_alive(self, *, cold: bool) -> KeepAliveStream:
-        note, policy = self._context.control.note, self._context.keep_alive
-        return KeepAliveStream(
-            self._client, self._request, self._account.request_id, self._name, note=note, policy=policy, cold=cold
-        )
+        client, request_id = self._client, self._account.request_id
+        return self._context.keep_alive_stream(client, self._request, request_id, self._name, cold=cold)
 
     def _stop_keep_alive(self) -> None:
         if self._keep_alive is not None:
@@ -292,21 +307,16 @@ class RequestHandler:
             error = not_served(self._name, request.path, replica.served)
             self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
             return
-        node = replica.key.node
-        self._account.label, self._account.node = self._account.model_id, node
-        self._account.attempts += 1
+        self._account.sent_to(replica)
         context.count(replica, self._account.caller.key_id)
-        request_id = self._account.request_id.encode()
-        if self._keep_alive is None:
-            answer = self._new_answer(
-                b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b"
-                % (own_lines(request, request_id), node.encode(), b"true" if self._account.cold else b"false")
-            )
-        else:
-            self._keep_alive.sent_to = node
-            answer = self._deferred(self._keep_alive)
         if self._usage_request is not None:
-            answer = self._usage_request.prepare(context.stream_usages.of(replica), answer)
+            self._usage_request.prepare(context.stream_usages.of(replica))
+        if self._keep_alive is None:
+            answer = self._new_answer(self._account.head_lines())
+        else:
+            self._keep_alive.sent_to = replica.node
+            answer = self._deferred(self._keep_alive)
+        request_id = self._account.request_id.encode()
         address, host, prefix, credentials = engine_target(replica.url, replica.api_key, replica.keep_alive_secs)
         relay = self._new_relay(replica, address, request.head_for(host, prefix, request_id, credentials), answer)
         if self._usage_request is not None:
@@ -314,13 +324,12 @@ class RequestHandler:
         self._state = Sent(replica, relay, compared=compared)
         relay.start()
 
-    def _send_unasked(self, refusal: bytes) -> bool:
-        """Sends a refused request again, to the same engine, if that may not know what cortex has added. Implements
-        `Relay.on_refusal`."""
+    def _send_unasked(self) -> bool:
+        """Sends a refused request again, to the same engine, as the client sent it. Implements `Relay.on_refusal`."""
         state = self._state
         assert isinstance(state, Sent)
         assert self._usage_request is not None
-        if not self._usage_request.give_up(refusal):
+        if not self._usage_request.give_up():
             return False
         self._state = None
         self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept
@@ -352,12 +361,15 @@ class RequestHandler:
 
     def _new_answer(self, extra: bytes) -> Answer:
         """The form of the answer. `extra`: header lines, without the final CRLF."""
-        return DirectAnswer(self._client, self._request, extra=extra)
+        return self._without_usage(DirectAnswer(self._client, self._request, extra=extra))
+
+    def _without_usage(self, answer: Answer) -> Answer:
+        return answer if self._usage_request is None else self._usage_request.form(answer)
 
     def _deferred(self, keep_alive: KeepAliveStream) -> Answer:
         """The rest of an answer that has begun."""
         form = DeferredAnswer if keep_alive.events else DeferredJson
-        return form(self._client, self._request, keep_alive=keep_alive)
+        return self._without_usage(form(self._client, self._request, keep_alive=keep_alive))
 
     def _leave_state(self) -> Resolving | Sent | None:
         """Leaves the current state and returns it."""
@@ -374,8 +386,7 @@ class RequestHandler:
         return state
 
     def _refuse(self, error: ServiceError) -> None:
-        self._context.counters.error(self._account.label, self._account.node, error.code)
-        self._account.close(error.status, None)
+        self._account.close(error.status, None, code=error.code)
         keep_alive = self._keep_alive
         self._stop_keep_alive()
         if keep_alive is not None and keep_alive.begun:

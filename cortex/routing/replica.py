@@ -57,7 +57,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     `fresh`: the neuron has just been asked for the endpoint. `may_move`: it was asked earlier, and does not tell when
     the engine moves (protocol v1). `limit`: how many requests it may have at a time (`request_limits`), None for any.
     `missing_paths`: what the neuron says that the engine lacks, such as `/v1/messages`. `served`: all that it serves,
-    None if that is not known. `adapter`: the LoRA adapter of the model that requests name.
+    None if that is not known. `adapter`: the LoRA adapter of the model that requests name. `variant`: which one of the
+    model's it runs, "" without variants.
     """
 
     key: ReplicaKey
@@ -72,6 +73,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     missing_paths: tuple[str, ...] = ()
     served: ServedPaths | None = None
     adapter: str | None = None
+    variant: str = ""
 
     @property
     def model_id(self) -> str:

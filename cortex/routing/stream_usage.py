@@ -15,13 +15,12 @@ _Key = tuple[str, str, str | None]
 
 
 class StreamUsage:
-    """What a worker has learnt of one engine. `reports`: it has sent a usage event. `fingerprint`: the member that vLLM
-    puts into that event instead of the events that end a choice, as `,"system_fingerprint":"…"`; None if unknown."""
+    """What a worker has learnt of one engine. `fingerprint`: the member that vLLM puts into the usage event instead of
+    the events that end a choice, as `,"system_fingerprint":"…"`; None if unknown."""
 
-    __slots__ = ("_refused_at", "fingerprint", "reports")
+    __slots__ = ("_refused_at", "fingerprint")
 
     def __init__(self) -> None:
-        self.reports = False
         self.fingerprint: bytes | None = None
         self._refused_at = 0.0
 

@@ -47,7 +47,7 @@ def compare(
     processes: int | None = None,
     bound: bool = False,
 ) -> Comparison:
-    """Simulates every policy with the same requests: those of each seed, at each load.
+    """Simulates every policy with the same requests: those of each seed, at each load, as if of one caller.
 
     Args:
         fleet: the hosts and models.
@@ -110,7 +110,7 @@ def _set_up(fleet: SimulatedFleet, workload: Workload) -> None:
 
 def _simulate(case: tuple[float, int, str]) -> Outcome:
     (load, seed, policy), (fleet, workload) = case, _shared
-    return simulate(fleet, make_trace(workload, fleet.catalogue, seed=seed, load=load), policy)
+    return simulate(fleet, make_trace(workload, fleet.catalogue, seed=seed, load=load), policy, fair=False)
 
 
 def _find_bound(load: float, seed: int, reached_secs: float) -> WaitFigures:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from shared.protocol import FIRST_INSTANCE, GroupPart, ModelStatus
+from shared.protocol import FIRST_INSTANCE, GroupPart, ModelActivity, ModelStatus
 
 
 @dataclass
 class SimulatedRequest:
     """One request of the trace. `begun` and `ended` are None until then; an unserved request never begins. `cold`: it
-    had to wait for its model."""
+    had to wait for its model. `key` is the name of its API key, "" without one."""
 
     number: int
     model: str
@@ -20,6 +20,7 @@ class SimulatedRequest:
     begun: float | None = None
     ended: float | None = None
     cold: bool = False
+    key: str = ""
 
     @property
     def waited(self) -> float:
@@ -97,6 +98,14 @@ class SimulatedEngine:
         end, _, request = heapq.heappop(self._ends)
         self._done = max(self._done, end)  # rounding
         return request
+
+    @property
+    def activity(self) -> ModelActivity:
+        """What its neuron reports: those beyond `parallel` count as queued."""
+        running = min(len(self._ends), self._parallel)
+        return ModelActivity(
+            id=self.model_id, instance=self.instance, in_flight=running, queue_depth=len(self._ends) - running
+        )
 
     @property
     def _speed(self) -> float:

@@ -71,9 +71,17 @@ class SimulatedNeuron:
     `cortex.fleet.membership`."""
 
     def __init__(
-        self, node: SimulatedNode, simulated: SimulatedFleet, fleet: Fleet, starts: GroupStarts, on_memory: OnMemory
+        self,
+        node: SimulatedNode,
+        simulated: SimulatedFleet,
+        fleet: Fleet,
+        starts: GroupStarts,
+        on_memory: OnMemory,
+        *,
+        with_activity: bool = False,
     ) -> None:
-        """`starts` is the same for all neurons of a fleet."""
+        """`starts` is the same for all neurons of a fleet. `with_activity`: reports say what the engines do."""
+        self._with_activity = with_activity
         self.node = node
         self.engines: dict[EngineName, SimulatedEngine] = {}
         self.loads: list[str] = []  # model ids, in order of their start
@@ -94,7 +102,7 @@ class SimulatedNeuron:
             host=None if node.ram is None else HostResources(ram_total_mb=node.ram.vram_total_mb),
         )
         self._in_ram = {RAM, *(gpu.index for gpu in node.gpus if gpu.unified)}
-        self._report()
+        self.report()
 
     def bookable_mb(self, device: int) -> int:
         """Memory of the device, or of RAM, that a new engine could book, in MiB."""
@@ -246,15 +254,18 @@ class SimulatedNeuron:
         )
         if others and not held:
             del self._views[engine.model_id, engine.instance]
-        self._report()
+        self.report()
 
-    def _report(self) -> None:
+    def report(self) -> None:
         """Reports the current state to the fleet, like a poll response."""
+        serving = [engine for engine in self.engines.values() if engine.status is ModelStatus.LOADED and engine.serves]
         self._fleet.record_poll(
             self.node.name,
             started=asyncio.get_running_loop().time(),
             health=NeuronHealth(
-                devices=[self._health(index) for index in range(len(self.node.gpus))], host=self._host_health()
+                devices=[self._health(index) for index in range(len(self.node.gpus))],
+                host=self._host_health(),
+                models=[engine.activity for engine in serving] if self._with_activity else [],
             ),
             models=list(self._views.values()),
             discovery=self._discovery,

@@ -45,12 +45,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One policy's simulation. `vram_loaded_pct` is the share of the fleet's memory that models held, averaged over
-    time; `vram_in_use_pct` the share held by models with a running request."""
+    """One policy's simulation. `waiting_by_key` is by name of the API key, for requests that have one.
+    `vram_loaded_pct` is the share of the fleet's memory that models held, averaged over time; `vram_in_use_pct` the
+    share held by models with a running request."""
 
     policy: str
     total: Figures
     by_model: dict[str, Figures]
+    waiting_by_key: dict[str, WaitFigures]
     secs: float
     vram_loaded_pct: float
     vram_in_use_pct: float

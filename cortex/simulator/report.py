@@ -59,6 +59,20 @@ def by_model(outcome: Outcome) -> str:
     return table([[outcome.policy.upper(), *head], *rows])
 
 
+def by_key(outcomes: Sequence[Outcome]) -> str:
+    """One line per API key: how many requests it sent, and the mean and 99th percentile of its wait by policy."""
+    head = [text for each in outcomes for text in (f"{each.policy.upper()} MEAN", "P99")]
+    rows = [
+        [key, *(text for each in outcomes for text in _key_waits(each.waiting_by_key[key]))]
+        for key in outcomes[0].waiting_by_key
+    ]
+    return table([["KEY", *head], *rows])
+
+
+def _key_waits(waits: WaitFigures) -> tuple[str, str]:
+    return f"{waits.mean:.2f} s", f"{waits.p99:.1f} s"
+
+
 def comparison(compared: Comparison) -> str:
     """One line per load and policy: means over the seeds, the ratio of the waits to the planner's with its 95 %
     interval (above 1 the planner is better), and in how many seeds the planner's wait was shorter."""

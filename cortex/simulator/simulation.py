@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.live import LiveConfig
 from cortex.config.profile import ModelProfile
 from cortex.config.settings import ColdLoadSettings, CortexConfig, WaitingSettings
@@ -23,11 +24,11 @@ from cortex.placement.fair_queue import LoadSchedule
 from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
 from cortex.placement.replicas import ReplicaChanges
-from cortex.routing.replica import ReplicaKey, adapter_key
+from cortex.routing.replica import Replica, ReplicaKey, adapter_key
 from cortex.simulator.engine import SimulatedEngine, SimulatedRequest
 from cortex.simulator.fleet_file import SimulatedFleet
 from cortex.simulator.neuron import GroupStarts, SimulatedNeuron
-from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures
+from cortex.simulator.outcome import EventCounts, MemoryUse, Outcome, figures, waiting
 from cortex.simulator.policies import POLICIES
 from cortex.simulator.trace import Ask
 from cortex.simulator.virtual_time import VirtualTimeLoop, rounded_up, run_in_virtual_time
@@ -35,6 +36,8 @@ from shared.errors import ServiceError
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet, first_of
 
+REPORT_SECS = 2.0
+"""How often cortex asks a neuron, by default."""
 RECENT_SECS = 60.0
 """Evicting a model used within this time counts as a hot eviction."""
 SETTLE_SECS = 0.5
@@ -83,7 +86,8 @@ class ObservedPolicy:
 
     def _schedule_loads(self, view: PlanningView) -> LoadSchedule:
         busy = frozenset(key for key, use in view.usages.items() if use.in_flight)
-        state = view.waiting, busy, view.backoffs
+        callers = {key: use.callers for key, use in view.usages.items() if use.callers}
+        state = view.waiting, busy, view.backoffs, view.accounts, callers
         if view.fleet is not self._fleet or state != self._state or view.now >= self._valid_until:
             self._schedule = self._policy.schedule_loads(view)
             self._fleet, self._state = view.fleet, state
@@ -111,8 +115,8 @@ def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
     """Times at which the passing of time alone may change a decision."""
     rules = view.rules
     moments = [] if schedule.recheck_at is None else [schedule.recheck_at]
-    for waiting in view.waiting.values():
-        moments += [waiting.since + rules.patience_secs, waiting.since + rules.starvation_secs]
+    for requests in view.waiting.values():
+        moments += [requests.since + rules.patience_secs, requests.since + rules.starvation_secs]
     moments += [backoff.until for backoff in view.backoffs.values()]
     for key, use in view.usages.items():
         profile = view.catalogue.profile(key.model_id)
@@ -125,10 +129,17 @@ def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
 class Simulation:
     """Owns the parts of a simulated cortex. Create and run it on a `VirtualTimeLoop`."""
 
-    def __init__(self, simulated: SimulatedFleet, trace: Sequence[Ask], policy: Policy, name: str) -> None:
+    def __init__(
+        self, simulated: SimulatedFleet, trace: Sequence[Ask], policy: Policy, name: str, *, fair: bool = True
+    ) -> None:
+        """`fair`: the control knows the keys. Otherwise it treats all requests as one caller's."""
         self.requests = [
-            SimulatedRequest(number, ask.model, rounded_up(ask.at), ask.secs) for number, ask in enumerate(trace)
+            SimulatedRequest(number, ask.model, rounded_up(ask.at), ask.secs, key=ask.key)
+            for number, ask in enumerate(trace)
         ]
+        self._fair = fair
+        self._several_callers = fair and len({request.key for request in self.requests}) > 1
+        self._limited: dict[int, Replica] = {}  # by number of the request
         self.counts = EventCounts()
         self._name = name
         self._loop = asyncio.get_running_loop()
@@ -147,7 +158,10 @@ class Simulation:
         self._memory = MemoryUse(sum(node.total_mb for node in file.nodes))
         starts = GroupStarts()
         self.neurons = {
-            node.name: SimulatedNeuron(node, simulated, self.fleet, starts, self._memory_changed) for node in file.nodes
+            node.name: SimulatedNeuron(
+                node, simulated, self.fleet, starts, self._memory_changed, with_activity=self._several_callers
+            )
+            for node in file.nodes
         }
         self._core = build(
             live,
@@ -172,6 +186,7 @@ class Simulation:
                     "finished": self._finished,
                     **{name: loop() for name, loop in self._core.loops.items()},
                     "arrivals": self._arrivals(),
+                    "reports": self._reports(),
                 }
             )
             return self._outcome()
@@ -181,8 +196,11 @@ class Simulation:
 
     def _outcome(self) -> Outcome:
         by_model: defaultdict[str, list[SimulatedRequest]] = defaultdict(list)
+        by_key: defaultdict[str, list[float]] = defaultdict(list)
         for request in self.requests:
             by_model[request.model].append(request)
+            if request.key:
+                by_key[request.key].append(request.waited)
         for neuron in self.neurons.values():
             self.counts.loads.update(neuron.loads)
         loaded, in_use = self._memory.shares(self._loop.time())
@@ -190,6 +208,7 @@ class Simulation:
             policy=self._name,
             total=figures(self.requests, self.counts, [profile.id for profile in self._catalogue.models]),
             by_model={model: figures(by_model[model], self.counts, [model]) for model in sorted(by_model)},
+            waiting_by_key={key: waiting(by_key[key]) for key in sorted(by_key)},
             secs=self._loop.time(),
             vram_loaded_pct=loaded,
             vram_in_use_pct=in_use,
@@ -197,6 +216,14 @@ class Simulation:
 
     def _memory_changed(self, more_mb: int) -> None:
         self._memory.change(self._loop.time(), held_mb=more_mb)
+
+    async def _reports(self) -> None:
+        """Has the neurons report regularly, where it matters what their engines do."""
+        while self._several_callers:
+            await asyncio.sleep(REPORT_SECS)
+            for neuron in self.neurons.values():
+                neuron.report()
+        await self._finished
 
     async def _arrivals(self) -> None:
         for request in self.requests:
@@ -207,7 +234,7 @@ class Simulation:
     async def _serve(self, request: SimulatedRequest) -> None:
         """Sends a request to the engine that the resolver finds for it, as a worker does."""
         try:
-            route = await self._core.resolver.resolve(request.model)
+            route = await self._core.resolver.resolve(request.model, caller=self._caller(request))
         except ServiceError as error:
             if error.code == ErrorCode.INTERNAL_ERROR:  # a bug must end the simulation
                 self._finished.set_exception(error)
@@ -216,6 +243,8 @@ class Simulation:
                 self._finish(request)
             return
         request.cold = route.cold
+        if route.replica.limit is not None:
+            self._limited[request.number] = route.replica
         self._begin(request, route.replica.key)
 
     def _begin(self, request: SimulatedRequest, key: ReplicaKey) -> None:
@@ -226,6 +255,8 @@ class Simulation:
         engine.begin(request, request.begun)
         for counted in self._counted(request, key):
             self._worker.requests.add(counted)
+        if self._caller(request).key_id:
+            self._worker.requests.add_caller(key, request.key)
         self._expect_end(key)
 
     def _expect_end(self, key: ReplicaKey) -> None:
@@ -242,6 +273,11 @@ class Simulation:
         request = engine.end_next(self._loop.time())
         for counted in self._counted(request, key):
             self._worker.requests.remove(counted)
+        if self._caller(request).key_id:
+            self._worker.requests.remove_caller(key, request.key)
+        limited = self._limited.pop(request.number, None)
+        if limited is not None:
+            self._core.resolver.release(limited)
         self._expect_end(key)
         if not engine.in_flight:
             self._memory.change(self._loop.time(), working_mb=-engine.working_mb)
@@ -253,6 +289,9 @@ class Simulation:
         if not self._unfinished:
             self._finished.set_result(None)
 
+    def _caller(self, request: SimulatedRequest) -> Caller:
+        return Caller(request.key, request.key) if self._fair and request.key else ANONYMOUS
+
     def _counted(self, request: SimulatedRequest, key: ReplicaKey) -> tuple[ReplicaKey, ...]:
         """What the request counts for: its engine, and its adapter there."""
         name = self._catalogue.resolve(request.model)
@@ -263,11 +302,16 @@ class Simulation:
 
 
 def simulate(
-    simulated: SimulatedFleet, trace: Sequence[Ask], policy: str, loop: VirtualTimeLoop | None = None
+    simulated: SimulatedFleet,
+    trace: Sequence[Ask],
+    policy: str,
+    loop: VirtualTimeLoop | None = None,
+    *,
+    fair: bool = True,
 ) -> Outcome:
-    """Plays a trace under the named policy; `loop` must be new."""
+    """Plays a trace under the named policy; `loop` must be new. `fair` as in `Simulation`."""
 
     async def play() -> Outcome:
-        return await Simulation(simulated, trace, POLICIES[policy], policy).run()
+        return await Simulation(simulated, trace, POLICIES[policy], policy, fair=fair).run()
 
     return run_in_virtual_time(play(), loop)

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 from cortex.config.catalogue import Catalogue
 from shared.settings import SettingsError
 
-FIELDS = ("at", "model", "secs")
+REQUIRED = ("at", "model", "secs")
 MAX_PROBLEMS = 20
 
 
 class Ask(NamedTuple):
-    """One request: its arrival in seconds of the trace, the model id, and the seconds of work at full speed."""
+    """One request: its arrival in seconds of the trace, the model id, the seconds of work at full speed, and the name
+    of its API key, "" without one."""
 
     at: float
     model: str
     secs: float
+    key: str = ""
 
 
 def read_trace(path: Path, catalogue: Catalogue) -> list[Ask]:
@@ -61,7 +63,7 @@ def write_trace(path: Path, asks: Iterable[Ask]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix.lower() == ".csv":
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(FIELDS)
+            writer.writerow(Ask._fields)
             writer.writerows(asks)
         else:
             file.writelines(json.dumps(ask._asdict()) + "\n" for ask in asks)
@@ -87,13 +89,13 @@ def _ask(row: Any, catalogue: Catalogue, known: set[str]) -> Ask:
         raise ValueError(  # noqa: TRY004 - of the file's contents
             'not a JSON object such as {"at": 1.5, "model": "small", "secs": 3}'
         )
-    missing = [name for name in FIELDS if row.get(name) is None]
+    missing = [name for name in REQUIRED if row.get(name) is None]
     if missing:
         raise ValueError(f"{missing[0]}: required, but missing")
     model = catalogue.resolve(str(row["model"]))
     if model not in known:
         raise ValueError(f"model = {row['model']!r}: not in the catalogue")
-    return Ask(_secs(row, "at"), model, _secs(row, "secs"))
+    return Ask(_secs(row, "at"), model, _secs(row, "secs"), str(row.get("key") or ""))
 
 
 def _secs(row: dict[str, Any], name: str) -> float:

@@ -24,9 +24,10 @@ Hour = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Users(SettingsModel):
     """`[[users]]`: one kind of session: the mean number of requests, the median seconds of work per request, and the
     mean seconds from one answer to the next request. `parallel` sessions start together, a second apart on average.
-    With `at_hours` they start at these hours of the trace, and at no other time."""
+    With `at_hours` they start at these hours of the trace, and at no other time. `key` names their API key."""
 
     model: ModelName
+    key: str = Field(default="", max_length=100)
     requests: float = Field(default=5, ge=1, le=10_000)
     serve_secs: float = Field(default=5, gt=0)
     think_secs: float = Field(default=20, ge=0)
@@ -148,7 +149,7 @@ def _session(users: Users, model: str, begin: float, workload: Workload, chance:
     at = begin
     while at < workload.hours * 3600:
         secs = chance.lognormvariate(math.log(users.serve_secs), workload.spread)
-        yield Ask(round(at, 3), model, round(secs, 3))
+        yield Ask(round(at, 3), model, round(secs, 3), users.key)
         if chance.random() < 1 / users.requests:
             return
         at += secs + (chance.expovariate(1 / users.think_secs) if users.think_secs else 0.0)

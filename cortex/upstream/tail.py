@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cortex.upstream.usage import find_usage
+from cortex.upstream.usage import find_usage, with_prompt
 from cortex.upstream.usage_fields import Usage
 
 KEPT_BYTES: Final = 2048
@@ -58,9 +58,15 @@ class UsageTail:
         return b"".join(self.chunks[-16:])[-64:]
 
     def usage(self) -> Usage | None:
-        """The last `usage` object seen, None when there is none."""
+        """The last `usage` object seen, None when there is none. Anthropic's last one may lack the prompt, which is in
+        the first event."""
         found = find_usage(b"".join(self.chunks))
-        return find_usage(self._head) if found is None else found
+        if found is not None and found.prompt:
+            return found
+        first = find_usage(self._head)
+        if found is None or first is None:
+            return first or found
+        return with_prompt(found, first)
 
     def join(self) -> None:
         """Makes one of the chunks, and forgets what is not kept of them."""

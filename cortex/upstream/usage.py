@@ -37,6 +37,7 @@ def find_usage(tail: bytes | bytearray) -> Usage | None:
 
 def _last_usage(tail: bytes | bytearray) -> Usage | None:
     position, attempts = len(tail), _ATTEMPTS
+    last: Usage | None = None
     while attempts and (position := tail.rfind(_NAME, 0, position)) >= 0:
         match = _TO_OBJECT.match(tail, position + len(_NAME))
         if match is None or tail[position - 1 : position] == b"\\":
@@ -46,9 +47,17 @@ def _last_usage(tail: bytes | bytearray) -> Usage | None:
             found = _fields_at(tail, match.end())
         except (ValueError, RecursionError):
             continue
-        if (usage := _usage_of(found)) is not None:
-            return usage
-    return None
+        usage = _usage_of(found)
+        if usage is not None:
+            last = usage if last is None else with_prompt(last, usage)
+            if last.prompt:
+                return last
+    return last
+
+
+def with_prompt(last: Usage, first: Usage) -> Usage:
+    """What the last event of a stream counts, with the prompt that the first one counts: Anthropic's have each once."""
+    return Usage(first.prompt, last.completion, first.cached, last.reasoning)
 
 
 def _fields_at(tail: bytes | bytearray, start: int) -> UsageFields:
@@ -67,12 +76,24 @@ def _fields_at(tail: bytes | bytearray, start: int) -> UsageFields:
 
 def _usage_of(found: UsageFields) -> Usage | None:
     prompt, completion, details = found.prompt_tokens, found.completion_tokens, found.prompt_tokens_details
+    more = found.completion_tokens_details
     if prompt is msgspec.UNSET and completion is msgspec.UNSET:
         prompt, completion, details = found.input_tokens, found.output_tokens, found.input_tokens_details
+        more = found.output_tokens_details
         if prompt is msgspec.UNSET and completion is msgspec.UNSET:
             return None
-    cached = details.get("cached_tokens") if isinstance(details, dict) else found.cache_read_input_tokens
-    return Usage(_count(prompt), _count(completion), 0 if cached is None else _count(cached))
+    read = 0
+    if details is not None:
+        read = _detail(details, "cached_tokens")
+        total = _count(prompt)
+    else:  # Anthropic's prompt is the sum of three
+        read = _count(found.cache_read_input_tokens)
+        total = _count(prompt) + read + _count(found.cache_creation_input_tokens)
+    return Usage(total, _count(completion), read, 0 if more is None else _detail(more, "reasoning_tokens"))
+
+
+def _detail(details: object, name: str) -> int:
+    return _count(details.get(name)) if isinstance(details, dict) else 0
 
 
 def _count(value: object) -> int:

@@ -9,12 +9,13 @@ import msgspec
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached` counts prompt tokens that the engine took from its prefix cache: part of `prompt`
-    in OpenAI's APIs, not in Anthropic's."""
+    """Tokens of one request. `cached` of the prompt came from the engine's prefix cache; `reasoning` of the completion
+    are not part of the text."""
 
     prompt: int
     completion: int
     cached: int = 0
+    reasoning: int = 0
 
 
 class UsageFields(msgspec.Struct, gc=False):
@@ -25,8 +26,11 @@ class UsageFields(msgspec.Struct, gc=False):
     input_tokens: Any = msgspec.UNSET
     output_tokens: Any = msgspec.UNSET
     prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
     input_tokens_details: Any = None
+    output_tokens_details: Any = None
     cache_read_input_tokens: Any = None
+    cache_creation_input_tokens: Any = None
 
 
 decode_fields = msgspec.json.Decoder(UsageFields).decode

@@ -32,6 +32,7 @@ from cortex.workers.messages import (
     EngineFound,
     EngineRetired,
     InFlightNow,
+    KeysChanged,
     Notes,
     OthersInFlight,
     ProspectFound,
@@ -76,7 +77,9 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
     address = Address(setup.control_host, 0)
     directory = None if setup.usage_directory is None else Path(setup.usage_directory)
-    async with working(control, config, socks, address, prices=setup.prices, usage_directory=directory) as gateway:
+    async with working(
+        control, config, socks, address, keys=setup.keys, prices=setup.prices, usage_directory=directory
+    ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         settle()
@@ -111,6 +114,8 @@ async def listen(
                     gateway.retire(url)
                 case ConfigChanged(config):
                     gateway.configure(CortexConfig.model_validate_json(config))
+                case KeysChanged(keys):
+                    gateway.use_keys(keys)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
                 case Collect(number):

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
 from cortex.accounts.prices import NO_PRICES, PriceList
@@ -34,6 +35,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     down: list[str]  # neurons
     responses: OwnerList = OwnerList([], {})
     limited_models: list[str] = []
+    keys: KeyTable = NO_KEYS
     prices: PriceList = NO_PRICES
     usage_directory: str | None = None
 
@@ -64,6 +66,12 @@ class ConfigChanged(msgspec.Struct, frozen=True, tag=True):
     """The configuration from now on, CortexConfig as JSON. Keys that need a restart keep their values."""
 
     config: str
+
+
+class KeysChanged(msgspec.Struct, frozen=True, tag=True):
+    """The API keys of clients from now on."""
+
+    keys: KeyTable
 
 
 class DownChanged(msgspec.Struct, frozen=True, tag=True):
@@ -161,6 +169,7 @@ ToWorker = (
     | EngineRetired
     | CatalogueChanged
     | ConfigChanged
+    | KeysChanged
     | DownChanged
     | OthersInFlight
     | ResponseMade

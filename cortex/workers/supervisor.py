@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.prices import price_list
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
@@ -31,6 +32,7 @@ from cortex.workers.messages import (
     DownChanged,
     EngineRetired,
     FromWorker,
+    KeysChanged,
     Setup,
     Stop,
     TableChanged,
@@ -62,6 +64,7 @@ class Supervisor:
         counts: CountTotals,
         fleet: Fleet,
         shutdown: Shutdown,
+        keys: KeyRing,
         usage_directory: Path | None,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
@@ -73,6 +76,7 @@ class Supervisor:
         self._counts = counts
         self._fleet = fleet
         self._shutdown = shutdown
+        self._keys = keys
         self._usage_directory = usage_directory
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
@@ -87,6 +91,7 @@ class Supervisor:
             self._routes.retired.subscribe(self._engine_retired),
             self._live.changes.subscribe(self._configuration_changed),
             self._fleet.down_changes.subscribe(self._down_changed),
+            self._keys.changes.subscribe(self._keys_changed),
         ]
         keepers = [
             asyncio.create_task(self._keep_running(number), name=f"worker {number}")
@@ -140,6 +145,10 @@ class Supervisor:
     def _down_changed(self) -> None:
         for worker in self._workers.values():
             worker.send(DownChanged(list(self._fleet.down)))
+
+    def _keys_changed(self) -> None:
+        for worker in self._workers.values():
+            worker.send(KeysChanged(self._keys.table))
 
     def _catalogue(self) -> tuple[list[str], dict[str, Rewrite]]:
         catalogue = self._live.catalogue
@@ -203,6 +212,7 @@ class Supervisor:
             down=list(self._fleet.down),
             responses=self._resolver.response_owners.listed(),
             limited_models=list(self._resolver.limiter.limited_models),
+            keys=self._keys.table,
             prices=price_list(self._live),
             usage_directory=None if self._usage_directory is None else str(self._usage_directory),
         )

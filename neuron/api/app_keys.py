@@ -12,6 +12,7 @@ from neuron.api.protocol_v1 import ProtocolV1
 from neuron.config import NeuronConfig
 from neuron.gpu.device_watch import DeviceWatch
 from neuron.gpu.discovery import discovery_of
+from neuron.gpu.energy.meter import EnergyMeter
 from neuron.gpu.topology import TopologySource
 from neuron.harness.home import EngineHome
 from neuron.lifecycle.default_models import DefaultModels
@@ -34,6 +35,7 @@ class Services:
     started: float  # monotonic
     source: TopologySource
     device_watch: DeviceWatch
+    meter: EnergyMeter
     home: EngineHome
     ledger: Ledger
     registry: Registry

@@ -61,6 +61,8 @@ async def health(request: web.Request) -> web.Response:
         activation=services.default_models.progress,
         models=services.registry.activity(),
         spares=services.spares.views(),
+        energy_epoch=services.meter.epoch,
+        energy=list(services.meter.instances),
     )
     if carries_keys(request):
         return reply(figures)
@@ -198,7 +200,9 @@ async def logs(request: web.Request) -> web.StreamResponse:
 async def metrics(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     devices, live, host = await _figures(services)
-    page = services.metrics.render(services.registry.models, devices, live, services.spares.views(), host)
+    page = services.metrics.render(
+        services.registry.models, devices, live, services.spares.views(), host, energy=services.meter.instances
+    )
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -230,9 +234,8 @@ async def _pass_on(listener: EventSubscriber, response: web.StreamResponse) -> N
 
 async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHealth], HostMemoryHealth | None]:
     """The devices, with what the driver measures and this neuron has booked on each now; the same of the host's RAM."""
-    reading = await services.source.read()
+    reading = await services.device_watch.read()
     topology, live = reading.topology, reading.health
-    services.device_watch.observe(topology.devices, live)
     capacities = services.ledger.capacities(topology, live)
     return topology.devices, with_capacities(live, capacities), host_memory_health(live, capacities)
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from neuron.gpu.device_condition import RESET_ADVICE
-from neuron.gpu.topology import TopologySource
+from neuron.gpu.energy.meter import EnergyMeter
+from neuron.gpu.topology import DeviceReading, TopologySource
 from shared.protocol import Device, DeviceHealth
 
 log = logging.getLogger(__name__)
@@ -18,8 +19,8 @@ log = logging.getLogger(__name__)
 _Condition: TypeAlias = tuple[str | None, tuple[str, ...]]
 """The fault and the warnings of a device."""
 
-INTERVAL_SECS = 5.0
-"""Between two looks at the GPUs while no one asks for their figures."""
+INTERVAL_SECS = 1.0
+"""Between two looks at the GPUs while no one asks for their figures: the energy is measured then."""
 
 
 def faults_of(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> dict[int, str]:
@@ -29,11 +30,13 @@ def faults_of(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> dict
 
 
 class DeviceWatch:
-    """Compares the condition of each device with the last one seen. `publish` takes an event's name and its JSON."""
+    """Compares the condition of each device with the last one seen. `publish` takes an event's name and its JSON;
+    `meter` gets every reading."""
 
-    def __init__(self, source: TopologySource, publish: Callable[[str, str], None]) -> None:
+    def __init__(self, source: TopologySource, publish: Callable[[str, str], None], meter: EnergyMeter) -> None:
         self._source = source
         self._publish = publish
+        self._meter = meter
         self._told: dict[int, _Condition] = {}
         self._watched: dict[int, Device] = {}
         self._observed_at = float("-inf")
@@ -55,6 +58,13 @@ class DeviceWatch:
                 self._publish("device", json.dumps(condition))
         self._watched = present
 
+    async def read(self) -> DeviceReading:
+        """Looks at the GPUs now. The energy is what they have used since `EnergyMeter.epoch` began."""
+        reading = await self._source.read()
+        self.observe(reading.topology.devices, reading.health)
+        await self._meter.observe(reading)
+        return DeviceReading(reading.topology, self._meter.added_to(reading.health))
+
     async def run(self) -> None:
         """Looks at the GPUs whenever no one has for some time. Never returns."""
         while True:
@@ -62,8 +72,7 @@ class DeviceWatch:
             if left > 0:
                 await asyncio.sleep(left)
                 continue
-            reading = await self._source.read()
-            self.observe(reading.topology.devices, reading.health)
+            _ = await self.read()
 
     def _log(self, device: Device, before: _Condition, now: _Condition, *, gone: bool) -> None:
         (fault, warnings), index = now, device.index

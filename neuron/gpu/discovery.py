@@ -6,13 +6,13 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from neuron.config import NeuronConfig
 from neuron.gpu.nvml import NvmlTopologySource
-from neuron.gpu.simulated import SimulatedTopologySource
+from neuron.gpu.simulated import SimulatedTopologySource, no_requests
 from neuron.gpu.sources.amd import AmdTopologySource
 from neuron.gpu.sources.configured import ConfiguredTopologySource
 from neuron.gpu.topology import DeviceReading, Topology, TopologySource
@@ -38,16 +38,19 @@ def host_facts() -> HostFacts:
     return HostFacts(hostname=socket.gethostname(), os=os_name, kernel=platform.release())
 
 
-def topology_source(config: NeuronConfig, vram_dir: Path) -> TopologySource:
+def topology_source(
+    config: NeuronConfig, vram_dir: Path, requests_on: Callable[[int], int] = no_requests
+) -> TopologySource:
     """The GPUs that a driver lists, the `[[accelerators]]`, or the simulated devices of `[simulate]`. `vram_dir` is
-    where simulated engines record their memory.
+    where simulated engines record their memory; `requests_on` says how many requests run on a simulated device.
 
     Raises:
         SettingsError: `[simulate]` names an unknown device.
     """
     if config.simulate is None:
         return ConfiguredTopologySource(config.accelerators) if config.accelerators else DetectedTopologySource()
-    return SimulatedTopologySource(config.simulate, vram_dir, name=config.name or socket.gethostname())
+    name = config.name or socket.gethostname()
+    return SimulatedTopologySource(config.simulate, vram_dir, name=name, requests_on=requests_on)
 
 
 class DetectedTopologySource:

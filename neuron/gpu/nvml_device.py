@@ -22,6 +22,7 @@ Handle = Any
 Figure = TypeVar("Figure")
 
 MIB = 1024 * 1024
+_MJ_PER_WH = 3.6e6
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
@@ -100,6 +101,7 @@ def read_health(index: int, handle: Handle) -> DeviceHealth:
     _, used, free = read_memory(handle)
     utilization = figure_or_none(pynvml.nvmlDeviceGetUtilizationRates, handle)
     milliwatts = figure_or_none(pynvml.nvmlDeviceGetPowerUsage, handle)
+    millijoules = figure_or_none(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # from Volta on
     return DeviceHealth(
         index=index,
         vram_used_mb=used // MIB,
@@ -107,6 +109,7 @@ def read_health(index: int, handle: Handle) -> DeviceHealth:
         utilization_pct=None if utilization is None else utilization.gpu,
         temp_c=_temperature(handle),
         power_w=None if milliwatts is None else milliwatts / 1000,
+        energy_wh=None if millijoules is None else millijoules / _MJ_PER_WH,
     )
 
 

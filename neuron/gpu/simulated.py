@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -26,22 +26,39 @@ MIB_PER_PROFILE_GB = 985  # of a MIG instance: drivers report about 9,850 MiB fo
 
 IDLE_TEMP_C = 34.0
 IDLE_POWER_W = 18.0
+RESIDENT_POWER_W = 60.0  # with an engine's memory on it: the clocks stay up
+FULL_POWER_W = 350.0
+_HALF_LOAD_REQUESTS = 4.0  # so many use half of what is between the last two
 
 _UUID_NAMESPACE = uuid.UUID("5d7c1b0e-0f5b-5a53-9a54-6e6575726f6e")
+
+
+def no_requests(_: int) -> int:
+    """Nothing runs on any device."""
+    return 0
 
 
 class SimulatedTopologySource:
     """`neuron.gpu.topology.TopologySource` of a simulated host.
 
     `vram_dir` is where this host's simulated engines record what they hold (`neuron.gpu.simulated_vram`); optional.
-    `name` (the neuron's) makes device uuids that are stable over restarts and differ between hosts.
+    `name` (the neuron's) makes device uuids that are stable over restarts and differ between hosts. `requests_on` says
+    how many requests run on the device with an index.
 
     Raises:
         SettingsError: a device has neither a preset nor a memory size, or two devices have the same uuid.
     """
 
-    def __init__(self, settings: SimulateSettings, vram_dir: Path, *, name: str = "") -> None:
+    def __init__(
+        self,
+        settings: SimulateSettings,
+        vram_dir: Path,
+        *,
+        name: str = "",
+        requests_on: Callable[[int], int] = no_requests,
+    ) -> None:
         self._vram_dir = vram_dir
+        self._requests_on = requests_on
         devices = resolve_devices(settings, host=name)
         self._topology = Topology(
             devices=devices,
@@ -58,10 +75,15 @@ class SimulatedTopologySource:
         used = await asyncio.to_thread(vram.used_mb, self._vram_dir)
         conditions = await asyncio.to_thread(vram.conditions, self._vram_dir)
         health = [
-            _with_condition(health_of(device, used[device.uuid or ""]), device, conditions)
+            _with_condition(health_of(device, used[device.uuid or ""], self._requests(device)), device, conditions)
             for device in self._topology.devices
         ]
         return DeviceReading(self._topology, health)
+
+    def _requests(self, device: Device) -> int:
+        """On the device, and on its MIG instances."""
+        slices = [each.index for each in self._topology.devices if each.parent == device.index]
+        return sum(map(self._requests_on, [device.index, *slices]))
 
     async def process_memory_mb(self) -> Mapping[int, Mapping[int, int]]:
         usage = await asyncio.to_thread(vram.usage_by_process, self._vram_dir)
@@ -83,16 +105,19 @@ def _with_condition(
     return health.model_copy(update={"fault": found.fault, "warnings": list(found.warnings)})
 
 
-def health_of(device: Device, used_mb: int) -> DeviceHealth:
-    """An idle GPU with `used_mb` MiB used, at most its total."""
+def health_of(device: Device, used_mb: int, requests: int = 0) -> DeviceHealth:
+    """A GPU with `used_mb` MiB used, at most its total, that computes for so many requests. A MIG instance has no
+    power of its own."""
     used = min(used_mb, device.vram_total_mb)
+    power = RESIDENT_POWER_W if used or requests else IDLE_POWER_W
+    power += (FULL_POWER_W - RESIDENT_POWER_W) * requests / (requests + _HALF_LOAD_REQUESTS)
     return DeviceHealth(
         index=device.index,
         vram_used_mb=used,
         vram_free_mb=device.vram_total_mb - used,
-        utilization_pct=0,
+        utilization_pct=100 if requests else 0,
         temp_c=IDLE_TEMP_C,
-        power_w=IDLE_POWER_W,
+        power_w=None if device.is_mig_instance else round(power, 1),
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from neuron.config import RecoverySettings
 from neuron.engine.engine import Engine
 from neuron.engine.output import EngineOutput
+from neuron.gpu.energy.sharing import Resident
 from neuron.lifecycle.events import ModelEvents
 from neuron.lifecycle.load_request import LoadRequest
 from neuron.lifecycle.states import Condition, Restarts, State
@@ -133,6 +134,19 @@ class InstanceState:
     def remove(self) -> None:
         """It leaves the list of models."""
         self._events.removed(self.key)
+
+    def resident(self) -> Resident | None:
+        """The instance as one that has devices, with its requests, which are about a second old; None if it has
+        none."""
+        placement = None if self.request is None else self.request.placement
+        if placement is None:
+            return None
+        if self.engine is None or self.state is not State.LOADED:
+            return Resident(self.key, placement.indices)
+        sample = self.engine.health.sample
+        if sample is None:
+            return Resident(self.key, placement.indices, requests=None)
+        return Resident(self.key, placement.indices, sample.running, sample.marks)
 
     def publish(self) -> None:
         self._events.changed(self.view())

@@ -33,7 +33,15 @@ from shared.protocol.group import (
     ReachCommand,
     ReachReply,
 )
-from shared.protocol.health import Activation, DeviceHealth, HostMemoryHealth, ModelActivity, NeuronHealth, SpareView
+from shared.protocol.health import (
+    Activation,
+    DeviceHealth,
+    HostMemoryHealth,
+    InstanceEnergy,
+    ModelActivity,
+    NeuronHealth,
+    SpareView,
+)
 from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
@@ -64,6 +72,7 @@ __all__ = [
     "GroupPeer",
     "HostMemoryHealth",
     "HostResources",
+    "InstanceEnergy",
     "LeaseCommand",
     "LeaseReply",
     "Link",

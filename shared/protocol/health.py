@@ -19,6 +19,9 @@ class DeviceHealth(WireModel):
 
     `fault`: why nothing may be placed on the GPU now; None if it is fit for use. `warnings`: what an operator should
     know of a GPU that is still used, such as a slowdown.
+
+    `energy_wh`: what it has used since `NeuronHealth.energy_epoch` began, in Wh; None without a meter of its own, as of
+    a MIG instance, which has its GPU's. (Within neuron, from the driver: since that was loaded.)
     """
 
     index: int
@@ -31,6 +34,7 @@ class DeviceHealth(WireModel):
     utilization_pct: float | None = None
     temp_c: float | None = None
     power_w: float | None = None
+    energy_wh: float | None = None
     fault: Text | None = None
     warnings: list[Text] = Field(default_factory=list)
 
@@ -82,6 +86,18 @@ class ModelActivity(WireModel):
         )
 
 
+class InstanceEnergy(WireModel):
+    """What one instance has used of one device, in Wh since `NeuronHealth.energy_epoch` began: `active_wh` for its
+    requests, and `resident_wh` of what the device draws without any. What is left of the device's energy was used while
+    no instance was on it."""
+
+    device: int
+    id: Text
+    instance: InstanceName | None = None
+    active_wh: float = 0
+    resident_wh: float = 0
+
+
 class SpareView(WireModel):
     """A process that has imported what engines of `harness` need, or still does (`importing`, `ready`), and waits to
     become one. `memory_mb`: of the host, in MiB."""
@@ -93,7 +109,7 @@ class SpareView(WireModel):
 
 
 class NeuronHealth(WireModel):
-    """Reply to `GET /health`."""
+    """Reply to `GET /health`. Within one `energy_epoch` no count of energy falls; another one starts from 0."""
 
     uptime_secs: float = 0
     devices: Annotated[list[DeviceHealth], PROTOCOL_V1] = Field(default_factory=list)
@@ -102,3 +118,5 @@ class NeuronHealth(WireModel):
     models: list[ModelActivity] = Field(default_factory=list)
     spares: list[SpareView] = Field(default_factory=list)
     host: HostMemoryHealth | None = None
+    energy_epoch: str | None = None
+    energy: list[InstanceEnergy] = Field(default_factory=list)

@@ -210,6 +210,16 @@ Status amdsmi_get_power_info(Gpu gpu, struct PowerInfo *power)
     return status;
 }
 
+Status amdsmi_get_energy_count(Gpu gpu, uint64_t *counter, float *resolution_uj, uint64_t *timestamp)
+{
+    uint64_t microjoules = 0;
+    Status status = number(gpu, "energy_uj", &microjoules);
+    *counter = microjoules / 16;
+    *resolution_uj = 16;
+    *timestamp = 0;
+    return status;
+}
+
 struct Process {
     char name[256];
     uint32_t pid;

@@ -73,6 +73,7 @@ class AmdGpu:
             "hotspot_c": 48 + index,
             "utilization_pct": 3,
             "power_w": 132,
+            "energy_uj": 9_000_000_000,
             **{f"process.{number}": f"{pid} {mib * MIB}" for number, (pid, mib) in enumerate(self.processes)},
             **self.figures,
         }

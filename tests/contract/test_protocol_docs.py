@@ -25,6 +25,7 @@ from shared.protocol import (
     FailureCause,
     GroupPart,
     GroupPeer,
+    InstanceEnergy,
     LeaseCommand,
     LeaseReply,
     Link,
@@ -54,7 +55,7 @@ SECTIONS: dict[str, tuple[tuple[type[BaseModel], ...], str]] = {
         "hostname os kernel cuda_version driver_version devices harnesses index name vram_total_mb compute_capability",
     ),
     "GET /health": (
-        (NeuronHealth, DeviceHealth, Activation, ModelActivity),
+        (NeuronHealth, DeviceHealth, Activation, InstanceEnergy, ModelActivity),
         "uptime_secs devices index vram_used_mb vram_free_mb utilization_pct temp_c",
     ),
     "GET /models": ((ModelView, NeuronModelView, Progress, Transition), "id harness status devices vram_used_mb"),

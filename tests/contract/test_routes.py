@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 from aiohttp import web
 
+from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import Counters
@@ -68,6 +69,10 @@ CORTEX_TABLE = {
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),
     ("POST", "/fleet/nodes/{name}/resume"),
+    ("GET", "/keys"),
+    ("POST", "/keys"),
+    ("DELETE", "/keys/{name}"),
+    ("POST", "/keys/{name}/rotate"),
     ("GET", "/openapi.json"),
 }
 CORTEX_METRICS = {
@@ -120,6 +125,13 @@ def test_cortex_has_every_route() -> None:
     app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
     assert [(route.method, route.path) for route in METRICS_ROUTES] == [("GET", "/metrics")]
+
+
+def test_every_route_of_cortex_needs_a_role() -> None:
+    """The table of roles has exactly the routes, so that none can be forgotten."""
+    app = web.Application()
+    app.add_routes(CONTROL_ROUTES)
+    assert routes_of(app) == set(NEEDED_ROLES)
 
 
 def test_neuron_has_every_route() -> None:

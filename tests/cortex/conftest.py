@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from cortex.accounts.keys.key_ring import KeyRing
 from cortex.app import (
     build_control_app,
     build_metrics_app,
@@ -73,6 +74,7 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             aliases: dict[str, Any] | None = None,
             wait_healthy: bool = True,
             host: str = "127.0.0.1",
+            keys: str = "",
             **settings: Any,
         ) -> RunningCortex:
             entries = [_entry(neuron) for neuron in neurons]
@@ -82,7 +84,9 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
                 {"neurons": entries, "poll": poll, "gateway": gateway_settings, **settings}
             )
             catalogue = Catalogue.model_validate({"models": models, "aliases": aliases or {}})
-            parts = await stack.enter_async_context(running_control(config, catalogue))
+            parts = await stack.enter_async_context(
+                running_control(config, catalogue, keys=KeyRing(environ={"CORTEX_KEYS": keys}))
+            )
             control, metrics = control_socket(), Site(build_metrics_app(parts), bind("127.0.0.1", 0))
             await stack.enter_async_context(
                 serving([Site(build_control_app(parts), control), metrics], drain_timeout_secs=0)

@@ -89,6 +89,8 @@ async def cortex_process(
     waiting: Mapping[str, Any] | None = None,
     placement: Mapping[str, Any] | None = None,
     state_dir: str | None = None,
+    database: str | None = None,
+    keys: Mapping[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
@@ -100,11 +102,14 @@ async def cortex_process(
         "poll": {"interval_secs": poll_secs},
         "routing": dict(routing or {}),
         "waiting": dict(waiting or {}),
+        "keys": dict(keys or {}),
         "placement": dict(placement or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
     if state_dir is not None:
         config["state_dir"] = state_dir
+    if database is not None:
+        config["database"] = database
     (directory / "cortex.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     (directory / "models.toml").write_text(tomli_w.dumps({"models": models}), encoding="utf-8")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CORTEX_")}

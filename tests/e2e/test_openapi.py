@@ -14,7 +14,7 @@ from tests.e2e.dev import Dev
 
 STREAMS = {("GET", "/fleet/events")}  # never end
 MODELS = ["Qwen/Qwen3.6-27B", "no/such-model"]
-EXPECTED_ABOVE_500 = {"cold_load_failed", "neuron_unavailable"}
+EXPECTED_ABOVE_500 = {"cold_load_failed", "neuron_unavailable", "database_unavailable"}
 """Codes of a fleet that cannot do what was asked, not of a fault in cortex."""
 EXAMPLES = 15
 

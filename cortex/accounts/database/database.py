@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
+FAILURES = (sqlalchemy.exc.SQLAlchemyError, OSError, asyncio.TimeoutError)
+"""What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
 _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
@@ -29,22 +30,22 @@ _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 class Database:
     """An open database with all tables. Use it from one event loop. `read_only`: SQLite's file cannot be written.
 
-    A failed command raises `sqlalchemy.exc.SQLAlchemyError` or OSError.
+    A command that fails raises one of FAILURES.
     """
 
     def __init__(self, engine: AsyncEngine, source: DatabaseSource, *, read_only: bool = False) -> None:
         self._engine = engine
         self._writing = engine.execution_options(writing=True)
-        self._source = source
+        self.source = source
         self.read_only = read_only
 
     @property
     def is_postgresql(self) -> bool:
         """Several cortexes may use it."""
-        return self._source.path is None
+        return self.source.path is None
 
     def __str__(self) -> str:
-        return self._source.shown
+        return self.source.shown
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -116,7 +117,7 @@ async def _opened(database: Database) -> Database:
         if isinstance(error, NewerDatabase):
             message = f"{database} was made by a newer cortex (migration {error}): update this one"
             raise DatabaseError(message) from error
-        if isinstance(error, (sqlalchemy.exc.SQLAlchemyError, OSError)):
+        if isinstance(error, FAILURES):
             raise DatabaseError(f"{database}: {reason(error)}") from error
         raise
     return database
@@ -131,8 +132,15 @@ def reason(error: Exception) -> str:
 def _postgresql(url: str) -> AsyncEngine:
     import asyncpg
 
-    # asyncpg reads the URL itself: it knows libpq's parameters, which SQLAlchemy's dialect does not.
-    connect: Any = partial(asyncpg.connect, url, timeout=CONNECT_SECS, command_timeout=COMMAND_SECS)
+    async def connect() -> Any:
+        try:
+            # asyncpg reads the URL itself: it knows libpq's parameters, which SQLAlchemy's dialect does not.
+            return await asyncpg.connect(url, timeout=CONNECT_SECS, command_timeout=COMMAND_SECS)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # SQLAlchemy passes them on as they are
+            raise ConnectionError(str(error)) from error
+        except asyncio.TimeoutError as error:
+            raise ConnectionError(f"no connection after {CONNECT_SECS:g} s") from error
+
     return create_async_engine("postgresql+asyncpg://", async_creator=connect, pool_pre_ping=True)
 
 

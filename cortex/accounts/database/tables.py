@@ -24,6 +24,7 @@ API_KEYS = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("revision", Integer, nullable=False),  # 1, and 1 more with each change of the row
 )
 """Keys created with `cortex keys create` or `POST /keys`. A revoked one stays, because usage refers to it."""
 
@@ -74,6 +75,15 @@ USAGE = Table(
     Index("usage_key_id_ended_at", "key_id", "ended_at"),
 )
 """The fields of `cortex.accounts.usage.record.UsageRecord`, and what is calculated from them."""
+
+USAGE_JOURNALS = Table(
+    "usage_journals",
+    METADATA,
+    Column("name", String, primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+"""How many bytes of each journal file are in the table of usage."""
 
 ENERGY = Table(
     "energy",

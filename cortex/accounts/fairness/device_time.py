@@ -53,6 +53,7 @@ class DeviceTime:
         self._accounts = dict(accounts or {})
         self._callers: dict[str, Caller] = {}
         self._seen: dict[str, float] = {}
+        self._known: set[str] = set(self._accounts)
         self._begun: dict[Hashable, Mapping[str, int]] = {}
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
@@ -63,6 +64,11 @@ class DeviceTime:
         """Device-seconds by key id, divided by the caller's weight, as of the last sample. A new object whenever they
         change."""
         return self._accounts
+
+    @property
+    def several_callers(self) -> bool:
+        """Whether more than one caller has been seen. Those without a key count as one."""
+        return len(self._known) > 1
 
     @property
     def kept(self) -> bool:
@@ -139,6 +145,7 @@ class DeviceTime:
         self._accounts[key_id] = self._accounts.get(key_id, 0.0) + secs / self._caller(key_id).weight
 
     def _see(self, key_id: str, now: float) -> None:
+        self._known.add(key_id)
         if not key_id:
             return
         before, self._seen[key_id] = self._seen.get(key_id), now

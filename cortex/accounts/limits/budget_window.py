@@ -39,22 +39,22 @@ class BudgetWindow:
     """What one budget has left. What is reserved counts as used until it is settled.
 
     `used` are the amounts by the number of their part: one part for a calendar window, `BINS` for a rolling one.
+    `allowance`: what may be reserved before the state has to be written again; infinite if it is not written.
     """
 
     def __init__(self, amount: float, unit: str, window: str, secs: float) -> None:
         """`window` is one of CALENDAR, or "" for a rolling one of `secs` seconds."""
         self.amount = amount
         self.unit = unit
+        self.in_tokens = unit == "tokens"
         self.window = window
         self.secs = secs
         self.reserved = 0.0
         self.used: dict[int, float] = {}
         self.ends_at = 0.0  # of a calendar window
         self.total = 0.0  # of `used`
-
-    @property
-    def in_tokens(self) -> bool:
-        return self.unit == "tokens"
+        self.allowance = math.inf
+        self.granted = 0.0  # the allowance after the last write
 
     @property
     def name(self) -> str:
@@ -67,6 +67,8 @@ class BudgetWindow:
         if self.window:
             if now >= self.ends_at:
                 self.used, self.total = {}, 0.0
+                if math.isfinite(self.allowance):
+                    self.allowance = 0.0  # what was written is of the window before
                 self.ends_at = calendar_end(self.window, now)
             return
         oldest = self._part(now) - BINS
@@ -91,6 +93,11 @@ class BudgetWindow:
             if left >= 0:
                 return max(0.0, (part + BINS + 1) * width - now)
         return self.secs
+
+    def reserve(self, amount: float) -> None:
+        """Until `settle`."""
+        self.reserved += amount
+        self.allowance -= amount
 
     def settle(self, reserved: float, used: float, now: float) -> None:
         """A request that had reserved so much has used so much."""

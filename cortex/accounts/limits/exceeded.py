@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from cortex.accounts.limits.scope import Refusal, Scope
 from cortex.accounts.limits.terms import NO_RATES, RateState
 from shared.errors import TooManyRequests
@@ -52,21 +50,24 @@ def _when(refusal: Refusal, wait: float) -> str:
     return f"retry once a running request has ended, not before {secs} s" if refusal.runs else f"retry in {secs} s"
 
 
-def rate_state(scopes: Iterable[Scope]) -> RateState:
+def rate_state(scopes: list[Scope]) -> RateState:
     """Of the scopes of a request, for each kind of limit the one that has least left."""
     requests: Scope | None = None
     tokens: Scope | None = None
     for scope in scopes:
-        if scope.rpm >= 0 and (requests is None or scope.requests < requests.requests):
+        if scope.rpm >= 0.0 and (requests is None or scope.requests < requests.requests):
             requests = scope
-        if scope.tpm >= 0 and (tokens is None or scope.tokens_free < tokens.tokens_free):
+        if scope.tpm >= 0.0 and (tokens is None or scope.tokens_free < tokens.tokens_free):
             tokens = scope
-    if requests is None and tokens is None:
-        return NO_RATES
-    of_requests: tuple[int | None, int, float] = (None, 0, 0.0)
-    if requests is not None:
-        of_requests = (int(requests.rpm), max(0, int(requests.requests)), requests.requests_full_in)
-    of_tokens: tuple[int | None, int, float] = (None, 0, 0.0)
-    if tokens is not None:
-        of_tokens = (int(tokens.tpm), max(0, int(tokens.tokens_free)), tokens.tokens_full_in)
-    return RateState(*of_requests, *of_tokens)
+    if tokens is None:
+        return NO_RATES if requests is None else RateState(*_of_requests(requests))
+    free = tokens.tokens_free
+    of_tokens = int(tokens.tpm), int(free) if free > 0.0 else 0, tokens.tokens_full_in
+    if requests is None:
+        return RateState(None, 0, 0.0, *of_tokens)
+    return RateState(*_of_requests(requests), *of_tokens)
+
+
+def _of_requests(scope: Scope) -> tuple[int, int, float]:
+    left = scope.requests
+    return int(scope.rpm), int(left) if left > 0.0 else 0, scope.requests_full_in

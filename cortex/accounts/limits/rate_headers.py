@@ -4,52 +4,63 @@ from __future__ import annotations
 
 import math
 from datetime import datetime, timezone
+from typing import Final
 
 from cortex.accounts.limits.terms import RateState
 
-
-def rate_headers(rates: RateState, now: float, *, anthropic: bool) -> dict[str, str]:
-    """Names in lower case, and values; empty without a limit. `now`: seconds since 1970."""
-    found: dict[str, str] = {}
-    for kind, limit, remaining, reset in (
-        ("requests", rates.requests_limit, rates.requests_remaining, rates.requests_reset),
-        ("tokens", rates.tokens_limit, rates.tokens_remaining, rates.tokens_reset),
-    ):
-        if limit is None:
-            continue
-        if anthropic:
-            prefix = f"anthropic-ratelimit-{kind}"
-            found[f"{prefix}-limit"] = str(limit)
-            found[f"{prefix}-remaining"] = str(remaining)
-            found[f"{prefix}-reset"] = _timestamp(now + reset)
-        else:
-            found[f"x-ratelimit-limit-{kind}"] = str(limit)
-            found[f"x-ratelimit-remaining-{kind}"] = str(remaining)
-            found[f"x-ratelimit-reset-{kind}"] = _duration(reset)
-    return found
+_OPENAI: Final = b"\r\nx-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b"
+_ANTHROPIC: Final = (
+    b"\r\nanthropic-ratelimit-%b-limit: %%d\r\nanthropic-ratelimit-%b-remaining: %%d"
+    b"\r\nanthropic-ratelimit-%b-reset: %%b"
+)
+_OPENAI_REQUESTS: Final = _OPENAI % (b"requests", b"requests", b"requests")
+_OPENAI_TOKENS: Final = _OPENAI % (b"tokens", b"tokens", b"tokens")
+_ANTHROPIC_REQUESTS: Final = _ANTHROPIC % (b"requests", b"requests", b"requests")
+_ANTHROPIC_TOKENS: Final = _ANTHROPIC % (b"tokens", b"tokens", b"tokens")
 
 
 def rate_lines(rates: RateState, now: float, *, anthropic: bool) -> bytes:
-    """The same as header lines, each after a CRLF: `b"\\r\\nx-ratelimit-limit-requests: 60…"`."""
-    headers = rate_headers(rates, now, anthropic=anthropic)
-    return "".join([f"\r\n{name}: {value}" for name, value in headers.items()]).encode()
+    """The headers as lines, each after a CRLF: `b"\\r\\nx-ratelimit-limit-requests: 60…"`; empty without a limit.
+    `now`: seconds since 1970."""
+    lines = b""
+    requests, tokens = rates.requests_limit, rates.tokens_limit
+    if requests is not None:
+        lines = (_ANTHROPIC_REQUESTS if anthropic else _OPENAI_REQUESTS) % (
+            requests,
+            rates.requests_remaining,
+            _timestamp(now + rates.requests_reset) if anthropic else _duration(rates.requests_reset),
+        )
+    if tokens is not None:
+        lines += (_ANTHROPIC_TOKENS if anthropic else _OPENAI_TOKENS) % (
+            tokens,
+            rates.tokens_remaining,
+            _timestamp(now + rates.tokens_reset) if anthropic else _duration(rates.tokens_reset),
+        )
+    return lines
 
 
-def _timestamp(at: float) -> str:
+def rate_headers(rates: RateState, now: float, *, anthropic: bool) -> dict[str, str]:
+    """The same by their names, in lower case."""
+    lines = rate_lines(rates, now, anthropic=anthropic).decode().split("\r\n")
+    return dict(line.split(": ") for line in lines if line)
+
+
+def _timestamp(at: float) -> bytes:
     """RFC 3339, in whole seconds, rounded up."""
-    return datetime.fromtimestamp(math.ceil(at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(math.ceil(at), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
 
 
-def _duration(secs: float) -> str:
+def _duration(secs: float) -> bytes:
     """As OpenAI writes it: `0s`, `20ms`, `8.64s`, `6m0s`, `1h0m2.5s`. Rounded up to milliseconds."""
     millis = math.ceil(secs * 1000 - 1e-6)
-    if millis <= 0:
-        return "0s"
     if millis < 1000:
-        return f"{millis}ms"
+        return b"%dms" % millis if millis > 0 else b"0s"
     minutes, millis = divmod(millis, 60_000)
-    hours, minutes = divmod(minutes, 60)
     seconds, millis = divmod(millis, 1000)
-    fraction = f".{millis:03}".rstrip("0") if millis else ""
-    more = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
-    return f"{more}{seconds}{fraction}s"
+    written = b"%d.%03d" % (seconds, millis) if millis else b"%d" % seconds
+    if millis:
+        written = written.rstrip(b"0")
+    if minutes == 0:
+        return written + b"s"
+    hours, minutes = divmod(minutes, 60)
+    return b"%dh%dm%bs" % (hours, minutes, written) if hours else b"%dm%bs" % (minutes, written)

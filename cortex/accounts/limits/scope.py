@@ -39,6 +39,7 @@ class Scope:
         """`name` is unique; `label` is for people, such as `key 'alice'`."""
         self.name = name
         self.label = label
+        self.limits = limits
         self.rpm = -1.0  # no limit
         self.tpm = -1.0
         self.parallel = -1
@@ -46,12 +47,16 @@ class Scope:
         self.requests = self.tokens = 0.0
         self.reserved = 0.0
         self.running = 0
+        self.changed = False  # since it was last written
+        self.must_be_written = False  # before it is used
         self.at = now
         self.configure(limits)
 
     def configure(self, limits: Limits) -> None:
         """Puts limits into effect. What was used counts on; a limit that did not exist before begins full."""
-        rpm, tpm = (-1.0 if limit is None else float(limit) for limit in (limits.rpm, limits.tpm))
+        self.limits = limits
+        rpm = -1.0 if limits.rpm is None else float(limits.rpm)
+        tpm = -1.0 if limits.tpm is None else float(limits.tpm)
         self.requests = rpm if self.rpm < 0 else min(self.requests, rpm)
         self.tokens = tpm if self.tpm < 0 else min(self.tokens, tpm)
         self.rpm, self.tpm = rpm, tpm
@@ -65,8 +70,9 @@ class Scope:
         if elapsed > 0:
             self.requests = min(self.rpm, self.requests + elapsed * self.rpm / 60.0)
             self.tokens = min(self.tpm, self.tokens + elapsed * self.tpm / 60.0)
-        for window in self.windows:
-            window.advance(now)
+        if self.windows:
+            for window in self.windows:
+                window.advance(now)
 
     @property
     def tokens_free(self) -> float:
@@ -86,20 +92,26 @@ class Scope:
     def needed(self, tokens: int) -> float:
         """What a request that may use so many tokens reserves of the bucket: at most all of it, so that a
         large request is admitted at all."""
-        return min(float(tokens), self.tpm) if self.tpm >= 0 else 0.0
+        wanted = float(tokens)
+        return wanted if wanted < self.tpm else self.tpm
 
-    def refusal(self, tokens: int, cost: float) -> Refusal | None:
-        """After `advance`: why a request that may use so many tokens, or so much money, is not admitted."""
+    def refuses(self, tokens: int, cost: float) -> bool:
+        """After `advance`: whether a request that may use so many tokens, or so much money, is not admitted."""
         if (
-            (self.rpm >= 0 and self.requests + TOLERANCE < 1.0)
-            or (self.tpm >= 0 and self.tokens - self.reserved + TOLERANCE < self.needed(tokens))
+            (self.rpm >= 0.0 and self.requests + TOLERANCE < 1.0)
+            or (self.tpm >= 0.0 and self.tokens - self.reserved + TOLERANCE < self.needed(tokens))
             or 0 <= self.parallel <= self.running
         ):
-            return self._longest(tokens, cost)
-        for window in self.windows:
-            if not window.has_room(float(tokens) if window.in_tokens else cost):
-                return self._longest(tokens, cost)
-        return None
+            return True
+        if self.windows:
+            for window in self.windows:
+                if not window.has_room(float(tokens) if window.in_tokens else cost):
+                    return True
+        return False
+
+    def refusal(self, tokens: int, cost: float) -> Refusal | None:
+        """Why it is not admitted."""
+        return self._longest(tokens, cost) if self.refuses(tokens, cost) else None
 
     def _longest(self, tokens: int, cost: float) -> Refusal:
         """Of the limits in its way that which takes longest."""
@@ -127,29 +139,43 @@ class Scope:
     def _refused(self, limit: str, wait_secs: float | None, *, runs: bool = False, needs: str = "") -> Refusal:
         return Refusal(self, limit, wait_secs, runs=runs, budget=False, needs=needs)
 
-    def reserve(self, tokens: int, cost: float) -> tuple[float, Reserved]:
-        """Counts a request. Returns what it reserves of the token bucket and of the budgets."""
+    def reserve(self, tokens: int, cost: float, budgets: Reserved) -> float:
+        """Counts a request. Returns what it reserves of the token bucket; adds to `budgets` what of them."""
         self.running += 1
-        if self.rpm >= 0:
+        self.changed = True
+        if self.rpm >= 0.0:
             self.requests -= 1.0
+        if self.windows:
+            for window in self.windows:
+                amount = float(tokens) if window.in_tokens else cost
+                window.reserve(amount)
+                budgets.append((window, amount))
+        if self.tpm < 0.0:
+            return 0.0
         held = self.needed(tokens)
         self.reserved += held
-        budgets: Reserved = []
-        for window in self.windows:
-            amount = float(tokens) if window.in_tokens else cost
-            window.reserved += amount
-            budgets.append((window, amount))
-        return held, budgets
+        return held
 
-    def settle(self, held: float, budgets: Reserved, tokens: int, cost: float, now: float) -> None:
-        """A request that had reserved this has ended and used so much."""
+    def is_allowed_unwritten(self, tokens: int, cost: float) -> bool:
+        """Whether the state need not be written before such a request is admitted."""
+        if self.must_be_written:
+            return False
+        if self.windows:
+            for window in self.windows:
+                if (float(tokens) if window.in_tokens else cost) > window.allowance:
+                    return False
+        return True
+
+    def settle(self, held: float, tokens: int, now: float) -> None:
+        """A request that had reserved `held` of the token bucket has ended and used so many tokens. Its budgets are
+        settled by themselves."""
         self.advance(now)
         self.running -= 1
-        self.reserved = max(0.0, self.reserved - held)
-        if self.tpm >= 0:
+        self.changed = True
+        if held > 0.0:
+            self.reserved = max(0.0, self.reserved - held)
+        if self.tpm >= 0.0:
             self.tokens -= tokens
-        for window, amount in budgets:
-            window.settle(amount, tokens if window.in_tokens else cost, now)
 
 
 def _tokens(tokens: int) -> str:

@@ -83,6 +83,10 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     rates: RateState
 
 
+UNLIMITED: Final = Grant(0, NO_RATES)
+"""For a request that no limit holds for. It need not be settled."""
+
+
 class ModelTerms(msgspec.Struct, frozen=True, gc=False):
     """What a request for a model is measured with. `context`: tokens of prompt and answer together, `output`: of an
     answer whose request does not say; None if unknown."""

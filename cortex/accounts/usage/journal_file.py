@@ -1,4 +1,4 @@
-"""The files that usage records wait in for the database: `<time>-<process>-<random>.jsonl`, a line for each record.
+"""The files in which usage records wait for the database: `<time>-<process>-<random>.jsonl`, a line for each record.
 
 The first line is the price list that all records of the file are charged by. The writer holds a lock (flock) on its
 file, so that the kernel tells when the writer is gone, however it ended. A file is given its name once it is locked.
@@ -11,9 +11,9 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -29,7 +29,13 @@ MAX_TOTAL_BYTES: Final = 1 << 30
 CHUNK: Final = 128
 """Records in one write: a thread that encodes lets no other run."""
 
+ABANDONED_SECS: Final = 60.0
+PART_BYTES: Final = 1 << 18
+"""How much is read at a time."""
+
 _ENCODER: Final = msgspec.json.Encoder()
+_RECORDS: Final = msgspec.json.Decoder(UsageRecord)
+_PRICES: Final = msgspec.json.Decoder(PriceList)
 
 
 class JournalWriter:
@@ -54,7 +60,7 @@ class JournalWriter:
                 if self._fd is None or prices != self._prices or self._size > MAX_FILE_BYTES or self._is_deleted():
                     self._begin(prices)
                 chunk = records[taken : taken + CHUNK]
-                data = _ENCODER.encode_lines(chunk)
+                data = _encoded(chunk)
                 taken += len(chunk)
                 self._put(data)
             self.problem = ""
@@ -115,3 +121,84 @@ def _size(entry: os.DirEntry[str]) -> int:
         return entry.stat().st_size
     except FileNotFoundError:  # the recorder has just deleted it
         return 0
+
+
+def _encoded(records: Sequence[UsageRecord]) -> bytes:
+    try:
+        return _ENCODER.encode_lines(records)
+    except UnicodeEncodeError:  # a client may name a model with half a character
+        return _ENCODER.encode_lines([_whole_characters(record) for record in records])
+
+
+def _whole_characters(record: UsageRecord) -> UsageRecord:
+    texts = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, str)}
+    whole = {name: value.encode(errors="replace").decode() for name, value in texts.items()}
+    return msgspec.structs.replace(record, **whole)
+
+
+class JournalPart(NamedTuple):
+    """Some records of a journal. `end`: where the next part begins. `broken`: lines that cannot be read. `is_last`:
+    nothing will follow, because the file has been read and its writer is gone."""
+
+    prices: PriceList
+    records: list[UsageRecord]
+    end: int
+    broken: int
+    is_last: bool
+
+
+def journals(directory: Path) -> list[Path]:
+    """The journals of the directory, the oldest first. Blocks."""
+    return sorted(directory.glob(f"*{SUFFIX}"))
+
+
+def read_part(path: Path, position: int) -> JournalPart:
+    """What follows `position`, up to the last whole line. Blocks.
+
+    Raises:
+        OSError: the file is gone, or cannot be read.
+    """
+    with path.open("rb") as file:
+        writer_is_gone = try_lock(file.fileno())  # before reading, or its last lines could be missed
+        header = file.readline()
+        file.seek(max(position, len(header)))
+        data = file.read(PART_BYTES)
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole and len(data) == PART_BYTES:
+        whole = data  # too long for a line of ours
+    lines = whole.splitlines()
+    records = list(_decoded(lines))
+    try:
+        prices = _PRICES.decode(header)
+    except msgspec.DecodeError:
+        prices = PriceList("", {})
+    end = max(position, len(header)) + len(whole)
+    return JournalPart(prices, records, end, len(lines) - len(records), writer_is_gone and len(data) < PART_BYTES)
+
+
+def _decoded(lines: Sequence[bytes]) -> Iterator[UsageRecord]:
+    for line in lines:
+        try:
+            yield _RECORDS.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+
+
+def try_lock(fd: int) -> bool:
+    """Locks the file until it is closed. False if another has locked it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def delete_abandoned(directory: Path) -> None:
+    """Deletes what writers have left that ended before their file had its name. Blocks."""
+    for path in directory.glob(f"*{UNNAMED_SUFFIX}"):
+        try:
+            with path.open("rb") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECS and try_lock(file.fileno()):
+                    path.unlink()
+        except FileNotFoundError:
+            continue  # it has its name now

@@ -114,6 +114,12 @@ class KeepAliveStream:
         """`data`, which must not be empty, framed as our head says."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self._request.modern else data
 
+    def begin_at(self, node: str) -> bool:
+        """Begins the answer to a request that waits for an engine on this node. True if it has begun."""
+        self.sent_to = node
+        self.begin()
+        return self.begun
+
     def begin(self) -> None:
         """Begins the answer, if the request allows it (`begun`)."""
         self._timer = None

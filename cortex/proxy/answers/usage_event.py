@@ -151,7 +151,7 @@ class UsageEventFilter:
         self.usage_event = event
         fingerprint = found.get("system_fingerprint")
         known = b',"system_fingerprint":' + msgspec.json.encode(fingerprint) if isinstance(fingerprint, str) else b""
-        self._engine.reports, self._engine.fingerprint = True, known
+        self._engine.fingerprint = known
         return True
 
 

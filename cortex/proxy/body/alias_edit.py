@@ -13,13 +13,29 @@ from typing import TypeAlias
 from cortex.config.aliases import MemberEdit, Rewrite
 from cortex.proxy.body.form_scan import FormPart, FormScan, delimiter_of
 from cortex.proxy.body.json_scan import Member, Scan, TooIntricateError
-from cortex.proxy.body.model_field import JsonModel, ModelField, form_part
+from cortex.proxy.body.model_field import JsonModel, ModelField, find_or_add_model, form_part
 from shared.errors import InvalidRequest
 
 Splice: TypeAlias = tuple[int, int, bytes]
 """Bytes from the first to the second position, and what takes their place."""
 
 Edits: TypeAlias = Mapping[str, MemberEdit]
+
+
+def with_model_id(
+    body: bytes, content_type: str, aliases: Mapping[str, Rewrite], default: str | None
+) -> tuple[bytes, str, str]:
+    """The body as an engine gets it, the name of the model (an id, or `id@variant`), and its id. `default`: the model
+    of a body that names none.
+
+    Raises:
+        InvalidRequest: it names none, or cannot be read.
+    """
+    field, body = find_or_add_model(body, content_type, default)
+    rewrite = aliases.get(field.model)
+    if rewrite is None:
+        return body, field.model, field.model
+    return rewritten(body, content_type, field, rewrite), rewrite.name, rewrite.model_id
 
 
 def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrite) -> bytes:

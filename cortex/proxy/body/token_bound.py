@@ -18,14 +18,6 @@ from cortex.proxy.body.form_scan import is_form
 WHOLE_CONTEXT: Final = 1 << 40
 """As the tokens of one prompt: as many as the model's context."""
 
-_LIMITS: Final[Mapping[bytes, tuple[str, ...]]] = {
-    b"/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
-    b"/v1/completions": ("max_tokens",),
-    b"/v1/messages": ("max_tokens",),
-    b"/v1/responses": ("max_output_tokens",),
-}
-"""By path the fields with the most tokens of one answer. Others are ignored there, by some engines, and so here."""
-
 _WITHOUT_OUTPUT: Final = frozenset(
     b"/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /classify /v1/classify /pooling /v1/pooling "
     b"/v2/embed /v1/moderations /v1/audio/speech /v1/images/generations".split()
@@ -35,7 +27,7 @@ _WITHOUT_OUTPUT: Final = frozenset(
 COUNTS_NOTHING: Final = frozenset((b"/v1/messages/count_tokens", b"/tokenize", b"/detokenize"))
 """Paths whose requests use no tokens of a model."""
 
-_REFERENCES: Final = (
+_PARTS: Final = (
     b'_url"',
     b'"image',
     b'"audio',
@@ -45,11 +37,14 @@ _REFERENCES: Final = (
     b'"input_audio"',
     b'"input_file"',
     b'"document"',
-    b'"previous_response_id"',
-    b'"conversation"',
-    b'"prompt_embeds"',
 )
-"""Names in a body whose prompt may be longer than its text."""
+"""Types of the parts of a message whose tokens are not those of their text."""
+
+_REFERENCES: Final[Mapping[bytes, tuple[bytes, ...]]] = {
+    b"/v1/responses": (b'"previous_response_id"', b'"conversation"'),
+    b"/v1/completions": (b'"prompt_embeds"',),
+}
+"""By path the names of fields that add something to the prompt."""
 
 
 class _Generation(msgspec.Struct):
@@ -89,7 +84,7 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
         return TokenBound(0)
     if is_form(content_type):  # whose seconds count, not its bytes
         return TokenBound(WHOLE_CONTEXT, None)
-    prompt = WHOLE_CONTEXT if _refers(body) else len(body)
+    prompt = WHOLE_CONTEXT if _refers(path, body) else len(body)
     if path in _WITHOUT_OUTPUT:
         return TokenBound(prompt + _repeated(_fields(_texts, body)), prompts=2)
     if path == b"/v1/completions":
@@ -98,15 +93,21 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
         fields: _Generation = completion
     else:
         fields, prompts = _fields(_generation, body), 1
-    output: int | None = None
-    for name in _LIMITS.get(path, ()):
-        given = _number(getattr(fields, name))
-        if given is not None and (output is None or given > output):
-            output = given
+    output = _output(path, fields)
     answers = prompts
     if fields.n is not None or fields.best_of is not None:
         answers *= max(_number(fields.n) or 1, _number(fields.best_of) or 1)
     return TokenBound(prompt, output, answers, prompts)
+
+
+def _output(path: bytes, fields: _Generation) -> int | None:
+    """The most tokens of one answer, in the field that engines read at this path."""
+    if path == b"/v1/chat/completions":
+        first, second = _number(fields.max_tokens), _number(fields.max_completion_tokens)
+        return first if second is None else max(second, first or 0)
+    if path in (b"/v1/completions", b"/v1/messages"):
+        return _number(fields.max_tokens)
+    return _number(fields.max_output_tokens) if path == b"/v1/responses" else None
 
 
 def _fields(decoder: msgspec.json.Decoder[_Fields], body: bytes) -> _Fields:
@@ -127,16 +128,17 @@ def _strict(body: bytes) -> bytes:
     return msgspec.json.encode({name: fields.get(name) for name in names})  # null for NaN and Infinity
 
 
-def _refers(body: bytes) -> bool:
+def _refers(path: bytes, body: bytes) -> bool:
     """Whether something in the body may be longer in the prompt than it is written."""
-    for name in _REFERENCES:  # noqa: SIM110 - a generator costs three times as much
-        if name in body:
-            return True
-    return False
+    if b'"type"' in body and any(part in body for part in _PARTS):
+        return True
+    return path in _REFERENCES and any(name in body for name in _REFERENCES[path])
 
 
 def _number(value: Any) -> int | None:
     """A positive whole number, or None for anything else: the engine refuses that, or ignores it."""
+    if value is None:
+        return None
     if type(value) is not int:
         try:
             value = int(float(value))

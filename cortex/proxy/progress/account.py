@@ -1,36 +1,58 @@
-"""What is known of one request, and where it is counted when it has ended."""
+"""What is known of one request: whether its limits admit it, what it has used, and where that is counted."""
 
 from __future__ import annotations
 
+import time
 from time import monotonic
+from typing import Final
 
 from cortex.accounts.caller import Caller
+from cortex.accounts.limits.admission import UNKNOWN_CONTEXT
+from cortex.accounts.limits.exceeded import LimitExceeded
+from cortex.accounts.limits.rate_headers import rate_lines
+from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
+from cortex.proxy.answers.answer import own_lines
+from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.relay import Relay
+from cortex.routing.replica import Replica
+from cortex.upstream.usage_fields import Usage
+from shared.errors import Forbidden, shortened
+from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 
-CLIENT_DISCONNECTED = 499
+CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
+
+BYTES_PER_TOKEN: Final = 4
+"""Of an answer whose tokens the engine has not told."""
 
 
 class RequestAccount:
     """The account of a request, which its handler keeps and closes once.
 
-    `label` and `node` are metric labels: only names that exist, so clients cannot create time series. `attempts`: the
-    engines that it was sent to. `cold`: it waited for a load. `waited`: seconds spent waiting for the control.
+    `label` and `node` are metric labels: only names that exist, so clients cannot create time series. `replica`: the
+    engine that it was sent to last; `attempts`: to how many. `cold`: it waited for a load. `waited`: seconds spent
+    waiting for the control.
     """
 
     __slots__ = (
+        "_body_bytes",
+        "_bound",
         "_context",
+        "_grant",
         "_request",
         "attempts",
         "caller",
+        "closed",
         "cold",
         "label",
         "model_id",
         "node",
+        "replica",
         "request_id",
         "waited",
     )
@@ -42,28 +64,154 @@ class RequestAccount:
         self.caller = caller
         self.model_id = ""
         self.label = self.node = UNKNOWN
+        self.replica: Replica | None = None
         self.attempts = 0
         self.cold = False
+        self.closed = False
         self.waited = 0.0
+        self._bound: TokenBound | None = None
+        self._body_bytes = 0  # when it was bounded
+        self._grant: Grant | None = None
 
-    def close(self, status: int, relay: Relay | None) -> None:
-        """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any."""
-        context, request, model, node = self._context, self._request, self.label, self.node
+    def check_model(self) -> None:
+        """Raises Forbidden if the caller may not use the model."""
+        caller, model_id = self.caller, self.model_id
+        if caller.models and not caller.may_use(model_id):
+            raise Forbidden(
+                f"API key {caller.name!r} may not use the model {shortened(model_id)!r}; GET /v1/models lists those"
+                " that it may",
+                code=ErrorCode.MODEL_NOT_ALLOWED,
+                param="model",
+            )
+
+    def admit(self) -> bool:
+        """Whether the request may go on; False if that takes a while: then wait for `admission`.
+
+        Raises:
+            Forbidden: the caller may not use the model.
+            LimitExceeded: a limit refuses the request.
+        """
+        if self.caller.models:
+            self.check_model()
+        limiter, request = self._context.control.limiter, self._request
+        if not self.caller.limited and self.model_id not in limiter.limited_models:
+            return True
+        self._body_bytes = len(request.body)
+        self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"))
+        try:
+            grant = limiter.admit(self.caller, self.model_id, self._bound)
+        except LimitExceeded as error:
+            self._tell(error.rates)
+            raise
+        if grant is None:
+            return False
+        self._take(grant)
+        return True
+
+    async def admission(self) -> None:
+        """Raises ServiceError if a limit refuses the request, or if that cannot be found out."""
+        assert self._bound is not None
+        try:
+            self._take(await self._context.control.limiter.admission(self.caller, self.model_id, self._bound))
+        except LimitExceeded as error:
+            self._tell(error.rates)
+            raise
+
+    def sent_to(self, replica: Replica) -> None:
+        """The request goes to this engine now."""
+        self.replica = replica
+        self.label, self.node = self.model_id, replica.key.node
+        self.attempts += 1
+
+    def head_lines(self) -> bytes:
+        """The header lines of cortex for the engine's answer, without the final CRLF."""
+        return b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b" % (
+            own_lines(self._request, self.request_id.encode()),
+            self.node.encode(),
+            b"true" if self.cold else b"false",
+        )
+
+    def close(self, status: int, relay: Relay | None, *, left: bool = False, code: str = "") -> None:
+        """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any;
+        `left`: not all of it. `code`: of the error that refuses it."""
+        context, request, node = self._context, self._request, self.node
+        self.closed = True
+        if self.label is UNKNOWN and context.control.knows(self.model_id):
+            self.label = self.model_id
+        model = self.label
         took = monotonic() - request.received
+        usage: Usage | None = None
         sent, more = 0, ""
         first_byte_secs: float | None = None
         if relay is not None:
-            context.count_answer(self.model_id, model, node, relay)
+            usage = context.count_answer(self.model_id, model, node, relay)
             sent = relay.answer.tail.fed_bytes
             if relay.first_byte_at is not None:
                 first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
+                left = True
                 more = f" lost={relay.lost_because!r}"
+        if code:
+            context.counters.error(model, node, code)
         context.counters.request(model, node, status, took, first_byte_secs)
+        if self._grant is not None:
+            self._settle(self._grant, usage, relay, sent)
+        if self.model_id:
+            context.usage.add(self._record(status, usage, first_byte_secs, took, complete=not left))
         if context.access_log.on:
-            self._log(status, sent, took, more)
+            self._log(status, sent, usage, took, more)
 
-    def _log(self, status: int, sent: int, took: float, more: str) -> None:
+    def _take(self, grant: Grant) -> None:
+        if grant.number:
+            self._grant = grant
+        self._tell(grant.rates)
+
+    def _tell(self, rates: RateState) -> None:
+        """The client learns of its limits with the answer."""
+        if rates.requests_limit is not None or rates.tokens_limit is not None:
+            self._request.rates = rate_lines(rates, time.time(), anthropic=self._request.anthropic)
+
+    def _settle(self, grant: Grant, usage: Usage | None, relay: Relay | None, sent: int) -> None:
+        prompt = completion = cached = 0
+        if usage is not None:
+            prompt, completion, cached = usage.prompt, usage.completion, usage.cached
+        elif relay is not None and relay.status < 400:  # the client has left, or the engine does not count
+            bound = self._bound
+            assert bound is not None
+            prompt, completion = min(bound.prompt, self._body_bytes, UNKNOWN_CONTEXT), sent // BYTES_PER_TOKEN
+            if bound.output is not None:
+                completion = min(completion, bound.output * bound.answers)
+        self._context.control.limiter.settle(grant, prompt, completion, cached)
+
+    def _record(
+        self, status: int, usage: Usage | None, first_byte_secs: float | None, took: float, *, complete: bool
+    ) -> UsageRecord:
+        replica, caller = self.replica, self.caller
+        counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
+        if usage is not None:
+            counts = usage.prompt, usage.cached, usage.completion, usage.reasoning
+        return UsageRecord(
+            time.time(),
+            self.request_id,
+            caller.key_id,
+            caller.name,
+            self.label,
+            "" if replica is None else replica.variant,
+            "" if replica is None else replica.key.node,
+            "" if replica is None else replica.key.instance,
+            self._request.path.decode("latin-1"),
+            status,
+            *counts,
+            first_byte_secs,
+            took,
+            self.waited,
+            self.cold,
+            complete,
+        )
+
+    def _log(self, status: int, sent: int, usage: Usage | None, took: float, more: str) -> None:
+        if usage is not None:
+            more = f" prompt={usage.prompt} completion={usage.completion}{more}"
         if self.caller.key_id:
             more = f" caller={self.caller.name}{more}"
         if self.attempts > 1:

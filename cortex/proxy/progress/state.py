@@ -8,7 +8,7 @@ from time import monotonic
 
 from cortex.proxy.relay import Relay
 from cortex.routing.control import Control
-from cortex.routing.replica import Replica, lost
+from cortex.routing.replica import Failure, FailureKind, Replica, lost
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,29 @@ class Sent:
         self.spoke_at = 0.0
         self.plain = False
         self.ending: asyncio.Task[None] | None = None
+
+    def is_silent(self, now: float, secs: float) -> bool:
+        """Whether the client has heard nothing for `secs`; then it is about to. `now`: monotonic seconds."""
+        if now - max(self.relay.silent_since, self.spoke_at) < secs:
+            return False
+        self.spoke_at = now
+        return True
+
+    def give_up(self, request_id: str) -> bool:
+        """Ends the answer after a fault of cortex. False if the client has nothing of it."""
+        self.ending = None
+        if self.relay.status:
+            self.end_lost(request_id)
+            return True
+        self.relay.abandon()
+        return False
+
+    def failed(self, request_id: str, reason: str, kind: FailureKind) -> Failure:
+        """The engine did not answer: it is logged."""
+        replica = self.replica
+        with request_scope(request_id):
+            log.warning("%s on %s did not answer the request (%s): %s", replica.model_id, replica.name, kind, reason)
+        return Failure(replica=replica, reason=reason, kind=kind)
 
     def end_lost(self, request_id: str, engine_end: str | None = None) -> None:
         """Ends the answer of an engine that was lost. `engine_end` is what the neuron says of it."""

@@ -25,24 +25,26 @@ class UsageRequest:
         self._given_up = False
         self._engine = StreamUsage()  # that the request is sent to
 
-    def prepare(self, engine: StreamUsage, answer: Answer) -> Answer:
-        """Makes the body fit the engine that gets it next. Returns the form of its answer."""
+    def prepare(self, engine: StreamUsage) -> None:
+        """Makes the body fit the engine that gets it next."""
         self._engine = engine
         asks = not self._given_up and not engine.refuses(monotonic())
         if asks != self._asks:
             self._replace(asks=asks)
-        return UnaskedUsage(answer, engine) if asks else answer
 
-    def give_up(self, refusal: bytes) -> bool:
-        """True if the engine's refusal may be about the field: the request should be sent again without it."""
-        if not self._asks or (self._engine.reports and b"stream_options" not in refusal):
-            return False
+    def form(self, answer: Answer) -> Answer:
+        """The form of that engine's answer."""
+        return UnaskedUsage(answer, self._engine) if self._asks else answer
+
+    def give_up(self) -> bool:
+        """True if the engine has refused a body that is not the client's. Its error may be about the field, or describe
+        the body, as vLLM's does: the request should be sent again without it."""
         self._given_up = True
-        return True
+        return self._asks
 
     def answered(self, status: int) -> None:
         """The request has its answer."""
-        if self._given_up and status == 200:
+        if self._given_up and status == 200:  # as the client sent it
             self._engine.refuse(monotonic())
 
     def _replace(self, *, asks: bool) -> None:

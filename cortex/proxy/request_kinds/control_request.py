@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
+from cortex.http.headers import CALLER_NAME
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import DirectAnswer, own_lines
 from cortex.proxy.context import ProxyContext
@@ -26,16 +28,27 @@ class ControlRequest:
 
     __slots__ = ("_client", "_relay", "_request_id")
 
-    def __init__(self, context: ProxyContext, client: ClientConnection, request: Request, address: Address) -> None:
+    def __init__(
+        self,
+        context: ProxyContext,
+        client: ClientConnection,
+        request: Request,
+        address: Address,
+        caller: Caller | None,
+    ) -> None:
+        """`caller` is None for a client that has not shown a valid key."""
         self._client = client
         self._request_id = make_request_id(request.request_id)
         request_id = self._request_id.encode()
+        shown = request.credentials
+        if caller is not None:
+            shown.append(b"%b: %b" % (CALLER_NAME, (caller.key_id or caller.name).encode()))
         self._relay = Relay(
             context.pool,
             request,
             self,
             address=address,
-            head=request.head_for(b"cortex", b"", request_id, request.credentials),
+            head=request.head_for(b"cortex", b"", request_id, shown),
             answer=DirectAnswer(client, request, extra=own_lines(request, request_id)),
         )
 

@@ -61,7 +61,7 @@ class NewResponse(TranslatableRequest):
         if maker is None or maker.model_id != model_id or other_variant:
             super()._route(name, model_id)
             return
-        self._name, self._account.model_id, self._continues = name, model_id, True
+        self._continues = True
         self._send(msgspec.structs.replace(maker, limit=None), compared=False)
 
     def _is_among(self, name: str, maker: Replica) -> bool:

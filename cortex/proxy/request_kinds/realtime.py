@@ -29,7 +29,7 @@ class RealtimeRequest(RequestHandler):
         if rewrite.model_id != dict(given).get("model"):
             rest = [(name, value) for name, value in given if name != "model"]
             request.target = path + b"?" + urlencode([*rest, ("model", rewrite.model_id)]).encode()
-        self._route(rewrite.name, rewrite.model_id)
+        self._admit(rewrite.name, rewrite.model_id)
 
     def _new_answer(self, extra: bytes) -> Answer:
         return UpgradeAnswer(self._client, self._request, extra=extra)

@@ -33,7 +33,7 @@ class SpooledUpload(RequestHandler):
         rewrite = self._context.control.aliases.get(model) or Rewrite(model, model)
         if rewrite.model_id != named or rewrite.edits is not None:
             self._form.rewrite(rewrite)
-        self._route(rewrite.name, rewrite.model_id)
+        self._admit(rewrite.name, rewrite.model_id)
 
     def _named_model(self) -> tuple[str, str | None]:
         """The model to use, and the one that the form names."""

@@ -15,7 +15,7 @@ from cortex.proxy.progress.state import Resolving
 from cortex.proxy.request_handler import RequestHandler
 from cortex.routing.replica import FailureKind, Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
-from shared.errors import NotFound, shortened
+from shared.errors import NotFound, ServiceError, shortened
 from shared.protocol import ErrorCode
 
 _REQUEST: Final = re.compile(
@@ -71,6 +71,11 @@ class StoredResponse(RequestHandler):
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
         self._name = self._account.model_id = replica.model_id
+        try:
+            self._account.check_model()
+        except ServiceError as error:
+            self._refuse(error)
+            return
         self._send(msgspec.structs.replace(replica, limit=None), compared=False)
 
     def _unstored(self) -> NotFound:

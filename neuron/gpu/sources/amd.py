@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 _NO_NUMA_NODE = 0xFFFFFFFF
+_ENERGY_KEYS = ("energy_accumulator", "power")  # the second before ROCm 6.3
+_UJ_PER_WH = 3.6e9
 _POWER_KEYS = ("socket_power", "current_socket_power", "average_socket_power")  # which exists depends on the GPU
 
 
@@ -112,6 +114,7 @@ class AmdTopologySource(DriverSource):
             utilization_pct=_number(activity.get("gfx_activity")),
             temp_c=self._temperature(handle),
             power_w=self._power(handle),
+            energy_wh=self._energy(handle),
         )
 
     def _memory(self, handle: Handle) -> tuple[int, int]:
@@ -135,6 +138,13 @@ class AmdTopologySource(DriverSource):
         power = self._optional("amdsmi_get_power_info", handle) or {}
         watts = (_number(power.get(key)) for key in _POWER_KEYS)
         return next((each for each in watts if each), None)
+
+    def _energy(self, handle: Handle) -> float | None:
+        """Wh since the driver was loaded: a count of units of so many microjoules."""
+        counter = self._optional("amdsmi_get_energy_count", handle) or {}
+        counted = next((found for key in _ENERGY_KEYS if (found := _number(counter.get(key)))), None)
+        resolution = _number(counter.get("counter_resolution"))
+        return None if counted is None or not resolution else counted * resolution / _UJ_PER_WH
 
     def _read_process_memory(self) -> dict[int, dict[int, int]]:
         self._look_up()

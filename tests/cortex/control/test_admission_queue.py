@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cortex.accounts.caller import ANONYMOUS
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig, WaitingSettings
@@ -143,11 +144,11 @@ def test_the_wait_for_a_model_starts_with_its_first_request() -> None:
     first.__enter__()
     clock.now += 5
     with queue.ticket("m"):
-        assert queue.waiting() == {"m": WaitingRequests(2, 1000.0)}
+        assert queue.waiting() == {"m": WaitingRequests(2, 1000.0, frozenset({ANONYMOUS}))}
         first.__exit__(None, None, None)
-        assert queue.waiting() == {"m": WaitingRequests(1, 1000.0)}
+        assert queue.waiting() == {"m": WaitingRequests(1, 1000.0, frozenset({ANONYMOUS}))}
     with queue.ticket("m"):
-        assert queue.waiting() == {"m": WaitingRequests(1, 1005.0)}
+        assert queue.waiting() == {"m": WaitingRequests(1, 1005.0, frozenset({ANONYMOUS}))}
 
 
 async def test_a_notification_wakes_every_request_for_the_model() -> None:

@@ -334,10 +334,12 @@ def test_what_a_cold_start_costs() -> None:
 GREEDY, MODEST = Caller("g", "greedy"), Caller("m", "modest")
 
 
-def _swap(newcomer: Caller | None, user: Caller | None, accounts: dict[str, float], *, queued: int = 1) -> float:
+def _swap(
+    newcomer: Caller | None, user: Caller | None, accounts: dict[str, float], *, queued: int = 1, age: float = 5
+) -> float:
     """In how many seconds a newly loaded, busy model of `user` is evicted for one that `newcomer` has waited for for
     2 s. Both load in 40 s."""
-    use = replace(used(3, idle=0, age=5), callers=frozenset() if user is None else frozenset({user}))
+    use = replace(used(3, idle=0, age=age), callers=frozenset() if user is None else frozenset({user}))
     waits = WaitingRequests(queued, NOW - 2, frozenset() if newcomer is None else frozenset({newcomer}))
     moment = view(
         BOX,
@@ -351,8 +353,10 @@ def _swap(newcomer: Caller | None, user: Caller | None, accounts: dict[str, floa
 
 
 def test_a_caller_that_used_less_waits_only_for_requests_under_way() -> None:
-    """Not even for the minimum residency: the key that makes others wait pays with its turn."""
-    assert _swap(MODEST, GREEDY, {"g": 500.0}) == 0
+    """And for a tenth of the swap time after the load, not for the minimum residency: the key that makes others wait
+    pays with its turn."""
+    assert _swap(MODEST, GREEDY, {"g": 500.0}) == pytest.approx(0.1 * 80 - 5)
+    assert _swap(MODEST, GREEDY, {"g": 500.0}, age=8) == 0
 
 
 def test_a_caller_that_used_more_waits_for_all_of_its_patience() -> None:

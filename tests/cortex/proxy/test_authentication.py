@@ -1,45 +1,192 @@
-"""The place where a check of API keys goes works, although cortex has no keys yet."""
+"""Who a request is from, and what its role allows, over real sockets."""
 
 from __future__ import annotations
 
 import json
+from hashlib import sha256
+from typing import Any
 
 import pytest
 
-from cortex.accounts.caller import Caller
-from cortex.app import working
+from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
+from cortex.accounts.keys.key_table import KeyTable
 from cortex.config.settings import CortexConfig
-from cortex.upstream.address import Address
+from cortex.http.heads import request_reader
+from cortex.http.request import Request
+from cortex.proxy.authentication import Authentication
 from shared.errors import Unauthorized
-from shared.serve import bind
-from tests.cortex.conftest import StartCortex
+from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.raw_http import connected, request
+from tests.cortex.raw_engine import RawEngine
+from tests.cortex.raw_http import Answer, connected, request
 
 MODEL = "org/small"
+ROLES = ("user", "viewer", "operator", "admin")
+KEYS = "\n".join(f'[[keys]]\nname = "{role}"\nkey = "sk-the-{role}-key"\nrole = "{role}"' for role in ROLES)
+BODY = json.dumps({"model": MODEL}).encode()
 
 
-def only_alice(api_key: bytes | None) -> Caller:
-    if api_key != b"alice's key":
-        raise Unauthorized("this key is unknown")
-    return Caller("1", "alice")
+@pytest.fixture
+async def cortex(start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> RunningCortex:
+    """A cortex with a key of each role."""
+    return await start_cortex([benjy], [{"id": MODEL}], keys=KEYS)
 
 
-@pytest.mark.parametrize("target", ["/v1/chat/completions", "/v1/messages", "/fleet", "/v1/models", "/nope"])
-async def test_an_error_of_authenticate_becomes_the_answer(
-    start_cortex: StartCortex, benjy: V1Neuron, target: str
+async def ask(cortex: RunningCortex, method: str, target: str, *lines: str, body: bytes = b"") -> Answer:
+    async with connected(cortex.url) as client:
+        return await client.ask(request(body, *lines, method=method, target=target), method)
+
+
+def error_of(answer: Answer) -> dict[str, Any]:
+    found = json.loads(answer.body)["error"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/messages"),
+        ("POST", "/somewhere"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/org/small"),
+        ("GET", "/fleet"),
+        ("GET", "/fleet/events"),
+        ("GET", "//fleet/"),
+        ("POST", "/fleet/load"),
+        ("GET", "/keys"),
+        ("DELETE", "/keys/admin"),
+        ("GET", "/fleet/unknown"),
+        ("GET", "/nope"),
+    ],
+)
+@pytest.mark.parametrize(
+    "line", [None, "Authorization: Bearer sk-wrong", "x-api-key: sk-wrong", "Authorization: Basic x"]
+)
+async def test_every_route_needs_a_key(
+    cortex: RunningCortex, engine: RawEngine, method: str, target: str, line: str | None
 ) -> None:
-    """On every route, before the request reaches an engine or the control; a known key passes."""
-    cortex = await start_cortex([benjy], [{"id": MODEL}])
-    sock = bind("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    method, body = ("POST", json.dumps({"model": MODEL}).encode()) if target.startswith("/v1/") else ("GET", b"")
-    serving = working(cortex.parts.resolver, CortexConfig(), [sock], Address("127.0.0.1", 1), authenticate=only_alice)
-    async with serving, connected(url) as client:
-        refused = await client.ask(request(body, "Authorization: Bearer x", method=method, target=target), method)
-        known = await client.ask(
-            request(body, "Authorization: Bearer alice's key", method=method, target=target), method
-        )
-    assert (refused.status, dict(refused.headers)["www-authenticate"]) == (401, "Bearer")
-    assert json.loads(refused.body)["error"]["message"] == "this key is unknown"
-    assert known.status != 401
+    """Neither an engine nor a handler gets the request, and the answer does not repeat the key."""
+    engine.requests.clear()
+    lines = ["Content-Type: application/json", *([] if line is None else [line])]
+    answer = await ask(cortex, method, target, *lines, body=BODY if method == "POST" else b"")
+    assert answer.status == 401
+    assert dict(answer.headers)["www-authenticate"] == "Bearer"
+    assert b"sk-wrong" not in answer.body
+    if not target.startswith("/v1/messages"):
+        assert error_of(answer)["code"] == "invalid_api_key"
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Authorization: Bearer sk-the-user-key", "authorization: bearer sk-the-user-key", "x-api-key: sk-the-user-key"],
+)
+async def test_both_headers_have_the_key(cortex: RunningCortex, engine: RawEngine, line: str) -> None:
+    """As OpenAI's and Anthropic's clients send it. The engine does not get it."""
+    assert (await ask(cortex, "POST", "/v1/chat/completions", line, body=BODY)).status == 200
+    assert "sk-the-user-key" not in str(engine.requests[-1].headers)
+    assert (await ask(cortex, "GET", "/v1/models", line)).status == 200
+
+
+@pytest.mark.parametrize("target", ["/health", "/openapi.json"])
+async def test_open_routes(cortex: RunningCortex, target: str) -> None:
+    """Load balancers and client generators have no key; a wrong one does no harm."""
+    assert (await ask(cortex, "GET", target)).status == 200
+    assert (await ask(cortex, "GET", target, "Authorization: Bearer sk-wrong")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "needed"),
+    [
+        ("GET", "/v1/models", "user"),
+        ("GET", "/fleet", "viewer"),
+        ("HEAD", "/fleet", "viewer"),
+        ("GET", "/fleet/explain?model=org/small", "viewer"),
+        ("POST", "/fleet/nodes/benjy/drain", "operator"),
+        ("GET", "/keys", "admin"),
+        ("DELETE", "/keys/nope", "admin"),
+    ],
+)
+async def test_roles(cortex: RunningCortex, method: str, target: str, needed: str) -> None:
+    """Each role may do what those before it may; the refusal names the role that is needed."""
+    for role in ROLES:
+        lines = f"Authorization: Bearer sk-the-{role}-key", "Content-Type: application/json"
+        answer = await ask(cortex, method, target, *lines, body=b"{}" if method == "POST" else b"")
+        allowed = ROLES.index(role) >= ROLES.index(needed)
+        assert (answer.status != 403) == allowed, (role, answer.status)
+        if not allowed and method != "HEAD":
+            assert f"needs the role {needed}; the API key '{role}' has the role {role}" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("name", ["anonymous", "loopback", "file:admin", "env:admin"])
+async def test_a_client_cannot_say_who_it_is(cortex: RunningCortex, name: str) -> None:
+    """The header by which a worker tells the control is never taken from a client."""
+    lines = ("Authorization: Bearer sk-the-user-key", f"X-Cortex-Caller: {name}")
+    assert (await ask(cortex, "GET", "/keys", *lines)).status == 403
+    assert (await ask(cortex, "GET", "/keys", f"x-cortex-caller: {name}")).status == 401
+
+
+def request_from(peer: str, *lines: str) -> Request:
+    head, reader = request_reader()
+    text = "\r\n".join(["GET /v1/realtime?model=m HTTP/1.1", "Host: c", *lines, "", ""])
+    assert reader.feed(text.encode()) == b""
+    return Request(head, peer=peer, received=0.0)
+
+
+SOME_KEY = KeyTable({sha256(b"sk-alice").digest(): Caller("1", "alice")})
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"])
+@pytest.mark.parametrize("anonymous", [False, True])
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("proxied", [False, True])
+def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, proxied: bool) -> None:
+    """As docs/keys.md has it: this host while there are no keys or it is trusted, others only if that is allowed, and
+    then behind all with a key."""
+    config = CortexConfig.model_validate({"gateway": {"allow_anonymous": anonymous}, "auth": {"trust_loopback": trust}})
+    here = not peer.startswith(("192", "2001"))
+    for keys, local in ((KeyTable(), ANONYMOUS), (SOME_KEY, LOOPBACK)):
+        authentication = Authentication(keys, config)
+        asked = request_from(peer, *(["X-Forwarded-For: 192.0.2.7"] if proxied else []))
+        if here and (keys.empty or (trust and not proxied)):
+            assert authentication.caller_of(asked) is local
+        elif anonymous:
+            assert authentication.caller_of(asked) is GUEST
+        else:
+            with pytest.raises(Unauthorized, match="requires an API key"):
+                authentication.caller_of(asked)
+
+
+def test_a_wrong_key_is_an_error_even_where_none_is_needed() -> None:
+    """Its sender expects what the key is for."""
+    config = CortexConfig.model_validate({"gateway": {"allow_anonymous": True}, "auth": {"trust_loopback": True}})
+    with pytest.raises(Unauthorized, match="invalid API key"):
+        Authentication(SOME_KEY, config).caller_of(request_from("127.0.0.1", "x-api-key: sk-bob"))
+    assert Authentication(KeyTable(), config).caller_of(request_from("127.0.0.1", "x-api-key: any")) is ANONYMOUS
+
+
+def test_trust_follows_a_reload() -> None:
+    """The next request has it."""
+    authentication = Authentication(SOME_KEY, CortexConfig())
+    authentication.configure(CortexConfig.model_validate({"auth": {"trust_loopback": True}}))
+    assert authentication.caller_of(request_from("127.0.0.1")) is LOOPBACK
+
+
+@pytest.mark.parametrize(
+    ("offered", "passed_on"),
+    [
+        ("realtime, openai-insecure-api-key.sk-alice, openai-beta.realtime-v1", "realtime, openai-beta.realtime-v1"),
+        ("openai-insecure-api-key.sk-alice", None),
+    ],
+)
+def test_key_of_a_browsers_websocket(offered: str, passed_on: str | None) -> None:
+    """A browser can only offer it as a protocol. Engines get the other protocols."""
+    asked = request_from("192.0.2.1", "Connection: Upgrade", "Upgrade: websocket", f"Sec-WebSocket-Protocol: {offered}")
+    assert Authentication(SOME_KEY, CortexConfig()).caller_of(asked).name == "alice"
+    lines = asked.head_for(b"engine", b"", b"id", []).decode().split("\r\n")
+    assert [line.partition(": ")[2] for line in lines if line.lower().startswith("sec-websocket-protocol")] == (
+        [] if passed_on is None else [passed_on]
+    )
+    assert not any("sk-alice" in line for line in lines)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.accounts.limits.admission import UNKNOWN_CONTEXT, most_usage
+from cortex.accounts.limits.admission import UNKNOWN_CONTEXT, RequestTerms
 from cortex.accounts.limits.terms import ModelTerms, TokenBound
 from cortex.accounts.prices import Prices
 from cortex.proxy.body.token_bound import WHOLE_CONTEXT, token_bound
@@ -79,11 +79,11 @@ def test_what_python_reads_beyond_strict_json_counts() -> None:
 
 
 def test_the_context_bounds_one_prompt_and_each_answer() -> None:
-    terms = ModelTerms(context=100, output=10, prices=Prices(1e6, 1e6, 2e6))
-    assert most_usage(TokenBound(30, 20), terms) == (50, 70)
-    assert most_usage(TokenBound(30, None), terms) == (40, 50)
-    assert most_usage(TokenBound(30, None, answers=3), terms).tokens == 60
-    assert most_usage(TokenBound(WHOLE_CONTEXT, 5), terms).tokens == 100
-    assert most_usage(TokenBound(500, 0, prompts=2), terms).tokens == 500
-    assert most_usage(TokenBound(30, 10**9, answers=2), terms).tokens == 200
-    assert most_usage(TokenBound(30, None), ModelTerms()).tokens == UNKNOWN_CONTEXT
+    terms = RequestTerms([], ModelTerms(context=100, output=10, prices=Prices(1e6, 1e6, 2e6)), 0.0)
+    assert terms.most(TokenBound(30, 20)) == (50, 70)
+    assert terms.most(TokenBound(30, None)) == (40, 50)
+    assert terms.most(TokenBound(30, None, answers=3))[0] == 60
+    assert terms.most(TokenBound(WHOLE_CONTEXT, 5))[0] == 100
+    assert terms.most(TokenBound(500, 0, prompts=2))[0] == 500
+    assert terms.most(TokenBound(30, 10**9, answers=2))[0] == 200
+    assert RequestTerms([], ModelTerms(), 0.0).most(TokenBound(30, None))[0] == UNKNOWN_CONTEXT

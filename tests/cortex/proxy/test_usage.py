@@ -21,7 +21,7 @@ CHAT_END = (
 )
 MESSAGE_END = (
     b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},'
-    b'"usage":{"input_tokens":345,"output_tokens":555,"cache_read_input_tokens":320}}\n\n'
+    b'"usage":{"input_tokens":25,"output_tokens":555,"cache_read_input_tokens":320}}\n\n'
     b'event: message_stop\ndata: {"type":"message_stop"}\n\ndata: [DONE]\n\n'
 )
 RESPONSE_END = (

@@ -102,7 +102,7 @@ def test_the_bound_stands_beside_the_policies(small: list[str], capsys: pytest.C
         (["--compare", "--loads", "1,0"], "--loads must be above 0"),
         (["--compare", "--loads", "1,x"], "--loads must be above 0"),
         (["--seeds", "1-3", "--policy", "lru"], "--compare, which --seeds, --loads and --bound imply, excludes"),
-        (["--compare", "--policy", "lru"], "--compare excludes --make-trace, --by-model and --policy"),
+        (["--compare", "--policy", "lru"], "--compare excludes --make-trace, --by-model, --ignore-keys and --policy"),
     ],
 )
 def test_the_command_rejects_options_that_do_not_fit(

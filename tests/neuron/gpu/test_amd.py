@@ -62,6 +62,7 @@ def test_facts_and_figures(library: dict[str, str], hardware: Path) -> None:
         first = probe.ask("health")[0]
         assert (first["vram_used_mb"], first["vram_free_mb"]) == (5000, 196592 - 5000)
         assert (first["utilization_pct"], first["temp_c"], first["power_w"]) == (3, 48, 132)
+        assert first["energy_wh"] == 2.5
         assert probe.ask("processes") == {"0": {"101": 4000, "102": 7}, "1": {}}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from neuron.config import AcceleratorEntry
 from neuron.gpu.device_watch import DeviceWatch
+from neuron.gpu.energy.meter import EnergyMeter
 from neuron.gpu.sources.configured import ConfiguredTopologySource
 from neuron.gpu.topology import DeviceReading, Topology
 from neuron.memory.host import HostTopologySource, RealRam
@@ -23,7 +24,7 @@ def test_advice_fits_the_fault(caplog: pytest.LogCaptureFixture) -> None:
     def publish(name: str, data: str) -> None:
         told.append((json.loads(data)["index"], json.loads(data)["fault"]))
 
-    watch = DeviceWatch(ConfiguredTopologySource([]), publish)
+    watch = DeviceWatch(ConfiguredTopologySource([]), publish, EnergyMeter(None, ""))
     fit, sick = DeviceHealth(index=0), DeviceHealth(index=0, fault="Xid 79: the GPU has fallen off the bus")
     watch.observe([Device(index=0), Device(index=1, vendor=AMD)], [fit, DeviceHealth(index=1)])
     watch.observe([Device(index=0), Device(index=1, vendor=AMD, lost="AMD SMI: see `dmesg`")], [sick])
@@ -41,7 +42,7 @@ def test_a_mig_instance_that_is_gone_has_no_fault() -> None:
     def publish(name: str, data: str) -> None:
         told.append((json.loads(data)["uuid"], json.loads(data)["fault"]))
 
-    watch = DeviceWatch(ConfiguredTopologySource([]), publish)
+    watch = DeviceWatch(ConfiguredTopologySource([]), publish, EnergyMeter(None, ""))
     gpu, first, second = Device(index=0), Device(index=101, uuid="MIG-a"), Device(index=101, uuid="MIG-b")
     fit, sick = DeviceHealth(index=0), DeviceHealth(index=101, fault="Xid 95")
     watch.observe([gpu, first], [fit, sick])

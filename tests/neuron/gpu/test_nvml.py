@@ -81,6 +81,7 @@ def test_each_call_reads_health_again(library: dict[str, str], hardware: Path) -
                 "utilization_pct": 7,
                 "temp_c": 41,
                 "power_w": 65.5,
+                "energy_wh": None,
                 "fault": None,
                 "warnings": [],
             }
@@ -130,7 +131,8 @@ def test_a_lost_gpu_keeps_known_facts(library: dict[str, str], hardware: Path) -
 
 
 def test_absent_figures_are_none(library: dict[str, str], hardware: Path) -> None:
-    """Missing figures are None; an unknown error for an optional figure (WSL, virtual GPUs) does not lose the GPU."""
+    """Missing figures are None; newer GPUs have more. An unknown error for an optional figure (WSL, virtual GPUs) does
+    not lose the GPU."""
     absent = dict.fromkeys(("temp_c", "utilization_pct", "numa_node"))
     gpu = Gpu(figures={**absent, "error.nvmlDeviceGetPowerUsage": UNKNOWN})
     with probing(library | write_scenario(hardware, (gpu,))) as probe:
@@ -138,6 +140,8 @@ def test_absent_figures_are_none(library: dict[str, str], hardware: Path) -> Non
         assert [device[key] for key in ("utilization_pct", "temp_c", "power_w")] == [None, None, None]
         (known,) = probe.ask("discover")["devices"]
         assert (known["lost"], known["numa_node"]) == (None, None)
+        write_scenario(hardware, (replace(gpu, figures={**gpu.figures, "energy_mj": 9_000_000}),))
+        assert [device["energy_wh"] for device in probe.ask("health")] == [2.5]
 
 
 def test_a_gpu_that_shares_host_memory(library: dict[str, str], hardware: Path) -> None:

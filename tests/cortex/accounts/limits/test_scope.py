@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortex.accounts.limits.admission import HeldTokens, RequestTerms
 from cortex.accounts.limits.budget_window import calendar_end, calendar_start
-from cortex.accounts.limits.scope import Reserved, Scope
-from cortex.accounts.limits.terms import Budget, Limits
+from cortex.accounts.limits.scope import Scope
+from cortex.accounts.limits.terms import Budget, Limits, ModelTerms
 
 START = 1_800_000_000.0
 SLACK = 1e-3  # rounding of times, which are seconds since 1970
@@ -21,10 +22,13 @@ SLACK = 1e-3  # rounding of times, which are seconds since 1970
 class Request:
     at: float
     bound: int
-    held: float
-    budgets: Reserved
+    held: HeldTokens
     used: int | None = None
     settled_at: float = 0.0
+
+
+def reserved(scope: Scope, tokens: int, cost: float = 0.0) -> HeldTokens:
+    return RequestTerms([scope], ModelTerms(), 0.0).reserve(tokens, cost)
 
 
 @dataclass
@@ -39,8 +43,7 @@ class World:
         self.scope.advance(self.now)
         if self.scope.refusal(bound, bound / 1000) is not None:
             return False
-        held, budgets = self.scope.reserve(bound, bound / 1000)
-        self.admitted.append(Request(self.now, bound, held, budgets))
+        self.admitted.append(Request(self.now, bound, reserved(self.scope, bound, bound / 1000)))
         return True
 
     def settle(self, which: int, share: float) -> None:
@@ -48,7 +51,7 @@ class World:
         if running:
             request = running[which % len(running)]
             request.used, request.settled_at = int(request.bound * share), self.now
-            self.scope.settle(request.held, request.budgets, request.used, request.used / 1000, self.now)
+            request.held.settle(request.used, request.used / 1000, self.now)
 
 
 STEPS = st.lists(
@@ -78,7 +81,7 @@ def check_now(world: World) -> None:
     scope = world.scope
     running = [request for request in world.admitted if request.used is None]
     assert scope.running == len(running)
-    assert scope.reserved == pytest.approx(sum(request.held for request in running))
+    assert scope.reserved == pytest.approx(sum(request.held.tokens[0] for request in running))
     if scope.parallel >= 0:
         assert len(running) <= scope.parallel
     if scope.rpm >= 0:
@@ -182,7 +185,7 @@ def test_a_request_larger_than_the_bucket_takes_all_of_it_and_is_paid_off_later(
 def test_new_limits_count_what_was_used_before() -> None:
     scope = Scope("key:a", "key 'a'", Limits(rpm=10, budgets=(Budget(100, "tokens", "day"),)), START)
     for _ in range(4):
-        scope.settle(*scope.reserve(20, 0), 20, 0, START)
+        reserved(scope, 20).settle(20, 0, START)
     scope.configure(Limits(rpm=5, tpm=50, budgets=(Budget(90, "tokens", "day"),)))
     assert (scope.requests, scope.tokens) == (5, 50)
     assert scope.refusal(10, 0) is None
@@ -193,7 +196,7 @@ def test_new_limits_count_what_was_used_before() -> None:
 
 def test_a_clock_that_is_set_back_neither_refills_nor_forgets() -> None:
     scope = Scope("key:a", "key 'a'", Limits(rpm=1, budgets=(Budget(1, "tokens", "hour"),)), START)
-    scope.settle(*scope.reserve(1, 0), 1, 0, START)
+    reserved(scope, 1).settle(1, 0, START)
     scope.advance(START - 7200)
     assert scope.refusal(0, 0) is not None
     assert not scope.windows[0].has_room(1)

@@ -333,7 +333,7 @@ def test_the_end_of_an_answer_tells_usage_and_number() -> None:
     lost = error_event(b"/v1/responses", UpstreamError("gone"), start=start[:HEAD_BYTES], end=start[-KEPT_BYTES:])
     assert [event["type"] for event in events_of(start + lost)][-1] == "response.failed"
     end = stream.feed(chunk(content="z" * 5000) + chunk("stop") + END)
-    assert find_usage(end[-KEPT_BYTES:]) == Usage(prompt=7, completion=5, cached=3)
+    assert find_usage(end[-KEPT_BYTES:]) == Usage(prompt=7, completion=5, cached=3, reasoning=2)
 
 
 def test_without_usage_there_are_no_counts() -> None:

@@ -41,6 +41,7 @@ def _keys_and_limits() -> None:
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("expires_at", sa.Double),
         sa.Column("revoked_at", sa.Double),
+        sa.Column("revision", sa.Integer, nullable=False),
     )
     in_use = sa.text("revoked_at IS NULL")
     op.create_index(

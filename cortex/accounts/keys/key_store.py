@@ -1,0 +1,105 @@
+"""The keys in the database."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from sqlalchemy import Row, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cortex.accounts.database.database import FAILURES, Database, reason
+from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.database.tables import API_KEYS
+from cortex.accounts.keys.api_key import ApiKey
+from cortex.accounts.limits.terms import KeyLimits
+
+_ID_BYTES = 8
+
+
+class KeyStore:
+    """Reads and changes the keys that are not revoked. Its methods raise DatabaseError if the database fails."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def version(self) -> int:
+        """A number that grows with each change of a key, whichever process makes it."""
+        async with self._connected() as connection:
+            # Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed.
+            found = await connection.execute(select(func.coalesce(func.sum(API_KEYS.c.revision), 0)))
+            return int(found.scalar_one())
+
+    async def keys(self) -> list[ApiKey]:
+        """All keys, by name."""
+        asked = select(API_KEYS).where(API_KEYS.c.revoked_at.is_(None)).order_by(API_KEYS.c.name)
+        async with self._connected() as connection:
+            return [_key(row) for row in await connection.execute(asked)]
+
+    async def add(self, key: ApiKey) -> bool:
+        """Stores a new key under an id of its own. False if there is one of that name."""
+        values = {
+            **msgspec.structs.asdict(key),
+            "id": secrets.token_hex(_ID_BYTES),
+            "digest": key.digest.hex(),
+            "models": list(key.models),
+            "limits": msgspec.to_builtins(key.limits),
+            "revision": 1,
+        }
+        del values["source"]
+        try:
+            async with self._connected(writes=True) as connection:
+                await connection.execute(API_KEYS.insert().values(values))
+        except IntegrityError:
+            return False
+        return True
+
+    async def revoke(self, name: str, now: float) -> bool:
+        """Ends a key; its usage and its name in it stay. False if there is none of that name."""
+        return await self._change(name, {"revoked_at": now})
+
+    async def replace_secret(self, name: str, digest: bytes, prefix: str) -> bool:
+        """Gives a key another secret. False if there is none of that name."""
+        return await self._change(name, {"digest": digest.hex(), "prefix": prefix})
+
+    async def _change(self, name: str, values: dict[str, Any]) -> bool:
+        asked = (
+            update(API_KEYS)
+            .where(API_KEYS.c.name == name, API_KEYS.c.revoked_at.is_(None))
+            .values(**values, revision=API_KEYS.c.revision + 1)
+        )
+        async with self._connected(writes=True) as connection:
+            return (await connection.execute(asked)).rowcount > 0
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
+        database = self._database
+        if writes and database.read_only:
+            raise DatabaseError(f"{database} cannot be written")
+        try:
+            async with database.writing() if writes else database.reading() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except FAILURES as error:
+            raise DatabaseError(f"{database}: {reason(error)}") from error
+
+
+def _key(row: Row[Any]) -> ApiKey:
+    return ApiKey(
+        row.id,
+        row.name,
+        bytes.fromhex(row.digest),
+        row.prefix,
+        role=row.role,
+        models=tuple(row.models),
+        priority=row.priority,
+        weight=row.weight,
+        limits=msgspec.convert(row.limits, KeyLimits),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+    )

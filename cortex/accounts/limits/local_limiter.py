@@ -1,0 +1,171 @@
+"""The limits of a cortex that shares them with no other: in memory, written to its database each second.
+
+After a crash nothing is forgotten: what may have been used since the last write counts as used. For buckets that is all
+that was left; of budgets only as much may be used between two writes as the last one allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from cortex.accounts.caller import Caller
+from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.limits.admission import HeldTokens, RequestTerms, ScopeTerms, scopes_of
+from cortex.accounts.limits.exceeded import rate_state
+from cortex.accounts.limits.kept_state import PendingWrite, restore, write_before_use
+from cortex.accounts.limits.model_terms import ModelTermsTable
+from cortex.accounts.limits.scope import Scope
+from cortex.accounts.limits.scope_state import dump_scope
+from cortex.accounts.limits.terms import NO_RATES, UNLIMITED, Grant, KeyLimits, TokenBound
+
+if TYPE_CHECKING:  # imports SQLAlchemy
+    from cortex.accounts.database.limit_states import LimitStates
+
+log = logging.getLogger(__name__)
+
+WRITE_SECS: Final = 1.0
+
+MAX_REMEMBERED: Final = 1000
+"""Models of one key whose terms are kept at hand."""
+TERMS_SECS: Final = 2.0
+"""How long they hold: a model's context may be that of the engines that serve it now."""
+
+
+class LocalLimiter:
+    """Implements LimitOwner for a cortex that shares its limits with no other."""
+
+    def __init__(
+        self,
+        model_terms: ModelTermsTable,
+        states: LimitStates | None = None,
+        *,
+        kept: Mapping[str, dict[str, Any]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`states`: where what is left is written, None for nowhere; `kept`: what was there at the start. `clock`:
+        seconds since 1970."""
+        self._model_terms = model_terms
+        self._states = states
+        self._kept = dict(kept or {})
+        self._clock = clock
+        self._started = clock()
+        self._writing = asyncio.Lock()
+        self._failed = False  # the last write
+        self._keys: Mapping[str, KeyLimits] = {}
+        self._scopes: dict[str, Scope] = {}
+        self._terms: dict[str, dict[str, RequestTerms]] = {}  # by key and model
+        self._running: dict[int, HeldTokens] = {}
+        self._last_number = 0
+
+    @property
+    def limited_models(self) -> Collection[str]:
+        return self._model_terms.limited
+
+    def use_keys(self, keys: Mapping[str, KeyLimits]) -> None:
+        self._keys = keys
+        self._terms.clear()
+
+    def models_changed(self) -> None:
+        self._terms.clear()
+
+    def admit(self, caller: Caller, model_id: str, bound: TokenBound) -> Grant | None:
+        now = self._clock()
+        terms = self._terms_for(caller, model_id, now)
+        if not terms.scopes:
+            return UNLIMITED
+        tokens, cost = terms.most(bound)
+        terms.check(tokens, cost, now)
+        if self._states is not None:
+            for scope in terms.scopes:
+                if not scope.is_allowed_unwritten(tokens, cost):
+                    return None
+        self._last_number += 1
+        self._running[self._last_number] = terms.reserve(tokens, cost)
+        return Grant(self._last_number, rate_state(terms.scopes))
+
+    async def admission(self, caller: Caller, model_id: str, bound: TokenBound) -> Grant:
+        async with self._writing:
+            while (grant := self.admit(caller, model_id, bound)) is None:
+                terms = self._terms_for(caller, model_id, self._clock())
+                await self._write(terms.scopes, *terms.most(bound))
+        return grant
+
+    def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        held = self._running.pop(grant.number, None)
+        if held is not None:
+            held.settle(prompt + completion, held.terms.cost(prompt, completion, cached), self._clock())
+
+    def settle_at_bound(self, grant: Grant) -> None:
+        held = self._running.pop(grant.number, None)
+        if held is not None:
+            held.settle(held.most_tokens, held.most_cost, self._clock())
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_SECS)
+            changed = [scope for scope in self._scopes.values() if scope.changed and scope.windows]
+            if changed and self._states is not None:
+                async with self._writing:
+                    await self._write(changed, 0, 0.0)
+
+    async def close(self) -> None:
+        for number in list(self._running):
+            self.settle_at_bound(Grant(number, NO_RATES))
+        if self._states is not None and self._scopes:
+            states = {scope.name: {**dump_scope(scope), "clean": True} for scope in self._scopes.values()}
+            try:
+                await self._states.write(states, self._clock())
+            except DatabaseError as error:
+                log.error("what is left of limits is not kept: %s", error)  # noqa: TRY400 - the message says all
+
+    async def _write(self, scopes: Sequence[Scope], tokens: int, cost: float) -> None:
+        """Writes these scopes, with what may be reserved until the next time: at least so much."""
+        assert self._states is not None
+        pending = {scope.name: PendingWrite(scope, tokens, cost) for scope in scopes}
+        try:
+            await self._states.write({name: each.state for name, each in pending.items()}, self._clock())
+        except DatabaseError as error:
+            if not self._failed:
+                log.error("limits cannot be kept, so a crash would forget what was used: %s", error)  # noqa: TRY400
+            self._failed = True
+            for each in pending.values():
+                each.failed()
+            return
+        self._failed = False
+        for each in pending.values():
+            each.written()
+
+    def _terms_for(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
+        models = self._terms.get(caller.key_id)
+        found = None if models is None else models.get(model_id)
+        return self._find_terms(caller, model_id, now) if found is None or found.valid_until < now else found
+
+    def _find_terms(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
+        model = self._model_terms(model_id)
+        key = self._keys.get(caller.key_id)
+        scopes = [self._scope(each, now) for each in scopes_of(caller.key_id, caller.name, key, model_id, model.limits)]
+        models = self._terms.setdefault(caller.key_id, {})
+        if len(models) >= MAX_REMEMBERED:
+            models.clear()
+        found = models[model_id] = RequestTerms(scopes, model, now + TERMS_SECS)
+        return found
+
+    def _scope(self, terms: ScopeTerms, now: float) -> Scope:
+        scope = self._scopes.get(terms.name)
+        if scope is None:
+            scope = self._scopes[terms.name] = Scope(terms.name, terms.label, terms.limits, now)
+            if terms.name in self._kept:
+                restore(scope, self._kept.pop(terms.name), self._started)
+            if self._states is not None:
+                scope.must_be_written = True
+        elif scope.limits != terms.limits:
+            scope.advance(now)
+            scope.configure(terms.limits)
+        scope.label = terms.label
+        if self._states is not None:
+            write_before_use(scope)
+        return scope

@@ -1,0 +1,69 @@
+"""Which role each route of the control app needs, and the check of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from cortex.accounts.caller import KEYLESS, Caller, Role, may
+from cortex.api.app_keys import KEYS
+from cortex.http.headers import CALLER_NAME
+from cortex.proxy.paths import INFERENCE_PATHS
+from shared.errors import Forbidden, Unauthorized
+from shared.http import Handler
+
+NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
+    **{("POST", path): "user" for path in INFERENCE_PATHS},
+    ("GET", "/v1/models"): "user",
+    ("GET", "/v1/models/{model_id}"): "user",
+    ("GET", "/health"): None,
+    ("GET", "/openapi.json"): None,
+    ("GET", "/fleet"): "viewer",
+    ("GET", "/fleet/events"): "viewer",
+    ("GET", "/fleet/explain"): "viewer",
+    ("POST", "/fleet/load"): "operator",
+    ("POST", "/fleet/unload"): "operator",
+    ("POST", "/fleet/nodes/{name}/drain"): "operator",
+    ("POST", "/fleet/nodes/{name}/resume"): "operator",
+    ("GET", "/keys"): "admin",
+    ("POST", "/keys"): "admin",
+    ("DELETE", "/keys/{name}"): "admin",
+    ("POST", "/keys/{name}/rotate"): "admin",
+}
+"""By method and path of each route; None: no key is needed. A test compares it with the routes."""
+
+
+def caller_of(request: web.Request) -> Caller | None:
+    """Who sent the request, as the worker that has passed it on knows by the key; None without a valid one."""
+    name = request.headers.get(CALLER_NAME.decode())
+    if name is None:
+        return None
+    return KEYLESS.get(name) or request.app[KEYS].caller(name)
+
+
+@web.middleware
+async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses callers whose role does not suffice."""
+    caller = caller_of(request)
+    needed = _needed(request)
+    if needed is None:
+        return await handler(request)
+    if caller is None:
+        raise Unauthorized(
+            "a valid API key is required: it is missing, unknown, expired or revoked; send it as "
+            "`Authorization: Bearer KEY`"
+        )
+    if not may(caller.role, needed):
+        who = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
+        raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")
+    return await handler(request)
+
+
+def _needed(request: web.Request) -> Role | None:
+    """The role of the route. For an unknown route any key will do, and only the 404 follows."""
+    resource = request.match_info.route.resource
+    if resource is None:
+        return "user"
+    method = "GET" if request.method == "HEAD" else request.method
+    return NEEDED_ROLES.get((method, resource.canonical), "admin")

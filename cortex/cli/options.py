@@ -1,0 +1,40 @@
+"""What several commands share: their options, and asking a running cortex."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared.terminal.command_line import fail
+
+DEFAULT_URL = "http://127.0.0.1:31313"
+
+ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
+Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    from cortex.cli.client import CALL_TIMEOUT_SECS, LOAD_TIMEOUT_SECS, CallFailed, call
+
+    timeout = CALL_TIMEOUT_SECS if body is None else LOAD_TIMEOUT_SECS
+    try:
+        key = os.environ.get("CORTEX_API_KEY")
+        return call(url, method, path, api_key=key, body=body, timeout_secs=timeout)
+    except CallFailed as error:
+        fail("cortex", error)
+
+
+def print_answer(url: str, answer: Any, as_json: bool, show: Callable[[Any], str]) -> None:
+    import json
+
+    try:
+        text = json.dumps(answer, indent=2) if as_json else show(answer)
+    except (LookupError, TypeError, AttributeError):
+        fail("cortex", f"{url} does not answer like a cortex, check --url")
+    sys.stdout.write(f"{text}\n")

@@ -1,0 +1,241 @@
+"""The recorder: each record is in the database once, after any end of any process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import sqlalchemy
+from sqlalchemy import func, select, text
+
+from cortex.accounts.database.database import Database, open_database
+from cortex.accounts.database.source import DatabaseSource, database_source
+from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
+from cortex.accounts.prices import PriceList, Prices
+from cortex.accounts.usage.journal_file import JournalWriter, journals
+from cortex.accounts.usage.record import UsageRecord
+from cortex.accounts.usage.recorder import Recorder
+from cortex.accounts.usage.recorder_process import MODULE, RecorderSettings
+from tests.cortex.accounts.usage.records import usage_record
+
+PRICES = PriceList("EUR", {"org/small": Prices(1.0, 0.5, 2.0)})
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseSource:
+    """An empty database of each kind."""
+    url = request.getfixturevalue("new_postgresql")() if request.param == "postgresql" else None
+    found = database_source(url, tmp_path)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+async def database(source: DatabaseSource) -> AsyncIterator[Database]:
+    found = await open_database(source)
+    yield found
+    await found.close()
+
+
+async def ids(database: Database) -> list[str]:
+    """The ids of the recorded requests, sorted."""
+    async with database.reading() as connection:
+        return sorted((await connection.execute(select(USAGE.c.request_id))).scalars())
+
+
+async def count(database: Database, table: sqlalchemy.Table) -> int:
+    async with database.reading() as connection:
+        return (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+
+
+def sorted_ids(*records: UsageRecord) -> list[str]:
+    return sorted(record.request_id for record in records)
+
+
+async def test_records_become_rows_with_their_cost(database: Database, tmp_path: Path) -> None:
+    """All fields are kept; the cost is that of the prices in the journal; without counts or a price there is none."""
+    writer = JournalWriter(tmp_path)
+    priced = usage_record(prompt_tokens=1_000_000, cached_tokens=400_000, completion_tokens=500_000)
+    uncounted = usage_record(prompt_tokens=None, cached_tokens=None, completion_tokens=None, first_byte_secs=None)
+    free = usage_record(model="org/free")
+    odd = usage_record(model="a\0b", path="/\ud800", prompt_tokens=2**40)
+    writer.write([priced, uncounted, free, odd], PRICES)
+    await Recorder(database, tmp_path).move()
+    async with database.reading() as connection:
+        rows = {row.request_id: row._mapping for row in await connection.execute(select(USAGE))}
+    row = rows[priced.request_id]
+    assert {name: row[name] for name in priced.__struct_fields__} == {
+        name: getattr(priced, name) for name in priced.__struct_fields__
+    }
+    assert (row["cost"], row["currency"], row["energy_wh"]) == (pytest.approx(0.6 + 0.2 + 1.0), "EUR", None)
+    assert (rows[uncounted.request_id]["cost"], rows[uncounted.request_id]["currency"]) == (None, None)
+    assert rows[free.request_id]["cost"] is None
+    assert (rows[odd.request_id]["model"], rows[odd.request_id]["path"]) == ("a\ufffdb", "/?")
+    writer.close()
+
+
+async def test_a_journal_is_deleted_once_its_writer_is_gone(database: Database, tmp_path: Path) -> None:
+    """Not before, and not with lines that are not in the database."""
+    recorder, writer = Recorder(database, tmp_path), JournalWriter(tmp_path)
+    first, second = usage_record(), usage_record()
+    writer.write([first], PRICES)
+    await recorder.move()
+    (path,) = journals(tmp_path)
+    writer.write([second], PRICES)
+    writer.close()
+    await recorder.move()
+    assert await ids(database) == sorted_ids(first, second)
+    assert not path.exists()
+    assert await count(database, USAGE_JOURNALS) == 0
+
+
+async def test_half_a_line_waits_and_is_dropped_with_its_writer(database: Database, tmp_path: Path) -> None:
+    """A writer that is killed in the middle of a write leaves the lines before."""
+    recorder, writer = Recorder(database, tmp_path), JournalWriter(tmp_path)
+    records = [usage_record() for _ in range(3)]
+    writer.write(records[:2], PRICES)
+    (path,) = journals(tmp_path)
+    with path.open("ab") as file:
+        file.write(b"[18000000")
+    await recorder.move()
+    assert await ids(database) == sorted_ids(*records[:2])
+    assert path.exists()
+    writer.close()
+    await recorder.move()
+    assert await ids(database) == sorted_ids(*records[:2])
+    assert not path.exists()
+
+
+async def test_a_broken_line_stops_nothing(
+    database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left out, and said."""
+    recorder, writer = Recorder(database, tmp_path), JournalWriter(tmp_path)
+    records = [usage_record() for _ in range(2)]
+    writer.write(records[:1], PRICES)
+    (path,) = journals(tmp_path)
+    with path.open("ab") as file:
+        file.write(b"\0\0\0\xff\n[1]\n")
+    writer.write(records[1:], PRICES)
+    await recorder.move()
+    assert await ids(database) == sorted_ids(*records)
+    assert "2 lines of" in caplog.text
+    writer.close()
+
+
+async def test_a_transaction_that_fails_moves_nothing(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and position are written together, so the next attempt neither misses nor repeats any."""
+    recorder, writer = Recorder(database, tmp_path), JournalWriter(tmp_path)
+    records = [usage_record() for _ in range(100)]
+    writer.write(records[:50], PRICES)
+    await recorder.move()
+    writer.write(records[50:], PRICES)
+    async with database.writing() as connection:
+        await connection.execute(text("ALTER TABLE usage_journals RENAME TO away"))
+    with pytest.raises(sqlalchemy.exc.SQLAlchemyError):
+        await recorder.move()
+    assert await ids(database) == sorted_ids(*records[:50])
+    async with database.writing() as connection:
+        await connection.execute(text("ALTER TABLE away RENAME TO usage_journals"))
+    await recorder.move()
+    assert await ids(database) == sorted_ids(*records)
+    writer.close()
+
+
+async def test_old_records_are_deleted_in_batches(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that are too old; none without a limit."""
+    monkeypatch.setattr("cortex.accounts.usage.recorder.DELETED_AT_ONCE", 10)
+    now = 1_800_000_000.0
+    recorder, writer = Recorder(database, tmp_path, lambda: now), JournalWriter(tmp_path)
+    old = [usage_record(ended_at=now - 86_400 * 8 - number) for number in range(25)]
+    fresh = [usage_record(ended_at=now - 86_400 * 6) for _ in range(5)]
+    writer.write([*old, *fresh], PRICES)
+    await recorder.move()
+    assert not await recorder.delete_old(0)
+    assert len(await ids(database)) == 30
+    assert await recorder.delete_old(7)
+    assert len(await ids(database)) == 20
+    while await recorder.delete_old(7):
+        pass
+    assert await ids(database) == sorted_ids(*fresh)
+    writer.close()
+
+
+_WRITE = """
+import sys, time
+from pathlib import Path
+from cortex.accounts.usage.journal_file import JournalWriter
+from tests.cortex.accounts.usage.records import usage_record
+from tests.cortex.accounts.usage.test_recorder import PRICES
+writer, number = JournalWriter(Path(sys.argv[1])), 0
+while True:
+    writer.write([usage_record(request_id=f"{sys.argv[2]}-{number + each}") for each in range(10)], PRICES)
+    number += 10
+    print(number, flush=True)  # these are in the file
+    time.sleep(0.002)
+"""
+
+
+@contextlib.contextmanager
+def started(*arguments: str, settings: bytes = b"") -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed at the end, with this input so far."""
+    with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(settings)
+        process.stdin.flush()
+        yield process
+        process.kill()
+
+
+def written_before_kill(writer: subprocess.Popen[bytes]) -> int:
+    """Kills the writer; how many records it had certainly written."""
+    writer.kill()
+    assert writer.stdout is not None
+    return int(writer.stdout.read().split()[-1])
+
+
+async def has_more(database: Database, rows: int) -> None:
+    """Waits for more rows than these."""
+    while await count(database, USAGE) <= rows:
+        pass
+
+
+async def test_kills_lose_and_repeat_nothing(source: DatabaseSource, database: Database, tmp_path: Path) -> None:
+    """Writers and recorders are killed again and again, at any moment; in the end each record is there once."""
+    directory = tmp_path / "usage"
+    settings = msgspec.json.encode(
+        RecorderSettings(
+            directory=str(directory),
+            database_file=None if source.path is None else str(source.path),
+            database_url=source.url,
+            database_shown=source.shown,
+            retention_days=0,
+            log_level="info",
+            log_format="text",
+        )
+    )
+    written: dict[str, int] = {}
+    for name in ("a", "b"):
+        with started("-c", _WRITE, str(directory), name) as writer:
+            before = await count(database, USAGE)
+            with started("-m", MODULE, settings=settings + b"\n"):
+                await has_more(database, before + 50)
+            written[name] = written_before_kill(writer)
+    with started("-m", MODULE, settings=settings + b"\n") as recorder:
+        assert recorder.stdin is not None
+        recorder.stdin.close()
+        await asyncio.to_thread(recorder.wait)
+    found = await ids(database)
+    assert len(found) == len(set(found))
+    assert {f"{name}-{each}" for name, number in written.items() for each in range(number)} <= set(found)
+    assert journals(directory) == []
