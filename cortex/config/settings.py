@@ -182,6 +182,12 @@ class UsageSettings(SettingsModel):
     retention_days: int = Field(default=400, ge=0)  # 0: no limit
 
 
+class EnergySettings(SettingsModel):
+    """`[energy]`: what the GPUs' energy costs."""
+
+    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # in `[usage] currency`
+
+
 @dataclass(frozen=True)
 class HostNetwork:
     """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
@@ -251,6 +257,7 @@ class CortexConfig(SettingsModel):
     routing: RoutingSettings = RoutingSettings()
     waiting: WaitingSettings = WaitingSettings()
     usage: UsageSettings = UsageSettings()
+    energy: EnergySettings = EnergySettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("database")

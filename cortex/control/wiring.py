@@ -41,6 +41,7 @@ from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.fleet.variant_labels import VariantLabels
+from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
@@ -242,6 +243,9 @@ async def running_control(
         keys = keys or KeyRing()
         _use_keys(keys, core)
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
+        if books is not None:
+            loops["energy"] = books.run
         try:
             async with running(loops):
                 yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)

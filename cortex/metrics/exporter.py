@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
+from cortex.metrics.energy import EnergyTotals
 from cortex.routing.replica import ModelOnNode, ReplicaKey
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
@@ -35,6 +36,8 @@ class Metrics:
         self._registry.register(_Requests(counters))
         self._registry.register(_ColdStarts(self._cold_starts))
         self._registry.register(_FleetGauges(fleet, in_flight))
+        self.energy = EnergyTotals()
+        self._registry.register(_Energy(self.energy))
 
     def cold_start(self, model: str, node: str, secs: float) -> None:
         """Counts a model that was loaded for a request."""
@@ -88,6 +91,21 @@ class _ColdStarts(Collector):
             loads.add_metric(key, sum(histogram.counts))
             _add(took, key, COLD_START_BUCKETS, histogram)
         yield from (loads, took)
+
+
+class _Energy(Collector):
+    """Counted by the control process."""
+
+    def __init__(self, totals: EnergyTotals) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        energy = CounterMetricFamily(
+            "cortex_energy_wh", "Energy of the GPUs by what it was used for", labels=["model", "kind"]
+        )
+        for key, wh in list(self._totals.wh.items()):
+            energy.add_metric(key, wh)
+        yield energy
 
 
 class _FleetGauges(Collector):

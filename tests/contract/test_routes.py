@@ -87,6 +87,7 @@ CORTEX_METRICS = {
     "cortex_node_healthy": {"node"},
     "cortex_tokens_total": {"model", "node", "kind"},
     "cortex_usage_records_dropped_total": set(),
+    "cortex_energy_wh_total": {"model", "kind"},
 }
 NEURON_METRICS = {
     "neuron_device_memory_used_bytes",
@@ -155,6 +156,7 @@ async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     counters.error("m", "beast", "code")
     counters.tokens("m", "beast", prompt=1, completion=1, cached=0)
     metrics.cold_start("m", "beast", 1.0)
+    metrics.energy.wh["m", "request"] = 1.0
     page = metrics.exposition()
     assert sample_names(page) == set(CORTEX_METRICS)
     for name, labels in CORTEX_METRICS.items():

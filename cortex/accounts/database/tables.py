@@ -98,3 +98,34 @@ ENERGY = Table(
     PrimaryKeyConstraint("hour", "node", "device", "model", "key_id", "kind"),
 )
 """Energy by hour (its first second), device, and what it was used for."""
+
+ENERGY_METERS = Table(
+    "energy_meters",
+    METADATA,
+    Column("node", String, nullable=False),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),  # "" for the device itself
+    Column("instance", String, nullable=False),
+    Column("epoch", String, nullable=False),
+    Column("read_at", Double, nullable=False),
+    Column("active_wh", Double, nullable=False),
+    Column("resident_wh", Double, nullable=False),  # of a device all of it
+    PrimaryKeyConstraint("node", "device", "model", "instance"),
+)
+"""The counts of the neurons as last read: what is above them has not been booked."""
+
+ENERGY_SLICES = Table(
+    "energy_slices",
+    METADATA,
+    Column("node", String, nullable=False),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("instance", String, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("ended_at", Double, nullable=False),
+    Column("active_wh", Double, nullable=False),
+    Column("resident_wh", Double, nullable=False),
+    PrimaryKeyConstraint("node", "device", "model", "instance", "started_at"),
+    Index("energy_slices_ended_at", "ended_at"),
+)
+"""What instances have used and is not booked yet: requests that ran then may still run."""

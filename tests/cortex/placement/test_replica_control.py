@@ -49,12 +49,13 @@ def test_which_models_need_reconciliation(fields: dict[str, Any], expected: bool
     ("where", "expected"),
     [
         (fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": M})), True),
+        (fleet(host("a", 16000, models={"m": M}), host("b", 16000, models={"m": On(status="unloaded")})), False),
         (fleet(host("a", 16000, models={"m": M}, draining=True)), True),
         (fleet(host("a", 16000)), False),
     ],
 )
 def test_where_any_model_needs_reconciliation(where: FleetSnapshot, expected: bool) -> None:
-    """A model that several neurons have may have too many replicas, and one on a drained neuron may have to move."""
+    """A model loaded on several neurons may have too many replicas, and one on a drained neuron may have to move."""
     assert needs_reconciliation(profile(), where) is expected
 
 

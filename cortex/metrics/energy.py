@@ -1,0 +1,147 @@
+"""Books what the engines' energy was used for, as long as cortex runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from cortex.accounts.energy.attribution import EnergyKind, InstanceCount, MeterReading
+from cortex.config.live import LiveConfig
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, instance_of
+from cortex.fleet.state import Fleet
+from cortex.routing.replica import ReplicaKey
+
+if TYPE_CHECKING:  # imports SQLAlchemy, which workers do not need
+    from cortex.accounts.database.database import Database
+    from cortex.accounts.energy.ledger import Booked, EnergyLedger, InstanceAt
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECS: Final = 10.0
+RECORD_SECS: Final = 5.0
+"""After this time the record of a request that has ended is in the database."""
+HOLD_SECS: Final = 600.0
+"""Energy waits at most this long for the end of the requests that it was used for."""
+_LAG_SECS: Final = 2.0  # of the requests that a neuron tells
+
+
+class EnergyTotals:
+    """Wh that this cortex has booked since it began, by model ("" of an idle device) and kind."""
+
+    def __init__(self) -> None:
+        self.wh: defaultdict[tuple[str, EnergyKind], float] = defaultdict(float)
+
+    def add(self, booked: Booked) -> None:
+        for key, wh in booked.items():
+            self.wh[key.model, key.kind] += wh
+
+
+class EnergyBooks:
+    """Reads the meters of the fleet into a ledger, and books what they counted once the requests of that time have
+    ended. `in_flight` are this cortex's own requests. `now`: seconds since 1970; `clock`: the fleet's."""
+
+    def __init__(
+        self,
+        ledger: EnergyLedger,
+        snapshot: Callable[[], FleetSnapshot],
+        in_flight: Callable[[], Mapping[ReplicaKey, int]],
+        totals: EnergyTotals,
+        *,
+        interval_secs: float = INTERVAL_SECS,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._snapshot = snapshot
+        self._in_flight = in_flight
+        self._totals = totals
+        self._interval_secs = interval_secs
+        self._now = now
+        self._clock = clock
+        self._quiet: dict[InstanceAt, float] = {}  # when an instance was last seen without requests
+        self._failed = False
+
+    async def run(self) -> None:
+        """Never returns. What cannot be booked now, because the database does not answer, is booked later."""
+        from cortex.accounts.database.database import FAILURES, reason  # noqa: PLC0415 - imports SQLAlchemy
+
+        while True:
+            await asyncio.sleep(self._interval_secs)
+            try:
+                await self.book()
+                self._failed = False
+            except FAILURES as error:
+                if not self._failed:
+                    self._failed = True
+                    log.warning("energy cannot be booked now: %s", reason(error))
+
+    async def book(self) -> None:
+        """Raises one of `cortex.accounts.database.database.FAILURES` when the database cannot be written now."""
+        nodes = [node for node in self._snapshot().nodes.values() if node.healthy]
+        since = self._now() - self._clock()
+        readings = [each for node in nodes if (each := reading_of(node, since)) is not None]
+        if readings:
+            self._totals.add(await self._ledger.read_meters(readings))
+        quiet, more = dict(self._quiet), True
+        self._quiet.update(quiet_instances(nodes, readings, self._in_flight()))
+        while more:
+            now = self._now()
+            # As it was the last time: the records of requests that ended before that have arrived.
+            booked, more = await self._ledger.settle(now - RECORD_SECS, quiet, latest=now - HOLD_SECS)
+            self._totals.add(booked)
+
+
+def energy_books(
+    database: Database | None,
+    live: LiveConfig,
+    fleet: Fleet,
+    in_flight: Callable[[], Mapping[ReplicaKey, int]],
+    totals: EnergyTotals,
+    *,
+    interval_secs: float = INTERVAL_SECS,
+) -> EnergyBooks | None:
+    """None without a database that can be written."""
+    if database is None or database.read_only:
+        return None
+    from cortex.accounts.energy.ledger import EnergyLedger  # noqa: PLC0415 - imports SQLAlchemy
+
+    ledger = EnergyLedger(database, lambda name: live.catalogue.requested(name).model_id)
+    return EnergyBooks(ledger, fleet.snapshot, in_flight, totals, interval_secs=interval_secs)
+
+
+def reading_of(node: NodeSnapshot, clock_began: float) -> MeterReading | None:
+    """The meters of a neuron as last polled; None if it has none. `clock_began`: when the fleet's clock was 0, in
+    seconds since 1970."""
+    health = node.health
+    if health is None or health.energy_epoch is None or node.health_at is None:
+        return None
+    devices = {str(live.index): live.energy_wh for live in health.devices if live.energy_wh is not None}
+    if not devices:
+        return None
+    counts = tuple(
+        InstanceCount(str(each.device), each.id, each.instance or "", each.active_wh, each.resident_wh)
+        for each in health.energy
+    )
+    return MeterReading(node.name, health.energy_epoch, clock_began + node.health_at, devices, counts)
+
+
+def quiet_instances(
+    nodes: Sequence[NodeSnapshot], readings: Sequence[MeterReading], in_flight: Mapping[ReplicaKey, int]
+) -> Iterator[tuple[InstanceAt, float]]:
+    """The instances without requests, and when that was, in seconds since 1970."""
+    activity = {
+        (node.name, each.id, instance_of(each)): each.in_flight + each.queue_depth
+        for node in nodes
+        if node.health is not None
+        for each in node.health.models
+    }
+    for reading in readings:
+        for count in reading.instances:
+            at = (reading.node, count.model, count.instance)
+            here = in_flight.get(ReplicaKey(count.model, reading.node, count.instance), 0)
+            if not here and not activity.get(at, 0):
+                yield at, reading.at - _LAG_SECS
