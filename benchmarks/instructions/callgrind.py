@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from benchmarks.instructions.peers import HOST, MODEL, Peers
+from benchmarks.instructions.peers import API_KEY, HOST, MODEL, Peers
 from benchmarks.scale.http1 import Connection, until_answers
 from benchmarks.scale.services import Child, cpu_secs, free_ports
 
 PLAIN, SHORT_STREAMS, STREAMS, CHUNKS = 300, 100, 3, 300
 """Of the smaller measurement of each pair; the larger has twice as many requests, or chunks in a stream."""
+LIMITED_KEY = f'[[keys]]\nname = "limited"\nkey = "{API_KEY}"\nrpm = 100000000\ntpm = 100000000000\nparallel = 1000\n'
 START_SECS = 300.0
 QUIET_SECS = 0.3
 """Without CPU use for this long, cortex has finished a request's trailing work (log line, counters)."""
@@ -73,8 +74,11 @@ class CountedCortex:
 
 
 @asynccontextmanager
-async def counted_cortex(directory: Path, neuron_port: int, packages: Path) -> AsyncIterator[CountedCortex]:
-    """The `cortex serve` of `packages` under callgrind, in sight of its neuron. It polls once and never again.
+async def counted_cortex(
+    directory: Path, neuron_port: int, packages: Path, *, keys: str = ""
+) -> AsyncIterator[CountedCortex]:
+    """The `cortex serve` of `packages` under callgrind, in sight of its neuron. It polls once and never again. `keys`:
+    its API keys, in TOML.
 
     Raises:
         NotAvailable: valgrind is not installed.
@@ -97,6 +101,7 @@ async def counted_cortex(directory: Path, neuron_port: int, packages: Path) -> A
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(packages),
         "XDG_STATE_HOME": str(directory),  # leaves nothing in the home directory
+        "CORTEX_KEYS": keys,
     }
     with Child(command, directory / "cortex.log", environ=environ, directory=str(packages)) as child:
         await until_answers(HOST, port, "/health", within_secs=START_SECS, pause_secs=0.5)
@@ -112,6 +117,8 @@ async def count(directory: Path, packages: Path) -> dict[str, float]:
     Raises:
         NotAvailable: valgrind is not installed, or may not control a process here.
     """
+    limited = directory / "limited"
+    limited.mkdir()
     peers = Peers()
     (neuron_port,) = free_ports(1)
     server = await peers.listen(neuron_port)
@@ -140,9 +147,16 @@ async def count(directory: Path, packages: Path) -> dict[str, float]:
         unasked_stream = (await unasked(2 * SHORT_STREAMS, 1) - await unasked(SHORT_STREAMS, 1)) / SHORT_STREAMS
         unasked_chunk = (await unasked(STREAMS, 2 * CHUNKS) - await unasked(STREAMS, CHUNKS)) / (STREAMS * CHUNKS)
         client.close()
+    async with counted_cortex(limited, neuron_port, packages, keys=LIMITED_KEY) as cortex:
+        client = await Connection(HOST, cortex.port).open()
+        await plain(PLAIN)
+        await cortex.count_idle()
+        limited_request = (await plain(2 * PLAIN) - await plain(PLAIN)) / PLAIN
+        client.close()
     server.close()
     return {
         "plain request": request,
+        "plain request, limited key": limited_request,
         "streamed chunk": chunk,
         "one-token stream": stream,
         "streamed chunk, usage unasked": unasked_chunk,

@@ -19,7 +19,8 @@ CHAT = "/v1/chat/completions"
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _DISCOVERY: dict[str, Any] = {"hostname": "host", "devices": [], "harnesses": ["vllm"], "instance_id": "one"}
 _VIEW: dict[str, Any] = {"id": MODEL, "harness": "vllm", "status": "loaded", "devices": [], "since": 1.0}
-_HEADERS = {"Authorization": "Bearer sk-0123456789abcdef0123456789abcdef", "User-Agent": "OpenAI/Python 3.57.0"}
+API_KEY = "sk-0123456789abcdef0123456789abcdef"
+_HEADERS = {"Authorization": f"Bearer {API_KEY}", "User-Agent": "OpenAI/Python 3.57.0"}
 
 
 def chat(**more: Any) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e_vllm.fidelity import EMBEDDING_CASES, TEXT_CASES, Case
 from tests.e2e_vllm.fleet import MINILM, TINY
+from tests.processes import eventually
 from tests.services import Fleet
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -62,6 +63,44 @@ def test_answers_through_cortex_are_those_of_the_engine(fleet: Fleet) -> None:
             if direct != through:
                 differences.append(f"{case.name}:\n  vLLM:   {direct}\n  cortex: {through}"[:4000])
     assert differences == [], "\n".join(differences)
+
+
+def test_tokens_are_those_of_the_engines_own_counters(fleet: Fleet) -> None:
+    """Plain answers and streams, whether their client asks for usage or not: the sums in cortex's log are what vLLM's
+    metrics say of the same requests. With several answers to one prompt vLLM's metrics count it several times."""
+    engine, _ = _endpoint(fleet, TINY)
+    cases = [case for case in TEXT_CASES if case.body.get("n", 1) == 1 and not case.body.get("use_beam_search")]
+    logged, before = len(fleet.cortex.log()), _engine_counts(engine)
+    streams = 0
+    for case in cases:
+        answer = _send(fleet.cortex.url, "none", case, case.payload(TINY))
+        streams += answer.status == 200 and answer.events is not None
+    assert streams > 20
+
+    def counted() -> tuple[int, int]:
+        found = re.findall(r" prompt=(\d+) completion=(\d+)", fleet.cortex.log()[logged:])
+        return sum(int(prompt) for prompt, _ in found), sum(int(completion) for _, completion in found)
+
+    def differences() -> tuple[int, int]:
+        after, found = _engine_counts(engine), counted()
+        return after[0] - before[0] - found[0], after[1] - before[1] - found[1]
+
+    eventually(lambda: differences() == (0, 0), f"the counts agree: {counted()}, {differences()}", within_secs=30)
+
+
+def _engine_counts(url: str) -> tuple[int, int]:
+    """Tokens of prompts and of answers, by vLLM's metrics."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    sums = [
+        re.findall(rf"^vllm:{kind}_tokens_total\{{[^}}]*\}} (\S+)$", text, re.M) for kind in ("prompt", "generation")
+    ]
+    return int(sum(map(float, sums[0]))), int(sum(map(float, sums[1])))
 
 
 def _endpoint(fleet: Fleet, model: str) -> tuple[str, str]:

@@ -11,8 +11,11 @@ from cortex.proxy.answers.usage_event import UsageEventFilter
 from cortex.proxy.body.alias_edit import spliced
 from cortex.proxy.body.usage_option import usage_splice
 from cortex.routing.stream_usage import StreamUsage
-from tests.cortex.conftest import RunningCortex
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.proxy.test_keep_alive import without_signs
 from tests.cortex.proxy.test_relay_usage import metrics, tokens
+from tests.cortex.proxy.test_silence import paced
 from tests.cortex.raw_engine import RawEngine, Received, answering, plain, stream_head
 from tests.cortex.raw_http import Wire, chunked, connected, request, single_bytes
 
@@ -184,3 +187,16 @@ async def test_a_faulty_request_gets_the_engines_error(cortex: RunningCortex, en
         assert (answer.status, answer.body) == (400, b"2")
         engine.script = answering(stream_head() + chunked(b"".join(ASKED), 10_000))
         assert (await client.ask(request(BODY))).body == UNASKED
+
+
+async def test_a_stream_that_has_begun_with_signs_of_life(
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine
+) -> None:
+    """The client got comments before the engine's first byte: it sees neither the usage event nor a cut event."""
+    cortex = await start_cortex([benjy], [{"id": MODEL}], gateway={"keepalive_secs": 0.1})
+    engine.scripts.append(paced(b"", stream_head() + chunked(b"".join(ASKED), 50)))
+    async with connected(cortex.url) as client:
+        answer = await client.ask(request(BODY))
+    assert b": " in answer.body
+    assert without_signs(answer.body) == UNASKED
+    assert tokens(await metrics(cortex)) == {"prompt": 3.0, "completion": 5.0}
