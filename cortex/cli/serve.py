@@ -149,8 +149,7 @@ async def serve(
             reloader = _reloader(parts, files, reload_asked)
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
-                scheme = "http" if settings.tls_files is None else "https"
-                log.info("cortex listening on %s://%s:%d, %s", scheme, host, port, _count(config.neurons, "neuron"))
+                log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 

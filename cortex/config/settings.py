@@ -80,6 +80,10 @@ class GatewaySettings(SettingsModel):
         """What clients see of this server; None for HTTP without TLS."""
         return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
 
+    def url(self, host: str, port: int) -> str:
+        """Where clients reach cortex when it listens on this address."""
+        return f"{'http' if self.tls_cert is None else 'https'}://{host}:{port}"
+
 
 class KeysSettings(SettingsModel):
     """`[keys]`: API keys that are provisioned from outside."""
