@@ -17,6 +17,7 @@ from aiohttp import web
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
 from cortex.accounts.usage.journal import UsageJournal
+from cortex.accounts.usage.reports import usage_reports
 from cortex.api.app_keys import (
     ADAPTERS,
     COUNTS,
@@ -29,6 +30,7 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     STATE,
+    USAGE_LEDGER,
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
@@ -72,6 +74,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[KEYS] = parts.keys
+    app[USAGE_LEDGER] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)

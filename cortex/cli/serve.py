@@ -21,7 +21,7 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
-from cortex.cli.accounts import opened_accounts
+from cortex.cli.accounts import key_problems, opened_accounts
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
     ConfigurationFiles,
@@ -50,8 +50,8 @@ USAGE_DIRECTORY = "usage"
 """In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
-    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME "
-    "--admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
+    "{listen} can be reached from the network, and there is no API key: create one with `{directory}cortex keys create "
+    "NAME --admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
 )
 
 
@@ -79,6 +79,7 @@ def run_check(config_file: Path) -> int:
     try:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
+        problems += key_problems(config, config_file)
         if problems:
             raise SettingsError(problems)
         warnings = [*configuration_warnings(config, catalogue, config_file), *tls_warnings(config, config_file)]
@@ -133,7 +134,7 @@ async def serve(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
-        _refuse_open_network(socks[0], settings, keys, files.path)
+        _refuse_open_network(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
@@ -154,11 +155,13 @@ async def serve(
                 closing.set()  # first: event streams are requests in flight, too
 
 
-def _refuse_open_network(sock: socket.socket, settings: GatewaySettings, keys: KeyRing, file: Path) -> None:
+def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
     """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
-    if keys.table.empty and not settings.allow_anonymous and reaches_network(sock):
+    if keys.table.empty and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
-        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file)])
+        given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
+        directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
+        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file, directory=directory)])
 
 
 def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:
