@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -49,6 +50,8 @@ from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware, hide_server, refuse_cross_site, require_json, require_token
 from shared.serve import BACKLOG
+from shared.tasks import running
+from shared.tls import RenewedContext, server_context
 
 TICKS_OF_SILENCE = 10
 """A silent stream is noticed within this part of `[gateway] keepalive_secs`."""
@@ -154,12 +157,18 @@ async def working(
         cross_site_policy=cross_site_policy(config.gateway),
         authentication=Authentication(keys, config),
     )
+    files = config.gateway.tls_files
+    tls = None if files is None else await asyncio.to_thread(RenewedContext, files, server_context)
     try:
-        async with accepting(
-            gateway,
-            socks,
-            drain_timeout_secs=config.gateway.drain_timeout_secs,
-            tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+        async with (
+            accepting(
+                gateway,
+                socks,
+                drain_timeout_secs=config.gateway.drain_timeout_secs,
+                tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+                tls=tls,
+            ),
+            running({} if tls is None else {"TLS files": tls.watch_loop}),
         ):
             yield gateway
     finally:

@@ -29,6 +29,7 @@ from cortex.config.files import (
     configuration_warnings,
     read_configuration,
     state_directory,
+    tls_warnings,
 )
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
@@ -61,6 +62,8 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
         configure_logging(config.log_level, config.log_format)
+        for warning in tls_warnings(config, config_file):
+            log.warning("%s", warning)
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -79,10 +82,11 @@ def run_check(config_file: Path) -> int:
         problems += key_problems(config, config_file)
         if problems:
             raise SettingsError(problems)
+        warnings = [*configuration_warnings(config, catalogue, config_file), *tls_warnings(config, config_file)]
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
-    for warning in configuration_warnings(config, catalogue, config_file):
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     neurons, models = _count(config.neurons, "neuron"), _count(catalogue.models, "model")
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
@@ -146,7 +150,7 @@ async def serve(
             reloader = _reloader(parts, files, reload_asked)
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
-                log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
+                log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 
