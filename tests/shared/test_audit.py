@@ -10,7 +10,7 @@ from tests.audit import report
 
 
 def test_findings_are_told_from_what_cannot_be_looked_up() -> None:
-    """A package that the service does not know is no finding."""
+    """A package that the service does not know does not count as one."""
     found = {"id": "PYSEC-1", "fix_versions": ["2.1"], "aliases": [], "description": ""}
     output = {
         "dependencies": [
