@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -16,6 +17,7 @@ from aiohttp import web
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
 from cortex.accounts.usage.journal import UsageJournal
+from cortex.accounts.usage.reports import usage_reports
 from cortex.api.app_keys import (
     ADAPTERS,
     COUNTS,
@@ -28,6 +30,7 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     STATE,
+    USAGE_LEDGER,
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
@@ -47,6 +50,8 @@ from shared.cross_site import CrossSitePolicy
 from shared.errors import Unauthorized
 from shared.http import Handler, error_middleware, hide_server, refuse_cross_site, require_json, require_token
 from shared.serve import BACKLOG
+from shared.tasks import running
+from shared.tls import RenewedContext, server_context
 
 TICKS_OF_SILENCE = 10
 """A silent stream is noticed within this part of `[gateway] keepalive_secs`."""
@@ -69,6 +74,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[KEYS] = parts.keys
+    app[USAGE_LEDGER] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
@@ -151,12 +157,18 @@ async def working(
         cross_site_policy=cross_site_policy(config.gateway),
         authentication=Authentication(keys, config),
     )
+    files = config.gateway.tls_files
+    tls = None if files is None else await asyncio.to_thread(RenewedContext, files, server_context)
     try:
-        async with accepting(
-            gateway,
-            socks,
-            drain_timeout_secs=config.gateway.drain_timeout_secs,
-            tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+        async with (
+            accepting(
+                gateway,
+                socks,
+                drain_timeout_secs=config.gateway.drain_timeout_secs,
+                tick_secs=config.gateway.keepalive_secs / TICKS_OF_SILENCE,
+                tls=tls,
+            ),
+            running({} if tls is None else {"TLS files": tls.watch_loop}),
         ):
             yield gateway
     finally:

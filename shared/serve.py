@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import ipaddress
 import logging
@@ -15,6 +16,7 @@ import os
 import signal
 import socket
 import struct
+import termios
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
@@ -149,6 +151,18 @@ def is_unanswered(sock: socket.socket) -> bool:
 def is_established(sock: socket.socket) -> bool:
     """True while neither side has closed or reset this TCP connection."""
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED
+
+
+def is_tls_over(transport: asyncio.Transport, *, closing: bool) -> bool:
+    """True if nothing more passes on a TLS connection: the peer has closed TCP, or it is `closing` and the peer's
+    kernel has everything. asyncio waits for the peer's end of TLS, which an idle client may never send."""
+    sock = transport.get_extra_info("socket")
+    try:
+        if not closing:
+            return not is_established(sock)
+        return not transport.get_write_buffer_size() and not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+    except OSError:  # closed
+        return True
 
 
 def reset_on_close(sock: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
@@ -25,5 +26,6 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+USAGE_LEDGER = web.AppKey("usage_ledger", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -10,6 +10,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from cortex.accounts.keys.key_terms import KeyTerms
+from cortex.accounts.usage.query import GROUPS
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
@@ -123,6 +124,24 @@ def _inference(path: str) -> Operation:
     )
 
 
+def _organization(summary: str) -> Operation:
+    return Operation(
+        f"{summary} In OpenAI's shape; a key with the role user sees itself only.",
+        "usage",
+        query={
+            "start_time": "Seconds since 1970.",
+            "end_time": "Likewise; not included. Default: now.",
+            "bucket_width": "1m, 1h or 1d; costs only 1d, which is the default.",
+            "group_by": "model and api_key_id.",
+            "models": "Only these models.",
+            "api_key_ids": "Only these keys, by id or name.",
+            "limit": "Buckets of a page.",
+            "page": "`next_page` of the page before.",
+        },
+        required_query=frozenset({"start_time"}),
+    )
+
+
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     **{("POST", path): _inference(path) for path in INFERENCE_PATHS},
     ("GET", "/v1/models"): Operation(
@@ -161,6 +180,20 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/keys"): Operation("Creates an API key; only this answer has it.", "keys", _model_body(KeyTerms)),
     ("DELETE", "/keys/{name}"): Operation("Revokes an API key.", "keys"),
     ("POST", "/keys/{name}/rotate"): Operation("Gives an API key a new secret.", "keys"),
+    ("GET", "/usage"): Operation(
+        "What was used, in groups. A key with the role user sees itself only.",
+        "usage",
+        query={
+            "group_by": f"Some of {', '.join(GROUPS)}.",
+            "from": "A time in ISO 8601 or seconds since 1970, or how long ago: 7d, 24h. Default: 30 days before `to`.",
+            "to": "Likewise; not included. Default: now.",
+            "key": "Only these keys, by name or id.",
+            "model": "Only these models.",
+        },
+    ),
+    ("GET", "/v1/organization/usage/completions"): _organization("The tokens of chats and completions."),
+    ("GET", "/v1/organization/usage/embeddings"): _organization("The tokens of embeddings."),
+    ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
 }
 """By method and path; a test compares it with the routes."""

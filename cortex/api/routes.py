@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, keys, models, openapi, operator
+from cortex.api import fleet, keys, models, openapi, operator, usage
 from cortex.api.app_keys import COUNTS, METRICS
 from cortex.proxy.paths import INFERENCE_PATHS
 
@@ -37,6 +37,10 @@ CONTROL_ROUTES = (
     web.post("/keys", keys.create_key),
     web.delete("/keys/{name}", keys.revoke_key),
     web.post("/keys/{name}/rotate", keys.rotate_key),
+    web.get("/usage", usage.show_usage),
+    web.get("/v1/organization/usage/completions", usage.organization_completions),
+    web.get("/v1/organization/usage/embeddings", usage.organization_embeddings),
+    web.get("/v1/organization/costs", usage.organization_costs),
     web.get("/openapi.json", openapi.show_openapi),
 )
 

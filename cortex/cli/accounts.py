@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +15,11 @@ from pydantic import ValidationError
 from cortex.accounts.database.source import DatabaseSource, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_terms import KeyTerms, key_object
+from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
 from cortex.config.files import read_configuration, state_directory
 from cortex.config.settings import CortexConfig
 from shared.protocol import first_problem
+from shared.settings import SettingsError
 from shared.system.files import is_writable
 
 if TYPE_CHECKING:
@@ -63,6 +67,19 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
         yield database
     finally:
         await database.close()
+
+
+def key_problems(config: CortexConfig, config_file: Path) -> list[str]:
+    """What is wrong with the keys in the file and the environment. Blocks."""
+    file, problems = config.keys_path(config_file), []
+    reads: list[Callable[[], object]] = [partial(keys_in_environment, os.environ)]
+    reads += [] if file is None else [partial(keys_in_file, file)]
+    for read in reads:
+        try:
+            read()
+        except SettingsError as error:
+            problems += error.problems
+    return problems
 
 
 def act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) -> Any:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import ssl
 import urllib.error
 import urllib.request
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 LOAD_TIMEOUT_SECS = 2 * 3600.0
 CALL_TIMEOUT_SECS = 30.0
+_TRUST = "set CORTEX_CA to a PEM file with the certificate of the authority that signed it"
 
 
 class CallFailed(Exception):
@@ -36,14 +40,30 @@ def call(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers, method=method)  # noqa: S310 - the scheme is checked above
     try:
-        with urllib.request.urlopen(request, timeout=timeout_secs) as response:  # noqa: S310 - the scheme is checked above
+        context = _trusted() if url.startswith("https://") else None
+        with urllib.request.urlopen(request, timeout=timeout_secs, context=context) as response:  # noqa: S310 - the scheme is checked above
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         hint = ", set CORTEX_API_KEY to a valid key" if error.code == HTTPStatus.UNAUTHORIZED else ""
         raise CallFailed(_message(error.read(), error.code) + hint) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise CallFailed(f"{url}: the TLS certificate is not trusted: {reason.verify_message}; {_TRUST}") from error
+        if isinstance(reason, ssl.SSLError):
+            reason = f"TLS fails ({reason.reason}): does the address need http:// instead of https://?"
         raise CallFailed(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
+
+
+def _trusted() -> ssl.SSLContext:
+    """Trusts the file in CORTEX_CA, or the system's authorities. Raises CallFailed."""
+    from shared.tls import TlsError, TlsFiles, client_context
+
+    path = os.environ.get("CORTEX_CA")
+    try:
+        return client_context(TlsFiles(ca=Path(path) if path else None))
+    except TlsError as error:
+        raise CallFailed(f"CORTEX_CA: {error}") from error
 
 
 def _is_web_address(url: str) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import typer
 
@@ -180,6 +180,39 @@ def models(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     from cortex.cli.tables import models_table
 
     print_answer(url, ask(url, "GET", "/v1/models"), as_json, models_table)
+    return 0
+
+
+@app.command()
+def usage(
+    *,
+    group_by: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="Some of key, model, variant, node, path, status, hour, day, month. Default: none."
+        ),
+    ] = "",
+    since: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TIME", help="2026-11-01, 2026-11-01T12:00Z, 7d, 24h. Default: 30 days."),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--to", metavar="TIME", help="Likewise, not included.")] = None,
+    key: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this key, repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="Only this model, repeatable.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Show what was used, by whom, and what it cost."""
+    from cortex.cli.usage_report import usage_csv, usage_table
+
+    if as_csv and as_json:
+        raise typer.BadParameter("give either --csv or --json")
+    given = [("group_by", group_by), ("from", since), ("to", until)]
+    given += [("key", each) for each in key or ()] + [("model", each) for each in model or ()]
+    query = urlencode([(name, value) for name, value in given if value])
+    answer = ask(url, "GET", f"/usage?{query}")
+    print_answer(url, answer, as_json, usage_csv if as_csv else usage_table)
     return 0
 
 

@@ -21,7 +21,7 @@ from cortex.app import (
     control_socket,
     serving_here,
 )
-from cortex.cli.accounts import opened_accounts
+from cortex.cli.accounts import key_problems, opened_accounts
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
     ConfigurationFiles,
@@ -29,6 +29,7 @@ from cortex.config.files import (
     configuration_warnings,
     read_configuration,
     state_directory,
+    tls_warnings,
 )
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
 from cortex.control.reload import Reloader, warn_of_absent
@@ -49,8 +50,8 @@ USAGE_DIRECTORY = "usage"
 """In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
-    "{listen} can be reached from the network, and there is no API key: create one with `cortex keys create NAME "
-    "--admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
+    "{listen} can be reached from the network, and there is no API key: create one with `{directory}cortex keys create "
+    "NAME --admin --config {file}`, or set [gateway] allow_anonymous = true to let everyone use the models"
 )
 
 
@@ -61,6 +62,8 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
         configure_logging(config.log_level, config.log_format)
+        for warning in tls_warnings(config, config_file):
+            log.warning("%s", warning)
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -76,12 +79,14 @@ def run_check(config_file: Path) -> int:
     try:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
+        problems += key_problems(config, config_file)
         if problems:
             raise SettingsError(problems)
+        warnings = [*configuration_warnings(config, catalogue, config_file), *tls_warnings(config, config_file)]
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
-    for warning in configuration_warnings(config, catalogue, config_file):
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     neurons, models = _count(config.neurons, "neuron"), _count(catalogue.models, "model")
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
@@ -129,7 +134,7 @@ async def serve(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
-        _refuse_open_network(socks[0], settings, keys, files.path)
+        _refuse_open_network(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
@@ -145,16 +150,18 @@ async def serve(
             reloader = _reloader(parts, files, reload_asked)
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 settle()
-                log.info("cortex listening on http://%s:%d, %s", host, port, _count(config.neurons, "neuron"))
+                log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
 
 
-def _refuse_open_network(sock: socket.socket, settings: GatewaySettings, keys: KeyRing, file: Path) -> None:
+def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
     """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
-    if keys.table.empty and not settings.allow_anonymous and reaches_network(sock):
+    if keys.table.empty and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
-        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file)])
+        given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
+        directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
+        raise SettingsError([_OPEN_TO_NETWORK.format(listen=f"{host}:{port}", file=file, directory=directory)])
 
 
 def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:

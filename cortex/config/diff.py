@@ -65,6 +65,8 @@ RELOAD_OF: Mapping[str, Reload] = {
     "gateway.allowed_origins": Reload.NEEDS_RESTART,
     "gateway.allowed_hosts": Reload.NEEDS_RESTART,
     "gateway.allow_anonymous": Reload.NEEDS_RESTART,
+    "gateway.tls_cert": Reload.NEEDS_RESTART,
+    "gateway.tls_key": Reload.NEEDS_RESTART,
     "gateway.metrics_token": Reload.NEEDS_RESTART,
     "gateway.metrics_token_env": Reload.NEEDS_RESTART,
 }

@@ -18,6 +18,7 @@ from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings
 from shared.system.files import Stamp, stamp_of
+from shared.tls import TlsError, certificate_warning, server_context
 
 ENV_PREFIX = "CORTEX_"
 
@@ -83,7 +84,7 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     config: CortexConfig | None = None
     catalogue = Catalogue()
     try:
-        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX, environ=_settings(os.environ))
+        config = load_settings(CortexConfig, path, env_prefix=ENV_PREFIX, environ=_settings(os.environ)).beside(path)
         models_path: Path | None = config.models_path(path)
     except SettingsError as error:
         problems += error.problems
@@ -157,6 +158,23 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
             if neuron not in names
         ]
     return list(dict.fromkeys(warnings))
+
+
+def tls_warnings(config: CortexConfig, path: Path) -> list[str]:
+    """What is wrong with the dates of the certificates. Blocks.
+
+    Raises:
+        SettingsError: TLS files that cannot be used.
+    """
+    files = config.gateway.tls_files
+    if files is None:
+        return []
+    try:
+        server_context(files)
+        warning = certificate_warning(files)
+    except TlsError as error:
+        raise SettingsError([f"{path}: gateway: {error}"]) from error
+    return [] if warning is None else [f"{path}: gateway: {warning}"]
 
 
 def with_workers(config: CortexConfig, workers: int) -> CortexConfig:

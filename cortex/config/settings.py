@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from cortex.http.headers import OF_REQUESTS, PASS
 from shared.cross_site import checked_hosts, checked_origins
 from shared.settings import SettingsModel
+from shared.tls import TlsFiles
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -45,6 +46,8 @@ class GatewaySettings(SettingsModel):
     allow_anonymous: bool = False  # True: clients need no key, but those with one go first
     metrics_token: str | None = Field(default=None, min_length=1)
     metrics_token_env: str | None = None
+    tls_cert: Path | None = None  # PEM, with its chain; relative to cortex.toml
+    tls_key: Path | None = None
 
     _origins = field_validator("allowed_origins")(checked_origins)
     _hosts = field_validator("allowed_hosts")(checked_hosts)
@@ -65,6 +68,21 @@ class GatewaySettings(SettingsModel):
     def _address(cls, value: str) -> str:
         parse_listen(value)
         return value
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> GatewaySettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: set both, or neither")
+        return self
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """What clients see of this server; None for HTTP without TLS."""
+        return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
+
+    def url(self, host: str, port: int) -> str:
+        """Where clients reach cortex when it listens on this address."""
+        return f"{'http' if self.tls_cert is None else 'https'}://{host}:{port}"
 
 
 class KeysSettings(SettingsModel):
@@ -266,6 +284,12 @@ class CortexConfig(SettingsModel):
         """By neuron; without those for which nothing is configured."""
         every = {entry.name: HostNetwork(entry.network, entry.network_gbps) for entry in self.neurons}
         return {name: network for name, network in every.items() if network != HostNetwork()}
+
+    def beside(self, config_file: Path) -> CortexConfig:
+        """With absolute paths for the TLS files, which are relative to the file that names them."""
+        paths = {name: getattr(self.gateway, name) for name in ("tls_cert", "tls_key")}
+        found = {name: (config_file.parent / path).absolute() for name, path in paths.items() if path is not None}
+        return self.model_copy(update={"gateway": self.gateway.model_copy(update=found)})
 
     def keys_path(self, config_file: Path) -> Path | None:
         """The file of keys, relative to the file that names it."""

@@ -17,7 +17,7 @@ from cortex.http.request import Request
 from cortex.http.responses import CONTINUE, error_answer
 from cortex.http.streamed_body import StreamedBody
 from shared.errors import InvalidRequest, ServiceError
-from shared.serve import is_established, is_unanswered, reset_on_close
+from shared.serve import is_established, is_tls_over, is_unanswered, reset_on_close
 
 HEAD_TIMEOUT_SECS = 60.0
 """Limit from the first byte of a head to its end."""
@@ -136,8 +136,7 @@ class ClientConnection:
             self._keep(data)
 
     def eof_received(self) -> None:
-        """A client that stops sending counts as disconnected, as in most servers. `abort`, because unread data would
-        keep the connection open."""
+        """A client that stops sending counts as disconnected, as in most servers. `abort` also drops unread data."""
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -197,7 +196,7 @@ class ClientConnection:
         """The deadline has passed."""
         if self._state in (_HEAD, _BODY):
             self._reject(InvalidRequest("timed out while reading the request", status=408))
-        elif self._state == _IDLE:
+        elif self._state == _IDLE or (self._state == _LINGERING and not self.transport.can_write_eof()):
             self.close()
         else:
             self.transport.abort()
@@ -209,6 +208,8 @@ class ClientConnection:
             self.expired()
         elif self._handler is not None:
             self._handler.tick(now)
+        if not self.transport.can_write_eof() and is_tls_over(self.transport, closing=self._state == _CLOSING):
+            self.transport.abort()
         if not check_client or self.transport.is_closing():
             return
         unanswered = is_unanswered(self.transport.get_extra_info("socket"))
@@ -229,10 +230,11 @@ class ClientConnection:
         self.transport.close()
 
     def _linger(self) -> None:
-        """Closes the sending side and waits for the client: closing while it sends would discard our answer."""
+        """Ends the sending side (TLS cannot) and waits for the client: a close while it sends discards our answer."""
         self._state = _LINGERING
         self.deadline = monotonic() + LINGER_SECS
-        self.transport.write_eof()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
     def _read_head(self, data: bytes) -> None:
         reader = self._reader
@@ -309,8 +311,7 @@ class ClientConnection:
     def _complete(self) -> None:
         request = self._request
         assert request is not None
-        encoding = request.content_encoding
-        if encoding is not None:
+        if (encoding := request.content_encoding) is not None:
             try:
                 request.body = unpack(request.body, encoding, self._dispatcher.max_body_bytes)
             except ServiceError as error:
@@ -363,13 +364,12 @@ class ClientConnection:
         """Stores pipelined requests until the current answer is complete."""
         if self._body is not None and self._request is not None and isinstance(self._request.streamed, StreamedBody):
             self._stream(data, self._request.streamed)
-            return
-        if self._tunnel is not None:
+        elif self._tunnel is not None:
             self._tunnel(data)
-            return
-        self._ahead += data
-        if len(self._ahead) > MAX_AHEAD_BYTES:
-            self.hold_back(True)
+        else:
+            self._ahead += data
+            if len(self._ahead) > MAX_AHEAD_BYTES:
+                self.hold_back(True)
 
     def _look_after(self) -> None:
         """While reading is paused, asyncio does not notice a disconnect: polls the kernel instead."""

@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 from cortex.http.connection import ClientConnection, Dispatcher
+from cortex.http.tls_listener import TlsListener
 from shared.serve import BACKLOG, UNANSWERED_CHECK_SECS
 from shared.tasks import cancel_all, timeout
+from shared.tls import RenewedContext
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +43,36 @@ class OpenConnections:
 
 @contextlib.asynccontextmanager
 async def accepting(
-    dispatcher: Dispatcher, socks: Sequence[socket.socket], *, drain_timeout_secs: float, tick_secs: float = SWEEP_SECS
+    dispatcher: Dispatcher,
+    socks: Sequence[socket.socket],
+    *,
+    drain_timeout_secs: float,
+    tick_secs: float = SWEEP_SECS,
+    tls: RenewedContext | None = None,
 ) -> AsyncIterator[None]:
-    """Serves clients on listening sockets inside the body. Handlers are called every `tick_secs`, at least every
-    SWEEP_SECS. On exit: stops accepting, waits up to `drain_timeout_secs` for requests to finish, sends the remaining
-    ones an error, and closes."""
+    """Serves clients on listening sockets inside the body, over TLS if `tls` is given. Handlers are called every
+    `tick_secs`, at least every SWEEP_SECS. On exit: stops accepting, waits up to `drain_timeout_secs` for requests to
+    finish, sends the remaining ones an error, and closes."""
     loop = asyncio.get_running_loop()
     connections = OpenConnections()
 
     def accept() -> asyncio.Protocol:
         return cast(asyncio.Protocol, ClientConnection(dispatcher, connections))
 
-    servers = [await loop.create_server(accept, sock=sock, backlog=BACKLOG) for sock in socks]
+    if tls is None:
+        servers = [await loop.create_server(accept, sock=sock, backlog=BACKLOG) for sock in socks]
+        listeners = []
+    else:
+        servers = []
+        listeners = [TlsListener(sock, dispatcher, accept, tls) for sock in socks]
     sweeper = loop.create_task(_sweep(connections, min(tick_secs, SWEEP_SECS)), name="client deadlines")
     try:
         yield
     finally:
         for server in servers:
             server.close()
+        for listener in listeners:
+            await listener.close()
         await _drain(dispatcher, connections, drain_timeout_secs)
         await cancel_all([sweeper])
 

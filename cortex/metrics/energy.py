@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imports SQLAlchemy, which workers do not need
 
 log = logging.getLogger(__name__)
 
-INTERVAL_SECS: Final = 10.0
+INTERVAL_SECS: Final = 5.0
 RECORD_SECS: Final = 5.0
 """After this time the record of a request that has ended is in the database."""
 HOLD_SECS: Final = 600.0
@@ -70,7 +70,6 @@ class EnergyBooks:
         from cortex.accounts.database.database import FAILURES, reason  # noqa: PLC0415 - imports SQLAlchemy
 
         while True:
-            await asyncio.sleep(self._interval_secs)
             try:
                 await self.book()
                 self._failed = False
@@ -78,6 +77,7 @@ class EnergyBooks:
                 if not self._failed:
                     self._failed = True
                     log.warning("energy cannot be booked now: %s", reason(error))
+            await asyncio.sleep(self._interval_secs)
 
     async def book(self) -> None:
         """Raises one of `cortex.accounts.database.database.FAILURES` when the database cannot be written now."""

@@ -34,7 +34,7 @@ INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
 MODELS: Final = b"/v1/models"
 REALTIME: Final = b"/v1/realtime"
 """For WebSockets."""
-OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/keys", b"/openapi.json")
+OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json")
 """cortex answers these and everything below them itself."""
 
 _VLLM_MANAGEMENT: Final = """

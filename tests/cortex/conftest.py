@@ -95,7 +95,8 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
             port = gateway.getsockname()[1]
             await stack.enter_async_context(serving_here(parts, [gateway], control_address(control)))
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            cortex = RunningCortex(f"http://{host}:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
+            scheme = "http" if config.gateway.tls_files is None else "https"
+            cortex = RunningCortex(f"{scheme}://{host}:{port}", f"http://127.0.0.1:{metrics.port}", parts, http)
             if wait_healthy:
                 await cortex.until(lambda: len(parts.fleet.snapshot().healthy) == len(entries))
             return cortex

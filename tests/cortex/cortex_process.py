@@ -96,7 +96,7 @@ async def cortex_process(
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
     sections of cortex.toml."""
     sock = bind("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    url = f"{'https' if 'tls_cert' in gateway else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
     config: dict[str, Any] = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
         "poll": {"interval_secs": poll_secs},

@@ -10,10 +10,11 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from shared.tasks import timeout
+from tests.certificates import trusting
 from tests.cortex.socket_queue import unread_bytes
 
 DEADLINE_SECS = 10.0
@@ -114,6 +115,10 @@ class Wire(asyncio.StreamReaderProtocol):
         """Ends the connection with an RST; what was not sent is lost."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    def half_close(self) -> None:
+        """Sends a FIN and reads on; only when everything has been sent. TLS has no end of one side."""
+        self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Ends the connection with a FIN, after what was written."""
@@ -297,7 +302,8 @@ async def connected(
     except BaseException:
         sock.close()
         raise
-    _, client = await loop.create_connection(RawClient, sock=sock)
+    tls: dict[str, Any] = {"ssl": trusting(), "server_hostname": address.hostname} if address.scheme == "https" else {}
+    _, client = await bounded(loop.create_connection(RawClient, sock=sock, **tls))
     try:
         yield client
     finally:

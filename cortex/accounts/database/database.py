@@ -97,7 +97,14 @@ def _read_only(path: Path) -> URL:
 def _create(path: Path) -> None:
     """Others must not read names and usage, so the file is this user's alone from the start."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.geteuid() == 0 and os.fstat(fd).st_size == 0:
+            # Made by root for a cortex of another user, whose directory this is.
+            owner = path.parent.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+    finally:
+        os.close(fd)
 
 
 async def _opened(database: Database) -> Database:

@@ -15,9 +15,8 @@ from time import monotonic
 from typing import Final
 
 import msgspec
-import sqlalchemy.exc
 
-from cortex.accounts.database.database import Database, open_database, reason
+from cortex.accounts.database.database import FAILURES, Database, open_database, reason
 from cortex.accounts.database.source import DatabaseError, DatabaseSource
 from cortex.accounts.usage.journal_file import try_lock
 from cortex.accounts.usage.recorder import Recorder
@@ -75,7 +74,7 @@ class _Process:
         """Moves some of what is there. True if there is more to do at once."""
         try:
             more = await self._work()
-        except (sqlalchemy.exc.SQLAlchemyError, DatabaseError, OSError) as error:
+        except (*FAILURES, DatabaseError) as error:
             if not self._failed:
                 log.warning("usage waits in %s: %s", self.settings.directory, reason(error))
             self._failed = True

@@ -13,8 +13,10 @@ import tomli_w
 TOP = Path(__file__).parents[3]
 
 
-def command_for(directory: Path, gateway: dict[str, object]) -> list[str]:
-    table = {"state_dir": "state", "gateway": {"metrics_listen": "127.0.0.1:0", **gateway}}
+def command_for(directory: Path, gateway: dict[str, object], state_dir: str | None = "state") -> list[str]:
+    table: dict[str, object] = {"gateway": {"metrics_listen": "127.0.0.1:0", **gateway}}
+    if state_dir is not None:
+        table["state_dir"] = state_dir
     (directory / "cortex.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
     (directory / "models.toml").touch()
     return [sys.executable, "-m", "cortex", "serve", "--config", str(directory / "cortex.toml")]
@@ -27,6 +29,14 @@ def test_no_key_and_the_network(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert f"`cortex keys create NAME --admin --config {tmp_path}/cortex.toml`" in ended.stderr
     assert "[gateway] allow_anonymous = true" in ended.stderr
+
+
+def test_the_hint_names_systemds_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not have the unit's variable, and would make the key in another place."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "of-the-unit"))
+    command = command_for(tmp_path, {"listen": "0.0.0.0:0"}, state_dir=None)
+    ended = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
+    assert f"`STATE_DIRECTORY={tmp_path}/of-the-unit cortex keys create NAME" in ended.stderr
 
 
 @pytest.mark.parametrize(

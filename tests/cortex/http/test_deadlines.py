@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.certificates import pair
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -23,12 +24,14 @@ MODEL = "org/small"
 ASK = request(b'{"model":"org/small","n":1}')
 
 
-@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
+@pytest.fixture(params=["one-worker", "one-worker-tls", "two-workers"])
 async def process(
     request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron, engine: RawEngine
 ) -> AsyncIterator[CortexProcess]:
     """A cortex in its own process, with the default drain timeout."""
-    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
+    tls = pair(tmp_path).gateway if request.param.endswith("-tls") else {}
+    workers = 2 if request.param == "two-workers" else 1
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=workers, **tls) as process:
         yield process
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import pair
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -33,7 +34,7 @@ async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIt
         yield process
 
 
-@pytest.fixture(params=["in-loop", "process", "two-workers"])
+@pytest.fixture(params=["in-loop", "process", "process-tls", "two-workers"])
 async def url(
     request: pytest.FixtureRequest,
     start_cortex: StartCortex,
@@ -41,12 +42,13 @@ async def url(
     benjy: V1Neuron,
     engine: RawEngine,
 ) -> AsyncIterator[str]:
-    """The address of a cortex on asyncio's loop, of one on uvloop, and of one with two workers."""
+    """The address of a cortex on asyncio's loop, of one on uvloop, of one with TLS, and of one with two workers."""
     if request.param == "in-loop":
         yield (await start_cortex([benjy], [{"id": MODEL}])).url
     else:
+        tls = pair(tmp_path).gateway if request.param.endswith("-tls") else {}
         workers = 2 if request.param == "two-workers" else 1
-        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=workers) as process:
+        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=workers, **tls) as process:
             yield process.url
 
 
@@ -167,7 +169,7 @@ def leave(client: RawClient, how: str) -> None:
     elif how == "fin":
         client.close()
     else:
-        client.writer.write_eof()
+        client.half_close()
 
 
 async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
@@ -200,7 +202,7 @@ async def test_client_leaves_and_the_engine_sees_it(url: str, engine: RawEngine,
         assert len(engine.requests) == seen + 2, "what the client had sent behind is given up with it"
 
 
-@pytest.mark.parametrize(("how", "kept"), [("fin", 100_000), ("rst", 100_000), ("rst", 4 * MIB)])
+@pytest.mark.parametrize(("how", "kept"), [("half-close", 100_000), ("rst", 100_000), ("rst", 4 * MIB)])
 async def test_client_that_has_sent_far_ahead_leaves(url: str, engine: RawEngine, how: str, kept: int) -> None:
     """A pipelined request too large to be read ahead does not hide the disconnect."""
     ahead = request(json.dumps({"model": MODEL, "pad": "x" * (4 * MIB)}).encode())

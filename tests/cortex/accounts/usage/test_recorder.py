@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy
 from sqlalchemy import func, select, text
 
-from cortex.accounts.database.database import Database, open_database
-from cortex.accounts.database.source import DatabaseSource, database_source
+from cortex.accounts.database.database import Database
+from cortex.accounts.database.source import DatabaseSource
 from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
 from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage.journal_file import JournalWriter, journals
@@ -25,22 +25,6 @@ from cortex.accounts.usage.recorder_process import MODULE, RecorderSettings
 from tests.cortex.accounts.usage.records import usage_record
 
 PRICES = PriceList("EUR", {"org/small": Prices(1.0, 0.5, 2.0)})
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseSource:
-    """An empty database of each kind."""
-    url = request.getfixturevalue("new_postgresql")() if request.param == "postgresql" else None
-    found = database_source(url, tmp_path)
-    assert found is not None
-    return found
-
-
-@pytest.fixture
-async def database(source: DatabaseSource) -> AsyncIterator[Database]:
-    found = await open_database(source)
-    yield found
-    await found.close()
 
 
 async def ids(database: Database) -> list[str]:

@@ -1,0 +1,37 @@
+"""Who answers questions about usage. Imports no SQLAlchemy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cortex.accounts.usage.query import UsageQuery
+from shared.errors import Unavailable
+from shared.retry_after import CONTROL_PROCESS_SECS
+
+if TYPE_CHECKING:
+    from cortex.accounts.database.database import Database
+
+
+class UsageReports(Protocol):
+    """Sums over the records of usage; `cortex.accounts.usage.ledger` has those of a database."""
+
+    async def sums(self, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+        """As `UsageLedger.sums`."""
+
+
+class NoUsageReports:
+    """Implements UsageReports for a cortex that keeps no usage."""
+
+    async def sums(self, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+        """Raises Unavailable."""
+        message = "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write"
+        raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS, permanent=True)
+
+
+def usage_reports(database: Database | None) -> UsageReports:
+    """Those of the database, if there is one."""
+    if database is None:
+        return NoUsageReports()
+    from cortex.accounts.usage.ledger import UsageLedger  # noqa: PLC0415 - SQLAlchemy, which workers do not need
+
+    return UsageLedger(database)

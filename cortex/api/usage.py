@@ -1,0 +1,61 @@
+"""`/usage`, and OpenAI's routes for usage and costs: what was used, by whom, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from aiohttp import web
+
+from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_query
+from cortex.accounts.usage.query import UsageQuery, parse_query, seen_by
+from cortex.api.app_keys import LIVE, USAGE_LEDGER
+from cortex.api.authorization import caller_of
+from shared.errors import Unauthorized
+
+
+async def show_usage(request: web.Request) -> web.Response:
+    """The sums of each group, and of all."""
+    query = _visible(request, parse_query(list(request.query.items()), time.time()))
+    ledger, currency = request.app[USAGE_LEDGER], request.app[LIVE].config.usage.currency
+    rows = await ledger.sums(query, currency)
+    totals = await ledger.sums(replace(query, group_by=()), currency)
+    return web.json_response(
+        {
+            "object": "usage",
+            "from": query.since,
+            "to": query.until,
+            "group_by": query.group_by,
+            "currency": currency,
+            "rows": rows,
+            "totals": totals[0],
+        }
+    )
+
+
+async def organization_completions(request: web.Request) -> web.Response:
+    return web.json_response(await _buckets(request, "completions"))
+
+
+async def organization_embeddings(request: web.Request) -> web.Response:
+    return web.json_response(await _buckets(request, "embeddings"))
+
+
+async def organization_costs(request: web.Request) -> web.Response:
+    return web.json_response(await _buckets(request, "costs"))
+
+
+async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
+    asked = parse_bucket_query(kind, request.query.items(), time.time())
+    currency = request.app[LIVE].config.usage.currency
+    rows = await request.app[USAGE_LEDGER].sums(_visible(request, asked.query), currency) if asked.starts else []
+    return bucket_page(asked, rows, currency)
+
+
+def _visible(request: web.Request, query: UsageQuery) -> UsageQuery:
+    """The query as the request's caller may ask it."""
+    caller = caller_of(request)
+    if caller is None:
+        raise Unauthorized("a valid API key is required")
+    return seen_by(caller, query)

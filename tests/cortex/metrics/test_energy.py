@@ -1,0 +1,57 @@
+"""Energy from the simulated GPUs of a neuron to the records of requests, with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.processes import eventually
+from tests.services import running_fleet
+
+METER = "SELECT resident_wh FROM energy_meters WHERE model = ''"
+BOOKED = "SELECT coalesce(sum(wh), 0) FROM energy"
+WAITING = "SELECT coalesce(sum(active_wh + resident_wh), 0) FROM energy_slices"
+OF_REQUESTS = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'request' AND model = 'm' AND key_id = ''"
+OF_RECORDS = "SELECT coalesce(sum(energy_wh), 0) FROM usage"
+RESIDENT = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'resident' AND model = 'm'"
+IDLE = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'idle' AND model = ''"
+
+
+def values(database: Path, *queries: str) -> list[float]:
+    """One value of each, all of the same moment; 0 without a row."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        found = [connection.execute(query).fetchone() for query in queries]
+    return [0.0 if row is None else float(row[0]) for row in found]
+
+
+def test_energy_of_a_request(tmp_path: Path) -> None:
+    """A request gets energy in its record; that and what no request used add up to the meter."""
+    neuron = {
+        "harnesses": [{"name": "sim"}],
+        "harness": {"sim": {"extra_args": ["--load-secs", "0.2", "--tokens-per-sec", "20"]}},
+        "simulate": {"devices": ["RTX 4090"]},
+    }
+    cortex = {"state_dir": str(tmp_path / "cortex"), "poll": {"interval_secs": 0.5}}
+    database = tmp_path / "cortex" / "cortex.db"
+    with running_fleet(tmp_path, neuron, cortex, {"models": [{"id": "m", "harness": "sim"}]}) as fleet:
+        eventually(lambda: values(database, METER)[0] > 0, "the meter is read", within_secs=60)
+        before, booked, waiting = values(database, METER, BOOKED, WAITING)
+        body = {"model": "m", "max_tokens": 60, "messages": [{"role": "user", "content": "hello"}]}
+        assert fleet.cortex.request("/v1/chat/completions", body).status == 200
+        eventually(lambda: values(database, OF_RECORDS)[0] > 0, "the record has energy", within_secs=60)
+        eventually(lambda: values(database, RESIDENT)[0] > 0, "the loaded engine has energy", within_secs=60)
+        of_requests, of_records, idle = values(database, OF_REQUESTS, OF_RECORDS, IDLE)
+        assert of_records == pytest.approx(of_requests)
+        assert idle > 0
+        after, now_booked, now_waiting = values(database, METER, BOOKED, WAITING)
+        assert now_booked - booked + now_waiting - waiting == pytest.approx(after - before, abs=1e-6)
+        assert after > before
+        config = (tmp_path / "cortex.toml").read_text()
+        address = config.partition('metrics_listen = "')[2].partition('"')[0]
+        with urllib.request.urlopen(f"http://{address}/metrics") as response:
+            assert 'cortex_energy_wh_total{kind="request",model="m"}' in response.read().decode()
