@@ -123,14 +123,16 @@ class Resolver:
         context = None if starts else context_bound(model_id, catalogue, self.contexts.longest)
         return Prospect(context, served_paths(model_id, catalogue, fleet))
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
+    async def resolve(
+        self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS, tokens: float = 0.0
+    ) -> Route:
         """An engine for one request. `failures` are the replicas that did not answer this request.
 
         Raises:
             ServiceError: it cannot be served now; the error is for the client. No other exception is raised.
         """
         try:
-            return await self._resolve(model_id, failures, caller)
+            return await self._resolve(model_id, failures, caller, tokens)
         except ServiceError:
             raise
         except Exception as error:
@@ -183,7 +185,7 @@ class Resolver:
         job, reason = self._scheduler.job(engines), self._scheduler.wait_reason(engines)
         return waiting_note(engines, fleet, job, reason, time.time())
 
-    async def _resolve(self, model_id: str, failures: Sequence[Failure], caller: Caller) -> Route:
+    async def _resolve(self, model_id: str, failures: Sequence[Failure], caller: Caller, tokens: float) -> Route:
         lost = given_up(failures)
         if failures:
             await self._check_failed(failures[-1])
@@ -191,10 +193,10 @@ class Resolver:
         replica = await self._serving(model_id, failures, lost, queued=False)
         if replica is not None:
             return Route(replica=replica)
-        return await self._when_served(model_id, failures, lost, caller)
+        return await self._when_served(model_id, failures, lost, caller, tokens)
 
     async def _when_served(
-        self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey], caller: Caller
+        self, model_id: str, failures: Sequence[Failure], lost: set[ReplicaKey], caller: Caller, tokens: float
     ) -> Route:
         """Waits in the queue until the model can be served: it must be loaded, or has as many requests as its neurons
         allow. Runs in the caller's own task: another task that ran between the decision and the in-flight count could
@@ -204,7 +206,7 @@ class Resolver:
         deadline = self._clock() + self._live.config.cold_load.timeout_secs
         self._demand.record_waiting(self._live.catalogue.requested(model_id).model_id, caller)
         engines = self._engines_for(model_id)
-        with self._queue.ticket(engines, self._scheduler.retry_after, caller) as ticket:
+        with self._queue.ticket(engines, self._scheduler.retry_after, caller, tokens) as ticket:
             cold = False
             while True:
                 patience, fleet = deadline - self._clock(), self._fleet.snapshot()

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from cortex.accounts.energy.attribution import EnergyKind, InstanceCount, MeterReading
+from cortex.accounts.energy.attribution import HOUR_SECS, EnergyKind, InstanceCount, MeterReading
 from cortex.config.live import LiveConfig
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, instance_of
 from cortex.fleet.state import Fleet
@@ -50,8 +50,8 @@ class EnergyBooks:
         snapshot: Callable[[], FleetSnapshot],
         in_flight: Callable[[], Mapping[ReplicaKey, int]],
         totals: EnergyTotals,
+        retention_days: Callable[[], int],
         *,
-        interval_secs: float = INTERVAL_SECS,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -59,10 +59,11 @@ class EnergyBooks:
         self._snapshot = snapshot
         self._in_flight = in_flight
         self._totals = totals
-        self._interval_secs = interval_secs
+        self._retention_days = retention_days
         self._now = now
         self._clock = clock
         self._quiet: dict[InstanceAt, float] = {}  # when an instance was last seen without requests
+        self._delete_at = 0.0
         self._failed = False
 
     async def run(self) -> None:
@@ -77,7 +78,7 @@ class EnergyBooks:
                 if not self._failed:
                     self._failed = True
                     log.warning("energy cannot be booked now: %s", reason(error))
-            await asyncio.sleep(self._interval_secs)
+            await asyncio.sleep(INTERVAL_SECS)
 
     async def book(self) -> None:
         """Raises one of `cortex.accounts.database.database.FAILURES` when the database cannot be written now."""
@@ -93,6 +94,14 @@ class EnergyBooks:
             # As it was the last time: the records of requests that ended before that have arrived.
             booked, more = await self._ledger.settle(now - RECORD_SECS, quiet, latest=now - HOLD_SECS)
             self._totals.add(booked)
+        await self._delete_old(self._now())
+
+    async def _delete_old(self, now: float) -> None:
+        """Deletes once an hour what is older than usage is kept."""
+        days = self._retention_days()
+        if days and now >= self._delete_at:
+            await self._ledger.delete_before(now - days * 86_400)
+            self._delete_at = now + HOUR_SECS
 
 
 def energy_books(
@@ -101,8 +110,6 @@ def energy_books(
     fleet: Fleet,
     in_flight: Callable[[], Mapping[ReplicaKey, int]],
     totals: EnergyTotals,
-    *,
-    interval_secs: float = INTERVAL_SECS,
 ) -> EnergyBooks | None:
     """None without a database that can be written."""
     if database is None or database.read_only:
@@ -110,7 +117,7 @@ def energy_books(
     from cortex.accounts.energy.ledger import EnergyLedger  # noqa: PLC0415 - imports SQLAlchemy
 
     ledger = EnergyLedger(database, lambda name: live.catalogue.requested(name).model_id)
-    return EnergyBooks(ledger, fleet.snapshot, in_flight, totals, interval_secs=interval_secs)
+    return EnergyBooks(ledger, fleet.snapshot, in_flight, totals, lambda: live.config.usage.retention_days)
 
 
 def reading_of(node: NodeSnapshot, clock_began: float) -> MeterReading | None:

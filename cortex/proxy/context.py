@@ -19,6 +19,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy, KeepAliveStream
 from cortex.proxy.paths import INFERENCE
+from cortex.proxy.prompt.expected_tokens import ExpectedTokens
 from cortex.proxy.prompt.local_tokenizer import local_tokenizer
 from cortex.proxy.prompt.prompt_size import LONGEST_TOKEN_CHARS, SIZED, excess, prompt_size
 from cortex.proxy.prompt.token_counter import TokenCounter
@@ -67,6 +68,7 @@ class ProxyContext:
         self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
+        self.expected_tokens = ExpectedTokens()
 
     def configure(self, config: CortexConfig) -> None:
         """Applies this configuration to requests that arrive from now on."""
@@ -101,7 +103,8 @@ class ProxyContext:
                 raise not_served(model_id, request.path, prospect.served)
             if prospect.context is not None and request.path in SIZED:
                 await self._check_length(request, prospect.context)
-        return await self.control.resolve(model_id, failures, caller)
+        tokens = self.expected_tokens.of(request, caller.key_id, model_id) if caller.key_id else 0.0
+        return await self.control.resolve(model_id, failures, caller, tokens)
 
     async def _check_length(self, request: Request, bound: ContextBound) -> None:
         size = prompt_size(request.path, request.body)

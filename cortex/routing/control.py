@@ -58,9 +58,11 @@ class Control(Protocol):
         """What a model, or the variant of `id@variant`, could do once it is loaded. Nothing is known of its context
         while its engine starts, and nothing at all while one serves."""
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
-        """Waits until the model, or the variant of `id@variant`, can be served, in `caller`'s turn. `failures` are the
-        replicas that this request has tried.
+    async def resolve(
+        self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS, tokens: float = 0.0
+    ) -> Route:
+        """Waits until the model, or the variant of `id@variant`, can be served, in `caller`'s turn. `tokens`: about how
+        many the request will use. `failures` are the replicas that this request has tried.
 
         Raises:
             ServiceError: the request cannot be served.

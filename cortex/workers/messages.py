@@ -198,6 +198,7 @@ class Resolve(msgspec.Struct, frozen=True, tag=True):
     failures: list[Failure]
     request_id: str | None
     caller: Caller
+    tokens: float = 0.0
 
 
 class Admit(msgspec.Struct, frozen=True, tag=True):

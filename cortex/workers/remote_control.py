@@ -62,14 +62,16 @@ class RemoteControl:
     def knows(self, model_id: str) -> bool:
         return model_id in self._models
 
-    async def resolve(self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS) -> Route:
+    async def resolve(
+        self, model_id: str, failures: Sequence[Failure] = (), caller: Caller = ANONYMOUS, tokens: float = 0.0
+    ) -> Route:
         """As `cortex.control.resolver.Resolver.resolve`. Raises Unavailable if the control is gone."""
         if self._gone:
             raise shutting_down()
         number = next(self._numbers)
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send(Resolve(number, model_id, list(failures), current_request_id(), caller))
+        self._send(Resolve(number, model_id, list(failures), current_request_id(), caller, tokens))
         try:
             return await future
         except asyncio.CancelledError:

@@ -194,7 +194,7 @@ class WorkerProcess:
     async def _answer(self, asked: Resolve) -> None:
         number = asked.number
         try:
-            route = await self._resolver.resolve(asked.model_id, asked.failures, asked.caller)
+            route = await self._resolver.resolve(asked.model_id, asked.failures, asked.caller, asked.tokens)
         except ServiceError as error:
             self._channel.send(error_to_wire(number, error))
         else:

@@ -31,6 +31,8 @@ _SLICE_KEY: Final = ("node", "device", "model", "instance", "started_at")
 
 InstanceAt: TypeAlias = tuple[str, str, str]
 """Node, model and instance."""
+_MeterKey: TypeAlias = tuple[str, str, str]
+"""Device, model and instance; of a device itself the last two are ""."""
 
 
 class EnergyEntry(NamedTuple):
@@ -63,32 +65,39 @@ class EnergyLedger:
         """Adds what the meters have counted since they were last read. Books what no engine has used; the rest waits
         for `settle`. A meter that is read for the first time begins here."""
         booked: defaultdict[EnergyEntry, float] = defaultdict(float)
+        slices: list[EnergySlice] = []
+        meters: list[dict[str, Any]] = []
         async with self._database.writing() as connection:
             await self._take_turn(connection)
+            known: defaultdict[str, dict[_MeterKey, Row[Any]]] = defaultdict(dict)
+            asked = select(ENERGY_METERS).where(ENERGY_METERS.c.node.in_([reading.node for reading in readings]))
+            for row in await connection.execute(asked):
+                known[row.node][row.device, row.model, row.instance] = row
             for reading in readings:
-                asked = select(ENERGY_METERS).where(ENERGY_METERS.c.node == reading.node)
-                known = {(row.device, row.model, row.instance): row for row in await connection.execute(asked)}
-                slices: list[EnergySlice] = []
-                meters: list[dict[str, Any]] = []
                 for device, wh in reading.devices.items():
-                    before = known.get((device, "", ""))
+                    before = known[reading.node].get((device, "", ""))
                     counts = [each for each in reading.instances if each.device == device]
                     if before is not None:
                         if _is_stale(reading, before, wh):
                             continue
-                        found = _slices(reading, device, before.read_at, counts, known)
+                        found = _slices(reading, device, before.read_at, counts, known[reading.node])
                         slices += found
                         used = wh - (before.resident_wh if before.epoch == reading.epoch else 0.0)
                         idle_wh = max(0.0, used - sum(each.wh for each in found))
                         for start, _, part in parts_by_hour(before.read_at, reading.at):
-                            booking = EnergyEntry(hour_of(start), reading.node, device, "", "", "idle")
-                            booked[booking] += idle_wh * part
+                            entry = EnergyEntry(hour_of(start), reading.node, device, "", "", "idle")
+                            booked[entry] += idle_wh * part
                     meters += _meter_rows(reading, device, wh, counts)
-                await self._write_meters(connection, meters)
-                if slices:
-                    await connection.execute(ENERGY_SLICES.insert(), [each._asdict() for each in slices])
+            await self._write_meters(connection, meters)
+            if slices:
+                await connection.execute(ENERGY_SLICES.insert(), [each._asdict() for each in slices])
             await self._book(connection, booked)
         return booked
+
+    async def delete_before(self, hour: float) -> None:
+        """Deletes what was booked for earlier hours."""
+        async with self._database.writing() as connection:
+            await connection.execute(delete(ENERGY).where(ENERGY.c.hour < hour))
 
     async def settle(self, before: float, quiet: Mapping[InstanceAt, float], *, latest: float) -> tuple[Booked, bool]:
         """Books slices: those that ended before `latest`, and before `before` those of an instance that had no request
@@ -175,7 +184,7 @@ def _slices(
     device: str,
     since: float,
     counts: Iterable[InstanceCount],
-    known: Mapping[tuple[str, str, str], Row[Any]],
+    known: Mapping[_MeterKey, Row[Any]],
 ) -> list[EnergySlice]:
     found = []
     for count in counts:

@@ -145,6 +145,8 @@ class RequestAccount:
         first_byte_secs: float | None = None
         if relay is not None:
             usage = context.count_answer(self.model_id, model, node, relay)
+            if usage is not None and self.caller.key_id:
+                context.expected_tokens.learn(self.caller.key_id, self.model_id, usage.prompt + usage.completion)
             sent = relay.answer.tail.fed_bytes
             if relay.first_byte_at is not None:
                 first_byte_secs = relay.first_byte_at - request.received

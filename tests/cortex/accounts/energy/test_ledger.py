@@ -164,6 +164,8 @@ async def test_hours_apart(database: Database) -> None:
         rows = [(row.hour, row.kind, row.wh) for row in await connection.execute(select(ENERGY))]
     hours = (START, START + 3600)
     assert sorted(rows) == [(hour, kind, 2) for hour in hours for kind in ("idle", "resident")]
+    await books.delete_before(START + 1)
+    assert sum((await booked(database)).values()) == 4
 
 
 class Meter:
