@@ -8,7 +8,6 @@ from typing import NamedTuple
 from cortex.accounts.caller import Caller
 from cortex.accounts.fairness.turns import level_of
 
-
 CLEARLY = 1.5
 """Callers whose device time differs by less than this factor have used about the same: swaps for the sake of small
 differences would cost all of them more than they gain."""
