@@ -34,6 +34,7 @@ from shared.protocol import Discovery, EstimateReply
 from shared.serve import ListenError, Site, bind, reaches_network, serve_until_stopped
 from shared.settings import SettingsError, load_settings
 from shared.terminal.command_line import fail
+from shared.tls import RenewedContext, TlsError, certificate_warning, server_context
 
 log = logging.getLogger("neuron")
 
@@ -64,6 +65,9 @@ def run_check(config_file: Path) -> int:
         return 1
     harnesses = ", ".join(config.harness_names) or "no harness"
     models = f"{len(config.default_models)} default model{'' if len(config.default_models) == 1 else 's'}"
+    warning = None if config.tls_files is None else certificate_warning(config.tls_files)
+    if warning is not None:
+        print(f"warning: {config_file}: {warning}", file=sys.stderr)
     for name, program in _missing_programs(config):
         where = f"{config_file}: [harness.{name}]"
         print(f"warning: {where}: this host has no executable {program!r}, so no engine starts here", file=sys.stderr)
@@ -106,7 +110,8 @@ def _config_or_default(path: Path | None) -> NeuronConfig:
 
 
 def _load_config(path: Path | None) -> NeuronConfig:
-    config = load_settings(CheckedConfig, path, env_prefix="NEURON_")
+    loaded = load_settings(CheckedConfig, path, env_prefix="NEURON_")
+    config = _with_absolute_paths(loaded, Path() if path is None else path.parent.absolute())
     problems: list[str] = []
     for number, command in enumerate(config.default_commands):
         try:
@@ -118,15 +123,28 @@ def _load_config(path: Path | None) -> NeuronConfig:
             resolve_devices(config.simulate, host=config.name or "")
         except SettingsError as error:
             problems += error.problems
+    files = config.tls_files
+    if files is not None:
+        try:
+            server_context(files)
+        except TlsError as error:
+            problems.append(str(error))
     if problems:
         raise SettingsError([f"{path or 'configuration'}: {problem}" for problem in problems])
     return config
+
+
+def _with_absolute_paths(config: NeuronConfig, directory: Path) -> NeuronConfig:
+    """The TLS files are relative to neuron.toml."""
+    paths = {name: getattr(config, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
+    return config.model_copy(update={name: directory / path for name, path in paths.items() if path is not None})
 
 
 async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> None:
     site = _site(config, fd)
     name = config.name or socket.gethostname()
     host = f"[{config.host}]" if ":" in config.host else config.host
+    scheme = "http" if site.tls is None else "https"
 
     def kill_engines() -> None:
         if SERVICES in site.app:
@@ -136,7 +154,7 @@ async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> 
         [site],
         drain_timeout_secs=config.drain_timeout_secs,
         lifeline=lifeline,
-        on_ready=lambda: log.info("neuron %s listening on http://%s:%d", name, host, site.port),
+        on_ready=lambda: log.info("neuron %s listening on %s://%s:%d", name, scheme, host, site.port),
         on_forced_exit=kill_engines,
     )
 
@@ -154,7 +172,9 @@ def _site(config: NeuronConfig, fd: int | None) -> Site:
     if problem is not None:
         sock.close()
         raise ListenError(problem)
-    return Site(build_app(config, port=int(sock.getsockname()[1])), sock)
+    files = config.tls_files
+    tls = None if files is None else RenewedContext(files, server_context)
+    return Site(build_app(config, port=int(sock.getsockname()[1])), sock, tls)
 
 
 def _bound_to(sock: socket.socket, host: str) -> bool:

@@ -17,6 +17,7 @@ from shared.protocol import FIRST_INSTANCE, LoadCommand
 from shared.protocol.commands import WantedModel
 from shared.protocol.parallel import ParallelSettings
 from shared.settings import SettingsModel
+from shared.tls import TlsFiles
 
 DEFAULT_HARNESS = "vllm"
 """What a neuron offers without `[[harnesses]]`."""
@@ -242,6 +243,9 @@ class NeuronConfig(SettingsModel):
     port: int = Field(default=13131, ge=0, le=65535)
     token: str | None = Field(default=None, min_length=1)
     token_env: str | None = None
+    tls_cert: Path | None = None  # PEM, with its chain; relative to neuron.toml
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # PEM: callers need a certificate that one of these authorities has signed
     allow_anonymous: bool = False  # True: it may listen on the network without a token
     allowed_hosts: list[str] = Field(default_factory=list)  # public names that callers without a token may use
     engine_keys: KeyMode = "auto"  # which engines get a key
@@ -281,6 +285,10 @@ class NeuronConfig(SettingsModel):
                     f"default_models: {model_id}: listed twice with instance {instance!r}: give each entry an instance "
                     "of its own"
                 )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: set both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: needs tls_cert and tls_key")
         if len({entry.variable for entry in self.accelerators}) > 1:
             raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:
@@ -314,6 +322,11 @@ class NeuronConfig(SettingsModel):
         first = next(iter(self.harness_names), None)
         given = (model.model_dump(exclude_unset=True) for model in self.default_models)
         return [LoadCommand.model_validate({"harness": first, **each}) for each in given]
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """What callers see of this neuron, and what they must show; None for HTTP without TLS."""
+        return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def bearer_token(self) -> str | None:

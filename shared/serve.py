@@ -23,7 +23,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from aiohttp import web
 
-from shared.tasks import cancel_all
+from shared.tasks import cancel_all, keep_running
+from shared.tls import RenewedContext
 
 try:
     import uvloop
@@ -85,10 +86,11 @@ CLOSING = web.AppKey("closing", asyncio.Event)
 
 @dataclass(frozen=True)
 class Site:
-    """An app and the socket it listens on."""
+    """An app and the socket it listens on, with TLS if `tls` is given."""
 
     app: web.Application
     sock: socket.socket
+    tls: RenewedContext | None = None
 
     @property
     def port(self) -> int:
@@ -225,7 +227,7 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
     shutdown_timeout = max(drain_timeout_secs, 0.001)
     runners: list[web.AppRunner] = []
     closing = asyncio.Event()
-    checking = asyncio.create_task(_abort_unanswered(runners), name="vanished clients")
+    watching = [asyncio.create_task(_abort_unanswered(runners), name="vanished clients")]
     try:
         for site in sites:
             site.app[CLOSING] = closing
@@ -241,11 +243,15 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
             )
             runners.append(runner)
             await runner.setup()
-            await web.SockSite(runner, site.sock, backlog=BACKLOG).start()
+            context = None if site.tls is None else site.tls.current
+            if site.tls is not None and context is not None:
+                context.sni_callback = site.tls.switch
+                watching.append(asyncio.create_task(keep_running("TLS files", site.tls.watch_loop), name="TLS files"))
+            await web.SockSite(runner, site.sock, backlog=BACKLOG, ssl_context=context).start()
         yield closing
     finally:
         closing.set()
-        await cancel_all([checking])
+        await cancel_all(watching)
         results = await asyncio.gather(*(runner.cleanup() for runner in runners), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

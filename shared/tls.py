@@ -118,8 +118,8 @@ class RenewedContext:
                 await asyncio.to_thread(self._renew)
             last = stamps
 
-    def switch(self, connection: ssl.SSLSocket | ssl.SSLObject) -> None:
-        """Makes a handshake that has just begun use the current context."""
+    def switch(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        """For servers that are given a context once, as its `sni_callback`: each handshake uses the current one."""
         connection.context = self.current
 
     def _look(self) -> list[Stamp]:

@@ -18,7 +18,7 @@ from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings
 from shared.system.files import Stamp, stamp_of
-from shared.tls import TlsError, certificate_warning, server_context
+from shared.tls import TlsError, certificate_warning, client_context, server_context
 
 ENV_PREFIX = "CORTEX_"
 
@@ -166,15 +166,23 @@ def tls_warnings(config: CortexConfig, path: Path) -> list[str]:
     Raises:
         SettingsError: TLS files that cannot be used.
     """
-    files = config.gateway.tls_files
-    if files is None:
-        return []
-    try:
-        server_context(files)
-        warning = certificate_warning(files)
-    except TlsError as error:
-        raise SettingsError([f"{path}: gateway: {error}"]) from error
-    return [] if warning is None else [f"{path}: gateway: {warning}"]
+    problems, warnings = [], []
+    for table, files, make in (
+        ("gateway", config.gateway.tls_files, server_context),
+        ("neuron_tls", config.neuron_tls.files, client_context),
+    ):
+        if files is None or not files.paths:
+            continue
+        try:
+            make(files)
+            warning = certificate_warning(files)
+        except TlsError as error:
+            problems.append(f"{path}: {table}: {error}")
+        else:
+            warnings += [] if warning is None else [f"{path}: {table}: {warning}"]
+    if problems:
+        raise SettingsError(problems)
+    return warnings
 
 
 def with_workers(config: CortexConfig, workers: int) -> CortexConfig:

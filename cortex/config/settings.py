@@ -244,6 +244,24 @@ class NeuronEntry(SettingsModel):
         return self.endpoint, self.bearer_token
 
 
+class NeuronTlsSettings(SettingsModel):
+    """`[neuron_tls]`: TLS to neurons with an https endpoint. Paths are relative to cortex.toml."""
+
+    ca: Path | None = None  # PEM with the authorities that sign neurons' certificates; None: the system's
+    cert: Path | None = None  # PEM with the certificate, and its chain, that neurons see of cortex
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> NeuronTlsSettings:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key: set both, or neither")
+        return self
+
+    @property
+    def files(self) -> TlsFiles:
+        return TlsFiles(self.cert, self.key, self.ca)
+
+
 class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
@@ -262,6 +280,7 @@ class CortexConfig(SettingsModel):
     waiting: WaitingSettings = WaitingSettings()
     usage: UsageSettings = UsageSettings()
     energy: EnergySettings = EnergySettings()
+    neuron_tls: NeuronTlsSettings = NeuronTlsSettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("database")
@@ -287,9 +306,17 @@ class CortexConfig(SettingsModel):
 
     def beside(self, config_file: Path) -> CortexConfig:
         """With absolute paths for the TLS files, which are relative to the file that names them."""
-        paths = {name: getattr(self.gateway, name) for name in ("tls_cert", "tls_key")}
-        found = {name: (config_file.parent / path).absolute() for name, path in paths.items() if path is not None}
-        return self.model_copy(update={"gateway": self.gateway.model_copy(update=found)})
+
+        def found(table: SettingsModel, *keys: str) -> SettingsModel:
+            paths = {key: getattr(table, key) for key in keys}
+            directory = config_file.parent.absolute()
+            return table.model_copy(update={key: directory / path for key, path in paths.items() if path is not None})
+
+        tables = {
+            "gateway": found(self.gateway, "tls_cert", "tls_key"),
+            "neuron_tls": found(self.neuron_tls, "ca", "cert", "key"),
+        }
+        return self.model_copy(update=tables)
 
     def keys_path(self, config_file: Path) -> Path | None:
         """The file of keys, relative to the file that names it."""

@@ -47,6 +47,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
 from shared.tasks import running
+from shared.tls import RenewedContext, client_context
 
 if TYPE_CHECKING:  # imports SQLAlchemy, which the simulator does not need
     from cortex.accounts.database.database import Database
@@ -233,7 +234,9 @@ async def running_control(
         unhealthy_after=config.poll.unhealthy_after,
         drained=state.drained,
     )
-    with contextlib.closing(EnginePool(IDLE_SECS)) as pool:
+    pems = config.neuron_tls.files
+    tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
+    with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
         membership = Membership(pool, fleet)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
@@ -242,7 +245,14 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         keys = keys or KeyRing()
         _use_keys(keys, core)
-        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        loops = {
+            **core.loops,
+            **keys.loops,
+            "state file": state.write_loop,
+            "limits": limiter.run,
+        }
+        if tls is not None:
+            loops["TLS files"] = tls.watch_loop
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
             loops["energy"] = books.run

@@ -182,6 +182,10 @@ async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b
             return NeuronAnswer(exchange.status, exchange.content())
         except _Stale:
             kept = None
+        except ConnectionError as error:
+            if address.tls and not exchange.status:
+                raise ConnectionError(f"{error}: does the neuron ask for a certificate ([neuron_tls] cert)?") from error
+            raise
         finally:
             exchange.leave()
 

@@ -14,6 +14,7 @@ from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from shared.serve import detect_vanished_server
 from shared.tasks import timeout
+from shared.tls import RenewedContext
 
 IDLE_SECS: Final = 3.0
 """How long an idle connection to an engine is kept, unless its neuron says how long the engine keeps it. uvicorn closes
@@ -37,14 +38,16 @@ class NoConnection(Exception):
 class EnginePool:
     """Owns the connections to all engines; a second pool owns those to the neurons."""
 
-    def __init__(self, idle_secs: float = IDLE_SECS) -> None:
+    def __init__(self, idle_secs: float = IDLE_SECS, tls: RenewedContext | None = None) -> None:
+        """Without `tls`, https URLs need a certificate of one of the system's authorities."""
         self._loop = asyncio.get_running_loop()
         self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._open: set[EngineConnection] = set()
         self._retired: set[EngineConnection] = set()  # of `_open`: not kept after their request
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
+        self._system_tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
     def take(self, address: Address) -> EngineConnection | None:
@@ -164,9 +167,11 @@ class EnginePool:
         return found
 
     def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
+        if self._tls is not None:
+            return self._tls.current
+        if self._system_tls is None:
+            self._system_tls = ssl.create_default_context()
+        return self._system_tls
 
     def _sweep(self) -> None:
         """Closes what has been idle too long; runs again while anything is idle."""

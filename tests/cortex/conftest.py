@@ -79,7 +79,8 @@ async def start_cortex() -> AsyncIterator[StartCortex]:
         ) -> RunningCortex:
             entries = [_entry(neuron) for neuron in neurons]
             poll = {"interval_secs": 0.05, "timeout_secs": 0.5, **settings.pop("poll", {})}
-            gateway_settings = {"drain_timeout_secs": 0, **settings.pop("gateway", {})}
+            open_to = {"allow_anonymous": host != "127.0.0.1"}  # a peer on another host has no key
+            gateway_settings = {"drain_timeout_secs": 0, **open_to, **settings.pop("gateway", {})}
             config = CortexConfig.model_validate(
                 {"neurons": entries, "poll": poll, "gateway": gateway_settings, **settings}
             )

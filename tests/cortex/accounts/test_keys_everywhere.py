@@ -19,6 +19,7 @@ from tests.cortex.cortex_process import TOP, CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
 from tests.cortex.raw_http import connected, request
+from tests.postgresql import PostgresServer
 from tests.processes import eventually
 
 MODEL = "org/small"
@@ -119,18 +120,14 @@ async def test_refusals_of_the_commands(tmp_path: Path, benjy: V1Neuron) -> None
     file = written(tmp_path, state_dir="state")
     admin = (await made("create", "root", "--admin", "--config", str(file)))["key"]
     async with cortex_process(tmp_path, [benjy], [], state_dir="state") as cortex:
-        for how in ({"url": cortex.url, "key": admin}, {"config": str(file)}):
-            direct = [] if "url" in how else ["--config", how.pop("config")]
-            for arguments, reason in (
-                (["create", "root"], "there is a key named 'root'"),
-                (["create", "a b"], "name: must start with a letter or digit"),
-                (["create", "x", "--budget", "5"], "invalid budget '5'"),
-                (["create", "x", "--role", "boss"], "role: must be 'user', 'viewer'"),
-                (["create", "x", "--expires", "2020-01-01"], "2020-01-01 is in the past"),
-                (["revoke", "bob"], "there is no key named 'bob'"),
-                (["rotate", "bob"], "there is no key named 'bob'"),
-            ):
-                status, _, errors = await keys(*arguments, *direct, **how)
+        for arguments, reason in (
+            (["create", "root"], "there is a key named 'root'"),
+            (["create", "x", "--budget", "5"], "invalid budget '5'"),
+            (["create", "x", "--expires", "2020-01-01"], "2020-01-01 is in the past"),
+            (["rotate", "bob"], "there is no key named 'bob'"),
+        ):
+            asked = keys(*arguments, url=cortex.url, key=admin), keys(*arguments, "--config", str(file))
+            for status, _, errors in await asyncio.gather(*asked):
                 assert (status, reason in errors) == (1, True), (arguments, errors)
         status, _, errors = await keys("list", url=cortex.url)
         assert status == 1
@@ -191,3 +188,32 @@ async def test_keys_of_a_file_follow_it(tmp_path: Path, benjy: V1Neuron, engine:
         assert "keys[0] (carol): key: must be 1 to 256 visible ASCII characters" in cortex.log()
         assert "sk-carol" not in cortex.log()
         assert await status_of(cortex.url, "sk-bob") == 200
+
+
+async def test_keys_outlive_the_database(
+    tmp_path: Path,
+    benjy: V1Neuron,
+    engine: RawEngine,
+    postgresql_server: PostgresServer,
+    new_postgresql: Callable[[], str],
+) -> None:
+    """While it cannot be reached, known keys hold, changes are refused, and the log says so once."""
+    url = new_postgresql()
+    name = url.split("@/")[1].split("?")[0]
+    admin = (await made("create", "root", "--admin", "--config", str(written(tmp_path, database=url))))["key"]
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state", database=url) as cortex:
+        postgresql_server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        postgresql_server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        await asyncio.to_thread(
+            eventually, lambda: "keys cannot be read" in cortex.log(), "the failure is in the log", within_secs=20
+        )
+        assert await status_of(cortex.url, admin) == 200
+        status, _, errors = await keys("create", "alice", url=cortex.url, key=admin)
+        assert (status, f"{name}: " in errors) == (1, True), errors
+        postgresql_server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await asyncio.to_thread(
+            eventually, lambda: "keys can be read again" in cortex.log(), "the end is in the log", within_secs=20
+        )
+        assert cortex.log().count("keys cannot be read") == 1
+        alice = (await made("create", "alice", url=cortex.url, key=admin))["key"]
+        assert await status_of(cortex.url, alice) == 200
