@@ -61,7 +61,7 @@ class Client:
                 return usage
 
 
-async def test_usage_is_reported_to_those_who_may_see_it(cortex: CortexProcess) -> None:
+async def test_usage_is_reported_to_keys_that_may_see_it(cortex: CortexProcess) -> None:
     """A user sees itself, a viewer all; a wrong query names the parameter."""
     begun = int(time.time())
     async with aiohttp.ClientSession() as http:
