@@ -18,7 +18,8 @@ from shared.errors import Unauthorized
 async def show_usage(request: web.Request) -> web.Response:
     """The sums of each group, and of all."""
     query = _visible(request, parse_query(list(request.query.items()), time.time()))
-    ledger, currency = request.app[USAGE_LEDGER], request.app[LIVE].config.usage.currency
+    ledger, config = request.app[USAGE_LEDGER], request.app[LIVE].config
+    currency, price = config.usage.currency, config.energy.price_per_kwh
     rows, totals = await ledger.reports([query, replace(query, group_by=())], currency)
     return web.json_response(
         {
@@ -27,10 +28,15 @@ async def show_usage(request: web.Request) -> web.Response:
             "to": query.until,
             "group_by": query.group_by,
             "currency": currency,
-            "rows": rows,
-            "totals": totals[0],
+            "rows": [with_energy_cost(row, price) for row in rows],
+            "totals": with_energy_cost(totals[0], price),
         }
     )
+
+
+def with_energy_cost(row: dict[str, Any], price_per_kwh: float) -> dict[str, Any]:
+    """A row with what its energy costs at this price."""
+    return {**row, "energy_cost": row["energy_wh"] / 1000 * price_per_kwh}
 
 
 async def organization_completions(request: web.Request) -> web.Response:

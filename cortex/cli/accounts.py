@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from cortex.accounts.database.source import DatabaseSource, database_source
+from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.keys.key_ring import KeyRing
-from cortex.accounts.keys.key_terms import KeyTerms, key_object
+from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
 from cortex.config.files import read_configuration, state_directory
 from cortex.config.settings import CortexConfig
@@ -72,13 +73,15 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
 def key_problems(config: CortexConfig, config_file: Path) -> list[str]:
     """What is wrong with the keys in the file and the environment. Blocks."""
     file, problems = config.keys_path(config_file), []
-    reads: list[Callable[[], object]] = [partial(keys_in_environment, os.environ)]
+    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ)]
     reads += [] if file is None else [partial(keys_in_file, file)]
     for read in reads:
         try:
-            read()
+            found = [(key, foreign_budget(key.limits, config.usage.currency)) for key in read()]
         except SettingsError as error:
             problems += error.problems
+        else:
+            problems += [f"{key.source}: key {key.name!r}: {foreign}" for key, foreign in found if foreign is not None]
     return problems
 
 
@@ -103,12 +106,18 @@ async def _act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) 
         if action == "revoke":
             await keys.revoke(body["name"])
             return {"name": body["name"], "revoked": True, **shown}
-        key, secret = await (keys.create(_terms(body)) if action == "create" else keys.rotate(body["name"]))
+        key, secret = await (
+            keys.create(_terms(body, config.usage.currency)) if action == "create" else keys.rotate(body["name"])
+        )
         return {**key_object(key), "key": secret, **shown}
 
 
-def _terms(body: Mapping[str, Any]) -> KeyTerms:
+def _terms(body: Mapping[str, Any], currency: str) -> KeyTerms:
     try:
-        return KeyTerms.model_validate(body)
+        terms = KeyTerms.model_validate(body)
     except ValidationError as error:
         raise ValueError(": ".join(first_problem(error))) from error
+    foreign = foreign_budget(terms.key_limits, currency)
+    if foreign is not None:
+        raise ValueError(foreign)
+    return terms

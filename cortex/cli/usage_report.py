@@ -17,6 +17,7 @@ _COLUMNS = (
     ("reasoning_tokens", "REASONING"),
     ("cost", "COST"),
     ("energy_wh", "WH"),
+    ("energy_cost", "WH COST"),
     ("cold_starts", "COLD"),
     ("first_byte_secs_mean", "FIRST BYTE"),
     ("first_byte_secs_p95", "P95"),
@@ -40,7 +41,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if name == "cost":
+    if name in ("cost", "energy_cost"):
         return f"{value:.4f}"
     if name == "energy_wh":
         return f"{value:.2f}"

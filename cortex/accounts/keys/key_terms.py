@@ -177,6 +177,15 @@ class KeyTerms(LimitTerms):
         return KeyLimits(self.as_limits, {glob: terms.as_limits for glob, terms in self.limits.items()})
 
 
+def foreign_budget(limits: KeyLimits, currency: str) -> str | None:
+    """What is wrong with a budget in another currency than the prices: it would be counted wrong. None if none is."""
+    every = [limits.total, *limits.by_models.values()]
+    for budget in (budget for each in every for budget in each.budgets):
+        if budget.unit not in ("tokens", currency):
+            return f"the budget {budget_text(budget)} must be in {currency}, as the prices ([usage] currency)"
+    return None
+
+
 def key_object(key: ApiKey) -> dict[str, Any]:
     """A key as `/keys` shows it; the limits as `POST /keys` takes them."""
     return {

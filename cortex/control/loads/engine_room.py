@@ -22,7 +22,7 @@ from shared.subscribers import Subscribers
 FIRST_REQUESTS = 16
 """How many of the requests that waited for its load an engine gets at first."""
 GROWTH = 4
-"""By how much that grows with each report without a queue, until the first report with one."""
+"""By how much that grows with each report without a queue, until the first report with one; then by half."""
 QUEUED_SHARE = 8
 """Of a batch, one in so many waits in the engine."""
 LOOK_SECS = 1.0
@@ -102,14 +102,13 @@ class EngineRoom:
         self._reports[key] = node.health
         limit = self._learned.get(key, FIRST_REQUESTS)
         if activity is not None and activity.queue_depth:
-            running = activity.in_flight
-            others = max(0, running + activity.queue_depth - self._counts.in_flight(key))
-            self._learned[key] = max(1, running + _queued(running) - others)
+            # Not less the requests of others: the report is older than our counts, so that they cannot be told apart.
+            self._learned[key] = activity.in_flight + _queued(activity.in_flight)
             self._had_queue.add(key)
         elif self._queue.count(*self._names(key)) and (
             activity is None or activity.in_flight >= limit - _queued(limit)
         ):
-            self._learned[key] = limit + _queued(limit) if key in self._had_queue else limit * GROWTH
+            self._learned[key] = limit + max(1, limit // 2) if key in self._had_queue else limit * GROWTH
 
     def _let_go(self, key: ReplicaKey, limit: int | None) -> None:
         """Wakes as many waiting requests as the engine has room for."""

@@ -189,9 +189,6 @@ class RequestAccount:
         self, status: int, usage: Usage | None, first_byte_secs: float | None, took: float, *, complete: bool
     ) -> UsageRecord:
         replica, caller = self.replica, self.caller
-        counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
-        if usage is not None:
-            counts = usage.prompt, usage.cached, usage.completion, usage.reasoning
         return UsageRecord(
             time.time(),
             self.request_id,
@@ -203,7 +200,10 @@ class RequestAccount:
             "" if replica is None else replica.key.instance,
             self._request.path.decode("latin-1"),
             status,
-            *counts,
+            None if usage is None else usage.prompt,
+            None if usage is None else usage.cached,
+            None if usage is None else usage.completion,
+            None if usage is None else usage.reasoning,
             first_byte_secs,
             took,
             self.waited,

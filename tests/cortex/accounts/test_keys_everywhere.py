@@ -123,6 +123,7 @@ async def test_refusals_of_the_commands(tmp_path: Path, benjy: V1Neuron) -> None
         for arguments, reason in (
             (["create", "root"], "there is a key named 'root'"),
             (["create", "x", "--budget", "5"], "invalid budget '5'"),
+            (["create", "x", "--budget", "5USD/day"], "the budget 5USD/day must be in EUR"),
             (["create", "x", "--expires", "2020-01-01"], "2020-01-01 is in the past"),
             (["rotate", "bob"], "there is no key named 'bob'"),
         ):

@@ -17,6 +17,7 @@ SUMS: dict[str, Any] = {
     "reasoning_tokens": 0,
     "cost": 1.23456,
     "energy_wh": 0.5,
+    "energy_cost": 0.00015,
     "cold_starts": 1,
     "first_byte_secs_mean": 0.12345,
     "first_byte_secs_p95": None,
@@ -34,7 +35,7 @@ def test_table() -> None:
     head, alice, bob, total = usage_table(USAGE).splitlines()
     assert head.split()[:4] == ["KEY", "MODEL", "REQUESTS", "ERRORS"]
     assert "COST EUR" in head
-    assert alice.split()[-5:] == ["1.2346", "0.50", "1", "0.123", "-"]
+    assert alice.split()[-6:] == ["1.2346", "0.50", "0.0001", "1", "0.123", "-"]
     assert bob.split()[:3] == ["bob", "-", "3"]
     assert total.split()[:2] == ["total", "3"]
 

@@ -62,14 +62,16 @@ class Engine:
         self.worker.in_flight.add(KEY)
         return True
 
-    def report(self) -> None:
-        """A new report of the neuron, and a look at it."""
+    def report(self, *, ended: int = 0) -> None:
+        """A new report of the neuron, and a look at it when so many more requests have ended."""
         running = min(self.batch, self.at_work)
         (node,) = self.snapshot_now.nodes.values()
         assert node.health is not None
         activity = ModelActivity(id="m", in_flight=running, queue_depth=self.at_work - running)
         health = node.health.model_copy(update={"models": [activity]})
         self.snapshot_now = replace(FLEET, nodes={"a": replace(node, health=health)})
+        for _ in range(ended):
+            self.worker.in_flight.remove(KEY)
         self.room.look()
 
     def fill(self) -> None:
@@ -117,6 +119,16 @@ def test_what_an_engine_works_on_is_learned_from_its_reports() -> None:
     assert seen[1] == 4 * FIRST_REQUESTS
     assert engine.limit == 112
     assert engine.at_work >= engine.batch
+
+
+def test_a_report_that_is_older_than_our_counts_keeps_the_batch_full() -> None:
+    """Requests that ended since then are not those of another cortex."""
+    engine = Engine(16, A, B)
+    for _ in range(100):
+        assert engine.send()
+    _ = engine.wait(A, 20)
+    engine.report(ended=40)
+    assert engine.limit == 18
 
 
 def test_an_old_report_teaches_nothing_twice() -> None:

@@ -17,6 +17,10 @@ BOOKED = "SELECT coalesce(sum(wh), 0) FROM energy"
 WAITING = "SELECT coalesce(sum(active_wh + resident_wh), 0) FROM energy_slices"
 OF_REQUESTS = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'request' AND model = 'm' AND key_id = ''"
 OF_RECORDS = "SELECT coalesce(sum(energy_wh), 0) FROM usage"
+SETTLED = """
+SELECT (SELECT min(read_at) FROM energy_meters) > ended_at
+    AND NOT EXISTS (SELECT 1 FROM energy_slices WHERE energy_slices.started_at < usage.ended_at) FROM usage
+"""
 RESIDENT = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'resident' AND model = 'm'"
 IDLE = "SELECT coalesce(sum(wh), 0) FROM energy WHERE kind = 'idle' AND model = ''"
 
@@ -36,17 +40,21 @@ def test_energy_of_a_request(tmp_path: Path) -> None:
         "harness": {"sim": {"extra_args": ["--load-secs", "0.2", "--tokens-per-sec", "20"]}},
         "simulate": {"devices": ["RTX 4090"]},
     }
-    cortex = {"state_dir": str(tmp_path / "cortex"), "poll": {"interval_secs": 0.5}}
+    cortex = {"state_dir": str(tmp_path / "cortex"), "poll": {"interval_secs": 0.5}, "energy": {"price_per_kwh": 500.0}}
     database = tmp_path / "cortex" / "cortex.db"
     with running_fleet(tmp_path, neuron, cortex, {"models": [{"id": "m", "harness": "sim"}]}) as fleet:
         eventually(lambda: values(database, IDLE)[0] > 0, "the meter is read twice", within_secs=60)
         before, booked, waiting = values(database, METER, BOOKED, WAITING)
         body = {"model": "m", "max_tokens": 60, "messages": [{"role": "user", "content": "hello"}]}
         assert fleet.cortex.request("/v1/chat/completions", body).status == 200
-        eventually(lambda: values(database, OF_RECORDS)[0] > 0, "the record has energy", within_secs=60)
+        eventually(lambda: values(database, SETTLED)[0] > 0, "all energy of its time is booked", within_secs=60)
         eventually(lambda: values(database, RESIDENT)[0] > 0, "the loaded engine has energy", within_secs=60)
         of_requests, of_records = values(database, OF_REQUESTS, OF_RECORDS)
         assert of_records == pytest.approx(of_requests)
+        assert of_records > 0
+        (row,) = fleet.cortex.request("/usage?group_by=model").body["rows"]
+        assert row["energy_wh"] == pytest.approx(of_records)
+        assert row["energy_cost"] == pytest.approx(of_records / 2)
         after, now_booked, now_waiting = values(database, METER, BOOKED, WAITING)
         assert now_booked - booked + now_waiting - waiting == pytest.approx(after - before, abs=1e-6)
         assert after > before
