@@ -7,6 +7,7 @@
 #   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--protocol-v1": protocol v1 neurons)
 #   make bench-instructions  instructions per request and per chunk, compared with the record (ARGS="--record")
 #   make test-compiled       the tests of the request path, compiled
+#   make audit               known vulnerabilities of what is installed (pip-audit)
 #   make wheel               a compiled wheel in dist/
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test test-compiled test-gpu wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev test test-compiled test-gpu audit wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -60,6 +61,9 @@ test-compiled: $(DEV_STAMP)
 
 test-gpu: $(DEV_STAMP)
 	$(BIN)/python -m tests.gpu $(ARGS)
+
+audit: $(DEV_STAMP)
+	$(BIN)/python -m tests.audit
 
 wheel: $(RUN_STAMP)
 	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -77,17 +77,17 @@ class Clients:
         self.lost = 0  # whose cortex was killed
         self._left = REQUESTS
 
-    async def run(self, http: aiohttp.ClientSession, key: int) -> None:
+    async def run(self, http: aiohttp.ClientSession) -> None:
         while self._left > 0:
             self._left -= 1
-            entry = KEYS[(key + self._left) % len(KEYS)]
+            entry = KEYS[self._left % len(KEYS)]
             body = {
                 "model": LIMITED if self._left % 3 == 0 else MODEL,
                 "user": entry["name"],
                 "max_tokens": random.randint(1, 200),
                 "messages": [{"role": "user", "content": "x" * random.randint(1, 200)}],
             }
-            url = self.urls[self._left % len(self.urls)]
+            url = self.urls[self._left // len(KEYS) % len(self.urls)]
             headers = {"Authorization": f"Bearer {entry['key']}"}
             try:
                 async with http.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
@@ -133,7 +133,7 @@ def written_keys(directory: Path) -> dict[str, Any]:
 async def running(clients: Clients) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as http:
-        await asyncio.gather(*(clients.run(http, number) for number in range(CLIENTS)))
+        await asyncio.gather(*(clients.run(http) for _ in range(CLIENTS)))
 
 
 @pytest.fixture
