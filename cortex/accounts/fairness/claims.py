@@ -8,6 +8,10 @@ from typing import NamedTuple
 from cortex.accounts.caller import Caller
 from cortex.accounts.fairness.turns import level_of
 
+CLEARLY = 1.5
+"""Callers whose device time differs by less than this factor have used about the same: swaps for the sake of small
+differences would cost all of them more than they gain."""
+
 
 class Claim(NamedTuple):
     """Sorts models by what the most deserving of their callers deserves, the best first. `used` are device-seconds
@@ -54,9 +58,8 @@ def advantage(
     ours, theirs = claim_of(here, accounts), claim_of(there, accounts)
     if ours.level != theirs.level:
         return 1 if ours.level < theirs.level else -1
-    ahead = theirs.used - ours.used
-    if ahead > swap_secs * len(there) / len(here):
+    if theirs.used > max(CLEARLY * ours.used, ours.used + swap_secs * len(there) / len(here)):
         return 1
-    if -ahead > swap_secs * len(here) / len(there):
+    if ours.used > max(CLEARLY * theirs.used, theirs.used + swap_secs * len(here) / len(there)):
         return -1
     return 0

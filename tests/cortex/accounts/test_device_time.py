@@ -133,6 +133,9 @@ def test_the_claim_of_a_model_is_that_of_its_most_deserving_caller() -> None:
         ([A], [B, C], {"b": 19.0, "c": 19.0}, 0),  # twice as many would wait for the swap
         ([A], [B, C], {"b": 21.0, "c": 21.0}, 1),
         ([A], [B, C], {"a": 6.0}, -1),
+        ([A], [B], {"a": 1000.0, "b": 1400.0}, 0),  # about the same
+        ([A], [B], {"a": 1400.0, "b": 1000.0}, 0),
+        ([A], [B], {"a": 1000.0, "b": 1600.0}, 1),
         ([ANONYMOUS], [A], {"a": 1000.0}, -1),
         ([A], [ANONYMOUS], {"a": 1000.0}, 1),
         ([Caller("p", "p", priority=1)], [A], {"p": 1000.0}, 1),
