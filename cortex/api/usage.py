@@ -20,8 +20,7 @@ async def show_usage(request: web.Request) -> web.Response:
     query = _visible(request, parse_query(list(request.query.items()), time.time()))
     ledger, config = request.app[USAGE_LEDGER], request.app[LIVE].config
     currency, price = config.usage.currency, config.energy.price_per_kwh
-    rows = await ledger.sums(query, currency)
-    totals = await ledger.sums(replace(query, group_by=()), currency)
+    rows, totals = await ledger.reports([query, replace(query, group_by=())], currency)
     return web.json_response(
         {
             "object": "usage",
@@ -55,8 +54,8 @@ async def organization_costs(request: web.Request) -> web.Response:
 async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
     asked = parse_bucket_query(kind, request.query.items(), time.time())
     currency = request.app[LIVE].config.usage.currency
-    rows = await request.app[USAGE_LEDGER].sums(_visible(request, asked.query), currency) if asked.starts else []
-    return bucket_page(asked, rows, currency)
+    rows = await request.app[USAGE_LEDGER].reports([_visible(request, asked.query)], currency)
+    return bucket_page(asked, rows[0], currency)
 
 
 def _visible(request: web.Request, query: UsageQuery) -> UsageQuery:

@@ -35,10 +35,10 @@ def migrate(connection: Connection) -> None:
         return
     if version is not None and version > HEAD:
         raise NewerDatabase(version)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # importing it logs each of its plugins
     from alembic import command
     from alembic.config import Config
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     command.upgrade(config, "head")

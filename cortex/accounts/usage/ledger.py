@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select
+from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import FAILURES, Database, reason
@@ -26,24 +27,29 @@ class UsageLedger:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def sums(self, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
-        """The usage of each group, ordered by the groups: their values, and `requests`, `errors` (a status of 400 or
-        more), tokens, `cost` in this currency (requests that were charged in another have none), `energy_wh`,
-        `cold_starts`, `first_byte_secs_mean` and `first_byte_secs_p95` (None without an answer). With `bucket_secs`,
-        `bucket` is the start of each.
+    async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
+        """For each query, all at one moment, the usage of each group, ordered by the groups: their values, and
+        `requests`, `errors` (a status of 400 or more), tokens, `cost` in this currency (requests that were charged in
+        another have none), `energy_wh`, `cold_starts`, `first_byte_secs_mean` and `first_byte_secs_p95` (None without
+        an answer). With `bucket_secs`, `bucket` is the start of each.
 
         Raises:
             InvalidRequest: there are more than MAX_ROWS groups.
             Unavailable: the database cannot be read now.
         """
-        groups, chosen = _groups(self._database, query), _chosen(query)
         try:
             async with self._database.reading() as connection:
-                rows = await _rows(connection, _totals(groups, chosen, currency))
-                slow = await _rows(connection, _slowest(groups, chosen))
+                if self._database.is_postgresql:
+                    await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+                return [await self._report(connection, query, currency) for query in queries]
         except FAILURES as error:
             message = f"the usage cannot be read from {self._database}: {reason(error)}"
             raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
+
+    async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+        groups, chosen = _groups(self._database, query), _chosen(query)
+        rows = await _rows(connection, _totals(groups, chosen, currency))
+        slow = await _rows(connection, _slowest(groups, chosen))
         by_group = {tuple(row[name] for name in groups): row["first_byte_secs_p95"] for row in slow}
         return [{**row, "first_byte_secs_p95": by_group.get(tuple(row[name] for name in groups))} for row in rows]
 

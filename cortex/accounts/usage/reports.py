@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cortex.accounts.usage.query import UsageQuery
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 class UsageReports(Protocol):
     """Sums over the records of usage; `cortex.accounts.usage.ledger` has those of a database."""
 
-    async def sums(self, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
-        """As `UsageLedger.sums`."""
+    async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
+        """As `UsageLedger.reports`."""
 
 
 class NoUsageReports:
     """Implements UsageReports for a cortex that keeps no usage."""
 
-    async def sums(self, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+    async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """Raises Unavailable."""
         message = "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write"
         raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS, permanent=True)

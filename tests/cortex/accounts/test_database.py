@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -59,6 +61,20 @@ def test_head_is_the_last_migration() -> None:
     """A forgotten HEAD would leave a migration out."""
     directory = Path(migrate.__file__).parent / "migrations"
     assert ScriptDirectory(str(directory)).get_heads() == [migrate.HEAD]
+
+
+def test_the_log_is_about_cortex(tmp_path: Path) -> None:
+    """Alembic logs each of its plugins when it is imported, and each migration."""
+    code = (
+        "import asyncio, logging, sys; from pathlib import Path\n"
+        "from cortex.accounts.database.database import open_database\n"
+        "from cortex.accounts.database.source import database_source\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "async def main(): await (await open_database(database_source(None, Path(sys.argv[1])))).close()\n"
+        "asyncio.run(main())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "alembic" not in ran.stderr
 
 
 async def test_writers_take_turns(source: DatabaseSource) -> None:

@@ -60,9 +60,10 @@ def test_the_sum_of_several_workers_has_every_field(field: str) -> None:
     assert getattr(total, field) == getattr(series, field)
 
 
-def test_the_sum_of_several_workers_has_only_series() -> None:
+def test_the_sum_of_several_workers_has_all_fields() -> None:
     """A new field of Counters needs a line in `Counters.add`."""
-    assert Counters.__struct_fields__ == ("series",)
+    assert Counters.__struct_fields__ == ("series", "dropped_usage_records")
+    assert merged([Counters(dropped_usage_records=1), Counters(dropped_usage_records=2)]).dropped_usage_records == 3
 
 
 def test_counters_add_up_and_stay_unchanged() -> None:

@@ -1,0 +1,116 @@
+"""`/usage` of a real cortex: records arrive while it serves, also after its recorder was killed; who sees what."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import tomli_w
+
+from tests.cortex.cortex_process import TOP, CortexProcess, cortex_process
+from tests.cortex.protocol_v1_neuron import V1Neuron
+
+MODEL = "org/small"
+KEYS = [{"name": "alice", "key": "secret-a"}, {"name": "bob", "key": "secret-b", "role": "viewer"}]
+
+
+@pytest.fixture
+async def cortex(tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[CortexProcess]:
+    """Serves a model for alice, a user, and bob, who may see all."""
+    benjy.models = {MODEL: "loaded"}
+    (tmp_path / "keys.toml").write_text(tomli_w.dumps({"keys": KEYS}), encoding="utf-8")
+    models = [{"id": MODEL, "prices": {"input": 1.0, "output": 1.0}}]
+    keys = {"file": str(tmp_path / "keys.toml")}
+    async with cortex_process(tmp_path, [benjy], models, state_dir="state", keys=keys) as running:
+        yield running
+
+
+class Client:
+    """A client with a key."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, key: str) -> None:
+        self._http = http
+        self._url = url
+        self._headers = {"Authorization": f"Bearer {key}"}
+
+    async def chat(self) -> None:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+        async with self._http.post(f"{self._url}/v1/chat/completions", json=body, headers=self._headers) as response:
+            assert response.status == 200
+
+    async def get(self, path: str, *, status: int = 200) -> Any:
+        async with self._http.get(f"{self._url}{path}", headers=self._headers) as response:
+            assert response.status == status, await response.text()
+            return await response.json()
+
+    async def until(self, requests: int) -> Any:
+        """The report by key, once it has so many requests; the test's time-out is the deadline."""
+        while True:
+            usage = await self.get("/usage?group_by=key,model,day")
+            if usage["totals"]["requests"] == requests:
+                return usage
+
+
+async def test_usage_is_reported_to_keys_that_may_see_it(cortex: CortexProcess) -> None:
+    """A user sees itself, a viewer all; a wrong query names the parameter."""
+    begun = int(time.time())
+    async with aiohttp.ClientSession() as http:
+        alice, bob = Client(http, cortex.url, "secret-a"), Client(http, cortex.url, "secret-b")
+        await alice.chat()
+        await alice.chat()
+        await bob.chat()
+        usage = await bob.until(3)
+        assert [(row["key"], row["model"], row["requests"]) for row in usage["rows"]] == [
+            ("alice", MODEL, 2),
+            ("bob", MODEL, 1),
+        ]
+        assert usage["totals"]["cost"] == pytest.approx(3 * 8e-6)
+        own = await alice.get("/usage?group_by=key")
+        assert [row["key"] for row in own["rows"]] == ["alice"]
+        assert (await alice.get("/usage?key=bob", status=403))["error"]["code"] == "forbidden"
+        wrong = await bob.get("/usage?group_by=colour", status=400)
+        assert wrong["error"]["param"] == "group_by"
+        page = await alice.get(f"/v1/organization/usage/completions?start_time={begun}&bucket_width=1d")
+        assert sum(result["num_model_requests"] for bucket in page["data"] for result in bucket["results"]) == 2
+        costs = await bob.get(f"/v1/organization/costs?start_time={begun}")
+        amounts = [result["amount"]["value"] for bucket in costs["data"] for result in bucket["results"]]
+        assert sum(amounts) == pytest.approx(3 * 8e-6)
+
+
+async def test_the_command_prints_it(cortex: CortexProcess) -> None:
+    """`cortex usage` asks the running cortex."""
+    async with aiohttp.ClientSession() as http:
+        await Client(http, cortex.url, "secret-a").chat()
+        await Client(http, cortex.url, "secret-b").until(1)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cortex", "usage", "--group-by", "key", "--from", "1h", "--csv", "--url", cortex.url),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=TOP,
+        env={**os.environ, "CORTEX_API_KEY": "secret-b"},
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    (row,) = csv.DictReader(io.StringIO(output.decode()))
+    assert (row["key"], row["requests"], row["currency"]) == ("alice", "1", "EUR")
+
+
+async def test_a_killed_recorder_is_replaced(cortex: CortexProcess) -> None:
+    """What has been written to the journals meanwhile follows."""
+    async with aiohttp.ClientSession() as http:
+        alice, bob = Client(http, cortex.url, "secret-a"), Client(http, cortex.url, "secret-b")
+        await alice.chat()
+        await bob.until(1)
+        children = psutil.Process(cortex.process.pid).children()
+        next(child for child in children if "cortex.accounts.usage" in child.cmdline()).kill()
+        await alice.chat()
+        await bob.until(2)
