@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import tomli_w
 
 from shared.serve import bind
@@ -128,8 +129,12 @@ async def cortex_process(
         yield CortexProcess(process, url, directory / "cortex.log")
     finally:
         if process.returncode is None:
+            children: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children()
             process.kill()
             await process.wait()
+            await asyncio.to_thread(psutil.wait_procs, children, DEADLINE_SECS)  # the recorder has a last look
         print((directory / "cortex.log").read_text(encoding="utf-8", errors="replace"))  # pytest shows it on failure
 
 

@@ -58,7 +58,9 @@ async def test_one_fleet_mixes_engines(mark: str, tmp_path: Path) -> None:
         for model in (FAKE, SIM, FAKE):
             answer = await client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hi"}])
             assert answer.choices[0].message.content
-        stream = await client.chat.completions.create(model=FAKE, messages=[], stream=True)
+        stream = await client.chat.completions.create(
+            model=FAKE, messages=[], stream=True, stream_options={"include_usage": True}
+        )
         chunks = [chunk async for chunk in stream]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "one two"
         assert chunks[-1].usage is not None

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cortex.accounts.usage.query import UsageQuery
-from shared.errors import Unavailable
-from shared.retry_after import CONTROL_PROCESS_SECS
+from shared.errors import NotFound
 
 if TYPE_CHECKING:
     from cortex.accounts.database.database import Database
@@ -24,9 +23,8 @@ class NoUsageReports:
     """Implements UsageReports for a cortex that keeps no usage."""
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
-        """Raises Unavailable."""
-        message = "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write"
-        raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS, permanent=True)
+        """Raises NotFound."""
+        raise NotFound("this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write")
 
 
 def usage_reports(database: Database | None) -> UsageReports:
