@@ -53,8 +53,10 @@ class KeyRing:
         self._version = -1
         self._failing = False
         self.changes: Subscribers[[]] = Subscribers()
-        self.table: KeyTable = key_table(self.keys)
-        self._callers: dict[str, Caller] = {key.id: key.caller for key in self.keys}
+        self._refreshing = asyncio.Lock()
+        self._known = self.keys
+        self.table: KeyTable = key_table(self._known)
+        self._callers: dict[str, Caller] = {key.id: key.caller for key in self._known}
 
     @property
     def keys(self) -> list[ApiKey]:
@@ -82,7 +84,7 @@ class KeyRing:
     def use_file(self, file: Path | None) -> None:
         """The keys of the file are those of another one from now on. It is read by `file_loop`."""
         if file != self._file:
-            self._file, self._read = file, ()
+            self._file, self._read = file, (-1,)  # unlike any version, so that it is read, or is no longer in force
 
     @property
     def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -204,11 +206,12 @@ class KeyRing:
         """Reads the keys again if they have changed."""
         assert self._store is not None
         try:
-            version = await self._store.version()
-            if version != self._version:
-                self._stored = await self._store.keys()
-                self._version = version
-                self._renew()
+            async with self._refreshing:  # of two at a time, the older one could end last and bring back a revoked key
+                version = await self._store.version()
+                if version != self._version:
+                    self._stored = await self._store.keys()
+                    self._version = version
+                    self._renew()
         except DatabaseError as error:
             if not self._failing:
                 log.warning("keys cannot be read, the last ones stay in force: %s", error)
@@ -228,10 +231,11 @@ class KeyRing:
         self._in_file = [] if self._file is None else keys_in_file(self._file)
 
     def _renew(self) -> None:
-        table = key_table(self.keys)
-        if table != self.table:
-            self.table = table
-            self._callers = {key.id: key.caller for key in self.keys}
+        keys = self.keys
+        if keys != self._known:
+            self._known = keys
+            self.table = key_table(keys)
+            self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
 
 
