@@ -46,11 +46,11 @@ async def opened_accounts(
     """
     async with _opened_database(database_source(config.database, state_directory)) as database:
         if database is None:
-            keys = KeyRing()
+            keys = KeyRing(currency=config.usage.currency)
         else:
             from cortex.accounts.keys.key_store import KeyStore
 
-            keys = KeyRing(KeyStore(database))
+            keys = KeyRing(KeyStore(database), currency=config.usage.currency)
         await keys.load(config.keys_path(config_file))
         yield OpenAccounts(database, keys)
 
@@ -72,16 +72,14 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
 
 def key_problems(config: CortexConfig, config_file: Path) -> list[str]:
     """What is wrong with the keys in the file and the environment. Blocks."""
-    file, problems = config.keys_path(config_file), []
-    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ)]
-    reads += [] if file is None else [partial(keys_in_file, file)]
+    file, currency, problems = config.keys_path(config_file), config.usage.currency, []
+    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ, currency)]
+    reads += [] if file is None else [partial(keys_in_file, file, currency)]
     for read in reads:
         try:
-            found = [(key, foreign_budget(key.limits, config.usage.currency)) for key in read()]
+            read()
         except SettingsError as error:
             problems += error.problems
-        else:
-            problems += [f"{key.source}: key {key.name!r}: {foreign}" for key, foreign in found if foreign is not None]
     return problems
 
 

@@ -38,14 +38,17 @@ class KeyRing:
     """Collects the keys and announces changes. Of two keys with one secret, that of the environment counts before that
     of the file and that of the database."""
 
-    def __init__(self, store: KeyStore | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        """Without a store, only the file and the environment have keys.
+    def __init__(
+        self, store: KeyStore | None = None, environ: Mapping[str, str] = os.environ, *, currency: str = "EUR"
+    ) -> None:
+        """Without a store, only the file and the environment have keys. `currency`: of the prices, and so of budgets.
 
         Raises:
             SettingsError: the environment has a wrong key.
         """
         self._store = store
-        self._fixed = keys_in_environment(environ)
+        self._currency = currency
+        self._fixed = keys_in_environment(environ, currency)
         self._file: Path | None = None
         self._read: tuple[int, ...] = ()  # the version of the file that was read last
         self._in_file: Sequence[ApiKey] = ()
@@ -81,10 +84,12 @@ class KeyRing:
             self._version, self._stored = await self._store.version(), await self._store.keys()
         self._renew()
 
-    def use_file(self, file: Path | None) -> None:
-        """The keys of the file are those of another one from now on. It is read by `file_loop`."""
-        if file != self._file:
-            self._file, self._read = file, (-1,)  # unlike any version, so that it is read, or is no longer in force
+    def configure(self, file: Path | None, currency: str) -> None:
+        """The keys of the file are those of another one from now on, or have budgets in another currency. It is read by
+        `file_loop`."""
+        if (file, currency) != (self._file, self._currency):
+            self._file, self._currency = file, currency
+            self._read = (-1,)  # unlike any version, so that it is read, or is no longer in force
 
     @property
     def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -228,7 +233,7 @@ class KeyRing:
     def _read_file(self) -> None:
         """Blocks."""
         self._read = _stamp(self._file)  # before reading, so that a change during the read is noticed afterwards
-        self._in_file = [] if self._file is None else keys_in_file(self._file)
+        self._in_file = [] if self._file is None else keys_in_file(self._file, self._currency)
 
     def _renew(self) -> None:
         keys = self.keys

@@ -44,7 +44,7 @@ async def test_keys_of_a_file_end_when_the_configuration_names_it_no_more(file: 
     assert keys.table.find(b"sk-alice") is not None
     keys.changes.subscribe(changed.set)
     loop = asyncio.create_task(keys.file_loop())
-    keys.use_file(None)
+    keys.configure(None, "EUR")
     await changed.wait()
     assert keys.table.find(b"sk-alice") is None
     assert keys.caller("file:alice") is None

@@ -196,6 +196,18 @@ def test_wrong_entries(tmp_path: Path, text: str, problem: str) -> None:
         assert SECRET not in str(caught.value)
 
 
+def test_budgets_in_another_currency_than_the_prices(tmp_path: Path) -> None:
+    """They would be counted wrong. Neither cortex nor a key in use gets one."""
+    text = '[[keys]]\nname = "a"\nkey = "sk-a"\nbudget = "5USD/day"\n'
+    (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
+    assert keys_in_file(tmp_path / "keys.toml", "USD")[0].limits.total.budgets == (Budget(5, "USD", "day"),)
+    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, as the prices"
+    with pytest.raises(SettingsError, match=problem):
+        keys_in_file(tmp_path / "keys.toml", "EUR")
+    with pytest.raises(SettingsError, match=problem):
+        keys_in_environment({"CORTEX_KEYS": text}, "EUR")
+
+
 def test_wrong_lines_of_the_environment() -> None:
     """A line without a name may be the key alone: it is not shown."""
     with pytest.raises(SettingsError, match="environment CORTEX_KEYS: line 2 must be NAME:KEY") as caught:
