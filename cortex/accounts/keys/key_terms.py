@@ -16,6 +16,8 @@ from cortex.config.durations import parse_duration
 from shared.settings import SettingsModel
 
 MAX_PRIORITY = 1000
+MAX_COUNT = 10**15
+"""Of requests, tokens and money. Beyond it sums of floats are no longer exact, and messages cannot hold it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+) ?/ ?(\w[\w. ]*)")
 _CURRENCY = re.compile(r"[A-Z]{3}")
@@ -34,6 +36,8 @@ def parse_budget(text: str) -> Budget:
     if found is None:
         raise ValueError(f"invalid budget {text!r}: {_BUDGET_FORM}")
     amount, unit, window = float(found[1]), found[2], found[3].strip()
+    if amount > MAX_COUNT:
+        raise ValueError(f"invalid budget: at most {MAX_COUNT} is possible")
     if unit in ("token", "tokens"):
         unit = "tokens"
     elif not _CURRENCY.fullmatch(unit):
@@ -127,7 +131,8 @@ def _listed(value: Any) -> Any:
 
 
 Budgets = Annotated[list[str], BeforeValidator(_listed)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class LimitTerms(SettingsModel):
@@ -158,11 +163,11 @@ class KeyTerms(LimitTerms):
 
     name: str
     role: Role = "user"
-    models: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    models: list[Glob] = Field(default_factory=list)
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)] = 1.0
     expires: Moment | None = None
-    limits: dict[str, LimitTerms] = Field(default_factory=dict)
+    limits: dict[Glob, LimitTerms] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
