@@ -13,11 +13,10 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.budget_window import CALENDAR
 from cortex.accounts.limits.terms import Budget, KeyLimits, Limits
 from cortex.config.durations import parse_duration
+from cortex.config.profile import MAX_COUNT
 from shared.settings import SettingsModel
 
 MAX_PRIORITY = 1000
-MAX_COUNT = 10**15
-"""Of requests, tokens and money. Beyond it sums of floats are no longer exact, and messages cannot hold it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+) ?/ ?(\w[\w. ]*)")
 _CURRENCY = re.compile(r"[A-Z]{3}")
