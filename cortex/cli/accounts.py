@@ -17,7 +17,7 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
-from cortex.config.files import read_configuration, state_directory
+from cortex.config.files import KEYS_VARIABLE, read_configuration, state_directory
 from cortex.config.settings import CortexConfig
 from shared.protocol import first_problem
 from shared.settings import SettingsError
@@ -38,7 +38,7 @@ class OpenAccounts(NamedTuple):
 async def opened_accounts(
     config: CortexConfig, config_file: Path, state_directory: Path | None
 ) -> AsyncIterator[OpenAccounts]:
-    """Keys are loaded inside the body.
+    """Keys are loaded inside the body, and those in the environment are taken out of it.
 
     Raises:
         DatabaseError: the database cannot be used. It may have keys, so cortex must not serve without it.
@@ -51,6 +51,7 @@ async def opened_accounts(
             from cortex.accounts.keys.key_store import KeyStore
 
             keys = KeyRing(KeyStore(database), currency=config.usage.currency)
+        os.environ.pop(KEYS_VARIABLE, None)  # the processes that cortex starts get none of the keys
         await keys.load(config.keys_path(config_file))
         yield OpenAccounts(database, keys)
 

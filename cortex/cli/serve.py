@@ -24,7 +24,6 @@ from cortex.app import (
 from cortex.cli.accounts import key_problems, opened_accounts
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
-    KEYS_VARIABLE,
     ConfigurationFiles,
     catalogue_problems,
     configuration_warnings,
@@ -135,7 +134,6 @@ async def serve(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
-        os.environ.pop(KEYS_VARIABLE, None)  # the keys are read: the processes that cortex starts get none of them
         _refuse_open_network(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
