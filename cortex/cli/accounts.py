@@ -17,7 +17,7 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
-from cortex.config.files import read_configuration, state_directory
+from cortex.config.files import KEYS_VARIABLE, read_configuration, state_directory
 from cortex.config.settings import CortexConfig
 from shared.protocol import first_problem
 from shared.settings import SettingsError
@@ -38,7 +38,7 @@ class OpenAccounts(NamedTuple):
 async def opened_accounts(
     config: CortexConfig, config_file: Path, state_directory: Path | None
 ) -> AsyncIterator[OpenAccounts]:
-    """Keys are loaded inside the body.
+    """Keys are loaded inside the body, and those in the environment are taken out of it.
 
     Raises:
         DatabaseError: the database cannot be used. It may have keys, so cortex must not serve without it.
@@ -46,11 +46,12 @@ async def opened_accounts(
     """
     async with _opened_database(database_source(config.database, state_directory)) as database:
         if database is None:
-            keys = KeyRing()
+            keys = KeyRing(currency=config.usage.currency)
         else:
             from cortex.accounts.keys.key_store import KeyStore
 
-            keys = KeyRing(KeyStore(database))
+            keys = KeyRing(KeyStore(database), currency=config.usage.currency)
+        os.environ.pop(KEYS_VARIABLE, None)  # the processes that cortex starts get none of the keys
         await keys.load(config.keys_path(config_file))
         yield OpenAccounts(database, keys)
 
@@ -72,16 +73,14 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
 
 def key_problems(config: CortexConfig, config_file: Path) -> list[str]:
     """What is wrong with the keys in the file and the environment. Blocks."""
-    file, problems = config.keys_path(config_file), []
-    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ)]
-    reads += [] if file is None else [partial(keys_in_file, file)]
+    file, currency, problems = config.keys_path(config_file), config.usage.currency, []
+    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ, currency)]
+    reads += [] if file is None else [partial(keys_in_file, file, currency)]
     for read in reads:
         try:
-            found = [(key, foreign_budget(key.limits, config.usage.currency)) for key in read()]
+            read()
         except SettingsError as error:
             problems += error.problems
-        else:
-            problems += [f"{key.source}: key {key.name!r}: {foreign}" for key, foreign in found if foreign is not None]
     return problems
 
 

@@ -72,15 +72,19 @@ class RequestedModel(NamedTuple):
         return (self.model_id,) if self.variant is None else (self.model_id, self.name)
 
 
+MAX_COUNT = 10**15
+"""Of requests, tokens and money. Beyond it sums of floats are no longer exact, and messages cannot hold it."""
+
+
 class ModelLimit(SettingsModel):
     """`context`, `output`: reported to clients, in tokens. The others limit the requests of all callers together: per
     minute, tokens per minute, and at a time."""
 
     context: int | None = Field(default=None, gt=0)
     output: int | None = Field(default=None, gt=0)
-    rpm: int | None = Field(default=None, gt=0)
-    tpm: int | None = Field(default=None, gt=0)
-    parallel: int | None = Field(default=None, gt=0)
+    rpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    tpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    parallel: int | None = Field(default=None, gt=0, le=MAX_COUNT)
 
 
 class Replicas(SettingsModel):

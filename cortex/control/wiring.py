@@ -273,7 +273,8 @@ def _use_keys(keys: KeyRing, core: ControlCore) -> None:
     renew()
     keys.changes.subscribe(renew)
     if live.files:
-        live.changes.subscribe(lambda: keys.use_file(live.config.keys_path(Path(live.files[0]))))
+        file = Path(live.files[0])
+        live.changes.subscribe(lambda: keys.configure(live.config.keys_path(file), live.config.usage.currency))
 
 
 def _model_terms(live: LiveConfig, fleet: Fleet) -> ModelTermsTable:

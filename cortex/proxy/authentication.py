@@ -54,5 +54,6 @@ class Authentication:
 
 
 def is_loopback(peer: str) -> bool:
-    """True for an address of this host's loopback, also written as IPv6."""
-    return peer.startswith("127.") or peer in {"::1", ""} or peer.startswith("::ffff:127.")
+    """True for an address of this host's loopback, also written as IPv6. False for "", an unknown one: of a client that
+    has reset its connection the kernel no longer tells the address, but still delivers the request."""
+    return peer.startswith(("127.", "::ffff:127.")) or peer == "::1"

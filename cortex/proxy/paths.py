@@ -53,6 +53,7 @@ _MANAGES_ENGINE: Final = frozenset((_VLLM_MANAGEMENT + _SGLANG_AND_LLAMA_CPP_MAN
 """First segments, after a version, of routes that change an engine for all its users."""
 _VERSION: Final = re.compile(r"v\d+")
 
+_RESPONSES: Final = b"/v1/responses/"
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -96,6 +97,17 @@ def meant_path(path: bytes, *, reads: bool) -> bytes:
         if known in INFERENCE or known in (MODELS, REALTIME):
             return known
     return plain if is_own(plain) else path
+
+
+def recorded_path(path: bytes) -> str:
+    """The path as usage has it: without the id of a stored response, by which others could read that response, and
+    without the end of a long one, which only its client knows."""
+    if path in INFERENCE:
+        return path.decode("latin-1")
+    if path.startswith(_RESPONSES):
+        _, slash, action = path[len(_RESPONSES) :].partition(b"/")
+        path = _RESPONSES + b"{id}" + slash + action
+    return shortened(path.decode("latin-1"))
 
 
 def has_wrong_base(path: bytes) -> bool:

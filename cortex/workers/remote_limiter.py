@@ -33,8 +33,8 @@ class RemoteLimiter:
         number = next(self._numbers)
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._send(Admit(number, caller, model_id, bound))
         try:
+            self._send(Admit(number, caller, model_id, bound))
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:

@@ -38,14 +38,17 @@ class KeyRing:
     """Collects the keys and announces changes. Of two keys with one secret, that of the environment counts before that
     of the file and that of the database."""
 
-    def __init__(self, store: KeyStore | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        """Without a store, only the file and the environment have keys.
+    def __init__(
+        self, store: KeyStore | None = None, environ: Mapping[str, str] = os.environ, *, currency: str = "EUR"
+    ) -> None:
+        """Without a store, only the file and the environment have keys. `currency`: of the prices, and so of budgets.
 
         Raises:
             SettingsError: the environment has a wrong key.
         """
         self._store = store
-        self._fixed = keys_in_environment(environ)
+        self._currency = currency
+        self._fixed = keys_in_environment(environ, currency)
         self._file: Path | None = None
         self._read: tuple[int, ...] = ()  # the version of the file that was read last
         self._in_file: Sequence[ApiKey] = ()
@@ -53,8 +56,10 @@ class KeyRing:
         self._version = -1
         self._failing = False
         self.changes: Subscribers[[]] = Subscribers()
-        self.table: KeyTable = key_table(self.keys)
-        self._callers: dict[str, Caller] = {key.id: key.caller for key in self.keys}
+        self._refreshing = asyncio.Lock()
+        self._known = self.keys
+        self.table: KeyTable = key_table(self._known)
+        self._callers: dict[str, Caller] = {key.id: key.caller for key in self._known}
 
     @property
     def keys(self) -> list[ApiKey]:
@@ -79,10 +84,12 @@ class KeyRing:
             self._version, self._stored = await self._store.version(), await self._store.keys()
         self._renew()
 
-    def use_file(self, file: Path | None) -> None:
-        """The keys of the file are those of another one from now on. It is read by `file_loop`."""
-        if file != self._file:
-            self._file, self._read = file, ()
+    def configure(self, file: Path | None, currency: str) -> None:
+        """The keys of the file are those of another one from now on, or have budgets in another currency. It is read by
+        `file_loop`."""
+        if (file, currency) != (self._file, self._currency):
+            self._file, self._currency = file, currency
+            self._read = (-1,)  # unlike any version, so that it is read, or is no longer in force
 
     @property
     def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -204,11 +211,12 @@ class KeyRing:
         """Reads the keys again if they have changed."""
         assert self._store is not None
         try:
-            version = await self._store.version()
-            if version != self._version:
-                self._stored = await self._store.keys()
-                self._version = version
-                self._renew()
+            async with self._refreshing:  # of two at a time, the older one could end last and bring back a revoked key
+                version = await self._store.version()
+                if version != self._version:
+                    self._stored = await self._store.keys()
+                    self._version = version
+                    self._renew()
         except DatabaseError as error:
             if not self._failing:
                 log.warning("keys cannot be read, the last ones stay in force: %s", error)
@@ -225,13 +233,14 @@ class KeyRing:
     def _read_file(self) -> None:
         """Blocks."""
         self._read = _stamp(self._file)  # before reading, so that a change during the read is noticed afterwards
-        self._in_file = [] if self._file is None else keys_in_file(self._file)
+        self._in_file = [] if self._file is None else keys_in_file(self._file, self._currency)
 
     def _renew(self) -> None:
-        table = key_table(self.keys)
-        if table != self.table:
-            self.table = table
-            self._callers = {key.id: key.caller for key in self.keys}
+        keys = self.keys
+        if keys != self._known:
+            self._known = keys
+            self.table = key_table(keys)
+            self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
 
 

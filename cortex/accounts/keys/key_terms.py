@@ -13,6 +13,7 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.budget_window import CALENDAR
 from cortex.accounts.limits.terms import Budget, KeyLimits, Limits
 from cortex.config.durations import parse_duration
+from cortex.config.profile import MAX_COUNT
 from shared.settings import SettingsModel
 
 MAX_PRIORITY = 1000
@@ -34,6 +35,8 @@ def parse_budget(text: str) -> Budget:
     if found is None:
         raise ValueError(f"invalid budget {text!r}: {_BUDGET_FORM}")
     amount, unit, window = float(found[1]), found[2], found[3].strip()
+    if amount > MAX_COUNT:
+        raise ValueError(f"invalid budget: at most {MAX_COUNT} is possible")
     if unit in ("token", "tokens"):
         unit = "tokens"
     elif not _CURRENCY.fullmatch(unit):
@@ -127,7 +130,8 @@ def _listed(value: Any) -> Any:
 
 
 Budgets = Annotated[list[str], BeforeValidator(_listed)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class LimitTerms(SettingsModel):
@@ -158,11 +162,11 @@ class KeyTerms(LimitTerms):
 
     name: str
     role: Role = "user"
-    models: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    models: list[Glob] = Field(default_factory=list)
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)] = 1.0
     expires: Moment | None = None
-    limits: dict[str, LimitTerms] = Field(default_factory=dict)
+    limits: dict[Glob, LimitTerms] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cortex.accounts.keys.api_key import ApiKey, digest_of, prefix_of
-from cortex.accounts.keys.key_terms import KeyTerms, parse_moment
+from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, parse_moment
 from cortex.config.files import KEYS_VARIABLE
 from shared.protocol import plain_reason
 from shared.settings import SettingsError, read_toml
@@ -78,17 +78,17 @@ class ProvisionedKey(KeyTerms):
         )
 
 
-def keys_in_file(path: Path) -> list[ApiKey]:
-    """The keys of a TOML file. Blocks.
+def keys_in_file(path: Path, currency: str = "EUR") -> list[ApiKey]:
+    """The keys of a TOML file. `currency`: of the prices. Blocks.
 
     Raises:
         SettingsError: every problem.
     """
-    return _keys_of(read_toml(path), str(path), str(path))
+    return _keys_of(read_toml(path), str(path), str(path), currency)
 
 
-def keys_in_environment(environ: Mapping[str, str]) -> list[ApiKey]:
-    """The keys in CORTEX_KEYS: the same TOML, or lines of `NAME:KEY` or `NAME:sha256:HEX`.
+def keys_in_environment(environ: Mapping[str, str], currency: str = "EUR") -> list[ApiKey]:
+    """The keys in CORTEX_KEYS: the same TOML, or lines of `NAME:KEY` or `NAME:sha256:HEX`. `currency`: of the prices.
 
     Raises:
         SettingsError: every problem.
@@ -100,7 +100,7 @@ def keys_in_environment(environ: Mapping[str, str]) -> list[ApiKey]:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise SettingsError([f"{where}: not valid TOML: {error}"]) from error
-        return _keys_of(data, where, ENVIRONMENT)
+        return _keys_of(data, where, ENVIRONMENT, currency)
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(text.splitlines(), 1):
         name, colon, key = line.strip().partition(":")
@@ -110,10 +110,10 @@ def keys_in_environment(environ: Mapping[str, str]) -> list[ApiKey]:
             raise SettingsError([f"{where}: line {number} must be NAME:KEY"])
         secret = {"sha256": key} if key.startswith("sha256:") else {"key": key.strip()}
         entries.append({"name": name.strip(), **secret})
-    return _keys_of({"keys": entries}, where, ENVIRONMENT)
+    return _keys_of({"keys": entries}, where, ENVIRONMENT, currency)
 
 
-def _keys_of(data: Mapping[str, Any], where: str, source: str) -> list[ApiKey]:
+def _keys_of(data: Mapping[str, Any], where: str, source: str, currency: str) -> list[ApiKey]:
     entries = data.get("keys", [])
     problems = [f"{where}: {name}: unknown key, only [[keys]] may be here" for name in data if name != "keys"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -124,11 +124,15 @@ def _keys_of(data: Mapping[str, Any], where: str, source: str) -> list[ApiKey]:
         named = isinstance(name, str) and not name.startswith("sk-")  # it may be the key by mistake
         shown = f"{where}: keys[{number}]" + (f" ({name})" if named else "")
         try:
-            found.append(ProvisionedKey.model_validate(entry, strict=True).api_key(source))
+            key = ProvisionedKey.model_validate(entry, strict=True).api_key(source)
         except ValidationError as error:
             problems += _described(shown, error)
         except ValueError as error:
             problems.append(f"{shown}: expires: {error}")
+        else:
+            found.append(key)
+            foreign = foreign_budget(key.limits, currency)
+            problems += [] if foreign is None else [f"{shown}: {foreign}"]
     for field, shared in (
         ("name", _repeated((key.name, key.name) for key in found)),
         ("key", _repeated((key.digest, key.name) for key in found)),

@@ -96,7 +96,12 @@ class SharedLimiter:
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._asked.append(_Asked(terms, *terms.most(bound), answer))
         self._wanted.set()
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self.settle(answer.result(), 0, 0, 0)  # it came just before
+            raise
 
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         held = self._running.pop(grant.number, None)

@@ -9,9 +9,9 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One request that has ended. Tokens are those that the engine counted, None where it told none.
 
     `ended_at`: seconds since 1970. `key_id`, `key`: id and name of the API key, "" and "anonymous" without. `model`: id
-    in the catalogue; `variant`, `node`, `instance`: where it was served, "" if nowhere. `path`: as sent, without its
-    query. `status`: as in the access log. `prompt_tokens` includes `cached_tokens`, `completion_tokens` includes
-    `reasoning_tokens`. Durations are seconds: `queued_secs` is the wait for an engine, a cold load included;
+    in the catalogue; `variant`, `node`, `instance`: where it was served, "" if nowhere. `path`: without its
+    query and without ids. `status`: as in the access log. `prompt_tokens` includes `cached_tokens`, `completion_tokens`
+    includes `reasoning_tokens`. Durations are seconds: `queued_secs` is the wait for an engine, a cold load included;
     `first_byte_secs` from the request to the first byte of the answer, None without one. `complete`: the client got
     the whole answer.
     """

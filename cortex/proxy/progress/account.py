@@ -17,6 +17,7 @@ from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
+from cortex.proxy.paths import recorded_path
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import Replica
 from cortex.upstream.usage_fields import Usage
@@ -198,7 +199,7 @@ class RequestAccount:
             "" if replica is None else replica.variant,
             "" if replica is None else replica.key.node,
             "" if replica is None else replica.key.instance,
-            self._request.path.decode("latin-1"),
+            recorded_path(self._request.path),
             status,
             None if usage is None else usage.prompt,
             None if usage is None else usage.cached,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from datetime import date, datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cortex.accounts.keys.api_key import SECRET_PREFIX, digest_of, new_secret, prefix_of
 from cortex.accounts.keys.key_table import key_table
 from cortex.accounts.keys.key_terms import (
+    KeyTerms,
     budget_text,
     parse_budget,
     parse_expiry,
@@ -194,6 +197,38 @@ def test_wrong_entries(tmp_path: Path, text: str, problem: str) -> None:
         assert problem in str(caught.value)
         assert str(caught.value).startswith(where)
         assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"rpm": 10**30},
+        {"limits": {"*": {"tpm": 2**64}}},
+        {"budget": f"1{'0' * 400}EUR/day"},
+        {"weight": 1e-320},
+        {"models": ["a\0"]},
+        {"limits": {"a\0": {"rpm": 1}}},
+        {"limits": {"\ud800": {"rpm": 1}}},
+        {"models": ["a" * 257]},
+    ],
+    ids=str,
+)
+def test_terms_that_messages_or_databases_cannot_hold(terms: dict[str, Any]) -> None:
+    """The key's requests would never be admitted, and with PostgreSQL those beside them neither."""
+    with pytest.raises(ValidationError):
+        KeyTerms.model_validate({"name": "a", **terms})
+
+
+def test_budgets_in_another_currency_than_the_prices(tmp_path: Path) -> None:
+    """They would be counted wrong. Neither cortex nor a key in use gets one."""
+    text = '[[keys]]\nname = "a"\nkey = "sk-a"\nbudget = "5USD/day"\n'
+    (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
+    assert keys_in_file(tmp_path / "keys.toml", "USD")[0].limits.total.budgets == (Budget(5, "USD", "day"),)
+    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, as the prices"
+    with pytest.raises(SettingsError, match=problem):
+        keys_in_file(tmp_path / "keys.toml", "EUR")
+    with pytest.raises(SettingsError, match=problem):
+        keys_in_environment({"CORTEX_KEYS": text}, "EUR")
 
 
 def test_wrong_lines_of_the_environment() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 
@@ -59,6 +60,21 @@ def test_what_may_listen(
             if "cortex listening on" in line:
                 process.terminate()
         assert process.wait(20) == 0
+
+
+def test_workers_do_not_inherit_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need digests only."""
+    monkeypatch.setenv("CORTEX_KEYS", "alice:sk-alice")
+    command = command_for(tmp_path, {"listen": "127.0.0.1:0", "workers": 2})
+    with subprocess.Popen(command, cwd=TOP, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        started = next(line for line in process.stderr if "cortex listening on" in line)
+        workers = [each for each in psutil.Process(process.pid).children() if "cortex.workers" in each.cmdline()]
+        environs = [each.environ() for each in workers]
+        process.terminate()
+        rest = process.stderr.read()
+    assert (process.returncode, len(environs)) == (0, 2), started + rest
+    assert not any("CORTEX_KEYS" in environ for environ in environs)
 
 
 def test_taken_address_of_the_metrics_is_named(tmp_path: Path) -> None:

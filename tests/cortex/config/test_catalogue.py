@@ -208,6 +208,7 @@ def test_aliases(tmp_path: Path) -> None:
         ("[[models]]\nid = 'a'\npinned_on = 'beast'", "models[0].pinned_on = 'beast': "),
         ("[[models]]\nid = 'a'\nargs = '--x'", "models[0].args = '--x': "),
         ("[[models]]\nid = 'a'\n[models.limit]\ncontext = 0", "models[0].limit.context = 0: "),
+        (f"[[models]]\nid = 'a'\n[models.limit]\nrpm = {10**16}", f"models[0].limit.rpm = {10**16}: "),
         ("[[models]]\nid = 'a'\n[models.limit]\nmax = 1", "models[0].limit.max: unknown key"),
         (
             "[[models]]\nid = 'a'\nmax_model_len = 0",

@@ -138,15 +138,15 @@ def request_from(peer: str, *lines: str) -> Request:
 SOME_KEY = KeyTable({sha256(b"sk-alice").digest(): Caller("1", "alice")})
 
 
-@pytest.mark.parametrize("peer", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"])
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1", ""])
 @pytest.mark.parametrize("anonymous", [False, True])
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("proxied", [False, True])
 def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, proxied: bool) -> None:
     """As docs/keys.md has it: this host while there are no keys or it is trusted, others only if that is allowed, and
-    then behind all with a key."""
+    then behind all with a key. "" is the address of a client that has reset its connection."""
     config = CortexConfig.model_validate({"gateway": {"allow_anonymous": anonymous}, "auth": {"trust_loopback": trust}})
-    here = not peer.startswith(("192", "2001"))
+    here = peer != "" and not peer.startswith(("192", "2001"))
     for keys, local in ((KeyTable(), ANONYMOUS), (SOME_KEY, LOOPBACK)):
         authentication = Authentication(keys, config)
         asked = request_from(peer, *(["X-Forwarded-For: 192.0.2.7"] if proxied else []))

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cortex.api.routes import CONTROL_ROUTES
-from cortex.proxy.paths import INFERENCE, is_own, meant_path
+from cortex.proxy.paths import INFERENCE, is_own, meant_path, recorded_path
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, answering, plain
@@ -259,3 +259,19 @@ async def test_default_does_not_hide_mistakes(with_default: RunningCortex, engin
         named = await client.ask(request(b'{"model":"org/unknown"}'))
         message(named, 404, "model_not_found")
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "recorded"),
+    [
+        (b"/v1/chat/completions", "/v1/chat/completions"),
+        (b"/v1/responses", "/v1/responses"),
+        (b"/v1/responses/resp_12ab", "/v1/responses/{id}"),
+        (b"/v1/responses/resp_12ab/cancel", "/v1/responses/{id}/cancel"),
+        (b"/v2/embed", "/v2/embed"),
+        (b"/x" * 1000, "/x" * 128 + "…"),
+    ],
+)
+def test_recorded_paths(path: bytes, recorded: str) -> None:
+    """Usage neither gives away the ids of stored responses nor keeps what a client has made up."""
+    assert recorded_path(path) == recorded

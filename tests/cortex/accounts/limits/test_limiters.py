@@ -282,6 +282,24 @@ async def test_a_cancelled_request_gives_back_what_it_got(url: str) -> None:
         limiter.settle(await limiter.admission(ALICE, "org/m", SMALL), 0, 0, 0)
 
 
+async def test_a_request_that_is_cancelled_as_it_is_admitted_keeps_nothing(url: str) -> None:
+    """The client leaves after the database has answered and before the request goes on."""
+    cortex = Cortex(url, terms(), {"a": KeyLimits(Limits(parallel=1))})
+    async with cortex as limiter:
+        await cortex.kill()  # each batch is made here
+        for _ in range(2):
+            task = asyncio.create_task(limiter.admission(ALICE, "org/m", SMALL))
+            await asyncio.sleep(0)
+            await limiter._batch()
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+        task = asyncio.create_task(limiter.admission(ALICE, "org/m", SMALL))
+        await asyncio.sleep(0)
+        await limiter._batch()
+        assert (await task).number
+
+
 async def test_without_the_database_limited_requests_are_refused_until_it_is_back(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

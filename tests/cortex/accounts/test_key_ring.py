@@ -1,0 +1,51 @@
+"""The keys in force, as their sources change."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cortex.accounts.keys import key_ring
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.limits.terms import KeyLimits, Limits
+from shared.tasks import cancel_all
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(key_ring, "LOOK_SECS", 0.01)
+    monkeypatch.setattr(key_ring, "STEADY_SECS", 0.01)
+    return tmp_path / "keys.toml"
+
+
+def write(file: Path, terms: str = "") -> None:
+    file.write_text(f'[[keys]]\nname = "alice"\nkey = "sk-alice"\n{terms}\n', encoding="utf-8")
+
+
+async def test_new_limits_of_a_key_in_a_file_are_announced(file: Path) -> None:
+    """Nothing else of the key changes, so workers learn nothing new, but the limiter does."""
+    write(file, "rpm = 60")
+    keys, changed = KeyRing(environ={}), asyncio.Event()
+    await keys.load(file)
+    keys.changes.subscribe(changed.set)
+    loop = asyncio.create_task(keys.file_loop())
+    write(file, "rpm = 6")
+    await changed.wait()
+    assert keys.limits == {"file:alice": KeyLimits(Limits(rpm=6))}
+    await cancel_all([loop])
+
+
+async def test_keys_of_a_file_end_when_the_configuration_names_it_no_more(file: Path) -> None:
+    write(file)
+    keys, changed = KeyRing(environ={}), asyncio.Event()
+    await keys.load(file)
+    assert keys.table.find(b"sk-alice") is not None
+    keys.changes.subscribe(changed.set)
+    loop = asyncio.create_task(keys.file_loop())
+    keys.configure(None, "EUR")
+    await changed.wait()
+    assert keys.table.find(b"sk-alice") is None
+    assert keys.caller("file:alice") is None
+    await cancel_all([loop])
