@@ -88,10 +88,12 @@ def seen_by(caller: Caller, query: UsageQuery) -> UsageQuery:
     """The query as this caller may ask it: viewers see all, a user itself.
 
     Raises:
-        Forbidden: it asks for another key.
+        Forbidden: it asks for another key, or has none.
     """
     if may(caller.role, "viewer"):
         return query
+    if not caller.key_id:
+        raise Forbidden("without an API key there is no usage of your own; usage of all needs the role viewer")
     others = [key for key in query.keys if key not in (caller.key_id, caller.name)]
     if others:
         raise Forbidden(

@@ -66,5 +66,7 @@ def test_a_user_sees_itself_and_a_viewer_all() -> None:
     assert seen_by(user, parse_query([("key", "alice")], NOW)).key_id == "k1"
     assert seen_by(viewer, query).key_id is None
     assert seen_by(ANONYMOUS, query).key_id is None
+    with pytest.raises(Forbidden):
+        seen_by(Caller("", "anonymous", role="user"), query)
     with pytest.raises(Forbidden, match="sees its own usage only, not that of 'bob'"):
         seen_by(user, parse_query([("key", "alice,bob")], NOW))
