@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import sqlalchemy.exc
 from sqlalchemy import URL, Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -20,7 +22,7 @@ CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
-FAILURES = (sqlalchemy.exc.SQLAlchemyError, OSError, asyncio.TimeoutError)
+FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
@@ -38,6 +40,8 @@ class Database:
         self._writing = engine.execution_options(writing=True)
         self.source = source
         self.read_only = read_only
+        self._watching = asyncio.Lock()
+        self._watcher: aiosqlite.Connection | None = None
 
     @property
     def is_postgresql(self) -> bool:
@@ -60,9 +64,30 @@ class Database:
         async with self._writing.begin() as connection:
             yield connection
 
+    async def change_mark(self) -> int | None:
+        """A number that is another one after each change of SQLite's file, whichever process makes it. None if that is
+        not known. A tenth of the work of a transaction."""
+        if self.source.path is None or self.read_only:
+            return None
+        async with self._watching:
+            if self._watcher is None:
+                file = f"{self.source.path.as_uri()}?mode=rw"
+                self._watcher = await aiosqlite.connect(file, uri=True, isolation_level=None, timeout=BUSY_SECS)
+            try:
+                ((mark,),) = await self._watcher.execute_fetchall("PRAGMA data_version")
+            except BaseException:
+                watcher, self._watcher = self._watcher, None
+                await watcher.close()
+                raise
+            return int(mark)
+
     async def close(self) -> None:
         """Closes every connection."""
         await self._engine.dispose()
+        async with self._watching:
+            if self._watcher is not None:
+                watcher, self._watcher = self._watcher, None
+                await watcher.close()
 
 
 async def open_database(source: DatabaseSource) -> Database:
