@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, func, select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,6 +19,8 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.terms import KeyLimits
 
 _ID_BYTES = 8
+_VERSION = "SELECT coalesce(sum(revision), 0) FROM api_keys"
+"""Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed."""
 
 
 class KeyStore:
@@ -26,23 +28,13 @@ class KeyStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._version = 0
-        self._version_at: int | None = None  # the database's mark, before the version was read
 
     async def version(self) -> int:
         """A number that grows with each change of a key, whichever process makes it."""
         try:
-            mark = await self._database.change_mark()
+            return await self._database.number(_VERSION)
         except FAILURES as error:
             raise DatabaseError(f"{self._database}: {reason(error)}") from error
-        if mark is not None and mark == self._version_at:
-            return self._version
-        async with self._connected() as connection:
-            # Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed.
-            found = await connection.execute(select(func.coalesce(func.sum(API_KEYS.c.revision), 0)))
-            version = int(found.scalar_one())
-        self._version, self._version_at = version, mark
-        return version
 
     async def keys(self) -> list[ApiKey]:
         """All keys, by name."""

@@ -14,6 +14,7 @@ import msgspec
 
 from cortex.accounts.limits.terms import TokenBound
 from cortex.proxy.body.form_scan import is_form
+from cortex.proxy.body.model_field import JSON_TYPE
 from cortex.proxy.body.token_fields import (
     Completion,
     Generation,
@@ -62,7 +63,7 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
     """The bound of a request with this body, as it is sent to the engine. `path` is without its query."""
     if path in COUNTS_NOTHING:
         return TokenBound(0)
-    if is_form(content_type):  # whose seconds count, not its bytes
+    if content_type != JSON_TYPE and is_form(content_type):  # whose seconds count, not its bytes
         return TokenBound(WHOLE_CONTEXT, None)
     prompt = WHOLE_CONTEXT if _refers(path, body) else len(body)
     if path in _WITHOUT_OUTPUT:
