@@ -182,10 +182,11 @@ def started(*arguments: str, settings: bytes = b"") -> Iterator[subprocess.Popen
 
 
 def written_before_kill(writer: subprocess.Popen[bytes]) -> int:
-    """Kills the writer; how many records it had certainly written."""
-    writer.kill()
+    """Kills the writer once it has written; how many records it had certainly written."""
     assert writer.stdout is not None
-    return int(writer.stdout.read().split()[-1])
+    first = writer.stdout.readline()
+    writer.kill()
+    return int([first, *writer.stdout.read().split()][-1])
 
 
 async def has_more(database: Database, rows: int) -> None:
