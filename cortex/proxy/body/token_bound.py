@@ -16,9 +16,9 @@ from cortex.accounts.limits.terms import TokenBound
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import JSON_TYPE
 from cortex.proxy.body.token_fields import (
-    Completion,
-    Generation,
-    Texts,
+    CompletionFields,
+    GenerationFields,
+    TextFields,
     decode_completion,
     decode_generation,
     decode_list,
@@ -71,7 +71,7 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
     if path == b"/v1/completions":
         completion = _fields(decode_completion, body)
         prompts = _count(completion.prompt)
-        fields: Generation = completion
+        fields: GenerationFields = completion
     else:
         fields, prompts = _fields(decode_generation, body), 1
     output = _output(path, fields)
@@ -81,7 +81,7 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
     return TokenBound(prompt, output, answers, prompts)
 
 
-def _output(path: bytes, fields: Generation) -> int | None:
+def _output(path: bytes, fields: GenerationFields) -> int | None:
     """The most tokens of one answer, in the field that engines read at this path."""
     if path == b"/v1/chat/completions":
         first, second = _number(fields.max_tokens), _number(fields.max_completion_tokens)
@@ -105,7 +105,7 @@ def _strict(body: bytes) -> bytes:
     except (ValueError, RecursionError):
         return b"{}"
     fields = read if isinstance(read, dict) else {}
-    names = (*Completion.__struct_fields__, *Texts.__struct_fields__)
+    names = (*CompletionFields.__struct_fields__, *TextFields.__struct_fields__)
     return msgspec.json.encode({name: fields.get(name) for name in names})  # null for NaN and Infinity
 
 
@@ -129,7 +129,7 @@ def _number(value: Any) -> int | None:
     return min(value, WHOLE_CONTEXT) if value >= 1 else None
 
 
-def _repeated(texts: Texts) -> int:
+def _repeated(texts: TextFields) -> int:
     """Bytes of a query that is read again with each text."""
     pairs = max(_count(texts.documents), _count(texts.items), _count(texts.text_2))
     repeated = sum(len(bytes(each)) for each in (texts.query, texts.queries, texts.text_1))

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 
-class Generation(msgspec.Struct):
+class GenerationFields(msgspec.Struct):
     """Of whatever type: how long an answer may be, and how many are made."""
 
     max_tokens: Any = None
@@ -18,13 +18,13 @@ class Generation(msgspec.Struct):
     best_of: Any = None
 
 
-class Completion(Generation):
+class CompletionFields(GenerationFields):
     """Of `/v1/completions`, which may have several prompts."""
 
     prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Texts(msgspec.Struct):
+class TextFields(msgspec.Struct):
     """Of a path without output. Each of the second three is read together with the first."""
 
     query: msgspec.Raw = msgspec.Raw(b"null")
@@ -35,8 +35,8 @@ class Texts(msgspec.Struct):
     text_2: msgspec.Raw = msgspec.Raw(b"null")
 
 
-decode_generation: Final = msgspec.json.Decoder(Generation).decode
-decode_completion: Final = msgspec.json.Decoder(Completion).decode
-decode_texts: Final = msgspec.json.Decoder(Texts).decode
+decode_generation: Final = msgspec.json.Decoder(GenerationFields).decode
+decode_completion: Final = msgspec.json.Decoder(CompletionFields).decode
+decode_texts: Final = msgspec.json.Decoder(TextFields).decode
 decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 """Each raises msgspec.DecodeError, UnicodeDecodeError or RecursionError for what it cannot read."""
