@@ -80,10 +80,14 @@ class Counters(msgspec.Struct):
             first_byte_secs: from the arrival of the request to the head of its answer; None if no engine answered.
         """
         series = self._of(model, node)
-        series.statuses[status] = series.statuses.get(status, 0) + 1
-        series.duration.observe(REQUEST_BUCKETS, secs)
+        statuses, duration = series.statuses, series.duration
+        statuses[status] = statuses.get(status, 0) + 1
+        duration.counts[bisect_left(REQUEST_BUCKETS, secs)] += 1
+        duration.secs += secs
         if first_byte_secs is not None:
-            series.first_byte.observe(FIRST_BYTE_BUCKETS, first_byte_secs)
+            first_byte = series.first_byte
+            first_byte.counts[bisect_left(FIRST_BYTE_BUCKETS, first_byte_secs)] += 1
+            first_byte.secs += first_byte_secs
 
     def error(self, model: str, node: str, code: str) -> None:
         """Counts a request that ended in an error of cortex."""

@@ -81,7 +81,7 @@ class Gateway:
 
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
-        self._authentication.keys = keys
+        self._authentication.use_keys(keys)
 
     def use_prices(self, prices: PriceList) -> None:
         """What the tokens of requests that end from now on cost."""

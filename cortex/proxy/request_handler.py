@@ -60,6 +60,7 @@ class RequestHandler:
         "_diverted",
         "_failures",
         "_keep_alive",
+        "_may_stream",
         "_name",
         "_request",
         "_state",
@@ -73,6 +74,7 @@ class RequestHandler:
         self._account = RequestAccount(context, request, caller)
         self._state: Resolving | Sent | None = None
         self._name = ""
+        self._may_stream = True
         self._diverted = False
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
@@ -81,7 +83,7 @@ class RequestHandler:
     def begin(self) -> None:
         context, content_type = self._context, self._request.content_type.decode("latin-1")
         try:
-            self._request.body, name, model_id = with_model_id(
+            self._request.body, name, model_id, self._may_stream = with_model_id(
                 self._request.body, content_type, context.control.aliases, context.default_model
             )
         except ServiceError as error:
@@ -113,7 +115,8 @@ class RequestHandler:
 
     def _route(self, name: str, model_id: str) -> None:
         """Sends it to an engine, or asks the control for one."""
-        self._usage_request = usage_request(self._request)
+        if self._may_stream:
+            self._usage_request = usage_request(self._request)
         self._send_to_one_of(self._context.control.table.get(name, ()))
 
     def abandon(self) -> None:

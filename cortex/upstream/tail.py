@@ -38,7 +38,10 @@ class UsageTail:
     @property
     def fed_bytes(self) -> int:
         """Total bytes fed, including discarded ones."""
-        return self._forgotten + sum(map(len, self.chunks))
+        total = self._forgotten
+        for chunk in self.chunks:
+            total += len(chunk)
+        return total
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the answer's body; the framing of a chunked one may be among them."""

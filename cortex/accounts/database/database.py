@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import sqlalchemy.exc
 from sqlalchemy import URL, Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -20,7 +22,7 @@ CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
-FAILURES = (sqlalchemy.exc.SQLAlchemyError, OSError, asyncio.TimeoutError)
+FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
@@ -38,6 +40,8 @@ class Database:
         self._writing = engine.execution_options(writing=True)
         self.source = source
         self.read_only = read_only
+        self._asking = asyncio.Lock()
+        self._asked: aiosqlite.Connection | None = None  # by `number`
 
     @property
     def is_postgresql(self) -> bool:
@@ -60,9 +64,33 @@ class Database:
         async with self._writing.begin() as connection:
             yield connection
 
+    async def number(self, query: str) -> int:
+        """The number that a query finds. From SQLite it takes a tenth of the work of a transaction: for what is asked
+        all the time."""
+        if self.source.path is None or self.read_only:
+            async with self.reading() as connection:
+                return int((await connection.execute(text(query))).scalar_one())
+        async with self._asking:
+            if self._asked is None:
+                file = f"{self.source.path.absolute().as_uri()}?mode=rw"
+                self._asked = await aiosqlite.connect(file, uri=True, isolation_level=None, timeout=BUSY_SECS)
+            try:
+                ((found,),) = await self._asked.execute_fetchall(query)
+            except BaseException:
+                await self._close_asked()
+                raise
+            return int(found)
+
     async def close(self) -> None:
         """Closes every connection."""
         await self._engine.dispose()
+        async with self._asking:
+            await self._close_asked()
+
+    async def _close_asked(self) -> None:
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            await asked.close()
 
 
 async def open_database(source: DatabaseSource) -> Database:

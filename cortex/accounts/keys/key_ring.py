@@ -111,7 +111,7 @@ class KeyRing:
         """Notices changes of the file. Never returns. A file with an error changes nothing."""
         while True:
             await asyncio.sleep(LOOK_SECS)
-            stamp = await asyncio.to_thread(_stamp, self._file)
+            stamp = () if self._file is None else await asyncio.to_thread(_stamp, self._file)
             if stamp == self._read:
                 continue
             await asyncio.sleep(STEADY_SECS)

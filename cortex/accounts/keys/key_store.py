@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, func, select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,6 +19,8 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.terms import KeyLimits
 
 _ID_BYTES = 8
+_VERSION = "SELECT coalesce(sum(revision), 0) FROM api_keys"
+"""Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed."""
 
 
 class KeyStore:
@@ -29,10 +31,10 @@ class KeyStore:
 
     async def version(self) -> int:
         """A number that grows with each change of a key, whichever process makes it."""
-        async with self._connected() as connection:
-            # Rows are never deleted and each change adds 1 to its row, so no clock and no shared counter is needed.
-            found = await connection.execute(select(func.coalesce(func.sum(API_KEYS.c.revision), 0)))
-            return int(found.scalar_one())
+        try:
+            return await self._database.number(_VERSION)
+        except FAILURES as error:
+            raise DatabaseError(f"{self._database}: {reason(error)}") from error
 
     async def keys(self) -> list[ApiKey]:
         """All keys, by name."""

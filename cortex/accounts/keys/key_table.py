@@ -36,6 +36,10 @@ class KeyTable(msgspec.Struct, frozen=True):
                 return None
         return caller
 
+    def is_permanent(self, api_key: bytes) -> bool:
+        """Whether this key, which `find` has found, never expires."""
+        return sha256(api_key).digest() not in self.expiries
+
 
 NO_KEYS = KeyTable()
 

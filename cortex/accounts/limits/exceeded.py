@@ -59,15 +59,16 @@ def rate_state(scopes: list[Scope]) -> RateState:
             requests = scope
         if scope.tpm >= 0.0 and (tokens is None or scope.tokens_free < tokens.tokens_free):
             tokens = scope
-    if tokens is None:
-        return NO_RATES if requests is None else RateState(*_of_requests(requests))
-    free = tokens.tokens_free
-    of_tokens = int(tokens.tpm), int(free) if free > 0.0 else 0, tokens.tokens_full_in
-    if requests is None:
-        return RateState(None, 0, 0.0, *of_tokens)
-    return RateState(*_of_requests(requests), *of_tokens)
-
-
-def _of_requests(scope: Scope) -> tuple[int, int, float]:
-    left = scope.requests
-    return int(scope.rpm), int(left) if left > 0.0 else 0, scope.requests_full_in
+    if requests is None and tokens is None:
+        return NO_RATES
+    requests_limit: int | None = None
+    tokens_limit: int | None = None
+    requests_left = tokens_left = 0
+    requests_reset = tokens_reset = 0.0
+    if requests is not None:
+        requests_limit, requests_reset = int(requests.rpm), requests.requests_full_in
+        requests_left = max(0, int(requests.requests))
+    if tokens is not None:
+        tokens_limit, tokens_reset = int(tokens.tpm), tokens.tokens_full_in
+        tokens_left = max(0, int(tokens.tokens_free))
+    return RateState(requests_limit, requests_left, requests_reset, tokens_limit, tokens_left, tokens_reset)

@@ -17,7 +17,7 @@ from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.journal_file import JournalWriter
 from cortex.accounts.usage.record import UsageRecord
 
-WRITE_AFTER_SECS: Final = 0.2
+WRITE_AFTER_SECS: Final = 0.5
 """How long records stay in memory: what a killed worker loses."""
 RETRY_SECS: Final = 1.0
 CLOSE_SECS: Final = 5.0
@@ -64,7 +64,7 @@ class UsageJournal:
         self._pending: list[UsageRecord] = []
         self._prices = prices
         self._writer = JournalWriter(directory)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage journal")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="usage journal")
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Future[int] | None = None
@@ -88,8 +88,8 @@ class UsageJournal:
             self._timer.cancel()
         if self._pending or self._writing is not None:
             log.error("usage records are lost, at least %d: %s takes no more", len(self._pending), self._directory)
-        self._thread.submit(self._writer.close)
-        self._thread.shutdown(wait=False)
+        self._executor.submit(self._writer.close)
+        self._executor.shutdown(wait=False)
 
     def _write(self) -> None:
         self._timer = None
@@ -107,7 +107,7 @@ class UsageJournal:
         """Hands what is pending to the thread, unless it is still writing."""
         if self._writing is None and (self._pending or self._failed):
             records, self._pending = self._pending, []
-            self._writing = self._loop.run_in_executor(self._thread, self._writer.write, records, self._prices)
+            self._writing = self._loop.run_in_executor(self._executor, self._writer.write, records, self._prices)
             self._writing.add_done_callback(lambda written: self._written(records, written))
 
     def _written(self, records: list[UsageRecord], written: asyncio.Future[int]) -> None:

@@ -24,9 +24,9 @@ Edits: TypeAlias = Mapping[str, MemberEdit]
 
 def with_model_id(
     body: bytes, content_type: str, aliases: Mapping[str, Rewrite], default: str | None
-) -> tuple[bytes, str, str]:
-    """The body as an engine gets it, the name of the model (an id, or `id@variant`), and its id. `default`: the model
-    of a body that names none.
+) -> tuple[bytes, str, str, bool]:
+    """The body as an engine gets it, the name of the model (an id, or `id@variant`), its id, and whether the body may
+    ask for a stream. `default`: the model of a body that names none.
 
     Raises:
         InvalidRequest: it names none, or cannot be read.
@@ -34,8 +34,8 @@ def with_model_id(
     field, body = find_or_add_model(body, content_type, default)
     rewrite = aliases.get(field.model)
     if rewrite is None:
-        return body, field.model, field.model
-    return rewritten(body, content_type, field, rewrite), rewrite.name, rewrite.model_id
+        return body, field.model, field.model, isinstance(field, JsonModel) and bytes(field.stream) == b"true"
+    return rewritten(body, content_type, field, rewrite), rewrite.name, rewrite.model_id, True
 
 
 def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrite) -> bytes:

@@ -48,9 +48,11 @@ class MissingModel(InvalidRequest):
 
 
 class JsonModel(msgspec.Struct, frozen=True, gc=False):
-    """The top-level `model` of a JSON object, never empty. The last of several counts, as in every engine's parser."""
+    """The top-level `model` of a JSON object, never empty. The last of several counts, as in every engine's parser.
+    `stream` is as written, empty without one."""
 
     model: str
+    stream: msgspec.Raw = msgspec.Raw(b"")
 
     def replaced(self, body: bytes, model: str) -> bytes:
         """`body`, in which this was found, with another model and otherwise unchanged.
@@ -85,6 +87,7 @@ ModelField: TypeAlias = JsonModel | FormModel
 
 class _AnyModel(msgspec.Struct):
     model: msgspec.Raw = msgspec.Raw(b"")
+    stream: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _AnyStream(msgspec.Struct):
@@ -178,7 +181,8 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     invalid."""
     strict = made_strict(body)
     try:
-        if bytes(_check_syntax(strict).model) in {b"", b"null"}:
+        found = _check_syntax(strict)
+        if bytes(found.model) in {b"", b"null"}:
             raise missing_model()
         place = place_of_member(body, "model")
     except msgspec.ValidationError:
@@ -190,7 +194,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     if body[place[0]] != ord('"'):
         raise InvalidRequest(f"'model' must be a string, got {_json_kind(body[place[0] :])}", param="model")
     try:
-        return JsonModel(_decode_text(memoryview(body)[slice(*place)]))
+        return JsonModel(_decode_text(memoryview(body)[slice(*place)]), found.stream)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body's 'model' is not Unicode text: {error}", param="model") from error
 

@@ -7,13 +7,23 @@ else, such as an image or an earlier response, may have a prompt as long as the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from cortex.accounts.limits.terms import TokenBound
 from cortex.proxy.body.form_scan import is_form
+from cortex.proxy.body.model_field import JSON_TYPE
+from cortex.proxy.body.token_fields import (
+    CompletionFields,
+    GenerationFields,
+    TextFields,
+    decode_completion,
+    decode_generation,
+    decode_list,
+    decode_texts,
+)
 
 WHOLE_CONTEXT: Final = 1 << 40
 """As the tokens of one prompt: as many as the model's context."""
@@ -46,53 +56,24 @@ _REFERENCES: Final[Mapping[bytes, tuple[bytes, ...]]] = {
 }
 """By path the names of fields that add something to the prompt."""
 
-
-class _Generation(msgspec.Struct):
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    n: Any = None
-    best_of: Any = None
-
-
-class _Completion(_Generation):
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Texts(msgspec.Struct):
-    """Of a path without output. Each of the second three is read together with the first."""
-
-    query: msgspec.Raw = msgspec.Raw(b"null")
-    queries: msgspec.Raw = msgspec.Raw(b"null")
-    text_1: msgspec.Raw = msgspec.Raw(b"null")
-    documents: msgspec.Raw = msgspec.Raw(b"null")
-    items: msgspec.Raw = msgspec.Raw(b"null")
-    text_2: msgspec.Raw = msgspec.Raw(b"null")
-
-
 _Fields = TypeVar("_Fields", bound=msgspec.Struct)
-
-_generation: Final = msgspec.json.Decoder(_Generation)
-_completion: Final = msgspec.json.Decoder(_Completion)
-_texts: Final = msgspec.json.Decoder(_Texts)
-_list: Final = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
     """The bound of a request with this body, as it is sent to the engine. `path` is without its query."""
     if path in COUNTS_NOTHING:
         return TokenBound(0)
-    if is_form(content_type):  # whose seconds count, not its bytes
+    if content_type != JSON_TYPE and is_form(content_type):  # whose seconds count, not its bytes
         return TokenBound(WHOLE_CONTEXT, None)
     prompt = WHOLE_CONTEXT if _refers(path, body) else len(body)
     if path in _WITHOUT_OUTPUT:
-        return TokenBound(prompt + _repeated(_fields(_texts, body)), prompts=2)
+        return TokenBound(prompt + _repeated(_fields(decode_texts, body)), prompts=2)
     if path == b"/v1/completions":
-        completion = _fields(_completion, body)
+        completion = _fields(decode_completion, body)
         prompts = _count(completion.prompt)
-        fields: _Generation = completion
+        fields: GenerationFields = completion
     else:
-        fields, prompts = _fields(_generation, body), 1
+        fields, prompts = _fields(decode_generation, body), 1
     output = _output(path, fields)
     answers = prompts
     if fields.n is not None or fields.best_of is not None:
@@ -100,7 +81,7 @@ def token_bound(path: bytes, body: bytes, content_type: str) -> TokenBound:
     return TokenBound(prompt, output, answers, prompts)
 
 
-def _output(path: bytes, fields: _Generation) -> int | None:
+def _output(path: bytes, fields: GenerationFields) -> int | None:
     """The most tokens of one answer, in the field that engines read at this path."""
     if path == b"/v1/chat/completions":
         first, second = _number(fields.max_tokens), _number(fields.max_completion_tokens)
@@ -110,11 +91,11 @@ def _output(path: bytes, fields: _Generation) -> int | None:
     return _number(fields.max_output_tokens) if path == b"/v1/responses" else None
 
 
-def _fields(decoder: msgspec.json.Decoder[_Fields], body: bytes) -> _Fields:
+def _fields(decode: Callable[[bytes], _Fields], body: bytes) -> _Fields:
     try:
-        return decoder.decode(body)
+        return decode(body)
     except (ValueError, RecursionError):
-        return decoder.decode(_strict(body))
+        return decode(_strict(body))
 
 
 def _strict(body: bytes) -> bytes:
@@ -124,7 +105,7 @@ def _strict(body: bytes) -> bytes:
     except (ValueError, RecursionError):
         return b"{}"
     fields = read if isinstance(read, dict) else {}
-    names = (*_Completion.__struct_fields__, *_Texts.__struct_fields__)
+    names = (*CompletionFields.__struct_fields__, *TextFields.__struct_fields__)
     return msgspec.json.encode({name: fields.get(name) for name in names})  # null for NaN and Infinity
 
 
@@ -132,7 +113,8 @@ def _refers(path: bytes, body: bytes) -> bool:
     """Whether something in the body may be longer in the prompt than it is written."""
     if b'"type"' in body and any(part in body for part in _PARTS):
         return True
-    return path in _REFERENCES and any(name in body for name in _REFERENCES[path])
+    names = _REFERENCES.get(path)
+    return names is not None and any(name in body for name in names)
 
 
 def _number(value: Any) -> int | None:
@@ -147,7 +129,7 @@ def _number(value: Any) -> int | None:
     return min(value, WHOLE_CONTEXT) if value >= 1 else None
 
 
-def _repeated(texts: _Texts) -> int:
+def _repeated(texts: TextFields) -> int:
     """Bytes of a query that is read again with each text."""
     pairs = max(_count(texts.documents), _count(texts.items), _count(texts.text_2))
     repeated = sum(len(bytes(each)) for each in (texts.query, texts.queries, texts.text_1))
@@ -159,5 +141,5 @@ def _count(value: msgspec.Raw) -> int:
     written = bytes(value)
     if not written.startswith(b"["):
         return 1
-    items = _list.decode(written)
+    items = decode_list(written)
     return 1 if not items or bytes(items[0])[:1].isdigit() else len(items)

@@ -59,6 +59,5 @@ class UsageRequest:
 
 def usage_request(request: Request) -> UsageRequest | None:
     """For a request whose body is complete; None if no engine has to be asked."""
-    asks = request.path in HAVE_OPTION and b'"stream"' in request.body  # here it is compiled
-    splice = usage_splice(request.body) if asks else None
+    splice = usage_splice(request.body) if request.path in HAVE_OPTION else None
     return None if splice is None else UsageRequest(request, splice)

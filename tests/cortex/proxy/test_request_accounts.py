@@ -15,6 +15,7 @@ import pytest
 from cortex.accounts.caller import Caller
 from cortex.accounts.keys.key_table import KeyTable
 from cortex.accounts.limits.local_limiter import LocalLimiter
+from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.terms import Grant, KeyLimits, Limits, TokenBound
 from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.record import UsageRecord
@@ -32,28 +33,30 @@ RPM = 5
 TPM = 10_000
 
 
-class CountedLimiter(LocalLimiter):
-    """Remembers what was settled. `asks`: as in a worker process, where the control is asked."""
+class CountedLimiter:
+    """Remembers what was settled. `asks`: as in a worker process, where the control is asked. Not a subclass: compiled
+    classes have none that are interpreted."""
 
-    asks = False
+    def __init__(self, model_terms: ModelTermsTable) -> None:
+        self.asks = False
+        self.settled: list[tuple[int, int, int]] = []
+        self._limiter = LocalLimiter(model_terms)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._limiter, name)
 
     def admit(self, caller: Caller, model_id: str, bound: TokenBound) -> Grant | None:
-        return None if self.asks else super().admit(caller, model_id, bound)
+        return None if self.asks else self._limiter.admit(caller, model_id, bound)
 
     async def admission(self, caller: Caller, model_id: str, bound: TokenBound) -> Grant:
         await asyncio.sleep(0)
-        grant = super().admit(caller, model_id, bound)
+        grant = self._limiter.admit(caller, model_id, bound)
         assert grant is not None
         return grant
 
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         self.settled.append((prompt, completion, cached))
-        super().settle(grant, prompt, completion, cached)
-
-    @property
-    def settled(self) -> list[tuple[int, int, int]]:
-        found: list[tuple[int, int, int]] = self.__dict__.setdefault("found", [])
-        return found
+        self._limiter.settle(grant, prompt, completion, cached)
 
 
 class Door:
