@@ -273,5 +273,5 @@ async def test_log_line_tells_attempts(tmp_path: Path, beast: V1Neuron, engine: 
             return [line for line in (tmp_path / "cortex.log").read_text("utf-8").splitlines() if "POST /v1" in line]
 
         await until(lambda: len(lines()) == 3)
-        assert [re.findall(" (attempts=.*)", line) for line in lines()] == [[], [], ["attempts=2"]]
+        assert [re.findall(r" (attempts=\d+)", line) for line in lines()] == [[], [], ["attempts=2"]]
         assert " waited=" not in lines()[1]
