@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
+from cortex.http.heads import request_reader
 from cortex.http.request import Request
 from cortex.proxy.prompt.expected_tokens import UNKNOWN_ANSWER, ExpectedTokens
-
-CHAT = b"/v1/chat/completions"
+from tests.cortex.raw_http import request
 
 
 def _request(body: bytes) -> Request:
-    return cast(Request, SimpleNamespace(path=CHAT, body=body, content_type=b"application/json"))
+    head, reader = request_reader()
+    reader.feed(request(body))
+    read = Request(head, peer="", received=0)
+    read.body = body
+    return read
 
 
 def _body(text: str, more: str = "") -> bytes:
