@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import sqlalchemy.exc
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from cortex.accounts.database.database import FAILURES, Database, reason
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.database.tables import LIMIT_STATES
-
-if TYPE_CHECKING:
-    from cortex.accounts.database.database import Database
 
 State = dict[str, Any]
 
@@ -92,6 +89,5 @@ async def _upsert(connection: AsyncConnection, insert: Any, states: Mapping[str,
 def _failures(database: Database) -> Iterator[None]:
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        original = getattr(error, "orig", None) or error
-        raise DatabaseError(f"{database}: {original}") from error
+    except FAILURES as error:
+        raise DatabaseError(f"{database}: {reason(error)}") from error
