@@ -207,8 +207,8 @@ class Demand:
         if not self._device_time.accounts and not by_engine and not any(map(_has_key, queued.values())):
             return
         engines: list[EngineUse] = []
-        for node in fleet.nodes.values():
-            for engine in node.every_engine() if node.healthy else ():
+        for node in fleet.healthy:
+            for engine in node.every_engine():
                 if engine.view.loaded or engine.view.coming:
                     serving = serving_engine(fleet, engine).key
                     callers, total = by_engine.get(serving, {}), self._counts.in_flight(serving)

@@ -116,7 +116,8 @@ def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
     rules = view.rules
     moments = [] if schedule.recheck_at is None else [schedule.recheck_at]
     for requests in view.waiting.values():
-        moments += [requests.since + rules.patience_secs, requests.since + rules.starvation_secs]
+        since = view.unserved_since(requests)
+        moments += [since + rules.patience_secs, since + rules.starvation_secs]
     moments += [backoff.until for backoff in view.backoffs.values()]
     for key, use in view.usages.items():
         profile = view.catalogue.profile(key.model_id)

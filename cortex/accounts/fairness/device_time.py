@@ -45,13 +45,15 @@ class DeviceTime:
         half_life_secs: Callable[[], float],
         accounts: Mapping[str, float] | None = None,
         store: Callable[[Mapping[str, float]], None] = lambda _: None,
+        caller_of: Callable[[str], Caller | None] = lambda _: None,
     ) -> None:
-        """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change."""
+        """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change. `caller_of`
+        finds the caller with a key id; one that is not found has priority 0 and weight 1."""
         self._half_life_secs = half_life_secs
         self._store = store
+        self._caller_of = caller_of
         self._store_at = 0.0
         self._accounts = dict(accounts or {})
-        self._callers: dict[str, Caller] = {}
         self._seen: dict[str, float] = {}
         self._known: set[str] = set(self._accounts)
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
@@ -82,7 +84,6 @@ class DeviceTime:
 
     def present(self, caller: Caller, now: float) -> None:
         """A request of the caller waits."""
-        self._callers[caller.key_id] = caller
         self._see(caller.key_id, now)
 
     def evicted(self, models: Iterable[str], callers: Iterable[Caller]) -> None:
@@ -155,4 +156,4 @@ class DeviceTime:
             self._accounts = {**self._accounts, key_id: least}
 
     def _caller(self, key_id: str) -> Caller:
-        return self._callers.get(key_id) or (Caller(key_id, key_id) if key_id else ANONYMOUS)
+        return (self._caller_of(key_id) or Caller(key_id, key_id)) if key_id else ANONYMOUS

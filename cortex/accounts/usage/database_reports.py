@@ -8,7 +8,8 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cortex.accounts.database.database import FAILURES, Database, reason
+from cortex.accounts.database.database import Database
+from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.database.tables import USAGE
 from cortex.accounts.usage.query import TIMES, UsageQuery
 from shared.errors import InvalidRequest, Unavailable
@@ -42,8 +43,8 @@ class DatabaseReports:
                 if self._database.is_postgresql:
                     await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
                 return [await self._report(connection, query, currency) for query in queries]
-        except FAILURES as error:
-            message = f"the usage cannot be read from {self._database}: {reason(error)}"
+        except DatabaseError as error:
+            message = f"the usage cannot be read from {error}"
             raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
