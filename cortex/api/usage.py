@@ -10,7 +10,7 @@ from aiohttp import web
 
 from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_query
 from cortex.accounts.usage.query import UsageQuery, parse_query, seen_by
-from cortex.api.app_keys import LIVE, USAGE_LEDGER
+from cortex.api.app_keys import LIVE, USAGE_REPORTS
 from cortex.api.authorization import caller_of
 from shared.errors import Unauthorized
 
@@ -18,9 +18,9 @@ from shared.errors import Unauthorized
 async def show_usage(request: web.Request) -> web.Response:
     """The sums of each group, and of all."""
     query = _visible(request, parse_query(list(request.query.items()), time.time()))
-    ledger, config = request.app[USAGE_LEDGER], request.app[LIVE].config
+    reports, config = request.app[USAGE_REPORTS], request.app[LIVE].config
     currency, price = config.usage.currency, config.energy.price_per_kwh
-    rows, totals = await ledger.reports([query, replace(query, group_by=())], currency)
+    rows, totals = await reports.reports([query, replace(query, group_by=())], currency)
     return web.json_response(
         {
             "object": "usage",
@@ -54,7 +54,7 @@ async def organization_costs(request: web.Request) -> web.Response:
 async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
     asked = parse_bucket_query(kind, request.query.items(), time.time())
     currency = request.app[LIVE].config.usage.currency
-    rows = await request.app[USAGE_LEDGER].reports([_visible(request, asked.query)], currency)
+    rows = await request.app[USAGE_REPORTS].reports([_visible(request, asked.query)], currency)
     return bucket_page(asked, rows[0], currency)
 
 
