@@ -17,9 +17,9 @@ from cortex.api.authorization import caller_of
 async def show_usage(request: web.Request) -> web.Response:
     """The sums of each group, and of all."""
     query = _visible(request, parse_query(list(request.query.items()), time.time()))
-    config = request.app[LIVE].config
+    reports, config = request.app[USAGE_REPORTS], request.app[LIVE].config
     currency, price = config.usage.currency, config.energy.price_per_kwh
-    rows, totals = await request.app[USAGE_REPORTS].reports([query, replace(query, group_by=())], currency)
+    rows, totals = await reports.reports([query, replace(query, group_by=())], currency)
     return web.json_response(
         {
             "object": "usage",
