@@ -73,6 +73,8 @@ class EnergyBooks:
         while True:
             try:
                 await self.book()
+                if self._failed:
+                    log.info("energy can be booked again")
                 self._failed = False
             except FAILURES as error:
                 if not self._failed:

@@ -26,6 +26,12 @@ FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.Time
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
+_REMEDIES = {
+    "not a database": "restore a copy of it, or move it away and create the keys again",
+    "malformed": "restore a copy of it, or move it away and create the keys again",
+    "disk I/O error": "is the disk full or damaged?",
+}
+"""What to do about what SQLite says of its file."""
 _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 
 
@@ -153,9 +159,13 @@ async def _opened(database: Database) -> Database:
             message = f"{database} was made by a newer cortex (migration {error}): update this one"
             raise DatabaseError(message) from error
         if isinstance(error, FAILURES):
-            raise DatabaseError(f"{database}: {reason(error)}") from error
+            raise DatabaseError(f"{database}: {reason(error)}{_remedy(error)}") from error
         raise
     return database
+
+
+def _remedy(error: Exception) -> str:
+    return next((f"; {remedy}" for sign, remedy in _REMEDIES.items() if sign in reason(error)), "")
 
 
 def reason(error: Exception) -> str:

@@ -24,7 +24,10 @@ class NoUsageReports:
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """Raises NotFound."""
-        raise NotFound("this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write")
+        raise NotFound(
+            "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write "
+            "(`cortex dev` keeps none)"
+        )
 
 
 def usage_reports(database: Database | None) -> UsageReports:
