@@ -127,6 +127,7 @@ def _load_config(path: Path | None) -> NeuronConfig:
     if files is not None:
         try:
             server_context(files)
+            certificate_warning(files)
         except TlsError as error:
             problems.append(str(error))
     if problems:

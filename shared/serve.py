@@ -243,8 +243,9 @@ async def serving(sites: Sequence[Site], *, drain_timeout_secs: float) -> AsyncI
             )
             runners.append(runner)
             await runner.setup()
-            context = None if site.tls is None else site.tls.current
-            if site.tls is not None and context is not None:
+            context = None
+            if site.tls is not None:
+                context = site.tls.current
                 context.sni_callback = site.tls.switch
                 watching.append(asyncio.create_task(keep_running("TLS files", site.tls.watch_loop), name="TLS files"))
             await web.SockSite(runner, site.sock, backlog=BACKLOG, ssl_context=context).start()

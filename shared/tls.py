@@ -127,11 +127,12 @@ class RenewedContext:
 
     def _renew(self) -> None:
         try:
-            self.current = self._make(self._files)
+            context = self._make(self._files)
             warning = certificate_warning(self._files)
         except TlsError as error:
             log.warning("TLS files have changed and cannot be used, so the previous ones stay in use: %s", error)
         else:
+            self.current = context
             log.info("TLS files reloaded: %s", ", ".join(map(str, self._files.paths)))
             if warning is not None:
                 log.warning("%s", warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -37,6 +38,15 @@ def pair(directory: Path, name: str = "127.0.0.1", *, until: datetime | None = N
     files = PairFiles(directory / "cert.pem", directory / "key.pem")
     files.key.write_bytes(issued.private_key_pem.bytes())
     files.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    return files
+
+
+def unusable_pair(directory: Path) -> PairFiles:
+    """As `pair`, with a key on a curve that OpenSSL reads, but offers in no handshake."""
+    files = PairFiles(directory / "cert.pem", directory / "key.pem")
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp256k1", "-nodes", "-keyout", str(files.key)]
+    command = ["openssl", "req", "-x509", *key, "-out", str(files.cert), "-subj", "/CN=localhost"]
+    subprocess.run(command, check=True, capture_output=True)
     return files
 
 

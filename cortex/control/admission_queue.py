@@ -115,6 +115,8 @@ class AdmissionQueue:
             del self._queues[ticket.model_id]
             if queue.tickets.owed:
                 self._owed[ticket.model_id] = queue.tickets
+        if not self._queues:
+            self._served_at.clear()  # the next request arrives after all of these
 
     def count(self, *models: str) -> int:
         """How many requests wait for these models."""

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cortex.accounts.caller import Caller
 from cortex.accounts.fairness.device_time import DeviceTime
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.limits.limiter import LimitOwner
@@ -132,13 +133,13 @@ def build(
     policy: Policy = PLANNER,
     leases: LoadLeases | None = None,
     limiter: LimitOwner | None = None,
+    caller_of: Callable[[str], Caller | None] = lambda _: None,
 ) -> ControlCore:
-    """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name;
-    `clock` is monotonic, in seconds. Without `leases` it loads without asking other cortexes."""
+    """Everything that decides and acts, around the fleet. Starts nothing. `clients` and `pollers` are by neuron name.
+    `clock`: monotonic seconds. Without `leases` it asks no other cortexes. `caller_of` finds the caller by key id."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
-    demand = _demand(live, state, fleet, counts, clock)
-    metrics = Metrics(fleet, counts.all_in_flight, counts.counters)
-    queue = AdmissionQueue(live=live, clock=clock)
+    demand = _demand(fleet, counts, clock, _device_time(live, state, caller_of))
+    metrics, queue = Metrics(fleet, counts.all_in_flight, counts.counters), AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
@@ -202,18 +203,21 @@ def _routes(live: LiveConfig, fleet: Fleet, endpoints: Endpoints, counts: CountT
     return routes
 
 
-def _demand(
-    live: LiveConfig, state: StateFile, fleet: Fleet, counts: CountTotals, clock: Callable[[], float]
-) -> Demand:
-    """The demand, with the accounts of the API keys as they were when the last cortex ended."""
+def _demand(fleet: Fleet, counts: CountTotals, clock: Callable[[], float], device_time: DeviceTime) -> Demand:
+    """The demand, which learns from the fleet when engines are loaded."""
+    demand = Demand(counts, clock=clock, device_time=device_time)
+    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
+    return demand
+
+
+def _device_time(live: LiveConfig, state: StateFile, caller_of: Callable[[str], Caller | None]) -> DeviceTime:
+    """The accounts of the API keys, as they were when the last cortex ended."""
 
     def half_life_secs() -> float:
         return live.config.placement.fairness_half_life_secs
 
-    device_time = DeviceTime(half_life_secs, state.device_time(half_life_secs()), store=state.set_device_time)
-    demand = Demand(counts, clock=clock, device_time=device_time)
-    fleet.route_changes.subscribe(lambda models: demand.routes_changed(models, fleet.snapshot()))
-    return demand
+    kept = state.device_time(half_life_secs())
+    return DeviceTime(half_life_secs, kept, store=state.set_device_time, caller_of=caller_of)
 
 
 @contextlib.asynccontextmanager
@@ -241,16 +245,11 @@ async def running_control(
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
-        core = build(live, state, fleet, membership.clients, membership.pollers, leases=leases, limiter=limiter)
+        keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
+        core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
-        keys = keys or KeyRing()
         _use_keys(keys, core)
-        loops = {
-            **core.loops,
-            **keys.loops,
-            "state file": state.write_loop,
-            "limits": limiter.run,
-        }
+        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)

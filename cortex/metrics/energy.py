@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.energy.attribution import HOUR_SECS, EnergyKind, InstanceCount, MeterReading
 from cortex.config.live import LiveConfig
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, instance_of
@@ -68,22 +69,20 @@ class EnergyBooks:
 
     async def run(self) -> None:
         """Never returns. What cannot be booked now, because the database does not answer, is booked later."""
-        from cortex.accounts.database.database import FAILURES, reason  # noqa: PLC0415 - imports SQLAlchemy
-
         while True:
             try:
                 await self.book()
                 if self._failed:
                     log.info("energy can be booked again")
                 self._failed = False
-            except FAILURES as error:
+            except DatabaseError as error:
                 if not self._failed:
                     self._failed = True
-                    log.warning("energy cannot be booked now: %s", reason(error))
+                    log.warning("energy cannot be booked now: %s", error)
             await asyncio.sleep(INTERVAL_SECS)
 
     async def book(self) -> None:
-        """Raises one of `cortex.accounts.database.database.FAILURES` when the database cannot be written now."""
+        """Raises DatabaseError when the database cannot be written now."""
         nodes = [node for node in self._snapshot().nodes.values() if node.healthy]
         since = self._now() - self._clock()
         readings = [each for node in nodes if (each := reading_of(node, since)) is not None]

@@ -155,11 +155,10 @@ def assess_eviction(
     requested = own_waiting is not None
     users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
     favour = advantage(waiting.callers, users, view.accounts, swap_secs)
+    cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
     if contend(waiting.callers, users):
         waiting = replace(waiting, count=len(waiting.callers))
-    cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
-    if contend(waiting.callers, users):  # each of them would wait for the swap
-        cost *= max(1.0, len(users) / len(waiting.callers))
+        cost *= max(1.0, len(users) / len(waiting.callers))  # each of the users would wait for the swap
     worth = cost - load_secs - waiting.waited_secs(view.now)
     patience_ends_at = view.unserved_since(waiting) + rules.patience_secs
     patient_until = min(patience_ends_at, view.now + max(0.0, worth) / waiting.count)

@@ -60,8 +60,8 @@ class SimulatedWorker:
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        return self.requests.callers
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        return self.requests.take_callers()
 
     async def refresh(self) -> None:
         """Nothing to do: the counts are live."""
@@ -116,7 +116,8 @@ def _moments(view: PlanningView, schedule: LoadSchedule) -> Iterator[float]:
     rules = view.rules
     moments = [] if schedule.recheck_at is None else [schedule.recheck_at]
     for requests in view.waiting.values():
-        moments += [requests.since + rules.patience_secs, requests.since + rules.starvation_secs]
+        since = view.unserved_since(requests)
+        moments += [since + rules.patience_secs, since + rules.starvation_secs]
     moments += [backoff.until for backoff in view.backoffs.values()]
     for key, use in view.usages.items():
         profile = view.catalogue.profile(key.model_id)

@@ -13,8 +13,9 @@ from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient, NeuronUnreachabl
 from cortex.upstream.pool import EnginePool
 from neuron.app import build_app
 from shared.serve import Site, bind, serving
+from shared.tasks import running
 from shared.tls import RenewedContext, TlsFiles, client_context, server_context
-from tests.certificates import PairFiles, authority_file, pair
+from tests.certificates import PairFiles, authority_file, pair, unusable_pair
 from tests.cortex.raw_http import until
 from tests.neuron.neurons import config_of
 
@@ -64,3 +65,16 @@ async def test_both_sides_show_certificates(
     await until(lambda: "TLS files reloaded" in caplog.text)
     async with caller(endpoint, TlsFiles(renewed.cert, renewed.key, ca)) as client:
         assert (await client.health()) is not None
+
+
+async def test_a_renewed_certificate_that_no_client_accepts_changes_nothing(
+    tmp_path: Path, files: PairFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says that the previous one stays in use, and it does."""
+    monkeypatch.setattr("shared.tls.LOOK_SECS", 0.02)
+    tls = RenewedContext(TlsFiles(files.cert, files.key), server_context)
+    before = tls.current
+    async with running({"TLS files": tls.watch_loop}):
+        unusable_pair(tmp_path)
+        await until(lambda: "the certificate cannot be used" in caplog.text)
+    assert tls.current is before

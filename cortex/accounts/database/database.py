@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from sqlalchemy import URL, Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
-from cortex.accounts.database.source import DatabaseError, DatabaseSource
+from cortex.accounts.database.source import ConstraintViolated, DatabaseError, DatabaseSource
 
 CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
-FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
+_FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
@@ -38,7 +39,7 @@ _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 class Database:
     """An open database with all tables. Use it from one event loop. `read_only`: SQLite's file cannot be written.
 
-    A command that fails raises one of FAILURES.
+    Whatever fails raises DatabaseError, also a command inside a transaction.
     """
 
     def __init__(self, engine: AsyncEngine, source: DatabaseSource, *, read_only: bool = False) -> None:
@@ -46,8 +47,8 @@ class Database:
         self._writing = engine.execution_options(writing=True)
         self.source = source
         self.read_only = read_only
-        self._asking = asyncio.Lock()
-        self._asked: aiosqlite.Connection | None = None  # by `number`
+        self._number_lock = asyncio.Lock()
+        self._number_connection: aiosqlite.Connection | None = None
 
     @property
     def is_postgresql(self) -> bool:
@@ -57,18 +58,32 @@ class Database:
     def __str__(self) -> str:
         return self.source.shown
 
-    @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
+    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A transaction that only reads."""
-        async with self._engine.begin() as connection:
-            yield connection
+        return self._transaction(self._engine)
 
-    @contextlib.asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
+    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A transaction that writes; committed at the end of the body, undone by an exception. SQLite has one at a
         time, over all processes."""
-        async with self._writing.begin() as connection:
-            yield connection
+        if self.read_only:
+            raise DatabaseError(f"{self} cannot be written")
+        return self._transaction(self._writing)
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        with self._described():
+            async with engine.begin() as connection:
+                yield connection
+
+    @contextlib.contextmanager
+    def _described(self) -> Iterator[None]:
+        """Turns what a command raises that fails into DatabaseError."""
+        try:
+            yield
+        except sqlalchemy.exc.IntegrityError as error:
+            raise ConstraintViolated(f"{self}: {_reason(error)}") from error
+        except _FAILURES as error:
+            raise DatabaseError(f"{self}: {_reason(error)}") from error
 
     async def number(self, query: str) -> int:
         """The number that a query finds. From SQLite it takes a tenth of the work of a transaction: for what is asked
@@ -76,27 +91,27 @@ class Database:
         if self.source.path is None or self.read_only:
             async with self.reading() as connection:
                 return int((await connection.execute(text(query))).scalar_one())
-        async with self._asking:
-            if self._asked is None:
-                file = f"{self.source.path.absolute().as_uri()}?mode=rw"
-                self._asked = await aiosqlite.connect(file, uri=True, isolation_level=None, timeout=BUSY_SECS)
+        async with self._number_lock:
             try:
-                ((found,),) = await self._asked.execute_fetchall(query)
+                with self._described():
+                    if self._number_connection is None:
+                        self._number_connection = await _connect_to(self.source.path)
+                    ((found,),) = await self._number_connection.execute_fetchall(query)
             except BaseException:
-                await self._close_asked()
+                await self._close_number_connection()
                 raise
             return int(found)
 
     async def close(self) -> None:
         """Closes every connection."""
         await self._engine.dispose()
-        async with self._asking:
-            await self._close_asked()
+        async with self._number_lock:
+            await self._close_number_connection()
 
-    async def _close_asked(self) -> None:
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            await asked.close()
+    async def _close_number_connection(self) -> None:
+        connection, self._number_connection = self._number_connection, None
+        if connection is not None:
+            await connection.close()
 
 
 async def open_database(source: DatabaseSource) -> Database:
@@ -117,6 +132,11 @@ async def open_database(source: DatabaseSource) -> Database:
         if not any(sign in str(error) for sign in _UNWRITABLE):
             raise
     return await _opened(Database(_sqlite(_read_only(source.path)), source, read_only=True))
+
+
+def _connect_to(path: Path) -> aiosqlite.Connection:
+    file = f"{path.absolute().as_uri()}?mode=rw"
+    return aiosqlite.connect(file, uri=True, isolation_level=None, timeout=BUSY_SECS)
 
 
 def _read_only(path: Path) -> URL:
@@ -158,17 +178,14 @@ async def _opened(database: Database) -> Database:
         if isinstance(error, NewerDatabase):
             message = f"{database} was made by a newer cortex (migration {error}): update this one"
             raise DatabaseError(message) from error
-        if isinstance(error, FAILURES):
-            raise DatabaseError(f"{database}: {reason(error)}{_remedy(error)}") from error
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(error)), None)
+        if isinstance(error, DatabaseError) and remedy is not None:
+            raise DatabaseError(f"{error}; {remedy}") from error
         raise
     return database
 
 
-def _remedy(error: Exception) -> str:
-    return next((f"; {remedy}" for sign, remedy in _REMEDIES.items() if sign in reason(error)), "")
-
-
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What a failed command says, without its statement and parameters."""
     original = getattr(error, "orig", None) or error
     return str(original).partition("\n")[0] or type(original).__name__

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import sqlalchemy.exc
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.database.tables import LIMIT_STATES
 
 if TYPE_CHECKING:
@@ -30,23 +28,20 @@ class LimitStates:
 
     async def all(self) -> dict[str, State]:
         """By scope."""
-        with _failures(self._database):
-            async with self._database.reading() as connection:
-                rows = await connection.execute(select(_SCOPE, _STATE))
-                return {str(scope): state for scope, state in rows}
+        async with self._database.reading() as connection:
+            rows = await connection.execute(select(_SCOPE, _STATE))
+            return {str(scope): state for scope, state in rows}
 
     async def write(self, states: Mapping[str, State], now: float) -> None:
         """Replaces the states of these scopes. `now`: Unix time."""
-        with _failures(self._database):
-            async with self._database.writing() as connection:
-                await _upsert(connection, sqlite.insert, states, now)
+        async with self._database.writing() as connection:
+            await _upsert(connection, sqlite.insert, states, now)
 
     @contextlib.asynccontextmanager
     async def locked(self, scopes: Collection[str]) -> AsyncIterator[LockedStates]:
         """The states of these scopes, which no other cortex can use inside the body. PostgreSQL only."""
-        with _failures(self._database):
-            async with self._database.writing() as connection:
-                yield await LockedStates.of(connection, sorted(scopes))
+        async with self._database.writing() as connection:
+            yield await LockedStates.of(connection, sorted(scopes))
 
 
 class LockedStates:
@@ -86,12 +81,3 @@ async def _upsert(connection: AsyncConnection, insert: Any, states: Mapping[str,
         statement = insert(LIMIT_STATES)
         changed = {"state": statement.excluded.state, "updated_at": statement.excluded.updated_at}
         await connection.execute(statement.on_conflict_do_update(index_elements=["scope"], set_=changed), rows)
-
-
-@contextlib.contextmanager
-def _failures(database: Database) -> Iterator[None]:
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        original = getattr(error, "orig", None) or error
-        raise DatabaseError(f"{database}: {original}") from error

@@ -13,6 +13,10 @@ class DatabaseError(Exception):
     """The database cannot be used. The message names it, without its password, and says what to do."""
 
 
+class ConstraintViolated(DatabaseError):
+    """A row cannot be stored, because a value that must be unique is taken."""
+
+
 @dataclass(frozen=True)
 class DatabaseSource:
     """Where a database is. `path` is SQLite's file, None for PostgreSQL; `url` is PostgreSQL's, else empty. `shown` is

@@ -53,7 +53,7 @@ Booked: TypeAlias = Mapping[EnergyEntry, float]
 class EnergyLedger:
     """`base_of` gives the id of the model whose engines serve a model: an adapter's base, else its own.
 
-    Methods raise one of `database.FAILURES` when the database cannot be written now; then nothing has changed.
+    Methods raise DatabaseError when the database cannot be written now; then nothing has changed.
     """
 
     def __init__(self, database: Database, base_of: Callable[[str], str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.fairness.turns import level_of
+from cortex.accounts.fairness.turns import Level, level_of
 
 CLEARLY = 1.5
 """Callers whose device time differs by less than this factor have used about the same: swaps for the sake of small
@@ -14,28 +14,18 @@ differences would cost all of them more than they gain."""
 
 
 class Claim(NamedTuple):
-    """Sorts models by what the most deserving of their callers deserves, the best first. `used` are device-seconds
-    divided by its weight (`DeviceTime.accounts`); `caller` is None without one."""
+    """What a caller deserves: the lower the `level` (`level_of`), then `used`, the more. `used` are device-seconds
+    divided by its weight (`DeviceTime.accounts`)."""
 
-    anonymous: bool
-    negative_priority: int
+    level: Level
     used: float
-    caller: Caller | None = None
-
-    @property
-    def order(self) -> tuple[bool, int, float]:
-        """Without the caller, which does not compare."""
-        return self.anonymous, self.negative_priority, self.used
-
-    @property
-    def level(self) -> tuple[bool, int]:
-        return self.anonymous, self.negative_priority
+    caller: Caller | None
 
 
 def claim_of(callers: Collection[Caller], accounts: Mapping[str, float]) -> Claim:
-    """The claim of a model for which these callers wait; without any that of one that has used nothing."""
-    found = [Claim(*level_of(each), accounts.get(each.key_id, 0.0), each) for each in callers]
-    return min(found, key=lambda claim: (claim.order, str(claim.caller)), default=Claim(False, 0, 0.0))
+    """The claim of the most deserving of these callers; without any that of one that has used nothing."""
+    claims = [Claim(level_of(each), accounts.get(each.key_id, 0.0), each) for each in callers]
+    return min(claims, key=lambda claim: (*claim[:2], str(claim.caller)), default=Claim((False, 0), 0.0, None))
 
 
 def contend(newcomers: Collection[Caller], users: Collection[Caller]) -> bool:
@@ -54,12 +44,11 @@ def advantage(
     """
     if not contend(newcomers, users):
         return 0
-    here, there = newcomers, users
-    ours, theirs = claim_of(here, accounts), claim_of(there, accounts)
+    ours, theirs = claim_of(newcomers, accounts), claim_of(users, accounts)
     if ours.level != theirs.level:
         return 1 if ours.level < theirs.level else -1
-    if theirs.used > max(CLEARLY * ours.used, ours.used + swap_secs * len(there) / len(here)):
+    if theirs.used > max(CLEARLY * ours.used, ours.used + swap_secs * len(users) / len(newcomers)):
         return 1
-    if ours.used > max(CLEARLY * theirs.used, theirs.used + swap_secs * len(here) / len(there)):
+    if ours.used > max(CLEARLY * theirs.used, theirs.used + swap_secs * len(newcomers) / len(users)):
         return -1
     return 0

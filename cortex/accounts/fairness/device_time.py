@@ -26,8 +26,8 @@ MAX_SAMPLE_SECS = 10.0
 
 @dataclass(frozen=True)
 class EngineUse:
-    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since its
-    start; "" stands for clients without a key. `loading`: it does not serve yet."""
+    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since the
+    last sample; "" stands for clients without a key. `loading`: it does not serve yet."""
 
     engine: Hashable
     model_id: str
@@ -45,16 +45,17 @@ class DeviceTime:
         half_life_secs: Callable[[], float],
         accounts: Mapping[str, float] | None = None,
         store: Callable[[Mapping[str, float]], None] = lambda _: None,
+        caller_of: Callable[[str], Caller | None] = lambda _: None,
     ) -> None:
-        """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change."""
+        """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change. `caller_of`
+        finds the caller with a key id; one that is not found has priority 0 and weight 1."""
         self._half_life_secs = half_life_secs
         self._store = store
+        self._caller_of = caller_of
         self._store_at = 0.0
         self._accounts = dict(accounts or {})
-        self._callers: dict[str, Caller] = {}
         self._seen: dict[str, float] = {}
         self._known: set[str] = set(self._accounts)
-        self._begun: dict[Hashable, Mapping[str, int]] = {}
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
         self._as_of: float | None = None
@@ -83,7 +84,6 @@ class DeviceTime:
 
     def present(self, caller: Caller, now: float) -> None:
         """A request of the caller waits."""
-        self._callers[caller.key_id] = caller
         self._see(caller.key_id, now)
 
     def evicted(self, models: Iterable[str], callers: Iterable[Caller]) -> None:
@@ -102,7 +102,6 @@ class DeviceTime:
         fade = 0.5 ** (secs / self._half_life_secs())
         self._accounts = {key_id: had * fade for key_id, had in self._accounts.items() if had * fade > NEGLIGIBLE}
         shares = [self._shares(each, queued.get(each.model_id, set()), now) for each in engines]
-        self._begun = {each.engine: each.begun for each in engines}
         self._used = {each.engine: self._used[each.engine] for each in engines}
         serving = {each.model_id for each in engines if not each.loading}
         for each, charged in zip(engines, shares, strict=True):
@@ -126,11 +125,11 @@ class DeviceTime:
 
     def _shares(self, use: EngineUse, queued: set[str], now: float) -> Mapping[str, float]:
         """The keys that pay for the engine, in proportion."""
-        used, before = self._used.setdefault(use.engine, {}), self._begun.get(use.engine, {})
+        used = self._used.setdefault(use.engine, {})
         active = {
             key_id: requests
             for key_id in use.now.keys() | use.begun.keys()
-            if (requests := max(use.now.get(key_id, 0), use.begun.get(key_id, 0) - before.get(key_id, 0))) > 0
+            if (requests := max(use.now.get(key_id, 0), use.begun.get(key_id, 0))) > 0
         }
         for key_id in active:
             self._see(key_id, now)
@@ -157,4 +156,4 @@ class DeviceTime:
             self._accounts = {**self._accounts, key_id: least}
 
     def _caller(self, key_id: str) -> Caller:
-        return self._callers.get(key_id) or (Caller(key_id, key_id) if key_id else ANONYMOUS)
+        return (self._caller_of(key_id) or Caller(key_id, key_id)) if key_id else ANONYMOUS

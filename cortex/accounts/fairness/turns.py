@@ -16,15 +16,16 @@ from typing import Generic, TypeAlias, TypeVar
 from cortex.accounts.caller import Caller
 
 Item = TypeVar("Item")
-_Level: TypeAlias = tuple[bool, int]
-_Turn: TypeAlias = tuple[_Level, float, int, int, str]
+Level: TypeAlias = tuple[bool, int]
+"""See `level_of`."""
+_Turn: TypeAlias = tuple[Level, float, int, int, str]
 """Level, tag and oldest sleeper of a flow, its version at that time, and its key id."""
 
 MIN_TOKENS = 1.0
 """A request costs at least this much, so that requests of unknown size take turns too."""
 
 
-def level_of(caller: Caller) -> _Level:
+def level_of(caller: Caller) -> Level:
     """Sorts callers that are served before all of another level: smaller is better."""
     return not caller.key_id, -caller.priority
 
@@ -61,7 +62,7 @@ class Turns(Generic[Item]):
         self._requests: dict[int, _Request[Item]] = {}  # by number, in order of arrival
         self._numbers: dict[Item, int] = {}
         self._flows: dict[str, _Flow] = {}
-        self._served: dict[_Level, float] = {}  # the highest tag of a served request
+        self._served: dict[Level, float] = {}  # the highest tag of a served request
         self._turns: list[_Turn] = []  # a heap; of each flow with sleepers the entry of its version counts
         self._arrivals = 0
 
@@ -131,19 +132,6 @@ class Turns(Generic[Item]):
         self._changed(flow)
         if not self._requests:
             self._forget()
-
-    def admit(self, caller: Caller, tokens: float) -> None:
-        """A request of the caller is served without having waited."""
-        flow = self._begin(caller)
-        self._charge(flow, max(MIN_TOKENS, tokens))
-        self._changed(flow)
-
-    def correct(self, key_id: str, tokens: float) -> None:
-        """A served request of the caller has used so many tokens more than estimated, or fewer if negative."""
-        flow = self._flows.get(key_id)
-        if flow is not None:
-            flow.tag += tokens / flow.caller.weight
-            self._changed(flow)
 
     def _begin(self, caller: Caller) -> _Flow:
         """The caller's flow, brought up to date."""

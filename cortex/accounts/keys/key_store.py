@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 from sqlalchemy import Row, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cortex.accounts.database.database import FAILURES, Database, reason
-from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.database.database import Database
+from cortex.accounts.database.source import ConstraintViolated
 from cortex.accounts.database.tables import API_KEYS
 from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.terms import KeyLimits
@@ -31,15 +27,12 @@ class KeyStore:
 
     async def version(self) -> int:
         """A number that grows with each change of a key, whichever process makes it."""
-        try:
-            return await self._database.number(_VERSION)
-        except FAILURES as error:
-            raise DatabaseError(f"{self._database}: {reason(error)}") from error
+        return await self._database.number(_VERSION)
 
     async def keys(self) -> list[ApiKey]:
         """All keys, by name."""
         asked = select(API_KEYS).where(API_KEYS.c.revoked_at.is_(None)).order_by(API_KEYS.c.name)
-        async with self._connected() as connection:
+        async with self._database.reading() as connection:
             return [_key(row) for row in await connection.execute(asked)]
 
     async def add(self, key: ApiKey) -> bool:
@@ -54,9 +47,9 @@ class KeyStore:
         }
         del values["source"]
         try:
-            async with self._connected(writes=True) as connection:
+            async with self._database.writing() as connection:
                 await connection.execute(API_KEYS.insert().values(values))
-        except IntegrityError:
+        except ConstraintViolated:
             return False
         return True
 
@@ -74,21 +67,8 @@ class KeyStore:
             .where(API_KEYS.c.name == name, API_KEYS.c.revoked_at.is_(None))
             .values(**values, revision=API_KEYS.c.revision + 1)
         )
-        async with self._connected(writes=True) as connection:
+        async with self._database.writing() as connection:
             return (await connection.execute(asked)).rowcount > 0
-
-    @contextlib.asynccontextmanager
-    async def _connected(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
-        database = self._database
-        if writes and database.read_only:
-            raise DatabaseError(f"{database} cannot be written")
-        try:
-            async with database.writing() if writes else database.reading() as connection:
-                yield connection
-        except IntegrityError:
-            raise
-        except FAILURES as error:
-            raise DatabaseError(f"{database}: {reason(error)}") from error
 
 
 def _key(row: Row[Any]) -> ApiKey:

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from cortex.accounts.database.database import FAILURES, Database, open_database, reason
+from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseError, DatabaseSource
 from cortex.accounts.usage.journal_file import try_lock
 from cortex.accounts.usage.recorder import Recorder
@@ -74,9 +74,9 @@ class _Process:
         """Moves some of what is there. True if there is more to do at once."""
         try:
             more = await self._work()
-        except (*FAILURES, DatabaseError) as error:
+        except (DatabaseError, OSError) as error:
             if not self._failed:
-                log.warning("usage waits in %s: %s", self.settings.directory, reason(error))
+                log.warning("usage waits in %s: %s", self.settings.directory, error)
             self._failed = True
             return False
         if self._failed:

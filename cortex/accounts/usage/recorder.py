@@ -48,8 +48,8 @@ class Recorder:
         """Moves what the journals have now. True if there was more than was moved.
 
         Raises:
-            SQLAlchemyError: the database cannot be written now.
-            OSError: likewise, or a journal cannot be read.
+            DatabaseError: the database cannot be written now.
+            OSError: a journal cannot be read.
         """
         more = False
         try:
@@ -99,7 +99,7 @@ class Recorder:
         """Deletes some of the records that are older; 0 deletes none. True if there are more.
 
         Raises:
-            SQLAlchemyError, OSError: the database cannot be written now.
+            DatabaseError: the database cannot be written now.
         """
         delete_abandoned(self._directory)
         now = self._clock()

@@ -91,6 +91,8 @@ class EngineRoom:
                     if limit != before:
                         changed.add(engine.key.model_id)
                     self._let_go(engine.key, limit)
+        for key in [key for key in self._reports if fleet.engine(key) is None]:
+            self._forget(key)
         self._limits = limits
         if changed:
             self.changes.announce(changed)
@@ -109,6 +111,12 @@ class EngineRoom:
             activity is None or activity.in_flight >= limit - _queued(limit)
         ):
             self._learned[key] = limit + max(1, limit // 2) if key in self._had_queue else limit * GROWTH
+
+    def _forget(self, key: ReplicaKey) -> None:
+        """Its neuron no longer lists the engine."""
+        del self._reports[key]
+        self._learned.pop(key, None)
+        self._had_queue.discard(key)
 
     def _let_go(self, key: ReplicaKey, limit: int | None) -> None:
         """Wakes as many waiting requests as the engine has room for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from sqlalchemy import Connection, select, text
 
 from cortex.accounts.database import migrate
 from cortex.accounts.database.database import Database, open_database
-from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
+from cortex.accounts.database.source import ConstraintViolated, DatabaseError, DatabaseSource, database_source
 from cortex.accounts.database.tables import LIMIT_STATES, METADATA
 
 OTHER_UID = 65534
@@ -92,6 +93,24 @@ async def test_writers_take_turns(source: DatabaseSource) -> None:
         await asyncio.gather(*(add(database) for database in (one, other) for _ in range(10)))
         async with one.reading() as connection:
             assert (await connection.execute(select(LIMIT_STATES.c.updated_at))).scalar_one() == 20
+
+
+async def test_what_fails_in_a_transaction_is_a_database_error(source: DatabaseSource) -> None:
+    """Callers catch one error, which names the database; also if a command is not answered in time."""
+    row = {"scope": "key:a", "state": {}, "updated_at": 0.0}
+    async with opened(source) as database:
+        with pytest.raises(DatabaseError, match="no_such_table"):
+            async with database.reading() as connection:
+                await connection.execute(text("SELECT * FROM no_such_table"))
+        with pytest.raises(DatabaseError, match="no_such_table"):
+            await database.number("SELECT count(*) FROM no_such_table")
+        with pytest.raises(DatabaseError, match=re.escape(str(database))):
+            async with database.writing() as connection:
+                raise asyncio.TimeoutError
+        with pytest.raises(ConstraintViolated):
+            async with database.writing() as connection:
+                await connection.execute(LIMIT_STATES.insert(), [row, row])
+        assert await database.number("SELECT count(*) FROM limit_states") == 0
 
 
 async def test_a_newer_database_is_refused(source: DatabaseSource) -> None:
@@ -177,6 +196,8 @@ async def test_read_only_file(left_log: bool) -> None:
                     assert database.read_only
                     async with database.reading() as connection:
                         assert (await connection.execute(select(LIMIT_STATES.c.scope))).scalars().all() == ["key:a"]
+                    with pytest.raises(DatabaseError, match="cannot be written"):
+                        database.writing()
 
 
 async def test_unreachable_server_is_named_without_its_password(tmp_path: Path) -> None:

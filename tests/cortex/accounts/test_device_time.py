@@ -24,9 +24,8 @@ def _engine(
 
 def test_engines_are_charged_to_the_callers_they_serve() -> None:
     """By devices, requests and weight; clients without a key pay nothing, and no key pays for them."""
-    accounts = DeviceTime(lambda: EVER)
     heavy = Caller("h", "h", weight=2)
-    accounts.present(heavy, 0)
+    accounts = DeviceTime(lambda: EVER, caller_of={"h": heavy}.get)
     engines = [
         _engine("m", {"a": 3, "b": 1}, devices=2),
         _engine("n", {"h": 1}),
@@ -93,13 +92,21 @@ def test_users_of_an_engine_stay_for_a_moment() -> None:
     accounts = DeviceTime(lambda: EVER)
     accounts.sample([_engine("m", {"a": 1, "": 1})], {}, 0)
     assert accounts.users() == {"m": {A, ANONYMOUS}}
-    idle = [EngineUse("m", "m", 1, False, {}, {"a": 1, "": 1})]
+    idle = [EngineUse("m", "m", 1, False, {}, {})]
     accounts.sample(idle, {}, 5)
     assert accounts.accounts == pytest.approx({"a": 2.5})
     accounts.sample(idle, {}, PRESENT_SECS + 1)
     assert accounts.users() == {}
     accounts.sample([], {}, PRESENT_SECS + 2)
     assert accounts.users() == {}
+
+
+def test_users_have_the_priority_of_their_key_although_they_never_waited() -> None:
+    """As when their model was loaded for another key: a key of a lower priority does not displace it."""
+    urgent = Caller("u", "u", priority=5)
+    accounts = DeviceTime(lambda: EVER, caller_of={"u": urgent}.get)
+    accounts.sample([_engine("m", {"u": 1})], {}, 0)
+    assert accounts.users() == {"m": {urgent}}
 
 
 def test_what_is_stored_is_what_they_are() -> None:

@@ -114,16 +114,6 @@ def test_several_places_at_once_go_to_several_keys() -> None:
     assert turns.call() == "b0"
 
 
-def test_a_key_pays_for_what_its_requests_really_used() -> None:
-    """Ten times the estimate: the others have ten turns first."""
-    turns, greedy, modest = Turns[str](), _caller("g"), _caller("m")
-    _add(turns, greedy, *range(20))
-    _add(turns, modest, *range(20))
-    assert _serve(turns, 2) == ["g0", "m0"]
-    turns.correct("g", 100)
-    assert Counter(item[0] for item in _serve(turns, 10)) == {"m": 10}
-
-
 def test_what_a_key_has_used_counts_although_the_queue_was_empty_meanwhile() -> None:
     """Two keys take turns at a model with one place even if there is never more than one request behind it."""
     turns, first, second = Turns[str](), _caller("a"), _caller("b")

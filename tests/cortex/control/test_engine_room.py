@@ -142,6 +142,20 @@ def test_an_old_report_teaches_nothing_twice() -> None:
     assert engine.limit == limit
 
 
+def test_an_engine_that_comes_back_begins_with_a_few_requests() -> None:
+    """What is learned of an engine is forgotten once its neuron does not list it any more."""
+    engine = Engine(100, A, B)
+    _ = engine.wait(A, 500)
+    for _ in range(3):
+        engine.fill()
+        engine.report()
+    assert engine.limit != FIRST_REQUESTS
+    engine.snapshot_now = replace(FLEET, nodes={})
+    engine.room.look()
+    engine.snapshot_now = FLEET
+    assert engine.limit == FIRST_REQUESTS
+
+
 def test_one_caller_is_never_held_back() -> None:
     """With one key or none: engines queue by themselves, as before."""
     for callers in ((), (A,)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from neuron.__main__ import main
+from tests.certificates import unusable_pair
 
 
 def check(tmp_path: Path, text: str) -> int:
@@ -48,6 +49,14 @@ def test_problems_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{tmp_path}/neuron.toml: " in error
     assert expected in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_certificate_that_no_client_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It can be read, but every handshake would fail."""
+    files = unusable_pair(tmp_path)
+    assert check(tmp_path, f"tls_cert = '{files.cert}'\ntls_key = '{files.key}'") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{tmp_path}/neuron.toml: {files.cert}: the certificate cannot be used")
 
 
 def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

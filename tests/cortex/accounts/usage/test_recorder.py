@@ -11,11 +11,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import sqlalchemy
-from sqlalchemy import func, select, text
+from sqlalchemy import Table, func, select, text
 
 from cortex.accounts.database.database import Database
-from cortex.accounts.database.source import DatabaseSource
+from cortex.accounts.database.source import DatabaseError, DatabaseSource
 from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
 from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage.journal_file import JournalWriter, journals
@@ -33,7 +32,7 @@ async def ids(database: Database) -> list[str]:
         return sorted((await connection.execute(select(USAGE.c.request_id))).scalars())
 
 
-async def count(database: Database, table: sqlalchemy.Table) -> int:
+async def count(database: Database, table: Table) -> int:
     async with database.reading() as connection:
         return (await connection.execute(select(func.count()).select_from(table))).scalar_one()
 
@@ -124,7 +123,7 @@ async def test_a_transaction_that_fails_moves_nothing(
     writer.write(records[50:], PRICES)
     async with database.writing() as connection:
         await connection.execute(text("ALTER TABLE usage_journals RENAME TO away"))
-    with pytest.raises(sqlalchemy.exc.SQLAlchemyError):
+    with pytest.raises(DatabaseError):
         await recorder.move()
     assert await ids(database) == sorted_ids(*records[:50])
     async with database.writing() as connection:

@@ -1,4 +1,4 @@
-"""Sums over the records of usage in the database."""
+"""Sums over the records of usage, from the database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cortex.accounts.database.database import FAILURES, Database, reason
+from cortex.accounts.database.database import Database
+from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.database.tables import USAGE
 from cortex.accounts.usage.query import TIMES, UsageQuery
 from shared.errors import InvalidRequest, Unavailable
@@ -21,8 +22,8 @@ _POSTGRESQL_FORMATS: Final = {"hour": 'YYYY-MM-DD"T"HH24":00Z"', "day": "YYYY-MM
 TOKENS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 
 
-class UsageLedger:
-    """Answers questions about the usage in a database."""
+class DatabaseReports:
+    """Implements UsageReports."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -42,8 +43,8 @@ class UsageLedger:
                 if self._database.is_postgresql:
                     await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
                 return [await self._report(connection, query, currency) for query in queries]
-        except FAILURES as error:
-            message = f"the usage cannot be read from {self._database}: {reason(error)}"
+        except DatabaseError as error:
+            message = f"the usage cannot be read from {error}"
             raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
