@@ -189,8 +189,7 @@ class KeyRing:
     def _writable(self) -> KeyStore:
         if self._store is None:
             raise Unavailable(
-                "this cortex has no database for keys: set state_dir in cortex.toml to a directory that it can write "
-                "(`cortex dev` keeps no keys)",
+                "this cortex has no database for keys: set state_dir in cortex.toml to a directory that it can write",
                 code=ErrorCode.DATABASE_UNAVAILABLE,
                 retry_after=CONTROL_PROCESS_SECS,
                 permanent=True,

@@ -24,10 +24,7 @@ class NoUsageReports:
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """Raises NotFound."""
-        raise NotFound(
-            "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write "
-            "(`cortex dev` keeps none)"
-        )
+        raise NotFound("this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write")
 
 
 def usage_reports(database: Database | None) -> UsageReports:

@@ -26,6 +26,7 @@ from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode
+from tests.cortex.raw_http import until
 
 ALICE, BOB = Caller("a", "alice", limited=True), Caller("b", "bob", limited=True)
 SMALL = TokenBound(10, 10)
@@ -196,8 +197,7 @@ async def test_requests_go_on_if_the_disk_is_full(
         async with database.writing() as connection:
             await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO limit_states")
         loop = asyncio.create_task(limiter.run())
-        while "limits are kept again" not in [record.message for record in caplog.records]:
-            await asyncio.sleep(0.01)
+        await until(lambda: "limits are kept again" in caplog.messages)
         loop.cancel()
         await asyncio.wait([loop])
         # killed here, and started again
@@ -340,4 +340,4 @@ async def test_without_the_database_limited_requests_are_refused_until_it_is_bac
             with contextlib.suppress(ServiceError):
                 await limiter.admission(ALICE, "org/m", SMALL)
                 break
-        assert [record.message for record in caplog.records].count("limits can be checked again") == 1
+        assert caplog.messages.count("limits can be checked again") == 1
