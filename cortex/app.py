@@ -30,7 +30,7 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     STATE,
-    USAGE_LEDGER,
+    USAGE_REPORTS,
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
@@ -74,7 +74,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[KEYS] = parts.keys
-    app[USAGE_LEDGER] = usage_reports(parts.database)
+    app[USAGE_REPORTS] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)

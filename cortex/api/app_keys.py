@@ -26,6 +26,6 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
-USAGE_LEDGER = web.AppKey("usage_ledger", UsageReports)
+USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -196,9 +196,10 @@ class Demand:
         return self._device_time.accounts
 
     def charge(self, fleet: FleetSnapshot, waiting: Mapping[str, WaitingRequests]) -> None:
-        """Charges the devices of every engine to the callers that use it. `waiting` is by name of the model."""
+        """Charges the devices of every engine to the callers that have used it since the last call. `waiting` is by
+        name of the model."""
         by_engine: dict[ReplicaKey, dict[str, CallerCount]] = {}
-        for (key, key_id), count in self._counts.callers().items():
+        for (key, key_id), count in self._counts.take_callers().items():
             by_engine.setdefault(key, {})[key_id] = count
         queued: dict[str, set[Caller]] = {}
         for name, requests in waiting.items():

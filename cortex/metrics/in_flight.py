@@ -12,7 +12,7 @@ CallerAt: TypeAlias = tuple[ReplicaKey, str]
 
 
 class CallerCount(NamedTuple):
-    """One key's requests at one replica: in flight, and since the process began."""
+    """One key's requests at one replica: in flight, and begun since they were last taken."""
 
     now: int
     begun: int
@@ -51,10 +51,13 @@ class InFlight:
         """Requests since the process began."""
         return {key: count.begun for key, count in self._counts.items()}
 
-    @property
-    def callers(self) -> dict[CallerAt, CallerCount]:
-        """The requests of each API key."""
-        return {at: CallerCount(count.now, count.begun) for at, count in self._callers.items()}
+    def take_callers(self) -> dict[CallerAt, CallerCount]:
+        """The requests of each API key: in flight now, and begun since the last call."""
+        taken = {at: CallerCount(count.now, count.begun) for at, count in self._callers.items()}
+        self._callers = {at: count for at, count in self._callers.items() if count.now}
+        for count in self._callers.values():
+            count.begun = 0
+        return taken
 
     def add_caller(self, key: ReplicaKey, key_id: str) -> None:
         """Of the requests that have been added, one is this key's."""

@@ -22,8 +22,8 @@ class WorkerCounts(Protocol):
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         """Requests that were sent to an engine since the worker began."""
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        """The same by API key, without requests that have none."""
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        """By API key, the requests in flight, and those begun since the last call. Without requests that have none."""
 
     async def refresh(self) -> None:
         """Brings the counts up to date."""
@@ -60,11 +60,12 @@ class CountTotals:
                 total[key] = total.get(key, 0) + count
         return total
 
-    def callers(self) -> dict[CallerAt, CallerCount]:
-        """The requests of each API key. As `begun`."""
+    def take_callers(self) -> dict[CallerAt, CallerCount]:
+        """The requests of each API key: in flight, and begun since the last call. The last ones of a worker that has
+        exited are unknown."""
         total: dict[CallerAt, CallerCount] = {}
         for worker in self.workers:
-            for at, count in worker.callers_here().items():
+            for at, count in worker.take_callers().items():
                 before = total.get(at)
                 total[at] = count if before is None else CallerCount(before.now + count.now, before.begun + count.begun)
         return total

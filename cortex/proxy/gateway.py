@@ -194,8 +194,8 @@ class Gateway:
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.begun
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        return self._context.in_flight.callers
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        return self._context.in_flight.take_callers()
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""

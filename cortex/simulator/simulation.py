@@ -60,8 +60,8 @@ class SimulatedWorker:
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.requests.begun
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        return self.requests.callers
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        return self.requests.take_callers()
 
     async def refresh(self) -> None:
         """Nothing to do: the counts are live."""

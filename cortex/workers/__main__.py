@@ -15,7 +15,6 @@ import msgspec
 
 from cortex.app import working
 from cortex.config.settings import CortexConfig
-from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.proxy.gateway import Gateway
 from cortex.routing.replica import ReplicaKey
 from cortex.upstream.address import Address
@@ -140,16 +139,14 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
     loop = asyncio.get_running_loop()
     scheduled = False
     reported: dict[ReplicaKey, int] = {}
-    callers_reported: dict[CallerAt, CallerCount] = {}
 
     def report() -> None:
         nonlocal scheduled
         scheduled = False
         begun = {key: count for key, count in gateway.in_flight.begun.items() if reported.get(key) != count}
         reported.update(begun)
-        callers = {at: count for at, count in gateway.in_flight.callers.items() if callers_reported.get(at) != count}
-        callers_reported.update(callers)
-        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun), list(callers.items())))
+        callers = list(gateway.in_flight.take_callers().items())
+        channel.send(InFlightNow(counts_to_wire(gateway.in_flight.here), counts_to_wire(begun), callers))
 
     def changed() -> None:
         nonlocal scheduled

@@ -247,8 +247,8 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
 
 
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
-    """All requests in flight; and where they changed since the last report, the number of requests begun, and those of
-    each API key."""
+    """All requests in flight; where it changed since the last report, the number of requests begun; and the requests of
+    each API key, with those begun since the last report."""
 
     counts: Counts
     begun: Counts

@@ -50,14 +50,13 @@ class RemoteLimiter:
     def receive(self, message: Admitted | AdmitRefused) -> None:
         """Applies an answer of the control."""
         future = self._waiting.get(message.number)
-        waits = future is not None and not future.done()
-        match message:
-            case Admitted(_, grant) if not waits:
-                self.settle(grant, 0, 0, 0)  # the request has ended
-            case Admitted(_, grant) if future is not None:
-                future.set_result(grant)
-            case AdmitRefused() if waits and future is not None:
-                future.set_exception(error_from_wire(message))
+        if future is None or future.done():
+            if isinstance(message, Admitted):
+                self.settle(message.grant, 0, 0, 0)  # the request has ended
+        elif isinstance(message, Admitted):
+            future.set_result(message.grant)
+        else:
+            future.set_exception(error_from_wire(message))
 
     def lost(self) -> None:
         """The control is gone: fails all that wait, and later ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from cortex.accounts.limits.terms import Grant
 from cortex.workers.messages import Admit, Admitted, Settle, refused_to_wire
 from shared.errors import ServiceError
 from shared.tasks import TaskSet
+
+log = logging.getLogger(__name__)
 
 
 class WorkerGrants:
@@ -43,6 +46,9 @@ class WorkerGrants:
             grant = await self._limiter.admission(asked.caller, asked.model_id, asked.bound)
         except ServiceError as error:
             self._send(refused_to_wire(asked.number, error))
+        except Exception:
+            log.exception("bug while admitting a request for %s", asked.model_id)
+            self._send(refused_to_wire(asked.number, ServiceError("internal error; see cortex's log")))
         else:
             self._admitted(asked.number, grant)
 

@@ -78,7 +78,8 @@ class WorkerProcess:
         self._granted: Counter[ReplicaKey] = Counter()
         self._taken: dict[ReplicaKey, list[Replica]] = {}  # requests at replicas with a limit
         self._begun: dict[ReplicaKey, int] = {}
-        self._callers: dict[CallerAt, CallerCount] = {}
+        self._callers: dict[CallerAt, int] = {}  # requests in flight, by API key
+        self._callers_begun: Counter[CallerAt] = Counter()  # since they were last taken
         self._resolving: dict[int, asyncio.Task[None]] = {}
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
@@ -96,8 +97,10 @@ class WorkerProcess:
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self._begun
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        return self._callers
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        now, begun = self._callers, self._callers_begun
+        self._callers_begun = Counter()
+        return {at: CallerCount(now.get(at, 0), begun[at]) for at in now.keys() | begun.keys()}
 
     async def refresh(self) -> None:
         """Asks for the latest counts. Without an answer in time the last ones stay."""
@@ -132,7 +135,8 @@ class WorkerProcess:
                         self._give_back(message)
                     case InFlightNow(counts, begun, callers):
                         self._reported(counts)
-                        self._callers.update(callers)
+                        self._callers = {at: count.now for at, count in callers}
+                        self._callers_begun.update({at: count.begun for at, count in callers})
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
                     case ResponseMade(response_id, replica):

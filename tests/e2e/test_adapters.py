@@ -239,6 +239,32 @@ async def test_other_weights(fleet: Fleet, tmp_path: Path) -> None:
     assert (await fleet.ask("a"))[0] == 200
 
 
+async def test_other_weights_during_a_load(fleet: Fleet, tmp_path: Path) -> None:
+    """A reload with another `lora` while the old weights are being loaded: the waiting request gets the new ones."""
+    assert (await fleet.ask(BASE))[0] == 200
+    engine = fleet.neurons[0].registry.get(BASE).engine
+    assert engine is not None
+    other, models = adapter(tmp_path, "other"), tmp_path / "models.toml"
+    loaded_at = (await fleet.get("/fleet"))["configuration"]["loaded_at"]
+
+    async def reloaded() -> bool:
+        return bool((await fleet.get("/fleet"))["configuration"]["loaded_at"] != loaded_at)
+
+    body = {"model": "a", "prompt": "x", "max_tokens": 2, "stream": True}
+    async with contextlib.AsyncExitStack() as stack:
+        async with engine.adapter_lock:  # the load takes as long as this
+            response = await stack.enter_async_context(
+                fleet.session.post(f"{fleet.cortex.url}/v1/completions", json=body)
+            )
+            while b"loading the adapter a" not in await response.content.readline():
+                pass
+            text = models.read_text(encoding="utf-8")
+            models.write_text(text.replace(str(tmp_path / "a"), other), encoding="utf-8")
+            await until(reloaded)
+        assert b"[DONE]" in await response.read()
+    assert engine.adapters == {"a": other}
+
+
 async def test_an_engine_without_adapters(fleet: Fleet) -> None:
     """An engine that was started without adapters, by another caller, is named as the reason, with what to do."""
     assert (await fleet.neurons[0].load(BASE)).status == 200

@@ -26,8 +26,8 @@ MAX_SAMPLE_SECS = 10.0
 
 @dataclass(frozen=True)
 class EngineUse:
-    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since its
-    start; "" stands for clients without a key. `loading`: it does not serve yet."""
+    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since the
+    last sample; "" stands for clients without a key. `loading`: it does not serve yet."""
 
     engine: Hashable
     model_id: str
@@ -56,7 +56,6 @@ class DeviceTime:
         self._accounts = dict(accounts or {})
         self._seen: dict[str, float] = {}
         self._known: set[str] = set(self._accounts)
-        self._begun: dict[Hashable, Mapping[str, int]] = {}
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
         self._as_of: float | None = None
@@ -103,7 +102,6 @@ class DeviceTime:
         fade = 0.5 ** (secs / self._half_life_secs())
         self._accounts = {key_id: had * fade for key_id, had in self._accounts.items() if had * fade > NEGLIGIBLE}
         shares = [self._shares(each, queued.get(each.model_id, set()), now) for each in engines]
-        self._begun = {each.engine: each.begun for each in engines}
         self._used = {each.engine: self._used[each.engine] for each in engines}
         serving = {each.model_id for each in engines if not each.loading}
         for each, charged in zip(engines, shares, strict=True):
@@ -127,11 +125,11 @@ class DeviceTime:
 
     def _shares(self, use: EngineUse, queued: set[str], now: float) -> Mapping[str, float]:
         """The keys that pay for the engine, in proportion."""
-        used, before = self._used.setdefault(use.engine, {}), self._begun.get(use.engine, {})
+        used = self._used.setdefault(use.engine, {})
         active = {
             key_id: requests
             for key_id in use.now.keys() | use.begun.keys()
-            if (requests := max(use.now.get(key_id, 0), use.begun.get(key_id, 0) - before.get(key_id, 0))) > 0
+            if (requests := max(use.now.get(key_id, 0), use.begun.get(key_id, 0))) > 0
         }
         for key_id in active:
             self._see(key_id, now)

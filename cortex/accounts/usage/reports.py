@@ -1,4 +1,4 @@
-"""Who answers questions about usage. Imports no SQLAlchemy."""
+"""Sums over the records of usage: the contract, for those that do not import SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class UsageReports(Protocol):
-    """Sums over the records of usage; `cortex.accounts.usage.ledger` has those of a database."""
+    """Sums over the records of usage."""
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
-        """As `UsageLedger.reports`."""
+        """As `DatabaseReports.reports`."""
 
 
 class NoUsageReports:
@@ -31,6 +31,6 @@ def usage_reports(database: Database | None) -> UsageReports:
     """Those of the database, if there is one."""
     if database is None:
         return NoUsageReports()
-    from cortex.accounts.usage.ledger import UsageLedger  # noqa: PLC0415 - SQLAlchemy, which workers do not need
+    from cortex.accounts.usage.database_reports import DatabaseReports  # noqa: PLC0415 - imports SQLAlchemy
 
-    return UsageLedger(database)
+    return DatabaseReports(database)

@@ -109,7 +109,12 @@ class AdapterLoads:
         for node in self._neurons.fleet.snapshot().healthy if outdated else ():
             for key, view in node.listed:
                 for name in outdated.intersection(view.adapters):
-                    self.in_background(self.unload(key, name), name=f"unload {name} on {key.name}")
+                    self.in_background(self._drop(key, name), name=f"unload {name} on {key.name}")
+
+    async def _drop(self, key: ReplicaKey, adapter: str) -> None:
+        error = await self.unload(key, adapter)
+        if error is not None:
+            log.warning("cannot unload the adapter %s from %s: %s", adapter, key.name, error.message)
 
     async def spread_loop(self) -> None:
         """Loads an adapter at one more engine of its base while those that have it get too many requests and another
@@ -139,15 +144,26 @@ class AdapterLoads:
         return {name: profile.lora for name, profile in self._live.catalogue.adapters.items()}
 
     async def _load(self, key: ReplicaKey, adapter: str) -> AdapterNotLoaded | None:
-        """The error is a value: there may be no request to raise it in."""
-        profile = self._live.catalogue.adapters.get(adapter)
-        if profile is None:
-            return AdapterNotLoaded(f"{adapter!r} left the catalogue")
+        """Loads the weights that the catalogue names, again if it names others after the load. The error is a value:
+        there may be no request to raise it in."""
+        loaded = None
+        while (profile := self._live.catalogue.adapters.get(adapter)) is not None:
+            if profile.lora == loaded:
+                return None
+            problem = await self._load_from(key, adapter, profile.lora)
+            if problem is not None:
+                return problem
+            loaded = profile.lora
+        if loaded is not None:
+            await self._drop(key, adapter)
+        return AdapterNotLoaded(f"{adapter!r} left the catalogue")
+
+    async def _load_from(self, key: ReplicaKey, adapter: str, source: str | None) -> AdapterNotLoaded | None:
         command = AdapterCommand(
             model_id=key.model_id,
             instance=key.instance or None,
             adapter=adapter,
-            source=profile.lora,
+            source=source,
             displaceable=self._displaceable(key, adapter),
         )
         try:

@@ -22,12 +22,13 @@ class UsageRequest:
         self._splice = splice
         self._taken = b""  # what the splice replaces
         self._asks = False  # the body has the splice
-        self._given_up = False
         self._engine = StreamUsage()  # that the request is sent to
+        self._given_up = False  # that engine has refused the splice
 
     def prepare(self, engine: StreamUsage) -> None:
         """Makes the body fit the engine that gets it next."""
-        self._engine = engine
+        if engine is not self._engine:
+            self._engine, self._given_up = engine, False
         asks = not self._given_up and not engine.refuses(monotonic())
         if asks != self._asks:
             self._replace(asks=asks)
@@ -39,7 +40,8 @@ class UsageRequest:
     def give_up(self) -> bool:
         """True if the engine has refused a body that is not the client's. Its error may be about the field, or describe
         the body, as vLLM's does: the request should be sent again without it."""
-        self._given_up = True
+        if self._asks:
+            self._given_up = True
         return self._asks
 
     def answered(self, status: int) -> None:

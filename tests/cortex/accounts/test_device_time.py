@@ -92,7 +92,7 @@ def test_users_of_an_engine_stay_for_a_moment() -> None:
     accounts = DeviceTime(lambda: EVER)
     accounts.sample([_engine("m", {"a": 1, "": 1})], {}, 0)
     assert accounts.users() == {"m": {A, ANONYMOUS}}
-    idle = [EngineUse("m", "m", 1, False, {}, {"a": 1, "": 1})]
+    idle = [EngineUse("m", "m", 1, False, {}, {})]
     accounts.sample(idle, {}, 5)
     assert accounts.accounts == pytest.approx({"a": 2.5})
     accounts.sample(idle, {}, PRESENT_SECS + 1)

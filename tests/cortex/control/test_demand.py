@@ -37,8 +37,8 @@ class Worker:
     def begun_here(self) -> Mapping[ReplicaKey, int]:
         return self.in_flight.begun
 
-    def callers_here(self) -> Mapping[CallerAt, CallerCount]:
-        return self.in_flight.callers
+    def take_callers(self) -> Mapping[CallerAt, CallerCount]:
+        return self.in_flight.take_callers()
 
     async def refresh(self) -> None: ...
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from time import monotonic
 from typing import Any
 
 import pytest
 
+from cortex.http.heads import request_reader
+from cortex.http.request import Request
 from cortex.proxy.answers.usage_event import UsageEventFilter
 from cortex.proxy.body.alias_edit import spliced
 from cortex.proxy.body.usage_option import usage_splice
+from cortex.proxy.progress.usage_request import usage_request
 from cortex.routing.stream_usage import StreamUsage
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -171,6 +175,26 @@ async def test_an_engine_that_refuses_the_option_is_asked_no_more(
         answers = [await client.ask(request(BODY)) for _ in range(3)]
     assert [(answer.status, answer.body) for answer in answers] == [(200, DONE)] * 3
     assert [received.body for received in engine.requests[1:]] == [BODY] * 3
+
+
+def test_a_refusal_is_only_that_engines() -> None:
+    """Another engine, which gets the request after one that has refused the option and was then lost, is asked for
+    usage, and does not count as one that refuses."""
+    head, reader = request_reader()
+    reader.feed(request(BODY))
+    retried = Request(head, peer="", received=0)
+    retried.body = BODY
+    first, second = StreamUsage(), StreamUsage()
+    asking = usage_request(retried)
+    assert asking is not None
+    asking.prepare(first)
+    assert asking.give_up()
+    asking.prepare(first)
+    assert retried.body == BODY
+    asking.prepare(second)
+    assert "stream_options" in json.loads(retried.body)
+    asking.answered(200)
+    assert not second.refuses(monotonic())
 
 
 async def test_a_faulty_request_gets_the_engines_error(cortex: RunningCortex, engine: RawEngine) -> None:

@@ -1,4 +1,4 @@
-"""Sums over the records of usage in the database."""
+"""Sums over the records of usage, from the database."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _POSTGRESQL_FORMATS: Final = {"hour": 'YYYY-MM-DD"T"HH24":00Z"', "day": "YYYY-MM
 TOKENS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 
 
-class UsageLedger:
-    """Answers questions about the usage in a database."""
+class DatabaseReports:
+    """Implements UsageReports."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

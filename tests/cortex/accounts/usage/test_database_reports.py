@@ -10,9 +10,9 @@ import pytest
 
 from cortex.accounts.database.database import Database
 from cortex.accounts.prices import PriceList, Prices
-from cortex.accounts.usage import ledger
+from cortex.accounts.usage import database_reports
+from cortex.accounts.usage.database_reports import DatabaseReports
 from cortex.accounts.usage.journal_file import JournalWriter
-from cortex.accounts.usage.ledger import UsageLedger
 from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_query
 from cortex.accounts.usage.query import GROUPS, UsageQuery
 from cortex.accounts.usage.record import UsageRecord
@@ -25,12 +25,12 @@ PRICES = PriceList("EUR", {"a": Prices(1.0, 0.0, 2.0)})
 EVERYTHING = UsageQuery(0, 2_000_000_000)
 
 
-async def record(database: Database, directory: Path, *records: UsageRecord) -> UsageLedger:
+async def record(database: Database, directory: Path, *records: UsageRecord) -> DatabaseReports:
     writer = JournalWriter(directory)
     writer.write(records, PRICES)
     writer.close()
     await Recorder(database, directory).move()
-    return UsageLedger(database)
+    return DatabaseReports(database)
 
 
 def some_records() -> list[UsageRecord]:
@@ -50,7 +50,7 @@ def some_records() -> list[UsageRecord]:
     return [*good, failed]
 
 
-async def sums(reports: UsageLedger, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+async def sums(reports: DatabaseReports, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
     return (await reports.reports([query], currency))[0]
 
 
@@ -61,7 +61,7 @@ async def test_groups_and_totals(database: Database, tmp_path: Path) -> None:
     assert (first["key"], first["model"], first["day"]) == ("alice", "a", "2026-11-29")
     assert (second["day"], bob["key"], bob["day"]) == ("2026-11-30", "bob", "2027-01-08")
     assert (first["requests"], first["errors"], first["cold_starts"]) == (2, 0, 0)
-    assert [first[name] for name in ledger.TOKENS] == [2000, 200, 1000, 4]
+    assert [first[name] for name in database_reports.TOKENS] == [2000, 200, 1000, 4]
     assert first["cost"] == pytest.approx(2 * (900 * 1.0 + 500 * 2.0) / 1e6)
     assert (first["first_byte_secs_mean"], first["first_byte_secs_p95"]) == (1.5, 2.0)
     assert second["cold_starts"] == 1
@@ -101,7 +101,7 @@ async def test_a_report_without_end_is_refused(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would fill the memory of cortex."""
-    monkeypatch.setattr(ledger, "MAX_ROWS", 2)
+    monkeypatch.setattr(database_reports, "MAX_ROWS", 2)
     reports = await record(database, tmp_path, *some_records())
     with pytest.raises(InvalidRequest, match="more than 2 rows"):
         await sums(reports, replace(EVERYTHING, group_by=("hour",)), "EUR")
@@ -116,7 +116,7 @@ async def test_a_database_that_is_gone_is_said(database: Database, tmp_path: Pat
         await sums(reports, EVERYTHING, "EUR")
 
 
-async def page(reports: UsageLedger, kind: Kind, **given: Any) -> dict[str, Any]:
+async def page(reports: DatabaseReports, kind: Kind, **given: Any) -> dict[str, Any]:
     pairs = [
         (name, str(each))
         for name, value in given.items()
