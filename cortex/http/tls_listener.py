@@ -56,13 +56,16 @@ class TlsListener:
     async def close(self) -> None:
         """Accepts no more, and ends the handshakes that are not complete."""
         self._full = False
-        self._pause()
+        self._stop_accepting()
         self._sock.close()
         await self._tasks.close()
 
     def _ready(self) -> None:
         for _ in range(BACKLOG):
-            if len(self._opening) >= MAX_HANDSHAKES and not self._end_oldest():
+            grace = self._grace()
+            if grace > 0:
+                self._full = True
+                self._pause(grace)
                 return
             try:
                 client, address = self._sock.accept()
@@ -72,41 +75,41 @@ class TlsListener:
                 if error.errno not in _OUT_OF_FILES:
                     raise
                 log.warning("cannot accept a client: %s", error.strerror)
-                self._pause()
-                self._resuming = self._loop.call_later(NO_FILES_SECS, self._resume)
+                self._pause(NO_FILES_SECS)
                 return
             client.setblocking(False)
             task = self._tasks.spawn(self._open(client, str(address[0])), name="TLS handshake")
             self._opening[task] = self._loop.time()
             task.add_done_callback(self._opened)
+            if len(self._opening) > MAX_HANDSHAKES:
+                oldest = next(iter(self._opening))
+                del self._opening[oldest]
+                oldest.cancel()
 
-    def _end_oldest(self) -> bool:
-        """False if it still has time: then no client is accepted until the time is up, or until a handshake ends."""
-        oldest, since = next(iter(self._opening.items()))
-        left = since + GRACE_SECS - self._loop.time()
-        if left > 0:
-            self._full = True
-            self._pause()
-            self._resuming = self._loop.call_later(left, self._resume)
-            return False
-        del self._opening[oldest]
-        oldest.cancel()
-        return True
+    def _grace(self) -> float:
+        """Seconds until one more client may end the oldest handshake."""
+        if len(self._opening) < MAX_HANDSHAKES:
+            return 0.0
+        return next(iter(self._opening.values())) + GRACE_SECS - self._loop.time()
 
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening.pop(task, None)
         if self._full:
             self._resume()
 
-    def _pause(self) -> None:
-        self._loop.remove_reader(self._sock)
-        if self._resuming is not None:
-            self._resuming.cancel()
+    def _pause(self, secs: float) -> None:
+        self._stop_accepting()
+        self._resuming = self._loop.call_later(secs, self._resume)
 
     def _resume(self) -> None:
         self._full = False
-        self._pause()
+        self._stop_accepting()
         self._loop.add_reader(self._sock, self._ready)
+
+    def _stop_accepting(self) -> None:
+        self._loop.remove_reader(self._sock)
+        if self._resuming is not None:
+            self._resuming.cancel()
 
     async def _open(self, client: socket.socket, peer: str) -> None:
         """Hands the client over once its handshake is complete, and closes it in every other case."""
