@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -33,13 +33,12 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
         return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
 
 
-ROLES: Final[tuple[Role, ...]] = ("user", "viewer", "operator", "admin")
-"""Each may do what those before it may."""
+_ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
 def may(role: Role, needed: Role) -> bool:
     """Whether this role may do what needs the other one."""
-    return ROLES.index(role) >= ROLES.index(needed)
+    return _ROLES.index(role) >= _ROLES.index(needed)
 
 
 ANONYMOUS: Final = Caller("", "anonymous", role="admin")

@@ -38,26 +38,29 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
 """By method and path of each route; None: no key is needed. A test compares it with the routes."""
 
 
-def caller_of(request: web.Request) -> Caller | None:
-    """Who sent the request, as the worker that has passed it on knows by the key; None without a valid one."""
-    name = request.headers.get(CALLER_NAME.decode())
-    if name is None:
-        return None
-    return KEYLESS.get(name) or request.app[KEYS].caller(name)
+def caller_of(request: web.Request) -> Caller:
+    """Who sent the request, as the worker that has passed it on knows by the key.
 
-
-@web.middleware
-async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuses callers whose role does not suffice."""
-    caller = caller_of(request)
-    needed = _needed(request)
-    if needed is None:
-        return await handler(request)
+    Raises:
+        Unauthorized: it has no valid key.
+    """
+    name = request.headers.get(CALLER_NAME.decode(), "")
+    caller = KEYLESS.get(name) or request.app[KEYS].caller(name)
     if caller is None:
         raise Unauthorized(
             "a valid API key is required: it is missing, unknown, expired or revoked; send it as "
             "`Authorization: Bearer KEY`"
         )
+    return caller
+
+
+@web.middleware
+async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses callers whose role does not suffice."""
+    needed = _needed(request)
+    if needed is None:
+        return await handler(request)
+    caller = caller_of(request)
     if not may(caller.role, needed):
         who = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
         raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, key_object
-from cortex.api.app_keys import KEYS, LIVE
-from shared.errors import InvalidRequest
+from cortex.accounts.keys.key_terms import KeyTerms, key_object
+from cortex.api.app_keys import KEYS
 from shared.http import read_model
 
 
@@ -17,11 +16,7 @@ async def list_keys(request: web.Request) -> web.Response:
 
 async def create_key(request: web.Request) -> web.Response:
     """201 with the secret in `key`, this once."""
-    terms = await read_model(request, KeyTerms)
-    foreign = foreign_budget(terms.key_limits, request.app[LIVE].config.usage.currency)
-    if foreign is not None:
-        raise InvalidRequest(foreign, param="budget")
-    key, secret = await request.app[KEYS].create(terms)
+    key, secret = await request.app[KEYS].create(await read_model(request, KeyTerms))
     return web.json_response({**key_object(key), "key": secret}, status=201)
 
 

@@ -33,7 +33,7 @@ share one list of a thousand names."""
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    models, caller = request.app[MODEL_LIST], caller_of(request) or ANONYMOUS
+    models, caller = request.app[MODEL_LIST], caller_of(request)
     blocks = await _up_to_date(request)
     if ANTHROPIC_VERSION in request.headers:
         return web.json_response(anthropic_page(models.names_for(caller), request.query, models.entry))
@@ -52,7 +52,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 async def show_model(request: web.Request) -> web.Response:
     await _up_to_date(request)
-    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"], caller_of(request) or ANONYMOUS)
+    entry = request.app[MODEL_LIST].entry(request.match_info["model_id"], caller_of(request))
     return web.json_response(anthropic_model(entry) if ANTHROPIC_VERSION in request.headers else entry)
 
 

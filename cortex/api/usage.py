@@ -12,7 +12,6 @@ from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_q
 from cortex.accounts.usage.query import UsageQuery, parse_query, seen_by
 from cortex.api.app_keys import LIVE, USAGE_REPORTS
 from cortex.api.authorization import caller_of
-from shared.errors import Unauthorized
 
 
 async def show_usage(request: web.Request) -> web.Response:
@@ -28,13 +27,13 @@ async def show_usage(request: web.Request) -> web.Response:
             "to": query.until,
             "group_by": query.group_by,
             "currency": currency,
-            "rows": [with_energy_cost(row, price) for row in rows],
-            "totals": with_energy_cost(totals[0], price),
+            "rows": [_with_energy_cost(row, price) for row in rows],
+            "totals": _with_energy_cost(totals[0], price),
         }
     )
 
 
-def with_energy_cost(row: dict[str, Any], price_per_kwh: float) -> dict[str, Any]:
+def _with_energy_cost(row: dict[str, Any], price_per_kwh: float) -> dict[str, Any]:
     """A row with what its energy costs at this price."""
     return {**row, "energy_cost": row["energy_wh"] / 1000 * price_per_kwh}
 
@@ -60,7 +59,4 @@ async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
 
 def _visible(request: web.Request, query: UsageQuery) -> UsageQuery:
     """The query as the request's caller may ask it."""
-    caller = caller_of(request)
-    if caller is None:
-        raise Unauthorized("a valid API key is required")
-    return seen_by(caller, query)
+    return seen_by(caller_of(request), query)

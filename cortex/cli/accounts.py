@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from cortex.accounts.database.source import DatabaseSource, database_source
 from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.keys.key_ring import KeyRing
-from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, key_object
+from cortex.accounts.keys.key_terms import KeyTerms, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
 from cortex.config.files import KEYS_VARIABLE, read_configuration, state_directory
 from cortex.config.settings import CortexConfig
@@ -38,7 +38,7 @@ class OpenAccounts(NamedTuple):
 async def opened_accounts(
     config: CortexConfig, config_file: Path, state_directory: Path | None
 ) -> AsyncIterator[OpenAccounts]:
-    """Keys are loaded inside the body, and those in the environment are taken out of it.
+    """The database and the keys, read. Takes CORTEX_KEYS out of the environment.
 
     Raises:
         DatabaseError: the database cannot be used. It may have keys, so cortex must not serve without it.
@@ -105,18 +105,12 @@ async def _act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) 
         if action == "revoke":
             await keys.revoke(body["name"])
             return {"name": body["name"], "revoked": True, **shown}
-        key, secret = await (
-            keys.create(_terms(body, config.usage.currency)) if action == "create" else keys.rotate(body["name"])
-        )
+        key, secret = await (keys.create(_terms(body)) if action == "create" else keys.rotate(body["name"]))
         return {**key_object(key), "key": secret, **shown}
 
 
-def _terms(body: Mapping[str, Any], currency: str) -> KeyTerms:
+def _terms(body: Mapping[str, Any]) -> KeyTerms:
     try:
-        terms = KeyTerms.model_validate(body)
+        return KeyTerms.model_validate(body)
     except ValidationError as error:
         raise ValueError(": ".join(first_problem(error))) from error
-    foreign = foreign_budget(terms.key_limits, currency)
-    if foreign is not None:
-        raise ValueError(foreign)
-    return terms

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from cortex.accounts.caller import Caller
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.api_key import ApiKey, digest_of, new_secret, prefix_of
-from cortex.accounts.keys.key_table import KeyTable, key_table
-from cortex.accounts.keys.key_terms import KeyTerms, parse_expiry
+from cortex.accounts.keys.key_table import NO_KEYS, key_table
+from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, parse_expiry
 from cortex.accounts.keys.provisioned import ENVIRONMENT, keys_in_environment, keys_in_file
 from cortex.accounts.limits.terms import KeyLimits
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, shortened
@@ -22,6 +22,7 @@ from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
 from shared.settings import SettingsError
 from shared.subscribers import Subscribers
+from shared.system.files import Stamp, stamp_of
 
 if TYPE_CHECKING:
     from cortex.accounts.keys.key_store import KeyStore
@@ -50,16 +51,17 @@ class KeyRing:
         self._currency = currency
         self._fixed = keys_in_environment(environ, currency)
         self._file: Path | None = None
-        self._read: tuple[int, ...] = ()  # the version of the file that was read last
+        self._read: Stamp = ()  # the version of the file that was read last
         self._in_file: Sequence[ApiKey] = ()
         self._stored: Sequence[ApiKey] = ()
         self._version = -1
         self._failing = False
         self.changes: Subscribers[[]] = Subscribers()
         self._refreshing = asyncio.Lock()
-        self._known = self.keys
-        self.table: KeyTable = key_table(self._known)
-        self._callers: dict[str, Caller] = {key.id: key.caller for key in self._known}
+        self._known: Sequence[ApiKey] = ()
+        self.table = NO_KEYS
+        self._callers: dict[str, Caller] = {}
+        self._renew()
 
     @property
     def keys(self) -> list[ApiKey]:
@@ -111,7 +113,7 @@ class KeyRing:
         """Notices changes of the file. Never returns. A file with an error changes nothing."""
         while True:
             await asyncio.sleep(LOOK_SECS)
-            stamp = () if self._file is None else await asyncio.to_thread(_stamp, self._file)
+            stamp = await asyncio.to_thread(_stamp, self._file)
             if stamp == self._read:
                 continue
             await asyncio.sleep(STEADY_SECS)
@@ -119,7 +121,8 @@ class KeyRing:
                 if await asyncio.to_thread(_stamp, self._file) == stamp:
                     await asyncio.to_thread(self._read_file)
             except SettingsError as error:
-                self._refuse(error.problems)
+                for problem in error.problems:
+                    log.error("keys not reloaded: %s", problem)  # noqa: TRY400 - the message says all
             else:
                 self._renew()
 
@@ -134,6 +137,9 @@ class KeyRing:
             expires_at = None if terms.expires is None else parse_expiry(terms.expires, now)
         except ValueError as error:
             raise InvalidRequest(f"expires: {error}", param="expires") from error
+        foreign = foreign_budget(terms.key_limits, self._currency)
+        if foreign is not None:
+            raise InvalidRequest(foreign, param="budget")
         store = self._writable()
         key = ApiKey(
             "",
@@ -226,10 +232,6 @@ class KeyRing:
                 log.info("keys can be read again")
             self._failing = False
 
-    def _refuse(self, problems: Sequence[str]) -> None:
-        for problem in problems:
-            log.error("keys not reloaded: %s", problem)
-
     def _read_file(self) -> None:
         """Blocks."""
         self._read = _stamp(self._file)  # before reading, so that a change during the read is noticed afterwards
@@ -251,10 +253,5 @@ async def _written(change: Awaitable[bool]) -> bool:
         raise Unavailable(str(error), code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
 
 
-def _stamp(file: Path | None) -> tuple[int, ...]:
-    """Identifies a version of the file; empty without one."""
-    try:
-        status = None if file is None else file.stat()
-    except OSError:
-        return (0,)
-    return () if status is None else (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _stamp(file: Path | None) -> Stamp:
+    return () if file is None else stamp_of(file)
