@@ -267,7 +267,7 @@ class StateFile:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise OSError(f"in use by another cortex ({error.strerror})") from error
+            raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
         self._lock = lock
 
 

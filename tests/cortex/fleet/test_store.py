@@ -203,6 +203,7 @@ async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
     await second.flush()
     assert second.problem is not None
     assert "in use by another cortex" in second.problem
+    assert "counts limits for itself" in second.problem
     assert StateFile(tmp_path).drained == {"a"}
     await first.close()
     await second.flush()
