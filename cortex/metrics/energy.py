@@ -72,6 +72,8 @@ class EnergyBooks:
         while True:
             try:
                 await self.book()
+                if self._failed:
+                    log.info("energy can be booked again")
                 self._failed = False
             except DatabaseError as error:
                 if not self._failed:
@@ -86,8 +88,9 @@ class EnergyBooks:
         readings = [each for node in nodes if (each := reading_of(node, since)) is not None]
         if readings:
             self._totals.add(await self._ledger.read_meters(readings))
-        quiet, more = dict(self._quiet), True
-        self._quiet.update(quiet_instances(nodes, readings, self._in_flight()))
+        quiet, more = self._quiet, True
+        held = {at: when for at, when in quiet.items() if when > self._now() - HOLD_SECS}
+        self._quiet = held | dict(quiet_instances(nodes, readings, self._in_flight()))
         while more:
             now = self._now()
             # As it was the last time: the records of requests that ended before that have arrived.
