@@ -197,9 +197,14 @@ def usage(
     group_by: Annotated[
         str,
         typer.Option(
-            metavar="NAME,...", help="Some of key, model, variant, node, path, status, hour, day, month. Default: none."
+            metavar="NAME,...",
+            help="Some of key, model, variant, node, path, status, hour, day, month; "
+            "with --energy of node, device, model, key, kind, hour, day, month. Default: none.",
         ),
     ] = "",
+    energy: Annotated[
+        bool, typer.Option("--energy", help="The energy of all GPUs: for requests, resident models, and idle.")
+    ] = False,
     since: Annotated[
         str | None,
         typer.Option("--from", metavar="TIME", help="2026-11-01, 2026-11-01T12:00Z, 7d, 24h. Default: 30 days."),
@@ -212,15 +217,16 @@ def usage(
     as_json: Json = False,
 ) -> int:
     """Show what was used, by whom, and what it cost."""
-    from cortex.cli.usage_report import usage_csv, usage_table
+    from cortex.cli.usage_report import energy_table, usage_csv, usage_table
 
     if as_csv and as_json:
         raise typer.BadParameter("give either --csv or --json")
     given = [("group_by", group_by), ("from", since), ("to", until)]
     given += [("key", each) for each in key or ()] + [("model", each) for each in model or ()]
     query = urlencode([(name, value) for name, value in given if value])
-    answer = ask(url, "GET", f"/usage?{query}")
-    print_answer(url, answer, as_json, usage_csv if as_csv else usage_table)
+    answer = ask(url, "GET", f"/usage{'/energy' if energy else ''}?{query}")
+    show = energy_table if energy else usage_table
+    print_answer(url, answer, as_json, usage_csv if as_csv else show)
     return 0
 
 
