@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
+import msgspec
+
 from cortex.accounts.caller import Caller
 from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
@@ -180,12 +182,13 @@ class ProxyContext:
         return usage
 
     def published_maker(self, response_id: str) -> Replica | None:
-        """The engine that made a response, if it is known and can be used without asking the control."""
+        """The engine that made a response, with the adapter that did, if it is known and can be used without asking
+        the control."""
         owner = self.control.response_owners.find(response_id)
         if owner is None:
             return None
         replicas = self.control.table.get(owner.model_id, ())
-        return next((replica for replica in replicas if replica.name == owner.name), None)
+        return _as_maker(next((replica for replica in replicas if replica.name == owner.name), None), owner)
 
     async def find_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
@@ -193,7 +196,8 @@ class ProxyContext:
         for _ in range(OTHER_WORKER_CHECKS):
             owner = self.control.response_owners.find(response_id)
             if owner is not None:
-                return self.published_maker(response_id) or await self.control.engine(owner.key)
+                published = self.published_maker(response_id)
+                return published or _as_maker(await self.control.engine(owner.key), owner)
             await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
         return None
 
@@ -216,3 +220,10 @@ class ProxyContext:
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()
+
+
+def _as_maker(engine: Replica | None, owner: Replica) -> Replica | None:
+    """The engine as it is now, with the adapter that it had for the response."""
+    if engine is None or owner.adapter is None:
+        return engine
+    return msgspec.structs.replace(engine, adapter=owner.adapter)

@@ -58,7 +58,7 @@ class NewResponse(TranslatableRequest):
     def _continue(self, maker: Replica | None, name: str, model_id: str) -> None:
         """Without the engine that made the previous response, any other says that it does not have it."""
         other_variant = name != model_id and maker is not None and not self._is_among(name, maker)
-        if maker is None or maker.model_id != model_id or other_variant:
+        if maker is None or maker.requested_id != model_id or other_variant:
             super()._route(name, model_id)
             return
         self._continues = True
