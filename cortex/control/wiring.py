@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,11 @@ from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
+from cortex.fleet.timeline.spans import Cause
+from cortex.fleet.timeline.timeline import RequestCounts, Timeline
+from cortex.fleet.timeline.timeline_file import TimelineFile
 from cortex.fleet.variant_labels import VariantLabels
+from cortex.metrics.counters import merged
 from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
@@ -110,6 +116,7 @@ class Parts(ControlCore):
     created: int
     database: Database | None
     keys: KeyRing
+    timeline: Timeline
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -252,15 +259,52 @@ async def running_control(
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
+        timeline = _timeline(core)
+        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
             loops["energy"] = books.run
         try:
             async with running(loops):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
+                yield Parts(
+                    **vars(core),
+                    membership=membership,
+                    created=int(time.time()),
+                    database=database,
+                    keys=keys,
+                    timeline=timeline,
+                )
         finally:
             await asyncio.gather(membership.close(), core.close(), limiter.close())
+            await timeline.flush()
             await state.close()
+
+
+def _timeline(core: ControlCore) -> Timeline:
+    """Reads its file. Blocks."""
+
+    def causes() -> list[Cause]:
+        return [
+            Cause(job.plan.key, job.why, tuple(each.resident.key for each in job.plan.eviction_plan.evictions))
+            for job in core.loader.jobs()
+        ]
+
+    async def counts() -> RequestCounts:
+        await core.counts.refresh()
+        answered, errors = Counter[str](), Counter[str]()
+        for (model, _), series in merged(core.counts.counters()).items():
+            answered[model] += sum(series.statuses.values())
+            errors[model] += sum(count for status, count in series.statuses.items() if status >= HTTPStatus.BAD_REQUEST)
+        return RequestCounts(answered, errors)
+
+    directory = core.state.directory
+    return Timeline(
+        core.fleet,
+        causes=causes,
+        waiting=lambda: {model: waiting.count for model, waiting in core.queue.waiting().items()},
+        counts=counts,
+        file=None if directory is None else TimelineFile(directory),
+    )
 
 
 def _use_keys(keys: KeyRing, core: ControlCore) -> None:
