@@ -74,11 +74,14 @@ def serve(
     ] = None,
     fd: Annotated[int | None, typer.Option(hidden=True, help="An inherited, bound socket to listen on.")] = None,
     lifeline_fd: Annotated[int | None, typer.Option(hidden=True, help="Stop when this inherited pipe closes.")] = None,
+    remove_state: Annotated[
+        bool, typer.Option("--remove-state", hidden=True, help="Remove the state directory at the end.")
+    ] = False,
 ) -> int:
     """Run the front door."""
     from cortex.cli.serve import run_serve
 
-    return run_serve(config, workers=workers, fd=fd, lifeline=lifeline_fd)
+    return run_serve(config, workers=workers, fd=fd, lifeline=lifeline_fd, remove_state=remove_state)
 
 
 @app.command()
@@ -91,16 +94,21 @@ def check(config: ConfigFile) -> int:
 
 @app.command()
 def dev(
+    *,
     fleet: Annotated[str, typer.Option(help="The hosts, as NAME=COUNTxDEVICE,...")] = DEFAULT_FLEET,
     port: Annotated[int, typer.Option(help="Port on loopback; 0 picks a free one.")] = 31313,
     engine: Annotated[Literal["sim", "vllm"], typer.Option(help="What the neurons run.")] = "sim",
     model_dir: Annotated[Path | None, typer.Option(help="With --engine vllm: the model behind every name.")] = None,
     vllm_command: Annotated[str, typer.Option(help="With --engine vllm: how to start vLLM.")] = "vllm",
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep keys, usage and load times there. Default: until the end only."),
+    ] = None,
 ) -> int:
     """Run a simulated fleet on this machine, without GPU or config file."""
     from cortex.cli.dev.command import run_dev
 
-    return run_dev(fleet, port=port, engine=engine, model_dir=model_dir, vllm_command=vllm_command)
+    return run_dev(fleet, port=port, engine=engine, model_dir=model_dir, vllm_command=vllm_command, state_dir=state_dir)
 
 
 @app.command()
