@@ -336,7 +336,7 @@ async def test_a_stored_response_counts_once(door: Door, engine: RawEngine) -> N
 
 async def test_refused_requests_have_records(door: Door, engine: RawEngine) -> None:
     """With the status and no tokens: a key that may not use the model, a model that is unknown, an engine that is busy.
-    Without a key or a model there is nobody to charge, and no record."""
+    Without a key, or without a model, there is no record."""
     engine.script = answering(plain(b"{}", status="503 Busy"))
     body = json.dumps({"model": MODEL}).encode()
     assert (await door.client.ask(request(body, "x-api-key: wrong"))).status == 401
