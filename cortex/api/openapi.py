@@ -163,7 +163,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("200 while at least one neuron is healthy, 503 otherwise.", "fleet"),
     ("GET", "/fleet"): Operation("Neurons, devices, models, loads and requests.", "fleet"),
     ("GET", "/fleet/events"): Operation(
-        "The fleet after every change, as server-sent events.", "fleet", content_types=("text/event-stream",)
+        "The fleet after every change, as server-sent events.",
+        "fleet",
+        query={"changes": "`true` sends the fleet once, and then only what changes."},
+        content_types=("text/event-stream",),
     ),
     ("GET", "/fleet/explain"): Operation(
         "What a request for the model would do now, and why.",
