@@ -30,6 +30,7 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     STATE,
+    TIMELINE,
     USAGE_REPORTS,
 )
 from cortex.api.authorization import authorize
@@ -74,6 +75,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
+    app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
     app[USAGE_REPORTS] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()

@@ -13,6 +13,7 @@ from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
+from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 
@@ -26,6 +27,7 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+TIMELINE = web.AppKey("timeline", Timeline)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

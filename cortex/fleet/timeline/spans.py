@@ -18,8 +18,8 @@ SAME_START_SECS = 2.0
 """Two reports of one start differ by less."""
 
 
-SpanId: TypeAlias = tuple[ReplicaKey, float]
-"""Names a span: what it is about, and when it began."""
+SpanId: TypeAlias = tuple[ReplicaKey, str, float]
+"""Names a span: what it is about, the status, and when it began."""
 
 
 class Phase(NamedTuple):
@@ -57,7 +57,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def id(self) -> SpanId:
-        return self.key, self.since
+        return self.key, self.status, self.since
 
 
 class Minute(msgspec.Struct, frozen=True, omit_defaults=True):

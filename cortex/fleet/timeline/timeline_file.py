@@ -59,7 +59,7 @@ class TimelineFile:
         left out. Blocks."""
         try:
             lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return Kept()
         except OSError as error:
             log.warning("%s cannot be read, the timeline begins now: %s", self._path, error.strerror)
@@ -116,12 +116,14 @@ class TimelineFile:
             self.failed = False
 
     def _append(self, lines: list[bytes]) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "ab") as file:  # noqa: PTH123 - by descriptor
             file.write(b"".join(lines))
         self._lines += len(lines)
 
     def _write_whole(self, lines: list[bytes]) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(self._path, b"".join(lines), durable=False)
         self._lines = len(lines)
 
