@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
 
 import msgspec
 
@@ -19,8 +18,6 @@ from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
 from cortex.upstream.address import Address
-
-RESPONSES: Final = b"/v1/responses"
 
 
 class NewResponse(TranslatableRequest):
