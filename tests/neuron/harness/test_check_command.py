@@ -85,7 +85,7 @@ def test_expired_certificate_is_a_warning(tmp_path: Path, capsys: pytest.Capture
     assert warning == f"warning: {tmp_path}/neuron.toml: {tmp_path}/cert.pem: the certificate has expired"
 
 
-def test_a_host_that_is_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_host_that_cannot_be_in_dns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As an address of another machine: nothing is known of it here."""
     assert check(tmp_path, "host = 'é..x'") == 0
     assert "Traceback" not in capsys.readouterr().err
