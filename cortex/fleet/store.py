@@ -35,9 +35,10 @@ Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 class _Responses(BaseModel):
     """Which engines made which responses: `made` has the place in `engines` (model, neuron and instance, which files of
-    earlier versions lack) by id."""
+    earlier versions lack) by id, `adapters` the adapter that made it by the same place."""
 
     engines: list[tuple[str, str] | tuple[str, str, str]] = []
+    adapters: dict[int, str] = {}
     made: dict[str, int] = {}
 
 
@@ -200,7 +201,10 @@ class StateFile:
         keys = [
             ReplicaKey(model_id, node, *(instance or [""])) for model_id, node, *instance in state.responses.engines
         ]
-        engines = [Replica(key=key, name=key.name, url="") for key in keys]
+        adapters = state.responses.adapters
+        engines = [
+            Replica(key=key, name=key.name, url="", adapter=adapters.get(place)) for place, key in enumerate(keys)
+        ]
         made = {made: place for made, place in state.responses.made.items() if 0 <= place < len(engines)}
         self.response_owners = ResponseOwners(OwnerList(engines, made))
 
@@ -221,7 +225,15 @@ class StateFile:
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
                 device_time=self._device_time,
-                responses=_Responses(engines=[tuple(replica.key) for replica in owners.engines], made=owners.responses),
+                responses=_Responses(
+                    engines=[tuple(replica.key) for replica in owners.engines],
+                    adapters={
+                        place: replica.adapter
+                        for place, replica in enumerate(owners.engines)
+                        if replica.adapter is not None
+                    },
+                    made=owners.responses,
+                ),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None
@@ -255,7 +267,7 @@ class StateFile:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise OSError(f"in use by another cortex ({error.strerror})") from error
+            raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
         self._lock = lock
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
+import msgspec
+
 from cortex.accounts.caller import Caller
 from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
@@ -168,11 +170,14 @@ class ProxyContext:
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> Usage | None:
-        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
+    def count_answer(
+        self, model_id: str, model: str, node: str, relay: Relay, *, retrieved: bool = False
+    ) -> Usage | None:
+        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels.
+        `retrieved`: the answer was made for an earlier request, so its tokens do not count."""
         if relay.lost_because is not None:
             self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-        usage = relay.answer.usage()
+        usage = None if retrieved else relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         if relay.status == 400:
@@ -180,12 +185,13 @@ class ProxyContext:
         return usage
 
     def published_maker(self, response_id: str) -> Replica | None:
-        """The engine that made a response, if it is known and can be used without asking the control."""
+        """The engine that made a response, with the adapter that did, if it is known and can be used without asking
+        the control."""
         owner = self.control.response_owners.find(response_id)
         if owner is None:
             return None
         replicas = self.control.table.get(owner.model_id, ())
-        return next((replica for replica in replicas if replica.name == owner.name), None)
+        return _as_maker(next((replica for replica in replicas if replica.name == owner.name), None), owner)
 
     async def find_maker(self, response_id: str) -> Replica | None:
         """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
@@ -193,7 +199,8 @@ class ProxyContext:
         for _ in range(OTHER_WORKER_CHECKS):
             owner = self.control.response_owners.find(response_id)
             if owner is not None:
-                return self.published_maker(response_id) or await self.control.engine(owner.key)
+                published = self.published_maker(response_id)
+                return published or _as_maker(await self.control.engine(owner.key), owner)
             await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
         return None
 
@@ -216,3 +223,10 @@ class ProxyContext:
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()
+
+
+def _as_maker(engine: Replica | None, owner: Replica) -> Replica | None:
+    """The engine as it is now, with the adapter that it had for the response."""
+    if engine is None or owner.adapter is None:
+        return engine
+    return msgspec.structs.replace(engine, adapter=owner.adapter)

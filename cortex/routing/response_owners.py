@@ -50,17 +50,18 @@ class ResponseOwners:
         return _listed(self._owners.items())
 
     def newest(self, count: int) -> OwnerList:
-        """The keys of the newest, for a file: URLs and keys may change until it is read."""
+        """The engines of the newest without URLs and API keys, for a file: these may change until it is read."""
         latest = list(self._owners.items())[-count:]
-        return _listed((made, Replica(key=each.key, name=each.name, url="")) for made, each in latest)
+        stored = ((made, Replica(key=each.key, name=each.name, url="", adapter=each.adapter)) for made, each in latest)
+        return _listed(stored)
 
 
 def _listed(owners: Iterable[tuple[str, Replica]]) -> OwnerList:
     engines: list[Replica] = []
-    places: dict[tuple[ReplicaKey, str], int] = {}
+    places: dict[tuple[ReplicaKey, str, str | None], int] = {}
     responses: dict[str, int] = {}
     for made, replica in owners:
-        key = replica.key, replica.url
+        key = replica.key, replica.url, replica.adapter
         if key not in places:
             places[key] = len(engines)
             engines.append(replica)

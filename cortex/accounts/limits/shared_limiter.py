@@ -156,6 +156,8 @@ class SharedLimiter:
                 raise
             self._report(str(error) or f"the database did not answer in {DATABASE_SECS:g} s")
             return
+        if self._failed:
+            log.info("limits can be checked again")
         self._failed = False
         self._own = {name: holdings for name, holdings in {**self._own, **own}.items() if holdings.running}
         for each, answer in zip(asked, answers, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
 
 import msgspec
 
@@ -19,8 +18,6 @@ from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import Refusal, Replica
 from cortex.routing.response_owners import UNSTORED
 from cortex.upstream.address import Address
-
-RESPONSES: Final = b"/v1/responses"
 
 
 class NewResponse(TranslatableRequest):
@@ -58,7 +55,7 @@ class NewResponse(TranslatableRequest):
     def _continue(self, maker: Replica | None, name: str, model_id: str) -> None:
         """Without the engine that made the previous response, any other says that it does not have it."""
         other_variant = name != model_id and maker is not None and not self._is_among(name, maker)
-        if maker is None or maker.model_id != model_id or other_variant:
+        if maker is None or maker.requested_id != model_id or other_variant:
             super()._route(name, model_id)
             return
         self._continues = True

@@ -40,6 +40,7 @@ class StoredResponse(RequestHandler):
     ) -> None:
         super().__init__(context, client, request, caller)
         self._response_id = response_id
+        self._account.retrieves = True
 
     def begin(self) -> None:
         if self._response_id.startswith(UNSTORED):
@@ -70,7 +71,7 @@ class StoredResponse(RequestHandler):
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
-        self._name = self._account.model_id = replica.model_id
+        self._name = self._account.model_id = replica.requested_id
         try:
             self._account.check_model()
         except ServiceError as error:

@@ -82,6 +82,17 @@ async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
     assert len(owners.listed().engines) == 1
 
 
+async def test_the_adapter_of_a_response_survives_a_restart(tmp_path: Path) -> None:
+    """One engine makes responses as its base and as its adapters."""
+    state = StateFile(tmp_path)
+    for adapter in (None, "a", "b"):
+        state.add_response(f"resp_{adapter}", replica("org/small", "beast", "http://e", adapter=adapter))
+    await state.close()
+    owners = StateFile(tmp_path).response_owners
+    for adapter in (None, "a", "b"):
+        assert owners.find(f"resp_{adapter}") == replica("org/small", "beast", "", adapter=adapter)
+
+
 def test_makers_that_do_not_exist_are_left_out(tmp_path: Path) -> None:
     """The file was edited."""
     responses = {"engines": [["m", "n"]], "made": {"resp_1": 0, "resp_2": 1, "resp_3": -1}}
@@ -192,6 +203,7 @@ async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
     await second.flush()
     assert second.problem is not None
     assert "in use by another cortex" in second.problem
+    assert "counts limits for itself" in second.problem
     assert StateFile(tmp_path).drained == {"a"}
     await first.close()
     await second.flush()
