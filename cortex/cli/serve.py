@@ -144,6 +144,8 @@ async def serve(
         ) as parts,
     ):
         _refuse_open_network(socks[0], config, keys, files.path)
+        for problem in keys.foreign_budgets(config.usage.currency):
+            log.warning("%s", problem)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
@@ -206,6 +208,7 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         membership=parts.membership,
         routes=parts.routes,
         state=parts.state,
+        foreign_budgets=parts.keys.foreign_budgets,
     )
 
 
