@@ -35,6 +35,10 @@ class Authentication:
         self._keys = keys
         self._found: dict[bytes, Caller] = {}  # by keys that do not expire
 
+    @property
+    def has_keys(self) -> bool:
+        return not self._keys.empty
+
     def caller_of(self, request: Request) -> Caller:
         """Who sent the request.
 
