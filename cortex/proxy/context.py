@@ -171,11 +171,14 @@ class ProxyContext:
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> Usage | None:
-        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
+    def count_answer(
+        self, model_id: str, model: str, node: str, relay: Relay, *, retrieved: bool = False
+    ) -> Usage | None:
+        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels.
+        `retrieved`: the answer was made for an earlier request, so its tokens do not count."""
         if relay.lost_because is not None:
             self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-        usage = relay.answer.usage()
+        usage = None if retrieved else relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         if relay.status == 400:

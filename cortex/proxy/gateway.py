@@ -24,6 +24,7 @@ from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answ
 from cortex.proxy.paths import (
     INFERENCE,
     REALTIME,
+    RESPONSES,
     has_wrong_base,
     is_below_responses,
     is_for_web_pages,
@@ -36,12 +37,7 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_kinds.control_request import ControlRequest
-from cortex.proxy.request_kinds.new_response import (
-    RESPONSES,
-    NewResponse,
-    RelatedResponse,
-    TranslatableRelatedResponse,
-)
+from cortex.proxy.request_kinds.new_response import NewResponse, RelatedResponse, TranslatableRelatedResponse
 from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload

@@ -53,7 +53,9 @@ _MANAGES_ENGINE: Final = frozenset((_VLLM_MANAGEMENT + _SGLANG_AND_LLAMA_CPP_MAN
 """First segments, after a version, of routes that change an engine for all its users."""
 _VERSION: Final = re.compile(r"v\d+")
 
-_RESPONSES: Final = b"/v1/responses/"
+RESPONSES: Final = b"/v1/responses"
+_BELOW_RESPONSES: Final = RESPONSES + b"/"
+_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*true\b')
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -73,7 +75,7 @@ def manages_engine(path: bytes) -> bool:
 
 
 def is_below_responses(path: bytes) -> bool:
-    return path.startswith(_RESPONSES)
+    return path.startswith(_BELOW_RESPONSES)
 
 
 def is_misspelt_response(path: bytes) -> bool:
@@ -124,9 +126,14 @@ def recorded_path(path: bytes) -> str:
     if path in INFERENCE:
         return path.decode("latin-1")
     if is_below_responses(path):
-        _, slash, action = path[len(_RESPONSES) :].partition(b"/")
-        path = _RESPONSES + b"{id}" + slash + action
+        _, slash, action = path[len(_BELOW_RESPONSES) :].partition(b"/")
+        path = _BELOW_RESPONSES + b"{id}" + slash + action
     return shortened(path.decode("latin-1"))
+
+
+def in_background(request: Request) -> bool:
+    """True for a response, whose body is complete, that the engine makes after it has answered."""
+    return request.path == RESPONSES and _BACKGROUND.search(request.body) is not None
 
 
 def has_wrong_base(path: bytes) -> bool:

@@ -239,9 +239,10 @@ class KeyRing:
 
     def _renew(self) -> None:
         keys = self.keys
-        if keys != self._known:
+        configured = self._version > 0 or self._file is not None  # it counts changes of keys
+        if keys != self._known or configured != self.table.configured:
             self._known = keys
-            self.table = key_table(keys)
+            self.table = key_table(keys, configured=configured)
             self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
 
 import msgspec
 
@@ -21,8 +20,6 @@ from cortex.routing.replica import Refusal, Replica
 from cortex.routing.response_owners import UNSTORED, ResponseMaker, unknown_response
 from cortex.upstream.address import Address
 from shared.errors import InvalidRequest
-
-RESPONSES: Final = b"/v1/responses"
 
 
 class NewResponse(TranslatableRequest):

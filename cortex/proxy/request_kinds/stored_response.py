@@ -40,6 +40,7 @@ class StoredResponse(RequestHandler):
     ) -> None:
         super().__init__(context, client, request, caller)
         self._response_id = response_id
+        self._account.retrieves = True
 
     def begin(self) -> None:
         if self._response_id.startswith(UNSTORED):
