@@ -85,9 +85,13 @@ def run_check(config_file: Path) -> int:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
         problems += key_problems(config, config_file)
+        warnings = configuration_warnings(config, catalogue, config_file)
+        try:
+            warnings += tls_warnings(config, config_file)
+        except SettingsError as error:
+            problems += error.problems
         if problems:
             raise SettingsError(problems)
-        warnings = [*configuration_warnings(config, catalogue, config_file), *tls_warnings(config, config_file)]
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
