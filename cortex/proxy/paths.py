@@ -70,10 +70,29 @@ def manages_engine(path: bytes) -> bool:
 
     `path` is compared as an engine's router may read it: percent-decoded, without empty and `.` segments.
     """
+    segments = _segments_at_engine(path)
+    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+
+
+def is_below_responses(path: bytes) -> bool:
+    return path.startswith(_BELOW_RESPONSES)
+
+
+def is_misspelt_response(path: bytes) -> bool:
+    """True for a path that an engine's router may read as `/v1/responses` or one below it, and that cortex does not:
+    it could not tell whose response that is."""
+    segments = _segments_at_engine(path)
+    if not segments or segments[0].lower() != "responses":
+        return False
+    return path.decode("latin-1") != "/".join(("/v1/responses", *segments[1:]))
+
+
+def _segments_at_engine(path: bytes) -> list[str]:
+    """Without a version."""
     segments = [segment for segment in unquote(path.decode("latin-1")).split("/") if segment not in ("", ".")]
     while segments and _VERSION.fullmatch(segments[0]):
         del segments[0]
-    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+    return segments
 
 
 def is_for_web_pages(path: bytes) -> bool:
@@ -106,7 +125,7 @@ def recorded_path(path: bytes) -> str:
     without the end of a long one, which only its client knows."""
     if path in INFERENCE:
         return path.decode("latin-1")
-    if path.startswith(_BELOW_RESPONSES):
+    if is_below_responses(path):
         _, slash, action = path[len(_BELOW_RESPONSES) :].partition(b"/")
         path = _BELOW_RESPONSES + b"{id}" + slash + action
     return shortened(path.decode("latin-1"))
