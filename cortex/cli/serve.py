@@ -143,7 +143,7 @@ async def serve(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
-        _refuse_open_network(socks[0], config, keys, files.path)
+        _check_keys(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
@@ -164,8 +164,11 @@ async def serve(
                 closing.set()  # first: event streams are requests in flight, too
 
 
-def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
-    """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
+def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
+    """Warns of budgets in another currency. Raises SettingsError if strangers could use cortex without a key, and the
+    operator has not allowed it."""
+    for problem in keys.foreign_budgets(config.usage.currency):
+        log.warning("%s", problem)
     if not keys.keys and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
         given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
@@ -206,6 +209,7 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         membership=parts.membership,
         routes=parts.routes,
         state=parts.state,
+        foreign_budgets=parts.keys.foreign_budgets,
     )
 
 

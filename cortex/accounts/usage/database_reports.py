@@ -16,6 +16,7 @@ from cortex.accounts.usage.energy_report import energy_report
 from cortex.accounts.usage.periods import period
 from cortex.accounts.usage.query import TIMES, EnergyQuery, UsageQuery
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
 
 MAX_ROWS: Final = 20_000
@@ -59,7 +60,7 @@ class DatabaseReports:
                 yield connection
         except DatabaseError as error:
             message = f"the usage cannot be read from {error}"
-            raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
+            raise Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
         groups, chosen = _groups(self._database, query), _chosen(query)

@@ -333,6 +333,7 @@ async def test_without_the_database_limited_requests_are_refused_until_it_is_bac
         with pytest.raises(ServiceError, match="cannot be checked") as caught:
             await limiter.admission(ALICE, "org/m", SMALL)
         assert (caught.value.status, caught.value.retry_after) == (503, 2)
+        assert caught.value.code == ErrorCode.DATABASE_UNAVAILABLE
         assert await limiter.admission(BOB, "org/m", SMALL) == UNLIMITED
         async with broken.database.writing() as connection:
             await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO limit_states")
