@@ -44,7 +44,7 @@ from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.spans import Cause
-from cortex.fleet.timeline.timeline import RequestCounts, Timeline
+from cortex.fleet.timeline.timeline import ModelCounts, Timeline
 from cortex.fleet.timeline.timeline_file import TimelineFile
 from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.counters import merged
@@ -289,13 +289,13 @@ def _timeline(core: ControlCore) -> Timeline:
             for job in core.loader.jobs()
         ]
 
-    async def counts() -> RequestCounts:
+    async def counts() -> ModelCounts:
         await core.counts.refresh()
         answered, errors = Counter[str](), Counter[str]()
         for (model, _), series in merged(core.counts.counters()).items():
             answered[model] += sum(series.statuses.values())
             errors[model] += sum(count for status, count in series.statuses.items() if status >= HTTPStatus.BAD_REQUEST)
-        return RequestCounts(answered, errors)
+        return ModelCounts(answered, errors)
 
     directory = core.state.directory
     return Timeline(

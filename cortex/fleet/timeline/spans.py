@@ -18,7 +18,7 @@ SAME_START_SECS = 2.0
 """Two reports of one start differ by less."""
 
 
-SpanId: TypeAlias = tuple[ReplicaKey, str, float]
+StatusSpanId: TypeAlias = tuple[ReplicaKey, str, float]
 """Names a span: what it is about, the status, and when it began."""
 
 
@@ -29,7 +29,7 @@ class Phase(NamedTuple):
     since: float
 
 
-class Span(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StatusSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What held for an engine, or with `model` "" for a node, from `since` until `until`, in Unix time; None: still.
 
     `why`: what a load was for. `displaces`: the models that had to go for a load; `displaced_by`: for which load an
@@ -56,7 +56,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return ReplicaKey(self.model, self.node, self.instance)
 
     @property
-    def id(self) -> SpanId:
+    def id(self) -> StatusSpanId:
         return self.key, self.status, self.since
 
 
@@ -108,14 +108,14 @@ def seen(node: NodeSnapshot) -> dict[ReplicaKey, Seen]:
 
 
 def follow(
-    open_spans: Mapping[ReplicaKey, Span],
+    open_spans: Mapping[ReplicaKey, StatusSpan],
     now_seen: Mapping[ReplicaKey, Seen],
     now: float,
     causes: Callable[[], Iterable[Cause]],
-) -> tuple[list[Span], dict[ReplicaKey, Span]]:
+) -> tuple[list[StatusSpan], dict[ReplicaKey, StatusSpan]]:
     """The spans that have ended, and those that are open now. `causes` are asked for only if a span begins or ends."""
-    ended: list[Span] = []
-    still: dict[ReplicaKey, Span] = {}
+    ended: list[StatusSpan] = []
+    still: dict[ReplicaKey, StatusSpan] = {}
     for key, span in open_spans.items():
         what = now_seen.get(key)
         if what is not None and continues(span, what):
@@ -129,19 +129,19 @@ def follow(
     return ended, still
 
 
-def continues(span: Span, what: Seen) -> bool:
+def continues(span: StatusSpan, what: Seen) -> bool:
     """Whether what is seen is still this span. An engine that was loaded again in the meantime has another."""
     told, tells = span.told_since, what.since
     same_start = told is None or tells is None or abs(tells - told) < SAME_START_SECS
     return span.status == what.status and span.devices == what.devices and same_start
 
 
-def _begun(key: ReplicaKey, what: Seen, now: float, causes: Callable[[], Iterable[Cause]]) -> Span:
+def _begun(key: ReplicaKey, what: Seen, now: float, causes: Callable[[], Iterable[Cause]]) -> StatusSpan:
     since = now if what.since is None else min(what.since, now)
     cause = None
     if what.status == ModelStatus.LOADING:
         cause = next((cause for cause in causes() if cause.key == key), None)
-    span = Span(
+    span = StatusSpan(
         node=key.node,
         model=key.model_id,
         instance=key.instance,
@@ -156,7 +156,7 @@ def _begun(key: ReplicaKey, what: Seen, now: float, causes: Callable[[], Iterabl
     return _updated(span, what, since)
 
 
-def _updated(span: Span, what: Seen, now: float) -> Span:
+def _updated(span: StatusSpan, what: Seen, now: float) -> StatusSpan:
     """With the phase and the error as they are now."""
     phases = span.phases
     if what.phase and (not phases or phases[-1].name != what.phase):

@@ -14,7 +14,7 @@ import msgspec
 
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
-from cortex.fleet.timeline.spans import Cause, Minute, Span, SpanId, continues, follow, seen
+from cortex.fleet.timeline.spans import Cause, Minute, StatusSpan, StatusSpanId, continues, follow, seen
 from cortex.fleet.timeline.timeline_file import Kept, TimelineFile
 from cortex.routing.replica import ReplicaKey
 from shared.tasks import first_of
@@ -30,7 +30,7 @@ MOST_SPANS = 20_000
 """The oldest are forgotten first."""
 
 
-class RequestCounts(NamedTuple):
+class ModelCounts(NamedTuple):
     """Requests since cortex began, by model: all that were answered, and those that ended in an error."""
 
     answered: Mapping[str, int]
@@ -47,7 +47,7 @@ class Timeline:
         *,
         causes: Callable[[], Iterable[Cause]],
         waiting: Callable[[], Mapping[str, int]],
-        counts: Callable[[], Awaitable[RequestCounts]],
+        counts: Callable[[], Awaitable[ModelCounts]],
         file: TimelineFile | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -60,13 +60,13 @@ class Timeline:
         self._file = file
         self._clock = clock
         self._looked_at: dict[str, NodeSnapshot] = {}
-        self._open: dict[str, dict[ReplicaKey, Span]] = {}  # by node
+        self._open: dict[str, dict[ReplicaKey, StatusSpan]] = {}  # by node
         kept = Kept() if file is None else file.read(clock() - HOURS * 3600)
-        self._ended: dict[SpanId, Span] = {span.id: span for span in kept.spans}  # oldest end first
+        self._ended: dict[StatusSpanId, StatusSpan] = {span.id: span for span in kept.spans}  # oldest end first
         self._minutes: deque[Minute] = deque(kept.minutes, maxlen=int(HOURS * 60))
         self._interrupted = {span.key: span for span in kept.interrupted}
         self._most_waiting: dict[str, int] = {}
-        self._counted: RequestCounts | None = None
+        self._counted: ModelCounts | None = None
         self._minute_ends = clock() + MINUTE_SECS
 
     def between(self, since: float, until: float) -> dict[str, Any]:
@@ -126,13 +126,13 @@ class Timeline:
                 if span is not before.get(key):
                     self._file.add(span)
 
-    def _end(self, spans: Iterable[Span]) -> None:
+    def _end(self, spans: Iterable[StatusSpan]) -> None:
         for span in spans:
             self._ended[span.id] = span
             if self._file is not None:
                 self._file.add(span)
 
-    def _end_minute(self, counts: RequestCounts) -> None:
+    def _end_minute(self, counts: ModelCounts) -> None:
         now, before = self._clock(), self._counted or counts
         minute = Minute(
             at=now,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from cortex.fleet.timeline.spans import Minute, Span, SpanId
+from cortex.fleet.timeline.spans import Minute, StatusSpan, StatusSpanId
 from shared.system.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ LONG_LINES = 50_000
 class _Line(msgspec.Struct, omit_defaults=True):
     """One of both."""
 
-    span: Span | None = None
+    span: StatusSpan | None = None
     minute: Minute | None = None
 
 
@@ -35,9 +35,9 @@ class Kept(NamedTuple):
     """What a file has: spans that have ended, oldest end first. The `interrupted` among them were open in its last
     line, and end with it as far as anyone knows."""
 
-    spans: Sequence[Span] = ()
+    spans: Sequence[StatusSpan] = ()
     minutes: Sequence[Minute] = ()
-    interrupted: Sequence[Span] = ()
+    interrupted: Sequence[StatusSpan] = ()
 
 
 class TimelineFile:
@@ -65,7 +65,7 @@ class TimelineFile:
             log.warning("%s cannot be read, the timeline begins now: %s", self._path, error.strerror)
             return Kept()
         self._lines = len(lines)
-        spans: dict[SpanId, Span] = {}
+        spans: dict[StatusSpanId, StatusSpan] = {}
         minutes: list[Minute] = []
         last = 0.0
         for each in lines:
@@ -87,9 +87,9 @@ class TimelineFile:
             [span for span in interrupted if last >= since],
         )
 
-    def add(self, what: Span | Minute) -> None:
+    def add(self, what: StatusSpan | Minute) -> None:
         """For the next `write`."""
-        line = _Line(span=what) if isinstance(what, Span) else _Line(minute=what)
+        line = _Line(span=what) if isinstance(what, StatusSpan) else _Line(minute=what)
         self._new.append(_ENCODER.encode(line) + b"\n")
 
     async def write(self) -> None:
@@ -98,7 +98,7 @@ class TimelineFile:
             lines, self._new = self._new, []
             await self._attempt(self._append, lines)
 
-    async def replace(self, spans: Sequence[Span], minutes: Sequence[Minute]) -> None:
+    async def replace(self, spans: Sequence[StatusSpan], minutes: Sequence[Minute]) -> None:
         """Writes the file again, with these alone."""
         self._new = []
         lines = [_Line(span=span) for span in spans] + [_Line(minute=minute) for minute in minutes]
@@ -128,5 +128,5 @@ class TimelineFile:
         self._lines = len(lines)
 
 
-def _end(span: Span) -> float:
+def _end(span: StatusSpan) -> float:
     return span.until or 0.0

@@ -11,8 +11,8 @@ import pytest
 
 from cortex.fleet.state import Fleet
 from cortex.fleet.timeline import timeline as module
-from cortex.fleet.timeline.spans import Cause, Span, seen
-from cortex.fleet.timeline.timeline import RequestCounts, Timeline
+from cortex.fleet.timeline.spans import Cause, StatusSpan, seen
+from cortex.fleet.timeline.timeline import ModelCounts, Timeline
 from cortex.fleet.timeline.timeline_file import NAME, TimelineFile
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import Discovery, ModelView, NeuronHealth, Progress
@@ -28,7 +28,7 @@ class Bench:
         self.now = now
         self.causes: list[Cause] = []
         self.waiting: dict[str, int] = {}
-        self.counts = RequestCounts({}, {})
+        self.counts = ModelCounts({}, {})
         self.fleet = Fleet([("n", "http://n")], unhealthy_after=1)
         self.timeline = Timeline(
             self.fleet,
@@ -39,7 +39,7 @@ class Bench:
             clock=lambda: self.now,
         )
 
-    async def _counts(self) -> RequestCounts:
+    async def _counts(self) -> ModelCounts:
         return self.counts
 
     def poll(self, *views: ModelView) -> None:
@@ -47,10 +47,10 @@ class Bench:
             "n", started=float("inf"), health=NeuronHealth(), models=list(views), discovery=Discovery()
         )
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[StatusSpan]:
         return list(self.timeline.between(0, float("inf"))["spans"])
 
-    async def look(self) -> list[Span]:
+    async def look(self) -> list[StatusSpan]:
         """The spans after the timeline has looked."""
         running = asyncio.create_task(self.timeline.run())
         await asyncio.sleep(0)
@@ -63,7 +63,7 @@ def view(status: str, model: str = "m", **fields: Any) -> ModelView:
     return ModelView(id=model, status=status, devices=[0], **fields)
 
 
-def short(spans: Iterable[Span]) -> list[tuple[str, str, float, float | None]]:
+def short(spans: Iterable[StatusSpan]) -> list[tuple[str, str, float, float | None]]:
     return [(span.model or span.node, span.status, span.since - AT, span.until and span.until - AT) for span in spans]
 
 
@@ -142,13 +142,13 @@ async def test_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_SECS", 0.01)
     bench = Bench()
     running = asyncio.create_task(bench.timeline.run())
-    bench.counts = RequestCounts({"m": 5}, {"m": 1})
+    bench.counts = ModelCounts({"m": 5}, {"m": 1})
     bench.waiting = {"m": 7}
     await asyncio.sleep(0.05)
     bench.waiting = {"m": 3}
     bench.now += 60
     await until(lambda: bool(bench.timeline.between(0, float("inf"))["minutes"]))
-    bench.counts = RequestCounts({"m": 9, "k": 1}, {"m": 1, "k": 1})
+    bench.counts = ModelCounts({"m": 9, "k": 1}, {"m": 1, "k": 1})
     bench.waiting = {}
     bench.now += 60
     await until(lambda: len(bench.timeline.between(0, float("inf"))["minutes"]) == 2)
