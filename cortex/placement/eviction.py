@@ -158,7 +158,7 @@ def assess_eviction(
     cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
     if contend(waiting.callers, users):
         waiting = replace(waiting, count=len(waiting.callers))
-        cost *= max(1.0, len(users) / len(waiting.callers))  # each of the users would wait for the swap
+        cost *= max(1.0, len(users) / len(waiting.callers)) ** 2  # each of the users would wait, and each counts
     worth = cost - load_secs - waiting.waited_secs(view.now)
     patience_ends_at = view.unserved_since(waiting) + rules.patience_secs
     patient_until = min(patience_ends_at, view.now + max(0.0, worth) / waiting.count)
