@@ -80,11 +80,7 @@ class DeviceTime:
     def users(self, engine: Hashable, model_id: str, now: float) -> frozenset[Caller]:
         """The callers that this engine of the model serves, or served within `PRESENT_SECS`, and those that waited for
         the model so lately: an engine that has just been loaded is theirs before a sample has seen their requests."""
-        if not self.kept:
-            return frozenset()
-        waited = self._waited.get(model_id, {})
-        recent = self._used.get(engine, {}).keys() | {key_id for key_id, at in waited.items() if _is_recent(at, now)}
-        return frozenset(map(self._caller, recent))
+        return frozenset(map(self._caller, self._user_keys(engine, model_id, now))) if self.kept else frozenset()
 
     def waits(self, caller: Caller, model_id: str, now: float) -> None:
         """A request of the caller waits for the model."""
@@ -142,9 +138,14 @@ class DeviceTime:
             used[key_id] = now
         for key_id in [key_id for key_id, at in used.items() if not _is_recent(at, now)]:
             del used[key_id]
+        users = self._user_keys(use.engine, use.model_id, now)
         if use.loading:
-            return dict.fromkeys(self._blamed.get(use.model_id) or queued, 1.0)
-        return active or dict.fromkeys(used, 1.0)
+            return dict.fromkeys(self._blamed.get(use.model_id) or queued or users, 1.0)
+        return active or dict.fromkeys(users, 1.0)
+
+    def _user_keys(self, engine: Hashable, model_id: str, now: float) -> set[str]:
+        waited = self._waited.get(model_id, {})
+        return {*self._used.get(engine, {}), *(key_id for key_id, at in waited.items() if _is_recent(at, now))}
 
     def _note_waiting(self, queued: Mapping[str, Iterable[str]], now: float) -> None:
         recent = {

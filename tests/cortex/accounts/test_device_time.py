@@ -110,6 +110,9 @@ def test_those_that_waited_for_a_model_use_it_from_the_moment_it_is_loaded() -> 
         accounts.sample([_engine("m", loading=True)], {"m": [A, B]}, now)
     assert accounts.users("m", "m", 100.5) == {A, B}
     assert not accounts.users("n", "n", 100.5)
+    paid = dict(accounts.accounts)
+    accounts.sample([_engine("m")], {}, 101)  # they pay although none of them has used it yet
+    assert accounts.accounts == pytest.approx({key_id: had + 1 for key_id, had in paid.items()})
     accounts.sample([_engine("m")], {}, 100 + PRESENT_SECS)
     assert not accounts.users("m", "m", 100 + PRESENT_SECS)
 
