@@ -33,6 +33,7 @@ class Authentication:
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._keys = keys
+        self.has_keys = not keys.empty
         self._found: dict[bytes, Caller] = {}  # by keys that do not expire
 
     def caller_of(self, request: Request) -> Caller:
@@ -41,7 +42,7 @@ class Authentication:
         Raises:
             ServiceError: a key is needed and is missing or invalid.
         """
-        if self._keys.callers:
+        if self.has_keys:
             api_key = request.api_key
             if api_key is not None:
                 caller = self._found.get(api_key)
@@ -57,7 +58,7 @@ class Authentication:
         return caller
 
     def _without_key(self, request: Request) -> Caller:
-        if self._keys.empty:
+        if not self.has_keys:
             if is_loopback(request.peer):
                 return ANONYMOUS
         elif self._trust_loopback and is_loopback(request.peer) and not request.forwarded:

@@ -17,7 +17,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import OwnerList
+from cortex.routing.response_owners import OwnerList, ResponseMaker
 from shared.errors import ServiceError
 
 Counts: TypeAlias = list[tuple[ReplicaKey, int]]
@@ -84,7 +84,7 @@ class ResponseMade(msgspec.Struct, frozen=True, tag=True):
     """An engine has made a response that can be requested again by its id. From a worker, and on to all others."""
 
     response_id: str
-    replica: Replica
+    maker: ResponseMaker
 
 
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):

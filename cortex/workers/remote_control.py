@@ -12,7 +12,7 @@ from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
@@ -128,9 +128,9 @@ class RemoteControl:
         """A route that is not used."""
         self._send(RouteUnused(route.replica))
 
-    def tell_owner(self, response_id: str, replica: Replica) -> None:
-        self.response_owners.add(response_id, replica)
-        self._send(ResponseMade(response_id, replica))
+    def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
+        self.response_owners.add(response_id, maker)
+        self._send(ResponseMade(response_id, maker))
 
     def note(self, model_id: str) -> WaitNote | None:
         """The last reported progress of a model that this worker waits for."""
@@ -156,8 +156,8 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
-            case ResponseMade(response_id, replica):
-                self.response_owners.add(response_id, replica)
+            case ResponseMade(response_id, maker):
+                self.response_owners.add(response_id, maker)
             case Notes(by_model):
                 self._notes = by_model
             case DownChanged(neurons):

@@ -139,8 +139,8 @@ class WorkerProcess:
                         self._callers_begun.update({at: count.begun for at, count in callers})
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
-                    case ResponseMade(response_id, replica):
-                        self._resolver.tell_owner(response_id, replica)
+                    case ResponseMade(response_id, maker):
+                        self._resolver.tell_owner(response_id, maker)
                         for other in self._others():
                             other.send(message)
                     case Counted(number, counters, counts):
