@@ -370,14 +370,14 @@ def test_the_requests_of_one_caller_count_as_one_against_another() -> None:
     assert _swap(GREEDY, MODEST, {}, queued=500) == _swap(GREEDY, MODEST, {}, queued=1)
 
 
-SMALL = [f"a{number}" for number in range(4)]
+PEERS = [f"a{number}" for number in range(4)]
 
 
 def _swap_for_many(users: int, *, each_its_own: bool = False, since: float = 2.0, served: float = 1e9) -> float:
     """In how many seconds a model of these other users, or one of each, is evicted for one that a key has waited for
     since then. It was served that long ago, by another model."""
-    names = SMALL[:users] if each_its_own else ["a"]
-    keys = [Caller(name, name) for name in SMALL[:users]]
+    names = PEERS[:users] if each_its_own else ["a"]
+    keys = [Caller(name, name) for name in PEERS[:users]]
     owners = {name: frozenset({key} if each_its_own else keys) for name, key in zip(names, keys, strict=False)}
     box = fleet(host("box", 24000, models={name: On(24000 // len(names)) for name in names}))
     waits = WaitingRequests(1, NOW - since, frozenset({GREEDY}), served_at=NOW - served)
