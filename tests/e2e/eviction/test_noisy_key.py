@@ -72,8 +72,8 @@ def _parsed(at: str) -> float:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_a_noisy_key_gets_turns_and_no_quiet_request_waits_for_two_of_them(tmp_path: Path, workers: int) -> None:
-    """The noisy key has to wait for all of `patience_secs` before each turn, although nobody uses the quiet keys' model
-    for a moment right after it has been loaded again; and it gets its turn then."""
+    """The noisy key has to wait for all of `patience_secs` before each turn, although the quiet keys' model
+    has no requests for a moment right after it has been loaded again; and it gets its turn then."""
     (tmp_path / "keys.toml").write_text(tomli_w.dumps({"keys": KEYS}), encoding="utf-8")
     async with fleet_of(
         tmp_path,
