@@ -157,7 +157,8 @@ async def serve(
 
 def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
     """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
-    if keys.table.empty and not config.gateway.allow_anonymous and reaches_network(sock):
+    closed = not keys.table.empty or config.auth.oidc.on
+    if not closed and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
         given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
         directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
@@ -184,6 +185,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         fleet=parts.fleet,
         shutdown=parts.shutdown,
         keys=parts.keys,
+        people=parts.sign_in,
         usage_directory=usage,
     )
 
