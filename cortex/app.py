@@ -36,6 +36,7 @@ from cortex.api.app_keys import (
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
+from cortex.api.fleet_changes import FLEET_CHANGES, FleetChanges
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
@@ -89,8 +90,14 @@ def build_control_app(parts: Parts) -> web.Application:
         queue=parts.queue,
         counts=parts.counts,
     )
+    app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
+    app.on_cleanup.append(_close_changes)
     app.add_routes(CONTROL_ROUTES)
     return app
+
+
+async def _close_changes(app: web.Application) -> None:
+    await app[FLEET_CHANGES].close()
 
 
 def build_metrics_app(parts: Parts) -> web.Application:

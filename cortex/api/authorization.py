@@ -32,6 +32,7 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("POST", "/fleet/nodes/{name}/drain"): "operator",
     ("POST", "/fleet/nodes/{name}/resume"): "operator",
     ("GET", "/usage"): "user",
+    ("GET", "/usage/energy"): "user",
     ("GET", "/v1/organization/usage/completions"): "user",
     ("GET", "/v1/organization/usage/embeddings"): "user",
     ("GET", "/v1/organization/costs"): "user",

@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from cortex.accounts.keys.key_terms import KeyTerms
-from cortex.accounts.usage.query import GROUPS
+from cortex.accounts.usage.query import ENERGY_GROUPS, ENERGY_KINDS, GROUPS
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
@@ -125,6 +125,12 @@ def _inference(path: str) -> Operation:
     )
 
 
+_BETWEEN = {
+    "from": "A time in ISO 8601 or seconds since 1970, or how long ago: 7d, 24h. Default: 30 days before `to`.",
+    "to": "Likewise; not included. Default: now.",
+}
+
+
 def _organization(summary: str) -> Operation:
     return Operation(
         f"{summary} In OpenAI's shape; a key with the role user sees itself only.",
@@ -158,7 +164,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("200 while at least one neuron is healthy, 503 otherwise.", "fleet"),
     ("GET", "/fleet"): Operation("Neurons, devices, models, loads and requests.", "fleet"),
     ("GET", "/fleet/events"): Operation(
-        "The fleet after every change, as server-sent events.", "fleet", content_types=("text/event-stream",)
+        "The fleet after every change, as server-sent events.",
+        "fleet",
+        query={"changes": "`true` sends the fleet once, and then only what changes."},
+        content_types=("text/event-stream",),
     ),
     ("GET", "/fleet/explain"): Operation(
         "What a request for the model would do now, and why.",
@@ -186,10 +195,21 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "usage",
         query={
             "group_by": f"Some of {', '.join(GROUPS)}.",
-            "from": "A time in ISO 8601 or seconds since 1970, or how long ago: 7d, 24h. Default: 30 days before `to`.",
-            "to": "Likewise; not included. Default: now.",
+            **_BETWEEN,
             "key": "Only these keys, by name or id.",
             "model": "Only these models.",
+        },
+    ),
+    ("GET", "/usage/energy"): Operation(
+        "What the meters of the GPUs have counted, by what it was used for. A key with the role user sees itself only.",
+        "usage",
+        query={
+            "group_by": f"Some of {', '.join(ENERGY_GROUPS)}.",
+            **_BETWEEN,
+            "node": "Only these nodes.",
+            "model": "Only these models.",
+            "key": "Only these keys, by name or id.",
+            "kind": f"Only these of {', '.join(ENERGY_KINDS)}.",
         },
     ),
     ("GET", "/v1/organization/usage/completions"): _organization("The tokens of chats and completions."),

@@ -38,6 +38,7 @@ CONTROL_ROUTES = (
     web.delete("/keys/{name}", keys.revoke_key),
     web.post("/keys/{name}/rotate", keys.rotate_key),
     web.get("/usage", usage.show_usage),
+    web.get("/usage/energy", usage.show_energy),
     web.get("/v1/organization/usage/completions", usage.organization_completions),
     web.get("/v1/organization/usage/embeddings", usage.organization_embeddings),
     web.get("/v1/organization/costs", usage.organization_costs),

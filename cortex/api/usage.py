@@ -1,4 +1,4 @@
-"""`/usage`, and OpenAI's routes for usage and costs: what was used, by whom, and what it cost."""
+"""`/usage`, `/usage/energy`, and OpenAI's routes for usage and costs: what was used, by whom, and what it cost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from aiohttp import web
 
+from cortex.accounts.caller import may
 from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_query
-from cortex.accounts.usage.query import UsageQuery, parse_query, seen_by
-from cortex.api.app_keys import LIVE, USAGE_REPORTS
+from cortex.accounts.usage.query import Query, parse_energy_query, parse_query, seen_by
+from cortex.api.app_keys import FLEET, LIVE, USAGE_REPORTS
 from cortex.api.authorization import caller_of
+from cortex.metrics.energy import unmetered
 
 
 async def show_usage(request: web.Request) -> web.Response:
@@ -29,6 +31,27 @@ async def show_usage(request: web.Request) -> web.Response:
             "currency": currency,
             "rows": [_with_energy_cost(row, price) for row in rows],
             "totals": _with_energy_cost(totals[0], price),
+        }
+    )
+
+
+async def show_energy(request: web.Request) -> web.Response:
+    """What the meters of the GPUs have counted, by what it was used for: the sums of each group, and of all."""
+    query = _visible(request, parse_energy_query(list(request.query.items()), time.time()))
+    config = request.app[LIVE].config
+    rows, totals = await request.app[USAGE_REPORTS].energy([query, replace(query, group_by=())])
+    price, nodes = config.energy.price_per_kwh, request.app[FLEET].snapshot().nodes.values()
+    shown = [node for node in nodes if not query.nodes or node.name in query.nodes]
+    return web.json_response(
+        {
+            "object": "energy",
+            "from": query.since,
+            "to": query.until,
+            "group_by": query.group_by,
+            "currency": config.usage.currency,
+            "rows": [_with_energy_cost(row, price) for row in rows],
+            "totals": _with_energy_cost(totals[0], price),
+            "unmetered": unmetered(shown) if may(caller_of(request).role, "viewer") else [],
         }
     )
 
@@ -57,6 +80,6 @@ async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
     return bucket_page(asked, rows[0], currency)
 
 
-def _visible(request: web.Request, query: UsageQuery) -> UsageQuery:
+def _visible(request: web.Request, query: Query) -> Query:
     """The query as the request's caller may ask it."""
     return seen_by(caller_of(request), query)

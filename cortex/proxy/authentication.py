@@ -55,7 +55,7 @@ class Authentication:
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._keys = keys
-        self._needs_key = bool(keys.callers) or self._people is not None
+        self.has_keys = not keys.empty or self._people is not None  # or what people sign in with
         self._found: dict[bytes, Caller] = {}  # by keys that do not expire
 
     def caller_of(self, request: Request) -> Caller:
@@ -65,7 +65,7 @@ class Authentication:
             Unidentified: `identify` knows.
             ServiceError: a key is needed and is missing or invalid.
         """
-        if self._needs_key:
+        if self.has_keys:
             api_key = request.api_key
             if api_key is not None:
                 caller = self._found.get(api_key)
@@ -111,7 +111,7 @@ class Authentication:
         return found.caller
 
     def _without_key(self, request: Request) -> Caller:
-        if not self._needs_key:
+        if not self.has_keys:
             if is_loopback(request.peer):
                 return ANONYMOUS
         elif self._trust_loopback and is_loopback(request.peer) and not request.forwarded:

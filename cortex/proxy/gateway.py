@@ -25,9 +25,12 @@ from cortex.proxy.paths import (
     INFERENCE,
     OPEN_PATHS,
     REALTIME,
+    RESPONSES,
     START_PAGE,
     has_wrong_base,
+    is_below_responses,
     is_for_web_pages,
+    is_misspelt_response,
     is_own,
     manages_engine,
     meant_path,
@@ -36,7 +39,7 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_kinds.control_request import ControlRequest
-from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
+from cortex.proxy.request_kinds.new_response import NewResponse, RelatedResponse, TranslatableRelatedResponse
 from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
@@ -71,6 +74,7 @@ class Gateway:
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
         self._authentication = authentication
+        context.has_keys = authentication.has_keys
         self._origins = cross_site_policy.origins
 
     @property
@@ -85,6 +89,7 @@ class Gateway:
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._authentication.use_keys(keys)
+        self._context.has_keys = self._authentication.has_keys
 
     def use_prices(self, prices: PriceList) -> None:
         """What the tokens of requests that end from now on cost."""
@@ -156,11 +161,12 @@ class Gateway:
         response_id = stored_response_id(method, request.path)
         if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)
-        if method != b"POST" or has_wrong_base(request.path):
-            realtime = method == b"GET" and request.path == REALTIME
-            return self._refuse(client, request, _needs_websocket() if realtime else no_route(request))
-        if manages_engine(request.path):
-            return self._refuse(client, request, not_for_clients(request))
+        refusal = _refusal(request)
+        if refusal is not None:
+            return self._refuse(client, request, refusal)
+        if is_below_responses(request.path) and request.streamed is None:
+            kind = TranslatableRelatedResponse if request.path in TRANSLATORS else RelatedResponse
+            return kind(self._context, client, request, caller)
         return self._infer(client, request, caller)
 
     def _shows_page(self, request: Request) -> bool:
@@ -225,6 +231,16 @@ def _is_preflight(request: Request) -> bool:
     """True for the question of a browser, for a page that it may answer to, whether it may send a request."""
     asked = request.passed_value(b"access-control-request-method")
     return request.method == b"OPTIONS" and bool(request.cors) and asked is not None
+
+
+def _refusal(request: Request) -> ServiceError | None:
+    """Why a request that is not for cortex is not for engines either."""
+    if request.method != b"POST" or has_wrong_base(request.path):
+        realtime = request.method == b"GET" and request.path == REALTIME
+        return _needs_websocket() if realtime else no_route(request)
+    if manages_engine(request.path):
+        return not_for_clients(request)
+    return no_route(request) if is_misspelt_response(request.path) else None
 
 
 def _needs_websocket() -> ServiceError:

@@ -61,7 +61,9 @@ _MANAGES_ENGINE: Final = frozenset((_VLLM_MANAGEMENT + _SGLANG_AND_LLAMA_CPP_MAN
 """First segments, after a version, of routes that change an engine for all its users."""
 _VERSION: Final = re.compile(r"v\d+")
 
-_RESPONSES: Final = b"/v1/responses/"
+RESPONSES: Final = b"/v1/responses"
+_BELOW_RESPONSES: Final = RESPONSES + b"/"
+_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*true\b')
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -76,10 +78,29 @@ def manages_engine(path: bytes) -> bool:
 
     `path` is compared as an engine's router may read it: percent-decoded, without empty and `.` segments.
     """
+    segments = _segments_at_engine(path)
+    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+
+
+def is_below_responses(path: bytes) -> bool:
+    return path.startswith(_BELOW_RESPONSES)
+
+
+def is_misspelt_response(path: bytes) -> bool:
+    """True for a path that an engine's router may read as `/v1/responses` or one below it, and that cortex does not:
+    it could not tell whose response that is."""
+    segments = _segments_at_engine(path)
+    if not segments or segments[0].lower() != "responses":
+        return False
+    return path.decode("latin-1") != "/".join(("/v1/responses", *segments[1:]))
+
+
+def _segments_at_engine(path: bytes) -> list[str]:
+    """Without a version."""
     segments = [segment for segment in unquote(path.decode("latin-1")).split("/") if segment not in ("", ".")]
     while segments and _VERSION.fullmatch(segments[0]):
         del segments[0]
-    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+    return segments
 
 
 def is_for_web_pages(path: bytes) -> bool:
@@ -112,10 +133,15 @@ def recorded_path(path: bytes) -> str:
     without the end of a long one, which only its client knows."""
     if path in INFERENCE:
         return path.decode("latin-1")
-    if path.startswith(_RESPONSES):
-        _, slash, action = path[len(_RESPONSES) :].partition(b"/")
-        path = _RESPONSES + b"{id}" + slash + action
+    if is_below_responses(path):
+        _, slash, action = path[len(_BELOW_RESPONSES) :].partition(b"/")
+        path = _BELOW_RESPONSES + b"{id}" + slash + action
     return shortened(path.decode("latin-1"))
+
+
+def in_background(request: Request) -> bool:
+    """True for a response, whose body is complete, that the engine makes after it has answered."""
+    return request.path == RESPONSES and _BACKGROUND.search(request.body) is not None
 
 
 def has_wrong_base(path: bytes) -> bool:

@@ -32,6 +32,7 @@ from cortex.workers.messages import (
     EngineRetired,
     InFlightNow,
     KeysChanged,
+    MakerFound,
     Notes,
     OthersInFlight,
     PersonFound,
@@ -115,7 +116,16 @@ async def listen(
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)
-                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | PersonFound() | Notes():
+                case (
+                    Resolved()
+                    | Refused()
+                    | ProspectFound()
+                    | EngineFound()
+                    | EngineEnd()
+                    | MakerFound()
+                    | PersonFound()
+                    | Notes()
+                ):
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -18,7 +18,7 @@ from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import OwnerList
+from cortex.routing.response_owners import OwnerList, ResponseMaker
 from shared.errors import ServiceError
 
 Counts: TypeAlias = list[tuple[ReplicaKey, int]]
@@ -85,7 +85,7 @@ class ResponseMade(msgspec.Struct, frozen=True, tag=True):
     """An engine has made a response that can be requested again by its id. From a worker, and on to all others."""
 
     response_id: str
-    replica: Replica
+    maker: ResponseMaker
 
 
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
@@ -141,6 +141,13 @@ class ProspectFound(msgspec.Struct, frozen=True, tag=True):
     prospect: Prospect
 
 
+class MakerFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskMaker."""
+
+    number: int
+    maker: ResponseMaker | None
+
+
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
 
@@ -189,6 +196,7 @@ ToWorker = (
     | EngineFound
     | EngineEnd
     | PersonFound
+    | MakerFound
     | Notes
     | Collect
     | Stop
@@ -255,6 +263,13 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
     replica: Replica
 
 
+class AskMaker(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.response_maker`."""
+
+    number: int
+    response_id: str
+
+
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight; where it changed since the last report, the number of requests begun; and the requests of
     each API key, with those begun since the last report."""
@@ -303,6 +318,7 @@ FromWorker = (
     | AskEngine
     | AskEngineEnd
     | AskPerson
+    | AskMaker
     | InFlightNow
     | ResponseMade
     | Counted

@@ -13,10 +13,11 @@ from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
+    AskMaker,
     AskPerson,
     AskProspect,
     CancelResolve,
@@ -24,6 +25,7 @@ from cortex.workers.messages import (
     DownChanged,
     EngineEnd,
     EngineFound,
+    MakerFound,
     Notes,
     PersonFound,
     ProspectFound,
@@ -106,7 +108,13 @@ class RemoteControl:
             raise shutting_down()
         return found
 
-    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd | AskPerson) -> Any:
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        known = self.response_owners.find(response_id)
+        if known is None:
+            known = await self._ask(AskMaker(next(self._numbers), response_id))
+        return known
+
+    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> Any:
         """The answer; None if the control is gone."""
         if self._gone:
             return None
@@ -137,9 +145,9 @@ class RemoteControl:
         """A route that is not used."""
         self._send(RouteUnused(route.replica))
 
-    def tell_owner(self, response_id: str, replica: Replica) -> None:
-        self.response_owners.add(response_id, replica)
-        self._send(ResponseMade(response_id, replica))
+    def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
+        self.response_owners.add(response_id, maker)
+        self._send(ResponseMade(response_id, maker))
 
     def note(self, model_id: str) -> WaitNote | None:
         """The last reported progress of a model that this worker waits for."""
@@ -157,6 +165,7 @@ class RemoteControl:
         | EngineFound
         | EngineEnd
         | PersonFound
+        | MakerFound
         | Notes,
     ) -> None:
         """Applies a message from the control."""
@@ -166,8 +175,8 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
-            case ResponseMade(response_id, replica):
-                self.response_owners.add(response_id, replica)
+            case ResponseMade(response_id, maker):
+                self.response_owners.add(response_id, maker)
             case Notes(by_model):
                 self._notes = by_model
             case DownChanged(neurons):
@@ -187,6 +196,7 @@ class RemoteControl:
                 | EngineFound(number, answer)
                 | EngineEnd(number, answer)
                 | PersonFound(number, answer)
+                | MakerFound(number, answer)
             ):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():

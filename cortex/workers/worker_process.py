@@ -20,6 +20,7 @@ from cortex.workers.messages import (
     Admit,
     AskEngine,
     AskEngineEnd,
+    AskMaker,
     AskPerson,
     AskProspect,
     CancelResolve,
@@ -30,6 +31,7 @@ from cortex.workers.messages import (
     EngineFound,
     FromWorker,
     InFlightNow,
+    MakerFound,
     Notes,
     OthersInFlight,
     PersonFound,
@@ -54,6 +56,8 @@ from shared.tasks import TaskSet, timeout
 COLLECT_TIMEOUT_SECS = 1.0
 NOTES_SECS = 1.0
 """Between two reports on the models that a worker waits for."""
+MAKER_TOLD_SECS = 0.2
+"""How long a worker may take to tell who made a response whose id its client already has."""
 
 
 class WorkerProcess:
@@ -135,7 +139,7 @@ class WorkerProcess:
                         self._cancel_resolve(number)
                     case Admit() | Settle():
                         self._grants.receive(message)
-                    case AskProspect() | AskEngine() | AskEngineEnd() | AskPerson():
+                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker() | AskPerson():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released() | RouteUnused():
                         self._give_back(message)
@@ -145,8 +149,8 @@ class WorkerProcess:
                         self._callers_begun.update({at: count.begun for at, count in callers})
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
-                    case ResponseMade(response_id, replica):
-                        self._resolver.tell_owner(response_id, replica)
+                    case ResponseMade(response_id, maker):
+                        self._resolver.tell_owner(response_id, maker)
                         for other in self._others():
                             other.send(message)
                     case Counted(number, counters, counts):
@@ -240,8 +244,8 @@ class WorkerProcess:
         except ServiceError as error:
             return error_to_wire(number, error)
 
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskPerson) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd | PersonFound | Refused
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd | MakerFound | PersonFound | Refused
         match asked:
             case AskProspect(number, model_id):
                 answer = ProspectFound(number, await self._resolver.prospect(model_id))
@@ -251,6 +255,12 @@ class WorkerProcess:
                 answer = EngineEnd(number, await self._resolver.engine_end(replica))
             case AskPerson(number, credential):
                 answer = await self._identify(number, credential)
+            case AskMaker(number, response_id):
+                maker = await self._resolver.response_maker(response_id)
+                if maker is None:
+                    await asyncio.sleep(MAKER_TOLD_SECS)
+                    maker = await self._resolver.response_maker(response_id)
+                answer = MakerFound(number, maker)
         self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:

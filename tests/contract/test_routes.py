@@ -70,6 +70,7 @@ CORTEX_TABLE = {
     ("POST", "/fleet/nodes/{name}/drain"),
     ("POST", "/fleet/nodes/{name}/resume"),
     ("GET", "/usage"),
+    ("GET", "/usage/energy"),
     ("GET", "/v1/organization/usage/completions"),
     ("GET", "/v1/organization/usage/embeddings"),
     ("GET", "/v1/organization/costs"),

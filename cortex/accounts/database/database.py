@@ -27,6 +27,12 @@ _FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.Tim
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
+_REMEDIES = {
+    "not a database": "restore a copy of it, or move it away and create the keys again",
+    "malformed": "restore a copy of it, or move it away and create the keys again",
+    "disk I/O error": "is the disk full or damaged?",
+}
+"""What to do about what SQLite says of its file."""
 _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 
 
@@ -172,6 +178,9 @@ async def _opened(database: Database) -> Database:
         if isinstance(error, NewerDatabase):
             message = f"{database} was made by a newer cortex (migration {error}): update this one"
             raise DatabaseError(message) from error
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(error)), None)
+        if isinstance(error, DatabaseError) and remedy is not None:
+            raise DatabaseError(f"{error}; {remedy}") from error
         raise
     return database
 

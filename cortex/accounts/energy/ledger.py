@@ -140,6 +140,7 @@ class EnergyLedger:
         fresh = {name: written.excluded[name] for name in ("epoch", "read_at", "active_wh", "resident_wh")}
         key = ["node", "device", "model", "instance"]
         await connection.execute(written.on_conflict_do_update(index_elements=key, set_=fresh), list(rows))
+        await _delete_dropped(connection, rows)
 
     async def _book(self, connection: AsyncConnection, booked: Booked) -> None:
         rows = [{**key._asdict(), "wh": wh} for key, wh in sorted(booked.items()) if wh > 0]
@@ -219,6 +220,16 @@ def _meter_rows(
         }
         for each in all_counts
     ]
+
+
+async def _delete_dropped(connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
+    """Deletes the counts that are missing from the readings just written. A neuron drops those of instances that are
+    gone, and never continues them."""
+    columns = {"_node": "node", "_device": "device", "_read_at": "read_at"}
+    devices = [{name: row[column] for name, column in columns.items()} for row in rows if not row["model"]]
+    meter = ENERGY_METERS.c
+    same = (meter.node == bindparam("_node"), meter.device == bindparam("_device"))
+    await connection.execute(delete(ENERGY_METERS).where(*same, meter.read_at < bindparam("_read_at")), devices)
 
 
 async def _due(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select, text
+from sqlalchemy import BigInteger, ColumnElement, Float, Select, case, cast, func, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.database.tables import USAGE
-from cortex.accounts.usage.query import TIMES, UsageQuery
+from cortex.accounts.usage.energy_report import energy_report
+from cortex.accounts.usage.periods import period
+from cortex.accounts.usage.query import TIMES, EnergyQuery, UsageQuery
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
 
 MAX_ROWS: Final = 20_000
 _PERCENT: Final = 95
-_SQLITE_FORMATS: Final = {"hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d", "month": "%Y-%m"}
-_POSTGRESQL_FORMATS: Final = {"hour": 'YYYY-MM-DD"T"HH24":00Z"', "day": "YYYY-MM-DD", "month": "YYYY-MM"}
 TOKENS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 
 
@@ -38,14 +40,27 @@ class DatabaseReports:
             InvalidRequest: there are more than MAX_ROWS groups.
             Unavailable: the database cannot be read now.
         """
+        async with self._reading() as connection:
+            return [await self._report(connection, query, currency) for query in queries]
+
+    async def energy(self, queries: Sequence[EnergyQuery]) -> list[list[dict[str, Any]]]:
+        """For each query, all at one moment, the energy of each group, ordered by the groups: their values, and
+        `energy_wh`. `key` is a name, "" for what no key has used. Raises as `reports` does."""
+        postgresql = self._database.is_postgresql
+        async with self._reading() as connection:
+            return [await _rows(connection, energy_report(query, is_postgresql=postgresql)) for query in queries]
+
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+        """All that is read in the body is of one moment."""
         try:
             async with self._database.reading() as connection:
                 if self._database.is_postgresql:
                     await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-                return [await self._report(connection, query, currency) for query in queries]
+                yield connection
         except DatabaseError as error:
             message = f"the usage cannot be read from {error}"
-            raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
+            raise Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
         groups, chosen = _groups(self._database, query), _chosen(query)
@@ -67,22 +82,16 @@ async def _rows(connection: AsyncConnection, asked: Select[Any]) -> list[dict[st
 
 def _groups(database: Database, query: UsageQuery) -> dict[str, ColumnElement[Any]]:
     found: dict[str, ColumnElement[Any]] = {}
+    postgresql = database.is_postgresql
     for name in query.group_by:
-        found[name] = _period(database, name) if name in TIMES else USAGE.c[name]
+        column = USAGE.c.ended_at if name in TIMES else USAGE.c[name]
+        found[name] = period(name, column, is_postgresql=postgresql) if name in TIMES else column
     if query.bucket_secs:
         width: ColumnElement[int] = literal_column(str(query.bucket_secs))
         number = USAGE.c.ended_at / width
-        whole = func.floor(number) if database.is_postgresql else number  # SQLite's cast drops the fraction
+        whole = func.floor(number) if postgresql else number  # SQLite's cast drops the fraction
         found["bucket"] = cast(whole, BigInteger) * width
     return found
-
-
-def _period(database: Database, name: str) -> ColumnElement[str]:
-    # Not parameters: PostgreSQL must see that the group and the column are the same.
-    if database.is_postgresql:
-        at = func.timezone("UTC", func.to_timestamp(USAGE.c.ended_at))
-        return cast(func.to_char(at, literal_column(f"'{_POSTGRESQL_FORMATS[name]}'")), String)
-    return cast(func.strftime(literal_column(f"'{_SQLITE_FORMATS[name]}'"), USAGE.c.ended_at, "unixepoch"), String)
 
 
 def _chosen(query: UsageQuery) -> ColumnElement[bool]:

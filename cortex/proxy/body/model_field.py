@@ -94,12 +94,13 @@ class _AnyStream(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _AnyPrevious(msgspec.Struct):
+class _AnyResponseIds(msgspec.Struct):
     previous_response_id: msgspec.Raw = msgspec.Raw(b"")
+    request_id: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decode_stream = msgspec.json.Decoder(_AnyStream).decode
-_decode_previous = msgspec.json.Decoder(_AnyPrevious).decode
+_decode_response_ids = msgspec.json.Decoder(_AnyResponseIds).decode
 _decode_model = msgspec.json.Decoder(JsonModel).decode
 _check_syntax = msgspec.json.Decoder(_AnyModel).decode
 _decode_text = msgspec.json.Decoder(str).decode
@@ -211,14 +212,31 @@ def asks_for_stream(body: bytes) -> bool:
 
 def previous_response_id(body: bytes) -> str | None:
     """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
-    if b'"previous_response_id"' not in body:
+    if not _may_have(body, b"previous_response_id"):
         return None
     for read in (bytes, made_strict):
         try:
-            return _decode_text(memoryview(_decode_previous(read(body)).previous_response_id))
+            return _decode_text(memoryview(_decode_response_ids(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return None
+
+
+def chooses_response_id(body: bytes) -> bool:
+    """True for a JSON object with a top-level `request_id`: engines take it as the id of the response. Never raises."""
+    if not _may_have(body, b"request_id"):
+        return False
+    for read in (bytes, made_strict):
+        try:
+            return bytes(_decode_response_ids(read(body)).request_id) not in {b"", b"null"}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return False
+
+
+def _may_have(body: bytes, member: bytes) -> bool:
+    """False if no name in the body is `member`, also with escaped characters."""
+    return member in body or b"\\u" in body
 
 
 def made_strict(body: bytes) -> bytes:

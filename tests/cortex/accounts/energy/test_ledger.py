@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseSource, database_source
-from cortex.accounts.database.tables import ENERGY, ENERGY_SLICES, USAGE
+from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE
 from cortex.accounts.energy.attribution import InstanceCount, MeterReading
 from cortex.accounts.energy.ledger import EnergyLedger
 
@@ -152,6 +152,25 @@ async def test_a_neuron_that_restarts(database: Database) -> None:
     await books.read_meters([reading(30, 4, m=(1, 2), epoch="f")])
     await settle_all(database)
     assert sum((await booked(database)).values()) == pytest.approx(4)
+
+
+async def test_an_instance_that_its_neuron_no_longer_counts_is_forgotten(database: Database) -> None:
+    """Or the count of each engine there ever was would be read with every reading. A reading of another device, or an
+    older one, forgets nothing."""
+    books = ledger(database)
+    await books.read_meters([reading(0, 0, m=(1, 1))])
+    await books.read_meters([MeterReading("n", "e", START + 5, {"1": 0.0}, ())])
+    await books.read_meters([reading(-1, 0)])
+    assert await counted(database) == {("0", ""), ("0", "m"), ("1", "")}
+    await books.read_meters([reading(10, 4)])
+    assert await counted(database) == {("0", ""), ("1", "")}
+
+
+async def counted(database: Database) -> set[tuple[str, str]]:
+    """Devices and models that have a meter."""
+    async with database.reading() as connection:
+        rows = await connection.execute(select(ENERGY_METERS.c.device, ENERGY_METERS.c.model))
+        return {(device, model) for device, model in rows}
 
 
 async def test_hours_apart(database: Database) -> None:
