@@ -32,6 +32,7 @@ from cortex.workers.messages import (
     EngineRetired,
     InFlightNow,
     KeysChanged,
+    MakerFound,
     Notes,
     OthersInFlight,
     ProspectFound,
@@ -107,7 +108,7 @@ async def listen(
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)
-                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
+                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | MakerFound() | Notes():
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -140,6 +140,13 @@ class ProspectFound(msgspec.Struct, frozen=True, tag=True):
     prospect: Prospect
 
 
+class MakerFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskMaker."""
+
+    number: int
+    maker: ResponseMaker | None
+
+
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
 
@@ -180,6 +187,7 @@ ToWorker = (
     | ProspectFound
     | EngineFound
     | EngineEnd
+    | MakerFound
     | Notes
     | Collect
     | Stop
@@ -246,6 +254,13 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
     replica: Replica
 
 
+class AskMaker(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.response_maker`."""
+
+    number: int
+    response_id: str
+
+
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight; where it changed since the last report, the number of requests begun; and the requests of
     each API key, with those begun since the last report."""
@@ -286,6 +301,7 @@ FromWorker = (
     | AskProspect
     | AskEngine
     | AskEngineEnd
+    | AskMaker
     | InFlightNow
     | ResponseMade
     | Counted

@@ -16,12 +16,14 @@ from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
+    AskMaker,
     AskProspect,
     CancelResolve,
     CatalogueChanged,
     DownChanged,
     EngineEnd,
     EngineFound,
+    MakerFound,
     Notes,
     ProspectFound,
     Refused,
@@ -97,7 +99,13 @@ class RemoteControl:
         reason: str | None = await self._ask(AskEngineEnd(next(self._numbers), replica))
         return reason
 
-    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd) -> Any:
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        known = self.response_owners.find(response_id)
+        if known is None:
+            known = await self._ask(AskMaker(next(self._numbers), response_id))
+        return known
+
+    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd | AskMaker) -> Any:
         """The answer; None if the control is gone."""
         if self._gone:
             return None
@@ -147,6 +155,7 @@ class RemoteControl:
         | ProspectFound
         | EngineFound
         | EngineEnd
+        | MakerFound
         | Notes,
     ) -> None:
         """Applies a message from the control."""
@@ -172,7 +181,12 @@ class RemoteControl:
                 future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
-            case ProspectFound(number, answer) | EngineFound(number, answer) | EngineEnd(number, answer):
+            case (
+                ProspectFound(number, answer)
+                | EngineFound(number, answer)
+                | EngineEnd(number, answer)
+                | MakerFound(number, answer)
+            ):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():
                     asking.set_result(answer)

@@ -19,6 +19,7 @@ from cortex.workers.messages import (
     Admit,
     AskEngine,
     AskEngineEnd,
+    AskMaker,
     AskProspect,
     CancelResolve,
     Collect,
@@ -28,6 +29,7 @@ from cortex.workers.messages import (
     EngineFound,
     FromWorker,
     InFlightNow,
+    MakerFound,
     Notes,
     OthersInFlight,
     ProspectFound,
@@ -50,6 +52,8 @@ from shared.tasks import TaskSet, timeout
 COLLECT_TIMEOUT_SECS = 1.0
 NOTES_SECS = 1.0
 """Between two reports on the models that a worker waits for."""
+MAKER_TOLD_SECS = 0.2
+"""How long a worker may take to tell who made a response whose id its client already has."""
 
 
 class WorkerProcess:
@@ -129,7 +133,7 @@ class WorkerProcess:
                         self._cancel_resolve(number)
                     case Admit() | Settle():
                         self._grants.receive(message)
-                    case AskProspect() | AskEngine() | AskEngineEnd():
+                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released() | RouteUnused():
                         self._give_back(message)
@@ -227,8 +231,8 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd | MakerFound
         match asked:
             case AskProspect(number, model_id):
                 answer = ProspectFound(number, await self._resolver.prospect(model_id))
@@ -236,6 +240,12 @@ class WorkerProcess:
                 answer = EngineFound(number, await self._resolver.engine(key))
             case AskEngineEnd(number, replica):
                 answer = EngineEnd(number, await self._resolver.engine_end(replica))
+            case AskMaker(number, response_id):
+                maker = await self._resolver.response_maker(response_id)
+                if maker is None:
+                    await asyncio.sleep(MAKER_TOLD_SECS)
+                    maker = await self._resolver.response_maker(response_id)
+                answer = MakerFound(number, maker)
         self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:
