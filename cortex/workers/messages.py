@@ -12,6 +12,7 @@ from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
 from cortex.accounts.prices import NO_PRICES, PriceList
+from cortex.accounts.sign_in.person import Identified
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
@@ -101,7 +102,7 @@ class Resolved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Answers Resolve: the request cannot be served, for this ServiceError."""
+    """Answers Resolve or AskPerson: the request cannot be served, for this ServiceError."""
 
     number: int
     status: int
@@ -154,6 +155,13 @@ class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     reason: str | None
 
 
+class PersonFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskPerson. A credential that is not valid is answered by Refused."""
+
+    number: int
+    person: Identified
+
+
 class Notes(msgspec.Struct, frozen=True, tag=True):
     """The progress of the models that the worker waits for."""
 
@@ -187,6 +195,7 @@ ToWorker = (
     | ProspectFound
     | EngineFound
     | EngineEnd
+    | PersonFound
     | MakerFound
     | Notes
     | Collect
@@ -270,6 +279,13 @@ class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     callers: list[tuple[CallerAt, CallerCount]]
 
 
+class AskPerson(msgspec.Struct, frozen=True, tag=True):
+    """Asks whose token or secret of a session this is. Answered by PersonFound or Refused."""
+
+    number: int
+    credential: bytes
+
+
 class Released(msgspec.Struct, frozen=True, tag=True):
     """A request at a replica with a limit has ended."""
 
@@ -301,6 +317,7 @@ FromWorker = (
     | AskProspect
     | AskEngine
     | AskEngineEnd
+    | AskPerson
     | AskMaker
     | InFlightNow
     | ResponseMade

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from cortex.accounts.sign_in.person import People
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
@@ -20,6 +21,7 @@ from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
     AskMaker,
+    AskPerson,
     AskProspect,
     CancelResolve,
     Collect,
@@ -32,8 +34,10 @@ from cortex.workers.messages import (
     MakerFound,
     Notes,
     OthersInFlight,
+    PersonFound,
     ProspectFound,
     Ready,
+    Refused,
     Released,
     Resolve,
     Resolved,
@@ -68,13 +72,15 @@ class WorkerProcess:
         live: LiveConfig,
         resolver: Resolver,
         counts: CountTotals,
+        people: People | None = None,
     ) -> None:
-        """Sets `ready` once the worker serves."""
+        """Sets `ready` once the worker serves. `people`: knows those that sign in; None without `[auth.oidc]`."""
         self.process = process
         self._ready = ready
         self._live = live
         self._resolver = resolver
         self._counts = counts
+        self._people = people
         self._channel = channel
         self._counters = Counters()
         self._in_flight: Mapping[ReplicaKey, int] = {}
@@ -133,7 +139,7 @@ class WorkerProcess:
                         self._cancel_resolve(number)
                     case Admit() | Settle():
                         self._grants.receive(message)
-                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker():
+                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker() | AskPerson():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released() | RouteUnused():
                         self._give_back(message)
@@ -231,8 +237,15 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd | MakerFound
+    async def _identify(self, number: int, credential: bytes) -> PersonFound | Refused:
+        assert self._people is not None
+        try:
+            return PersonFound(number, await self._people.identify(credential))
+        except ServiceError as error:
+            return error_to_wire(number, error)
+
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd | MakerFound | PersonFound | Refused
         match asked:
             case AskProspect(number, model_id):
                 answer = ProspectFound(number, await self._resolver.prospect(model_id))
@@ -240,6 +253,8 @@ class WorkerProcess:
                 answer = EngineFound(number, await self._resolver.engine(key))
             case AskEngineEnd(number, replica):
                 answer = EngineEnd(number, await self._resolver.engine_end(replica))
+            case AskPerson(number, credential):
+                answer = await self._identify(number, credential)
             case AskMaker(number, response_id):
                 maker = await self._resolver.response_maker(response_id)
                 if maker is None:
