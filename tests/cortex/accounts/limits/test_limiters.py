@@ -357,5 +357,6 @@ async def test_numbers_in_messages(limits: Limits, message: str) -> None:
     """Whole, however large, and one of a thing is singular."""
     limiter = LocalLimiter(terms(), clock=Clock())
     limiter.use_keys({"a": KeyLimits(limits)})
-    granted(limiter, bound=TokenBound(1_000_000, 500_000))
-    assert message in refused(limiter, ALICE, TokenBound(1_000_000, 500_000)).message
+    bound = TokenBound(1_500_000, 0, prompts=1500)
+    granted(limiter, bound=bound)
+    assert message in refused(limiter, ALICE, bound).message
