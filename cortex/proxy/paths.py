@@ -34,8 +34,16 @@ INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
 MODELS: Final = b"/v1/models"
 REALTIME: Final = b"/v1/realtime"
 """For WebSockets."""
-OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json")
+OWN_PATHS: Final = (
+    *(MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json", b"/login", b"/logout"),
+)
 """cortex answers these and everything below them itself."""
+START_PAGE: Final = b"/"
+"""For browsers, where people can sign in."""
+SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
+"""A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
+OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
+"""These need no key."""
 
 _VLLM_MANAGEMENT: Final = """
 abort_requests collective_rpc fault_tolerance finish_weight_update init_weight_transfer_engine
