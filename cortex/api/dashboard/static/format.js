@@ -1,0 +1,30 @@
+// Numbers and times as people read them.
+
+export const mib = (value) => (value === undefined || value === null ? "–" : value >= 10240 ? `${(value / 1024).toFixed(0)} GiB` : value >= 1024 ? `${(value / 1024).toFixed(1)} GiB` : `${Math.round(value)} MiB`);
+
+export const percent = (value) => (value === undefined || value === null ? "–" : `${Math.round(value)} %`);
+
+export function secs(value) {
+  if (value === undefined || value === null) return "–";
+  if (value < 1) return `${Math.round(value * 1000)} ms`;
+  if (value < 10) return `${value.toFixed(1)} s`;
+  if (value < 120) return `${Math.round(value)} s`;
+  if (value < 7200) return `${Math.round(value / 60)} min`;
+  if (value < 172800) return `${Math.round(value / 3600)} h`;
+  return `${Math.round(value / 86400)} d`;
+}
+
+export const ago = (unixTime, now = Date.now() / 1000) => (unixTime ? `${secs(Math.max(0, now - unixTime))} ago` : "–");
+
+export const clock = (unixTime) => new Date(unixTime * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+
+export const count = (value) => (value === undefined || value === null ? "–" : value.toLocaleString());
+
+export const plural = (number, word, many = `${word}s`) => `${number} ${number === 1 ? word : many}`;
+
+// A stable number for a name: for the model's colour and pattern, which are the same on every page.
+export function hue(name) {
+  let hash = 2166136261;
+  for (let index = 0; index < name.length; index += 1) hash = Math.imul(hash ^ name.charCodeAt(index), 16777619);
+  return (hash >>> 0) % 360;
+}

@@ -1,0 +1,91 @@
+// Each host with its GPUs: whose memory it is, how busy and how warm it is, and what is wrong.
+
+import { html, useState } from "../html.js";
+import { post } from "../api.js";
+import { ago, mib, percent, plural } from "../format.js";
+import { Bar, Confirm, Rows, Status, modelClass } from "../parts.js";
+
+const ROW_PX = 132;
+
+// The parts of a device's memory, largest owner first.
+export function memoryOf(node, device) {
+  const total = device.vram_total_mb ?? 0;
+  const parts = [];
+  let known = 0;
+  for (const view of Object.values(node.models ?? {})) {
+    const devices = view.devices ?? [];
+    if (!devices.includes(device.index) || view.status === "unloaded" || view.status === "failed") continue;
+    const whole = view.status === "sleeping" ? view.vram_used_mb : (view.vram_booked_mb ?? view.vram_used_mb);
+    const value = (whole ?? 0) / devices.length;
+    known += value;
+    parts.push({ label: view.id, value, kind: modelClass(view.id) });
+  }
+  parts.sort((one, two) => two.value - one.value);
+  const foreign = device.vram_foreign_mb ?? 0;
+  if (foreign) parts.push({ label: "other processes", value: foreign, kind: "foreign" });
+  const used = device.vram_used_mb ?? 0;
+  const rest = Math.max(device.vram_booked_mb ?? 0, used - foreign) - known;
+  if (rest > 1) parts.push({ label: "reserved", value: rest, kind: "reserved" });
+  const free = total - parts.reduce((sum, part) => sum + part.value, 0);
+  return { parts, total, free: Math.max(0, free) };
+}
+
+function Device({ node, device }) {
+  const { parts, total, free } = memoryOf(node, device);
+  const wrong = [device.lost, device.fault, ...(device.warnings ?? [])].filter(Boolean);
+  return html`<div class="device">
+    <div class="row">
+      <strong>${device.index}: ${device.name}</strong>
+      <span class="numbers">${percent(device.utilization_pct)} busy · ${device.temp_c === undefined ? "–" : `${Math.round(device.temp_c)} °C`} · ${device.power_w === undefined ? "–" : `${Math.round(device.power_w)} W`}</span>
+    </div>
+    <${Bar} parts=${parts} total=${total} label=${`Memory of GPU ${device.index} of ${node.name}`} />
+    <div class="legend">
+      ${parts.map((part) => html`<span><span class="swatch ${part.kind}" aria-hidden="true"></span>${part.label} ${mib(part.value)}</span>`)}
+      <span>${mib(free)} free of ${mib(total)}</span>
+    </div>
+    ${wrong.map((reason) => html`<p class="problem"><span aria-hidden="true">✕ </span>${reason}</p>`)}
+  </div>`;
+}
+
+function links(node) {
+  const told = (node.links ?? []).map((link) => `${link.a}–${link.b} ${link.kind}${link.nvlinks ? ` ×${link.nvlinks}` : ""}`);
+  return told.length ? html`<details><summary>Links between GPUs</summary><p class="small">${told.join(", ")}</p></details>` : null;
+}
+
+function Node({ node, mayAct, ask }) {
+  const status = node.healthy ? (node.draining ? "draining" : "healthy") : "down";
+  const engines = Object.values(node.models ?? {}).filter((view) => view.status !== "unloaded");
+  return html`<section class="card" role="listitem" aria-label=${`Host ${node.name}`}>
+    <div class="row">
+      <h2>${node.name}</h2>
+      <${Status} status=${status} title=${node.last_error} />
+      <span class="small">${node.healthy ? `up ${ago(node.up_since).replace(" ago", "")}, neuron ${node.version ?? "?"}${node.simulated ? ", simulated" : ""}` : `silent ${ago(node.silent_since)}`}</span>
+      <span class="grow"></span>
+      ${mayAct && (node.draining ? html`<button class="quiet" onClick=${() => ask({ verb: "Resume", node })}>Resume</button>` : html`<button class="quiet" onClick=${() => ask({ verb: "Drain", node })}>Drain</button>`)}
+    </div>
+    ${node.last_error && !node.healthy && html`<p class="problem"><span aria-hidden="true">✕ </span>${node.last_error}</p>`}
+    ${node.cuda_unavailable_reason && html`<p class="problem">${node.cuda_unavailable_reason}</p>`}
+    ${Object.values(node.devices ?? {}).map((device) => html`<${Device} key=${device.index} node=${node} device=${device} />`)}
+    ${node.host && html`<p class="small">RAM ${mib(node.host.ram_used_mb)} of ${mib(node.host.ram_total_mb)}</p>`}
+    ${links(node)}
+    <ul class="engines">
+      ${engines.map((view) => html`<li><${Status} status=${view.status} title=${view.error ?? view.reason} /> ${view.id}${view.variant ? ` (${view.variant})` : ""}${view.progress ? ` – ${view.progress.phase} ${percent((view.progress.overall ?? view.progress.fraction ?? 0) * 100)}` : ""}</li>`)}
+    </ul>
+  </section>`;
+}
+
+const CONSEQUENCES = {
+  Drain: (node) => html`<p>New loads go to other hosts, and requests too where another host can serve them. What runs on <strong>${node.name}</strong> goes on.</p>`,
+  Resume: (node) => html`<p><strong>${node.name}</strong> takes loads and requests again.</p>`,
+};
+
+export function FleetPage({ fleet, mayAct, search }) {
+  const [asked, ask] = useState(null);
+  const wanted = search.toLowerCase();
+  const nodes = Object.values(fleet.nodes).filter((node) => !wanted || node.name.toLowerCase().includes(wanted) || Object.values(node.models ?? {}).some((view) => view.id.toLowerCase().includes(wanted)));
+  const healthy = nodes.filter((node) => node.healthy).length;
+  return html`<h1>Fleet</h1>
+    <p class="small">${plural(nodes.length, "host")}, ${healthy} healthy</p>
+    <${Rows} label="Hosts" items=${nodes} height=${ROW_PX} row=${(node) => html`<${Node} key=${node.name} node=${node} mayAct=${mayAct} ask=${ask} />`} />
+    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.node.name}?`} verb=${asked.verb} consequence=${CONSEQUENCES[asked.verb](asked.node)} act=${() => post(`/fleet/nodes/${encodeURIComponent(asked.node.name)}/${asked.verb.toLowerCase()}`)} onClose=${() => ask(null)} />`}`;
+}

@@ -1,0 +1,90 @@
+// Every model: where it is, who uses it, what is being loaded and why, and what an operator can do about it.
+
+import { html, useState } from "../html.js";
+import { get, post } from "../api.js";
+import { ago, plural, secs } from "../format.js";
+import { Confirm, Problem, Status, modelClass, useRead } from "../parts.js";
+
+export function modelsOf(fleet) {
+  const rows = new Map();
+  const row = (id) => {
+    if (!rows.has(id)) rows.set(id, { id, profile: fleet.models[id] ?? null, engines: [], loads: [], inFlight: 0, waiting: null, held: [] });
+    return rows.get(id);
+  };
+  Object.keys(fleet.models).forEach(row);
+  for (const node of Object.values(fleet.nodes)) {
+    for (const view of Object.values(node.models ?? {})) row(view.id).engines.push({ node, view });
+  }
+  Object.values(fleet.loads).forEach((load) => row(load.model).loads.push(load));
+  Object.values(fleet.in_flight).forEach((each) => (row(each.model).inFlight += each.count));
+  Object.values(fleet.waiting).forEach((each) => (row(each.model).waiting = each));
+  Object.values(fleet.held).forEach((each) => row(each.model).held.push(each));
+  return [...rows.values()].sort((one, two) => one.id.localeCompare(two.id));
+}
+
+function Progress({ node, view }) {
+  const { progress } = view;
+  if (!progress) return null;
+  const overall = progress.overall ?? progress.fraction;
+  return html`<div class="progress">
+    <progress max="1" value=${overall ?? undefined} aria-label=${`Load of ${view.id} on ${node.name}`}></progress>
+    <span class="small">${progress.phase}${overall === undefined || overall === null ? "" : ` ${Math.round(overall * 100)} %`}${progress.remaining_secs ? `, ${secs(progress.remaining_secs)} left` : ""}${progress.message ? ` – ${progress.message}` : ""}</span>
+  </div>`;
+}
+
+function Engine({ node, view }) {
+  return html`<li>
+    <${Status} status=${view.status} title=${view.reason} /> on ${node.name}
+    <span class="small">
+      ${view.devices?.length ? ` GPU ${view.devices.join(", ")}` : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `, ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `, since ${ago(view.since)}` : ""}
+    </span>
+    <${Progress} node=${node} view=${view} />
+    ${view.error && html`<p class="problem"><span aria-hidden="true">✕ </span>${view.error.split("\n")[0]}</p>`}
+  </li>`;
+}
+
+function Model({ row, aliases, mayAct, ask }) {
+  const present = row.engines.filter(({ view }) => view.status !== "unloaded");
+  const isThere = present.some(({ view }) => view.status !== "failed");
+  const names = Object.keys(aliases).filter((name) => aliases[name] === row.id);
+  return html`<section class="card" aria-label=${`Model ${row.id}`}>
+    <div class="row">
+      <h2><span class="swatch ${modelClass(row.id)}" aria-hidden="true"></span>${row.id}</h2>
+      <span class="small">${names.length ? `also ${names.join(", ")}` : ""}</span>
+      <span class="grow"></span>
+      ${mayAct && html`<button class="quiet" onClick=${() => ask({ verb: "Load", row })}>Load</button>`}
+      ${mayAct && isThere && html`<button class="quiet" onClick=${() => ask({ verb: "Unload", row })}>Unload</button>`}
+    </div>
+    <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}</p>
+    <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} />`)}</ul>
+    ${row.loads.map((load) => html`<p class="small">Loading on ${load.node} since ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
+    ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${new Date(held.until * 1000).toLocaleTimeString()}.</p>`)}
+  </section>`;
+}
+
+// What a load would do now, as `explain` says.
+function Plan({ model }) {
+  const [plan, error] = useRead((signal) => get(`/fleet/explain?model=${encodeURIComponent(model)}`, signal), [model]);
+  if (error) return html`<${Problem} error=${error} />`;
+  if (!plan) return html`<p>Asking cortex …</p>`;
+  const { decision } = plan;
+  return html`<p>${decision.reason}</p>
+    ${decision.node && html`<p>On <strong>${decision.node}</strong>${decision.devices?.length ? `, GPU ${decision.devices.join(", ")}` : ""}${decision.expected_load_secs ? `, about ${secs(decision.expected_load_secs)}` : ""}.</p>`}
+    ${decision.evict?.length ? html`<p><strong>Displaces ${decision.evict.join(", ")}.</strong></p>` : null}`;
+}
+
+function consequence({ verb, row }) {
+  if (verb === "Load") return html`<${Plan} model=${row.id} />`;
+  return html`<p>${row.inFlight ? html`<strong>${plural(row.inFlight, "request")} of ${row.id} will be finished first.</strong>` : "No request is using it now."} The next request loads it again, unless it is held back.</p>`;
+}
+
+export function ModelsPage({ fleet, mayAct, search }) {
+  const [asked, ask] = useState(null);
+  const wanted = search.toLowerCase();
+  const rows = modelsOf(fleet).filter((row) => row.id.toLowerCase().includes(wanted));
+  const act = ({ verb, row }) => post(verb === "Load" ? "/fleet/load?wait=false" : "/fleet/unload", { model: row.id });
+  return html`<h1>Models</h1>
+    ${rows.length ? null : html`<p>No model matches.</p>`}
+    ${rows.map((row) => html`<${Model} key=${row.id} row=${row} aliases=${fleet.aliases} mayAct=${mayAct} ask=${ask} />`)}
+    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.row.id}?`} verb=${asked.verb} consequence=${consequence(asked)} act=${() => act(asked)} onClose=${() => ask(null)} />`}`;
+}

@@ -1,0 +1,105 @@
+// Which model was where: a row for each GPU, a span for each stay, swaps and failures on it, and below how many waited.
+
+import { html, useEffect, useMemo, useRef, useState } from "../html.js";
+import { get } from "../api.js";
+import { clock, secs } from "../format.js";
+import { Problem, Status, modelClass, useRead } from "../parts.js";
+import uPlot from "../vendor/uplot.js";
+
+const RANGES = { "15 min": 900, "1 h": 3600, "6 h": 21600, "24 h": 86400 };
+const REFRESH_MS = 5000;
+const WIDTH = 1000;
+const ROW = 22;
+
+// Rows of the picture: node and GPU, each with its spans. Spans without a GPU stand in the node's own row.
+export function rowsOf(spans, nodes) {
+  const rows = new Map();
+  for (const node of nodes) {
+    for (const index of Object.keys(node.devices ?? {})) rows.set(`${node.name} ${index}`, { label: `${node.name} ${index}`, spans: [] });
+  }
+  for (const span of spans) {
+    const devices = span.model && span.devices?.length ? span.devices : [""];
+    for (const device of devices) {
+      const label = `${span.node} ${device}`.trim();
+      if (!rows.has(label)) rows.set(label, { label, spans: [] });
+      rows.get(label).spans.push(span);
+    }
+  }
+  return [...rows.values()].sort((one, two) => one.label.localeCompare(two.label));
+}
+
+function told(span, now) {
+  const end = span.until ?? now;
+  const facts = [`${span.model || span.node} ${span.status}`, `${clock(span.since)} to ${span.until ? clock(span.until) : "now"} (${secs(end - span.since)})`];
+  if (span.why) facts.push(`why: ${span.why}`);
+  if (span.displaces?.length) facts.push(`displaced ${span.displaces.join(", ")}`);
+  if (span.displaced_by) facts.push(`displaced for ${span.displaced_by}`);
+  if (span.error) facts.push(span.error.split("\n")[0]);
+  for (const [index, [phase, since]] of (span.phases ?? []).entries()) {
+    const next = span.phases[index + 1]?.[1] ?? end;
+    facts.push(`${phase} ${secs(next - since)}`);
+  }
+  return facts.join(" · ");
+}
+
+function Picture({ rows, since, until, choose }) {
+  const scale = WIDTH / (until - since);
+  const x = (time) => Math.min(WIDTH, Math.max(0, (time - since) * scale));
+  return html`<div class="timeline">
+    ${rows.map(
+      (row) => html`<div class="timeline-row" key=${row.label}>
+        <span class="label">${row.label}</span>
+        <svg viewBox=${`0 0 ${WIDTH} ${ROW}`} preserveAspectRatio="none" role="group" aria-label=${row.label}>
+          ${row.spans.map((span) => {
+            const from = x(span.since);
+            const width = Math.max(1.5, x(span.until ?? until) - from);
+            const kind = span.model ? modelClass(span.model) : "node";
+            return html`<g class="span ${span.status}" tabindex="0" role="button" aria-label=${told(span, until)} onClick=${() => choose(span)} onFocus=${() => choose(span)}>
+              <title>${told(span, until)}</title>
+              <rect class="part ${kind}" x=${from} y="2" width=${width} height=${ROW - 4} />
+              ${span.status === "loaded" ? null : html`<rect class="mark ${span.status}" x=${from} y="2" width=${width} height=${ROW - 4} />`}
+            </g>`;
+          })}
+        </svg>
+      </div>`,
+    )}
+    <div class="timeline-row axis"><span class="label"></span><span class="row between"><span>${clock(since)}</span><span>${clock((since + until) / 2)}</span><span>${clock(until)}</span></span></div>
+  </div>`;
+}
+
+function Chart({ minutes, what, title }) {
+  const box = useRef(null);
+  const models = useMemo(() => [...new Set(minutes.flatMap((minute) => Object.keys(minute[what] ?? {})))].sort(), [minutes, what]);
+  useEffect(() => {
+    if (!minutes.length || !models.length) return undefined;
+    const data = [minutes.map((minute) => minute.at), ...models.map((model) => minutes.map((minute) => minute[what]?.[model] ?? 0))];
+    const colours = getComputedStyle(document.documentElement);
+    const series = models.map((model) => ({ label: model, stroke: colours.getPropertyValue(`--${modelClass(model)}`), width: 2 }));
+    const axis = { stroke: colours.getPropertyValue("--text"), grid: { stroke: colours.getPropertyValue("--line"), width: 1 } };
+    const chart = new uPlot({ width: box.current.clientWidth || 600, height: 180, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
+    return () => chart.destroy();
+  }, [minutes, models, what]);
+  if (!models.length) return null;
+  return html`<h2>${title}</h2><div ref=${box} role="img" aria-label=${`${title}: ${models.join(", ")}`}></div>`;
+}
+
+export function TimelinePage({ fleet }) {
+  const [range, setRange] = useState("1 h");
+  const [chosen, choose] = useState(null);
+  const [timeline, error, again] = useRead((signal) => get(`/fleet/timeline?from=${Math.floor(Date.now() / 1000) - RANGES[range]}`, signal), [range]);
+  useEffect(() => {
+    const timer = setInterval(again, REFRESH_MS);
+    return () => clearInterval(timer);
+  }, []);
+  const rows = timeline ? rowsOf(timeline.spans, Object.values(fleet.nodes)) : [];
+  return html`<h1>Timeline</h1>
+    <div class="row" role="group" aria-label="Time shown">
+      ${Object.keys(RANGES).map((name) => html`<button class=${name === range ? "" : "quiet"} aria-pressed=${name === range} onClick=${() => setRange(name)}>${name}</button>`)}
+    </div>
+    <${Problem} error=${error} />
+    ${timeline && html`<${Picture} rows=${rows} since=${timeline.from} until=${timeline.to} choose=${choose} />`}
+    <p class="chosen" aria-live="polite">${chosen ? html`<${Status} status=${chosen.status} /> ${told(chosen, timeline?.to ?? chosen.since)}` : "Choose a span to read about it."}</p>
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="waiting" title="Requests that waited, at most in each minute" />`}
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="requests" title="Requests in each minute" />`}
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="errors" title="Errors in each minute" />`}`;
+}

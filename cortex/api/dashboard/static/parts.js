@@ -1,0 +1,128 @@
+// What several pages use.
+
+import { html, useEffect, useRef, useState } from "./html.js";
+import { CallError } from "./api.js";
+import { hue, mib } from "./format.js";
+
+// Statuses are told by a sign and a word, never by colour alone.
+const STATUSES = {
+  loaded: ["●", "good"],
+  loading: ["◐", "busy"],
+  reloading: ["◐", "busy"],
+  recovering: ["◐", "warn"],
+  sleeping: ["☾", "calm"],
+  failed: ["✕", "bad"],
+  unloaded: ["○", "calm"],
+  down: ["✕", "bad"],
+  draining: ["◌", "warn"],
+  healthy: ["●", "good"],
+};
+
+export function Status({ status, title }) {
+  const [sign, kind] = STATUSES[status] ?? ["?", "warn"];
+  return html`<span class="status ${kind}" title=${title}><span aria-hidden="true">${sign}</span> ${status}</span>`;
+}
+
+export function modelClass(model) {
+  return `model-${hue(model) % 12}`;
+}
+
+// A bar of parts, each {label, value, kind}. What is in it also stands in its text for those who do not see it.
+export function Bar({ parts, total, label }) {
+  const shown = parts.filter((part) => part.value > 0);
+  const text = `${label}: ${shown.map((part) => `${part.label} ${mib(part.value)}`).join(", ") || "empty"}, of ${mib(total)}`;
+  let at = 0;
+  return html`<svg class="bar" role="img" aria-label=${text} viewBox="0 0 1000 20" preserveAspectRatio="none">
+    <title>${text}</title>
+    ${shown.map((part) => {
+      const width = total ? (part.value / total) * 1000 : 0;
+      const x = at;
+      at += width;
+      return html`<rect class="part ${part.kind}" x=${x} width=${Math.max(width - 1.5, 0.5)} height="20"><title>${part.label}: ${mib(part.value)}</title></rect>`;
+    })}
+  </svg>`;
+}
+
+export function Problem({ error }) {
+  if (!error) return null;
+  return html`<p class="problem" role="alert"><span aria-hidden="true">✕ </span>${error.message}</p>`;
+}
+
+// Runs `read` now and whenever `inputs` change. Gives [result, error, again].
+export function useRead(read, inputs) {
+  const [state, setState] = useState({ result: null, error: null });
+  const [round, setRound] = useState(0);
+  useEffect(() => {
+    const abort = new AbortController();
+    read(abort.signal).then(
+      (result) => setState({ result, error: null }),
+      (error) => {
+        if (error.name !== "AbortError") setState((before) => ({ result: before.result, error: asCallError(error) }));
+      },
+    );
+    return () => abort.abort();
+  }, [...inputs, round]);
+  return [state.result, state.error, () => setRound((number) => number + 1)];
+}
+
+function asCallError(error) {
+  return error instanceof CallError ? error : new CallError(0, "page", String(error));
+}
+
+// A modal dialog: the browser keeps the focus inside and closes it with Escape.
+export function Dialog({ title, onClose, children }) {
+  const dialog = useRef(null);
+  useEffect(() => {
+    dialog.current.showModal();
+  }, []);
+  return html`<dialog ref=${dialog} onClose=${onClose} aria-labelledby="dialog-title">
+    <h2 id="dialog-title">${title}</h2>
+    ${children}
+  </dialog>`;
+}
+
+// Asks before it acts: `consequence` says what will happen, `act` does it.
+export function Confirm({ title, consequence, verb, act, onClose }) {
+  const [error, setError] = useState(null);
+  const [busy, setBusy] = useState(false);
+  const go = async (event) => {
+    event.preventDefault();
+    setBusy(true);
+    setError(null);
+    try {
+      await act();
+      onClose();
+    } catch (failed) {
+      setError(asCallError(failed));
+      setBusy(false);
+    }
+  };
+  return html`<${Dialog} title=${title} onClose=${onClose}>
+    <form onSubmit=${go}>
+      <div class="consequence">${consequence}</div>
+      <${Problem} error=${error} />
+      <div class="row end">
+        <button type="button" class="quiet" onClick=${onClose}>Cancel</button>
+        <button type="submit" disabled=${busy}>${verb}</button>
+      </div>
+    </form>
+  <//>`;
+}
+
+// Draws only the rows that can be seen once there are many.
+const ALL_BELOW = 60;
+
+export function Rows({ items, height, row, label }) {
+  const box = useRef(null);
+  const [top, setTop] = useState(0);
+  if (items.length <= ALL_BELOW) return html`<div class="rows" role="list" aria-label=${label}>${items.map(row)}</div>`;
+  const visible = Math.ceil((box.current?.clientHeight ?? 800) / height) + 6;
+  const first = Math.max(0, Math.floor(top / height) - 3);
+  const shown = items.slice(first, first + visible);
+  const scrolled = () => setTop(box.current.scrollTop);
+  return html`<div class="rows scroll" role="list" aria-label=${label} ref=${box} onScroll=${scrolled} tabindex="0">
+    <div style=${{ height: `${items.length * height}px` }}>
+      <div style=${{ transform: `translateY(${first * height}px)` }}>${shown.map(row)}</div>
+    </div>
+  </div>`;
+}
