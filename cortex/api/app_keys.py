@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
@@ -26,6 +27,7 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

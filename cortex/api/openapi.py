@@ -51,6 +51,7 @@ _SECURITY_SCHEMES = {
 }
 _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
+_PAGE = ("text/html",)
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,23 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/organization/usage/embeddings"): _organization("The tokens of embeddings."),
     ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
+    ("GET", "/"): Operation(
+        "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
+    ),
+    ("GET", "/login"): Operation(
+        "Sends a browser to the issuer (303).",
+        "sign-in",
+        query={"next": "The path to show after that."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/callback"): Operation(
+        "The browser comes back from the issuer and gets the cookie of a session.",
+        "sign-in",
+        query={"code": "The issuer's.", "state": "As /login has sent it.", "error": "Why the issuer refuses."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/settings"): Operation("The issuer and the client that terminals sign in with.", "sign-in"),
+    ("POST", "/logout"): Operation("Ends the browser's session.", "sign-in"),
 }
 """By method and path; a test compares it with the routes."""
 

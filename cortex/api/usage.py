@@ -15,11 +15,12 @@ from cortex.accounts.usage.query import Query, parse_energy_query, parse_query, 
 from cortex.api.app_keys import FLEET, LIVE, USAGE_REPORTS
 from cortex.api.authorization import caller_of
 from cortex.metrics.energy import unmetered
+from shared.errors import InvalidRequest, shortened
 
 
 async def show_usage(request: web.Request) -> web.Response:
     """The sums of each group, and of all."""
-    query = _visible(request, parse_query(list(request.query.items()), time.time()))
+    query = _visible(request, parse_query(_parameters(request), time.time()))
     reports, config = request.app[USAGE_REPORTS], request.app[LIVE].config
     currency, price = config.usage.currency, config.energy.price_per_kwh
     rows, totals = await reports.reports([query, replace(query, group_by=())], currency)
@@ -38,7 +39,7 @@ async def show_usage(request: web.Request) -> web.Response:
 
 async def show_energy(request: web.Request) -> web.Response:
     """What the meters of the GPUs have counted, by what it was used for: the sums of each group, and of all."""
-    query = _visible(request, parse_energy_query(list(request.query.items()), time.time()))
+    query = _visible(request, parse_energy_query(_parameters(request), time.time()))
     config = request.app[LIVE].config
     rows, totals = await request.app[USAGE_REPORTS].energy([query, replace(query, group_by=())])
     price, nodes = config.energy.price_per_kwh, request.app[FLEET].snapshot().nodes.values()
@@ -81,10 +82,18 @@ async def organization_costs(request: web.Request) -> web.Response:
 
 
 async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:
-    asked = parse_bucket_query(kind, request.query.items(), time.time())
+    asked = parse_bucket_query(kind, _parameters(request), time.time())
     currency = request.app[LIVE].config.usage.currency
     rows = await request.app[USAGE_REPORTS].reports([_visible(request, asked.query)], currency)
     return bucket_page(asked, rows[0], currency)
+
+
+def _parameters(request: web.Request) -> list[tuple[str, str]]:
+    given = list(request.query.items())
+    for name, value in given:
+        if "\0" in value:  # PostgreSQL cannot compare it
+            raise InvalidRequest(f"{shortened(name)} must not contain a NUL character", param=shortened(name))
+    return given
 
 
 def _visible(request: web.Request, query: Query) -> Query:

@@ -18,6 +18,8 @@ from cortex.accounts.limits.limiter import LimitOwner
 from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.opening import open_limiter
+from cortex.accounts.sign_in.opening import open_sign_in
+from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -104,12 +106,13 @@ class ControlCore:
 @dataclass(frozen=True)
 class Parts(ControlCore):
     """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
-    is Unix time. `database` is None for a cortex that keeps nothing."""
+    is Unix time. `database` is None for a cortex that keeps nothing, `sign_in` if people cannot sign in."""
 
     membership: Membership
     created: int
     database: Database | None
     keys: KeyRing
+    sign_in: SignIn | None
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -245,6 +248,7 @@ async def running_control(
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
+        sign_in = open_sign_in(live, database)
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
@@ -257,8 +261,17 @@ async def running_control(
             loops["energy"] = books.run
         try:
             async with running(loops):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
+                yield Parts(
+                    **vars(core),
+                    membership=membership,
+                    created=int(time.time()),
+                    database=database,
+                    keys=keys,
+                    sign_in=sign_in,
+                )
         finally:
+            if sign_in is not None:
+                await sign_in.close()
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await state.close()
 

@@ -32,8 +32,10 @@ from cortex.workers.messages import (
     EngineRetired,
     InFlightNow,
     KeysChanged,
+    MakerFound,
     Notes,
     OthersInFlight,
+    PersonFound,
     ProspectFound,
     Ready,
     Refused,
@@ -77,7 +79,14 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     address = Address(setup.control_host, 0)
     directory = None if setup.usage_directory is None else Path(setup.usage_directory)
     async with working(
-        control, config, socks, address, keys=setup.keys, prices=setup.prices, usage_directory=directory
+        control,
+        config,
+        socks,
+        address,
+        keys=setup.keys,
+        people=control if config.auth.oidc.on else None,
+        prices=setup.prices,
+        usage_directory=directory,
     ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
@@ -107,7 +116,16 @@ async def listen(
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)
-                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
+                case (
+                    Resolved()
+                    | Refused()
+                    | ProspectFound()
+                    | EngineFound()
+                    | EngineEnd()
+                    | MakerFound()
+                    | PersonFound()
+                    | Notes()
+                ):
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from cortex.accounts.sign_in.person import People
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
@@ -19,6 +20,8 @@ from cortex.workers.messages import (
     Admit,
     AskEngine,
     AskEngineEnd,
+    AskMaker,
+    AskPerson,
     AskProspect,
     CancelResolve,
     Collect,
@@ -28,10 +31,13 @@ from cortex.workers.messages import (
     EngineFound,
     FromWorker,
     InFlightNow,
+    MakerFound,
     Notes,
     OthersInFlight,
+    PersonFound,
     ProspectFound,
     Ready,
+    Refused,
     Released,
     Resolve,
     Resolved,
@@ -50,6 +56,8 @@ from shared.tasks import TaskSet, timeout
 COLLECT_TIMEOUT_SECS = 1.0
 NOTES_SECS = 1.0
 """Between two reports on the models that a worker waits for."""
+MAKER_TOLD_SECS = 0.2
+"""How long a worker may take to tell who made a response whose id its client already has."""
 
 
 class WorkerProcess:
@@ -64,13 +72,15 @@ class WorkerProcess:
         live: LiveConfig,
         resolver: Resolver,
         counts: CountTotals,
+        people: People | None = None,
     ) -> None:
-        """Sets `ready` once the worker serves."""
+        """Sets `ready` once the worker serves. `people`: knows those that sign in; None without `[auth.oidc]`."""
         self.process = process
         self._ready = ready
         self._live = live
         self._resolver = resolver
         self._counts = counts
+        self._people = people
         self._channel = channel
         self._counters = Counters()
         self._in_flight: Mapping[ReplicaKey, int] = {}
@@ -129,7 +139,7 @@ class WorkerProcess:
                         self._cancel_resolve(number)
                     case Admit() | Settle():
                         self._grants.receive(message)
-                    case AskProspect() | AskEngine() | AskEngineEnd():
+                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker() | AskPerson():
                         _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
                     case Released() | RouteUnused():
                         self._give_back(message)
@@ -139,8 +149,8 @@ class WorkerProcess:
                         self._callers_begun.update({at: count.begun for at, count in callers})
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
-                    case ResponseMade(response_id, replica):
-                        self._resolver.tell_owner(response_id, replica)
+                    case ResponseMade(response_id, maker):
+                        self._resolver.tell_owner(response_id, maker)
                         for other in self._others():
                             other.send(message)
                     case Counted(number, counters, counts):
@@ -227,8 +237,15 @@ class WorkerProcess:
         if replica.limit is not None:
             self._release(replica)
 
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd
+    async def _identify(self, number: int, credential: bytes) -> PersonFound | Refused:
+        assert self._people is not None
+        try:
+            return PersonFound(number, await self._people.identify(credential))
+        except ServiceError as error:
+            return error_to_wire(number, error)
+
+    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> None:
+        answer: ProspectFound | EngineFound | EngineEnd | MakerFound | PersonFound | Refused
         match asked:
             case AskProspect(number, model_id):
                 answer = ProspectFound(number, await self._resolver.prospect(model_id))
@@ -236,6 +253,14 @@ class WorkerProcess:
                 answer = EngineFound(number, await self._resolver.engine(key))
             case AskEngineEnd(number, replica):
                 answer = EngineEnd(number, await self._resolver.engine_end(replica))
+            case AskPerson(number, credential):
+                answer = await self._identify(number, credential)
+            case AskMaker(number, response_id):
+                maker = await self._resolver.response_maker(response_id)
+                if maker is None:
+                    await asyncio.sleep(MAKER_TOLD_SECS)
+                    maker = await self._resolver.response_maker(response_id)
+                answer = MakerFound(number, maker)
         self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:

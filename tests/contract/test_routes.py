@@ -79,6 +79,11 @@ CORTEX_TABLE = {
     ("DELETE", "/keys/{name}"),
     ("POST", "/keys/{name}/rotate"),
     ("GET", "/openapi.json"),
+    ("GET", "/"),
+    ("GET", "/login"),
+    ("GET", "/login/callback"),
+    ("GET", "/login/settings"),
+    ("POST", "/logout"),
 }
 CORTEX_METRICS = {
     "cortex_requests_total": {"model", "node", "status"},

@@ -50,6 +50,19 @@ Index(
     postgresql_where=API_KEYS.c.revoked_at.is_(None),
 )
 
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String, primary_key=True),  # SHA-256 of the secret in the browser's cookie, as hex
+    Column("subject", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("groups", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Index("sessions_expires_at", "expires_at"),
+)
+"""Browsers that people have signed in with (`cortex.accounts.sign_in.person.Person`)."""
+
 LIMIT_STATES = Table(
     "limit_states",
     METADATA,

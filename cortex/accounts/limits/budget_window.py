@@ -60,7 +60,7 @@ class BudgetWindow:
     def name(self) -> str:
         """As in `20 EUR per month`."""
         period = self.window or f"{_duration(self.secs)} (rolling)"
-        return f"{self.amount:g} {self.unit} per {period}"
+        return f"{self.amount:.15g} {self.unit} per {period}"
 
     def advance(self, now: float) -> None:
         """Forgets what is outside the window. A clock that was set back forgets nothing."""

@@ -117,16 +117,18 @@ class Scope:
         """Of the limits in its way that which takes longest."""
         found: list[Refusal] = []
         if 0 <= self.parallel <= self.running:
-            found.append(self._refused(f"{self.parallel} parallel requests", 0.0, runs=True))
+            found.append(self._refused(_counted(self.parallel, "parallel request"), 0.0, runs=True))
         if self.rpm >= 0 and self.requests + TOLERANCE < 1.0:
             wait = (1.0 - self.requests) * 60.0 / self.rpm if self.rpm else None
-            found.append(self._refused(f"{self.rpm:g} requests per minute", wait))
+            found.append(self._refused(f"{_counted(self.rpm, 'request')} per minute", wait))
         lacking = self.needed(tokens) - self.tokens_free
         if self.tpm >= 0 and lacking > TOLERANCE:
             runs = self.needed(tokens) + self.reserved > self.tpm + TOLERANCE
             lacking -= self.reserved if runs else 0.0
             wait = max(0.0, lacking) * 60.0 / self.tpm if self.tpm else None
-            found.append(self._refused(f"{self.tpm:g} tokens per minute", wait, runs=runs, needs=_tokens(tokens)))
+            found.append(
+                self._refused(f"{_counted(self.tpm, 'token')} per minute", wait, runs=runs, needs=_tokens(tokens))
+            )
         for window in self.windows:
             amount = float(tokens) if window.in_tokens else cost
             if not window.has_room(amount):
@@ -178,8 +180,13 @@ class Scope:
             self.tokens -= tokens
 
 
+def _counted(number: float, noun: str) -> str:
+    """The number without an exponent."""
+    return f"{number:.15g} {noun}{'' if number == 1 else 's'}"
+
+
 def _tokens(tokens: int) -> str:
-    return f"{tokens} tokens, by the length of its prompt and its max_tokens"
+    return f"{_counted(tokens, 'token')}, by the length of its prompt and its max_tokens"
 
 
 def _how_long(refusal: Refusal) -> float:

@@ -30,6 +30,7 @@ from cortex.accounts.usage.usage_sums import (
     totals,
 )
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
 from shared.tasks import timeout
 
@@ -97,7 +98,7 @@ class DatabaseReports:
                     param="from",
                 ) from error
             message = f"the usage cannot be read from {error}"
-            raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
+            raise Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
         finally:
             self._places.release()
 

@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
-from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -94,12 +94,13 @@ class _AnyStream(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _AnyPrevious(msgspec.Struct):
+class _AnyResponseIds(msgspec.Struct):
     previous_response_id: msgspec.Raw = msgspec.Raw(b"")
+    request_id: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decode_stream = msgspec.json.Decoder(_AnyStream).decode
-_decode_previous = msgspec.json.Decoder(_AnyPrevious).decode
+_decode_response_ids = msgspec.json.Decoder(_AnyResponseIds).decode
 _decode_model = msgspec.json.Decoder(JsonModel).decode
 _check_syntax = msgspec.json.Decoder(_AnyModel).decode
 _decode_text = msgspec.json.Decoder(str).decode
@@ -211,14 +212,26 @@ def asks_for_stream(body: bytes) -> bool:
 
 def previous_response_id(body: bytes) -> str | None:
     """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
-    if b'"previous_response_id"' not in body:
+    if not may_have(body, b"previous_response_id"):
         return None
     for read in (bytes, made_strict):
         try:
-            return _decode_text(memoryview(_decode_previous(read(body)).previous_response_id))
+            return _decode_text(memoryview(_decode_response_ids(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return None
+
+
+def chooses_response_id(body: bytes) -> bool:
+    """True for a JSON object with a top-level `request_id`: engines take it as the id of the response. Never raises."""
+    if not may_have(body, b"request_id"):
+        return False
+    for read in (bytes, made_strict):
+        try:
+            return bytes(_decode_response_ids(read(body)).request_id) not in {b"", b"null"}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return False
 
 
 def made_strict(body: bytes) -> bytes:

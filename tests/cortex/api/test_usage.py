@@ -80,6 +80,9 @@ async def test_usage_is_reported_to_keys_that_may_see_it(cortex: CortexProcess) 
         assert (await alice.get("/usage?key=bob", status=403))["error"]["code"] == "forbidden"
         wrong = await bob.get("/usage?group_by=colour", status=400)
         assert wrong["error"]["param"] == "group_by"
+        for path in ("/usage?key=a%00b", "/usage/energy?key=a%00b", "/v1/organization/costs?start_time=0%00"):
+            wrong = await bob.get(path, status=400)
+            assert "must not contain a NUL character" in wrong["error"]["message"]
         page = await alice.get(f"/v1/organization/usage/completions?start_time={begun}&bucket_width=1d")
         assert sum(result["num_model_requests"] for bucket in page["data"] for result in bucket["results"]) == 2
         costs = await bob.get(f"/v1/organization/costs?start_time={begun}")

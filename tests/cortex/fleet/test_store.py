@@ -16,6 +16,7 @@ from cortex.config.files import state_directory
 from cortex.config.settings import CortexConfig
 from cortex.fleet.store import STORED_IDS, StateFile
 from cortex.routing.replica import ANY_NODE
+from cortex.routing.response_owners import ResponseMaker
 from tests.cortex.fleets import replica
 
 
@@ -73,24 +74,35 @@ async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
     state = StateFile(tmp_path)
     for number in range(STORED_IDS + 1):
         made = replica("org/small", "beast", "http://e", api_key="secret", others=number % 3)
-        state.add_response(f"resp_{number}", made)
+        state.add_response(f"resp_{number}", ResponseMaker(made, "key"))
     await state.close()
     assert "secret" not in (tmp_path / "state.json").read_text(encoding="utf-8")
     owners = StateFile(tmp_path).response_owners
     assert owners.find("resp_0") is None
-    assert owners.find(f"resp_{STORED_IDS}") == replica("org/small", "beast", "")
-    assert len(owners.listed().engines) == 1
+    assert owners.find(f"resp_{STORED_IDS}") == ResponseMaker(replica("org/small", "beast", ""), "key")
+    assert len(owners.listed().makers) == 1
 
 
-async def test_the_adapter_of_a_response_survives_a_restart(tmp_path: Path) -> None:
-    """One engine makes responses as its base and as its adapters."""
+async def test_adapter_and_key_of_a_response_survive_a_restart(tmp_path: Path) -> None:
+    """One engine makes responses as its base and as its adapters, and for several API keys and clients without one."""
     state = StateFile(tmp_path)
-    for adapter in (None, "a", "b"):
-        state.add_response(f"resp_{adapter}", replica("org/small", "beast", "http://e", adapter=adapter))
+    makers = [(adapter, key_id) for adapter in (None, "a", "b") for key_id in ("", "key1", "key2")]
+    for adapter, key_id in makers:
+        engine = replica("org/small", "beast", "http://e", adapter=adapter)
+        state.add_response(f"resp_{adapter}_{key_id}", ResponseMaker(engine, key_id))
     await state.close()
     owners = StateFile(tmp_path).response_owners
-    for adapter in (None, "a", "b"):
-        assert owners.find(f"resp_{adapter}") == replica("org/small", "beast", "", adapter=adapter)
+    for adapter, key_id in makers:
+        engine = replica("org/small", "beast", "", adapter=adapter)
+        assert owners.find(f"resp_{adapter}_{key_id}") == ResponseMaker(engine, key_id)
+
+
+def test_no_key_is_known_from_a_file_of_an_earlier_version(tmp_path: Path) -> None:
+    responses = {"engines": [["m", "n"]], "made": {"resp_1": 0}}
+    (tmp_path / "state.json").write_text(json.dumps({"version": 1, "responses": responses}), encoding="utf-8")
+    maker = StateFile(tmp_path).response_owners.find("resp_1")
+    assert maker is not None
+    assert maker.key_id is None
 
 
 def test_makers_that_do_not_exist_are_left_out(tmp_path: Path) -> None:

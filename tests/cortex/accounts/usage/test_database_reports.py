@@ -19,6 +19,7 @@ from cortex.accounts.usage.query import GROUPS, UsageQuery
 from cortex.accounts.usage.record import UsageRecord
 from cortex.accounts.usage.recorder import Recorder
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from tests.cortex.accounts.usage.records import usage_record
 
 DAY = 1_795_910_400  # 2026-11-29T00:00:00Z
@@ -113,8 +114,9 @@ async def test_a_database_that_is_gone_is_said(database: Database, tmp_path: Pat
     reports = await record(database, tmp_path)
     async with database.writing() as connection:
         await connection.exec_driver_sql("ALTER TABLE usage RENAME TO away")
-    with pytest.raises(Unavailable, match="cannot be read from"):
+    with pytest.raises(Unavailable, match="cannot be read from") as caught:
         await sums(reports, EVERYTHING, "EUR")
+    assert caught.value.code == ErrorCode.DATABASE_UNAVAILABLE
 
 
 async def page(reports: DatabaseReports, kind: Kind, **given: Any) -> dict[str, Any]:
