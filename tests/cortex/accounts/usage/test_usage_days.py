@@ -148,7 +148,7 @@ async def test_the_migration_sums_what_there_is(source: DatabaseSource, tmp_path
     async with database.writing() as connection:
         before = (await connection.execute(asked)).all()
         await connection.execute(text("DROP TABLE usage_days"))
-        await connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+        await connection.execute(text("UPDATE alembic_version SET version_num = '0004'"))
     await database.close()
     database = await open_database(source)
     async with database.reading() as connection:
