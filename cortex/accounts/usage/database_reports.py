@@ -21,12 +21,12 @@ from cortex.accounts.usage.energy_report import energy_report
 from cortex.accounts.usage.query import EnergyQuery, UsageQuery
 from cortex.accounts.usage.usage_sums import (
     PERCENT,
-    Spans,
+    ReportTimes,
     needs_records,
     of_records_alone,
     requests_of_days,
     slowest,
-    spans_of,
+    times_of,
     totals,
 )
 from shared.errors import InvalidRequest, Unavailable
@@ -104,15 +104,15 @@ class DatabaseReports:
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
         postgresql = self._database.is_postgresql
-        spans = await self._spans(connection, query)
-        rows = await _rows(connection, totals(query, spans, currency, is_postgresql=postgresql))
-        if spans.days:
+        times = await self._times(connection, query)
+        rows = await _rows(connection, totals(query, times, currency, is_postgresql=postgresql))
+        if times.days:
             await _estimate_p95(rows)
         else:
-            await _add_p95(connection, query, spans, rows, is_postgresql=postgresql)
+            await _add_p95(connection, query, times, rows, is_postgresql=postgresql)
         return rows
 
-    async def _spans(self, connection: AsyncConnection, query: UsageQuery) -> Spans:
+    async def _times(self, connection: AsyncConnection, query: UsageQuery) -> ReportTimes:
         kept_since = await _kept_since(connection)
         if query.since >= kept_since:
             if needs_records(query):
@@ -124,7 +124,7 @@ class DatabaseReports:
             raise InvalidRequest(
                 f"requests before {day} are known by day only: group by day, or begin there", param="from"
             )
-        return spans_of(query, kept_since, self._clock())
+        return times_of(query, kept_since, self._clock())
 
 
 async def _kept_since(connection: AsyncConnection) -> float:
@@ -162,13 +162,13 @@ async def _estimate_p95(rows: Sequence[dict[str, Any]]) -> None:
 async def _add_p95(
     connection: AsyncConnection,
     query: UsageQuery,
-    spans: Spans,
+    times: ReportTimes,
     rows: Sequence[dict[str, Any]],
     *,
     is_postgresql: bool,
 ) -> None:
     groups = (*query.group_by, "bucket") if query.bucket_secs else query.group_by
-    found = await _rows(connection, slowest(query, spans, is_postgresql=is_postgresql))
+    found = await _rows(connection, slowest(query, times, is_postgresql=is_postgresql))
     by_group = {tuple(row[name] for name in groups): row["first_byte_secs_p95"] for row in found}
     for row in rows:
         row["first_byte_secs_p95"] = by_group.get(tuple(row[name] for name in groups))

@@ -33,7 +33,7 @@ _NAMED: Final = ("key_id", "key", "model", "variant", "node", "path", "status")
 _SUMMED: Final = ("requests", *USAGE_TOKENS, "energy_wh", "cold_starts")
 
 
-class Span(NamedTuple):
+class TimeSpan(NamedTuple):
     """Times from `since` up to, but not at, `until`."""
 
     since: float
@@ -43,14 +43,14 @@ class Span(NamedTuple):
         return self.since < self.until
 
 
-class Spans(NamedTuple):
+class ReportTimes(NamedTuple):
     """Where a report looks: at the daily sums of `days`, and at the records of the other times."""
 
-    records: tuple[Span, ...]
-    days: Span
+    records: tuple[TimeSpan, ...]
+    days: TimeSpan
 
 
-def spans_of(query: UsageQuery, kept_since: float, now: float) -> Spans:
+def times_of(query: UsageQuery, kept_since: float, now: float) -> ReportTimes:
     """Daily sums where there are whole days. `kept_since`: the records of earlier days are deleted, so these days count
     as a whole. Pure."""
     first, last = _next_day(query.since), day_of(query.until)
@@ -60,8 +60,8 @@ def spans_of(query: UsageQuery, kept_since: float, now: float) -> Spans:
         last = _next_day(query.until)
     if first >= last:
         return of_records_alone(query)
-    edges = Span(query.since, first), Span(last, query.until)
-    return Spans(tuple(edge for edge in edges if edge), Span(first, last))
+    edges = TimeSpan(query.since, first), TimeSpan(last, query.until)
+    return ReportTimes(tuple(edge for edge in edges if edge), TimeSpan(first, last))
 
 
 def needs_records(query: UsageQuery) -> bool:
@@ -73,20 +73,20 @@ def _next_day(at: float) -> float:
     return day_of(at) if day_of(at) == at else day_of(at) + DAY_SECS
 
 
-def of_records_alone(query: UsageQuery) -> Spans:
-    return Spans((Span(query.since, query.until),), Span(0, 0))
+def of_records_alone(query: UsageQuery) -> ReportTimes:
+    return ReportTimes((TimeSpan(query.since, query.until),), TimeSpan(0, 0))
 
 
 def requests_of_days(query: UsageQuery) -> Select[Any]:
     """How many requests ended on the days of the query."""
-    days = Span(day_of(query.since), query.until)
+    days = TimeSpan(day_of(query.since), query.until)
     return select(func.coalesce(func.sum(USAGE_DAYS.c.requests), 0)).where(*_chosen(query, USAGE_DAYS, (days,)))
 
 
-def totals(query: UsageQuery, spans: Spans, currency: str, *, is_postgresql: bool) -> Select[Any]:
+def totals(query: UsageQuery, times: ReportTimes, currency: str, *, is_postgresql: bool) -> Select[Any]:
     """The groups, in their order, and their sums; with a number for each class of `first_byte_secs` if some of it are
     daily sums. Without groups it is one row."""
-    used = _used(query, spans, currency)
+    used = _used(query, times, currency)
     groups = _groups(query, used, is_postgresql=is_postgresql)
     answered = func.sum(used.c.answered)
     columns = [
@@ -99,13 +99,13 @@ def totals(query: UsageQuery, spans: Spans, currency: str, *, is_postgresql: boo
         *(func.coalesce(func.sum(used.c[name]), 0.0).label(name) for name in ("cost", "energy_wh")),
         cast(func.sum(used.c.first_byte_secs) / func.nullif(answered, 0), Double).label("first_byte_secs_mean"),
     ]
-    if spans.days:
+    if times.days:
         columns += [cast(func.coalesce(func.sum(used.c[name]), 0), BigInteger).label(name) for name in LATENCY_CLASSES]
     asked = select(*(column.label(name) for name, column in groups.items()), *columns)
     return asked.group_by(*groups.values()).order_by(*groups.values()) if groups else asked
 
 
-def slowest(query: UsageQuery, spans: Spans, *, is_postgresql: bool) -> Select[Any]:
+def slowest(query: UsageQuery, times: ReportTimes, *, is_postgresql: bool) -> Select[Any]:
     """The 95th percentile of each group of records, by the nearest rank: neither database has a function that the
     other has."""
     groups = _groups(query, USAGE, is_postgresql=is_postgresql)
@@ -118,7 +118,7 @@ def slowest(query: UsageQuery, spans: Spans, *, is_postgresql: bool) -> Select[A
             func.row_number().over(partition_by=part, order_by=secs).label("rank"),
             func.count().over(partition_by=part).label("of"),
         )
-        .where(*_chosen(query, USAGE, spans.records), secs.is_not(None))
+        .where(*_chosen(query, USAGE, times.records), secs.is_not(None))
         .subquery()
     )
     names = [ranked.c[name] for name in groups]
@@ -140,17 +140,17 @@ def _groups(query: UsageQuery, used: FromClause, *, is_postgresql: bool) -> dict
     return found
 
 
-def _used(query: UsageQuery, spans: Spans, currency: str) -> Subquery:
+def _used(query: UsageQuery, times: ReportTimes, currency: str) -> Subquery:
     """Records and daily sums with the same columns."""
     parts = []
-    if spans.records or not spans.days:
-        parts.append(_of_records(query, spans, currency))
-    if spans.days:
-        parts.append(_of_days(query, spans.days, currency))
+    if times.records or not times.days:
+        parts.append(_of_records(query, times, currency))
+    if times.days:
+        parts.append(_of_days(query, times.days, currency))
     return (parts[0] if len(parts) == 1 else union_all(*parts)).subquery()
 
 
-def _of_records(query: UsageQuery, spans: Spans, currency: str) -> Select[Any]:
+def _of_records(query: UsageQuery, times: ReportTimes, currency: str) -> Select[Any]:
     own, secs = USAGE.c, USAGE.c.first_byte_secs
     columns = [
         own.ended_at.label("at"),
@@ -164,12 +164,12 @@ def _of_records(query: UsageQuery, spans: Spans, currency: str) -> Select[Any]:
         secs,
         _is(secs.is_not(None)).label("answered"),
     ]
-    if spans.days:
+    if times.days:
         columns += [_is(_in_class(secs, number)).label(name) for number, name in enumerate(LATENCY_CLASSES)]
-    return select(*columns).where(*_chosen(query, USAGE, spans.records))
+    return select(*columns).where(*_chosen(query, USAGE, times.records))
 
 
-def _of_days(query: UsageQuery, days: Span, currency: str) -> Select[Any]:
+def _of_days(query: UsageQuery, days: TimeSpan, currency: str) -> Select[Any]:
     own = USAGE_DAYS.c
     answered: ColumnElement[Any] = own[LATENCY_CLASSES[0]]
     for name in LATENCY_CLASSES[1:]:
@@ -201,9 +201,9 @@ def _in_class(secs: ColumnElement[Any], number: int) -> ColumnElement[bool]:
     return above if number == len(UPPER_SECS) else above & (secs <= UPPER_SECS[number])
 
 
-def _chosen(query: UsageQuery, table: Table, spans: tuple[Span, ...]) -> list[ColumnElement[bool]]:
+def _chosen(query: UsageQuery, table: Table, times: tuple[TimeSpan, ...]) -> list[ColumnElement[bool]]:
     at = table.c.day if table is USAGE_DAYS else table.c.ended_at
-    found: list[ColumnElement[bool]] = [or_(false(), *((at >= each.since) & (at < each.until) for each in spans))]
+    found: list[ColumnElement[bool]] = [or_(false(), *((at >= each.since) & (at < each.until) for each in times))]
     if query.key_id is not None:
         found.append(table.c.key_id == query.key_id)
     if query.keys:
