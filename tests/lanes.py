@@ -46,6 +46,7 @@ LONGEST: Final = (
     "tests/cortex/proxy",
     "tests/e2e",
     "tests/clients",
+    "tests/browser",
     "tests/container",
     "tests/cortex/control",
     "tests/cortex/config",

@@ -20,6 +20,8 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/health"): None,
     ("GET", "/openapi.json"): None,
     ("GET", "/"): None,
+    ("GET", "/dashboard/me"): None,
+    ("GET", "/dashboard/{path}"): None,
     ("GET", "/login"): None,
     ("GET", "/login/callback"): None,
     ("GET", "/login/settings"): None,

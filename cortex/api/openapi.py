@@ -224,6 +224,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/"): Operation(
         "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
     ),
+    ("GET", "/dashboard/me"): Operation("Who is looking at the dashboard, and whether they may act.", "dashboard"),
+    ("GET", "/dashboard/{path}"): Operation(
+        "A file of the dashboard.", "dashboard", content_types=("text/javascript", "text/css", "image/svg+xml")
+    ),
     ("GET", "/login"): Operation(
         "Sends a browser to the issuer (303).",
         "sign-in",

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from cortex.api import fleet, keys, models, openapi, operator, sign_in, usage
 from cortex.api.app_keys import COUNTS, METRICS
+from cortex.api.dashboard import pages
 from cortex.proxy.paths import INFERENCE_PATHS
 
 
@@ -45,6 +46,8 @@ CONTROL_ROUTES = (
     web.get("/v1/organization/costs", usage.organization_costs),
     web.get("/openapi.json", openapi.show_openapi),
     web.get("/", sign_in.start_page),
+    web.get("/dashboard/me", pages.show_viewer),
+    web.get("/dashboard/{path:.+}", pages.show_file),
     web.get("/login", sign_in.login),
     web.get("/login/callback", sign_in.login_callback),
     web.get("/login/settings", sign_in.login_settings),

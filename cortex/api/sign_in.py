@@ -5,10 +5,8 @@ from __future__ import annotations
 import hmac
 import html
 import re
-from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from hashlib import sha256
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -19,6 +17,7 @@ from cortex.accounts.sign_in.person import SESSION_PREFIX
 from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import LIVE, SIGN_IN
 from cortex.api.authorization import caller_of
+from cortex.api.dashboard.pages import page
 from cortex.proxy.authentication import SESSION_COOKIE
 from shared.errors import InvalidRequest, NotFound, ServiceError, Unauthorized, render, shortened
 from shared.http import request_id_of
@@ -28,15 +27,7 @@ _JOURNEY = "cortex_login"
 """The cookie of a browser that is on its way to the issuer and back."""
 _JOURNEY_SECS = 600
 _LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,1000}|/")
-_SIGN_OUT = (
-    "document.querySelector('button').onclick=async()=>{const answer=await fetch('/logout',{method:'POST'});"
-    "document.body.textContent=answer.ok?'You have signed out.':await answer.text()}"
-)
-_SIGN_OUT_HASH = b64encode(sha256(_SIGN_OUT.encode()).digest()).decode()
-_POLICY = (
-    f"default-src 'none'; connect-src 'self'; script-src 'sha256-{_SIGN_OUT_HASH}'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'"
-)
+_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _NO_ROUTE = "people cannot sign in here, because cortex.toml has no [auth.oidc]"
 
 
@@ -61,17 +52,14 @@ def _as_page(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
 
 
 async def start_page(request: web.Request) -> web.Response:
-    """Name and role of the person; a browser that has not signed in is sent to `/login`."""
+    """The dashboard. Where people sign in, a browser that has not is sent to `/login`."""
     try:
         caller = caller_of(request)
     except Unauthorized:
         caller = GUEST
-    if caller is GUEST:
+    if caller is GUEST and request.app[SIGN_IN] is not None:
         return web.Response(status=303, headers={"Location": "/login", "Cache-Control": "no-store"})
-    who = f"<p>You are {html.escape(caller.name)}, with the role {caller.role}.</p>"
-    links = '<p><a href="/fleet">Fleet</a> <a href="/usage?group_by=model">Usage</a></p>'
-    leave = f"<p><button>Sign out</button></p><script>{_SIGN_OUT}</script>" if _session_of(request) else ""
-    return _page("cortex", who + links + leave)
+    return page(request)
 
 
 @_as_page

@@ -23,7 +23,6 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
-    OPEN_PATHS,
     REALTIME,
     RESPONSES,
     START_PAGE,
@@ -31,6 +30,7 @@ from cortex.proxy.paths import (
     is_below_responses,
     is_for_web_pages,
     is_misspelt_response,
+    is_open,
     is_own,
     manages_engine,
     meant_path,
@@ -141,7 +141,7 @@ class Gateway:
     def _handle_stranger(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
         request.notice_anthropic_client()
         path = meant_path(request.raw_path, reads=request.method in {b"GET", b"HEAD"})
-        if path not in OPEN_PATHS or (path == START_PAGE and not self._shows_page(request)):
+        if not is_open(path) or (path == START_PAGE and not self._shows_page(request)):
             return self._refuse(client, request, error)
         if path != request.raw_path:
             request.use_path(path)
@@ -171,8 +171,7 @@ class Gateway:
 
     def _shows_page(self, request: Request) -> bool:
         """Whether a request for `/` comes from a browser that gets a page."""
-        reads = request.method in {b"GET", b"HEAD"}
-        return reads and self._authentication.signs_in and b"text/html" in (request.passed_value(b"accept") or b"")
+        return request.method in {b"GET", b"HEAD"} and b"text/html" in (request.passed_value(b"accept") or b"")
 
     def _infer(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.streamed is not None and isinstance(request.streamed, SpooledForm):

@@ -37,14 +37,15 @@ REALTIME: Final = b"/v1/realtime"
 """For WebSockets."""
 OWN_PATHS: Final = (
     *(MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json", b"/login", b"/logout"),
+    b"/dashboard",
 )
 """cortex answers these and everything below them itself."""
 START_PAGE: Final = b"/"
-"""For browsers, where people can sign in."""
+"""The dashboard, for browsers."""
 SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
 """A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
-OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
-"""These need no key."""
+_OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
+_DASHBOARD_BELOW: Final = b"/dashboard/"
 
 _VLLM_MANAGEMENT: Final = """
 abort_requests collective_rpc fault_tolerance finish_weight_update init_weight_transfer_engine
@@ -73,6 +74,11 @@ _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 def is_own(path: bytes) -> bool:
     """True for paths that cortex answers itself."""
     return path in OWN_PATHS or path.startswith(_OWN_BELOW)
+
+
+def is_open(path: bytes) -> bool:
+    """True for paths that need no key. The dashboard's files tell nothing about the fleet."""
+    return path in _OPEN_PATHS or path.startswith(_DASHBOARD_BELOW)
 
 
 def manages_engine(path: bytes) -> bool:

@@ -75,6 +75,8 @@ CORTEX_TABLE = {
     ("GET", "/v1/organization/usage/completions"),
     ("GET", "/v1/organization/usage/embeddings"),
     ("GET", "/v1/organization/costs"),
+    ("GET", "/dashboard/me"),
+    ("GET", "/dashboard/{path}"),
     ("GET", "/keys"),
     ("POST", "/keys"),
     ("DELETE", "/keys/{name}"),

@@ -22,9 +22,11 @@ export const count = (value) => (value === undefined || value === null ? "–" :
 
 export const plural = (number, word, many = `${word}s`) => `${number} ${number === 1 ? word : many}`;
 
-// A stable number for a name: for the model's colour and pattern, which are the same on every page.
-export function hue(name) {
-  let hash = 2166136261;
-  for (let index = 0; index < name.length; index += 1) hash = Math.imul(hash ^ name.charCodeAt(index), 16777619);
-  return (hash >>> 0) % 360;
+// The model's colour, the same on every page: the first twelve differ.
+const COLOURS = 12;
+const numbers = new Map();
+
+export function colourOf(model) {
+  if (!numbers.has(model)) numbers.set(model, numbers.size % COLOURS);
+  return numbers.get(model);
 }

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./html.js";
 import { CallError } from "./api.js";
-import { hue, mib } from "./format.js";
+import { colourOf, mib } from "./format.js";
 
 // Statuses are told by a sign and a word, never by colour alone.
 const STATUSES = {
@@ -24,7 +24,7 @@ export function Status({ status, title }) {
 }
 
 export function modelClass(model) {
-  return `model-${hue(model) % 12}`;
+  return `model-${colourOf(model)}`;
 }
 
 // A bar of parts, each {label, value, kind}. What is in it also stands in its text for those who do not see it.

@@ -1,6 +1,7 @@
 // The fleet as cortex tells it: once as a whole, then what changes. The only owner of that state in the browser.
 
 import { CallError, events } from "./api.js";
+import { colourOf } from "./format.js";
 
 const RETRY_MS = [500, 1000, 2000, 5000];
 // Of a client without cortex's sign of life: a comment comes after 15 s of silence.
@@ -68,8 +69,10 @@ export class Store {
         silence = setTimeout(end, SILENCE_MS);
         began();
         this.seenAt = Date.now();
-        if (event.name === "fleet") this.fleet = JSON.parse(event.data);
-        else if (event.name === "change") this.fleet = applied(this.fleet, JSON.parse(event.data));
+        if (event.name === "fleet") {
+          this.fleet = JSON.parse(event.data);
+          Object.keys(this.fleet.models).sort().forEach(colourOf);
+        } else if (event.name === "change") this.fleet = applied(this.fleet, JSON.parse(event.data));
         else continue;
         this._tell(null);
       }

@@ -36,7 +36,7 @@ function Engine({ node, view }) {
   return html`<li>
     <${Status} status=${view.status} title=${view.reason} /> on ${node.name}
     <span class="small">
-      ${view.devices?.length ? ` GPU ${view.devices.join(", ")}` : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `, ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `, since ${ago(view.since)}` : ""}
+      ${view.devices?.length ? ` ${view.devices.length > 1 ? "GPUs" : "GPU"} ${view.devices.join(" and ")}` : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `; ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `; for ${ago(view.since).replace(" ago", "")}` : ""}
     </span>
     <${Progress} node=${node} view=${view} />
     ${view.error && html`<p class="problem"><span aria-hidden="true">✕ </span>${view.error.split("\n")[0]}</p>`}
@@ -57,7 +57,7 @@ function Model({ row, aliases, mayAct, ask }) {
     </div>
     <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}</p>
     <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} />`)}</ul>
-    ${row.loads.map((load) => html`<p class="small">Loading on ${load.node} since ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
+    ${row.loads.map((load) => html`<p class="small">Loading on ${load.node}, begun ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
     ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${new Date(held.until * 1000).toLocaleTimeString()}.</p>`)}
   </section>`;
 }

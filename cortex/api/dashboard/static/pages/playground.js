@@ -94,7 +94,8 @@ export function PlaygroundPage({ fleet }) {
   return html`<h1>Playground</h1>
     <div class="row">
       <div class="row" role="group" aria-label="Kind of request">${KINDS.map((name) => html`<button class=${name === kind ? "" : "quiet"} aria-pressed=${name === kind} onClick=${() => pick(name)}>${name}</button>`)}</div>
-      <label>Model <select value=${model} onChange=${(event) => setModel(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
+      <label for="model">Model</label>
+      <select id="model" value=${model} onChange=${(event) => setModel(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select>
       ${kind === "chat" && messages.length ? html`<button class="quiet" onClick=${() => setMessages([])}>New chat</button>` : null}
     </div>
     ${kind === "chat" && html`<div class="messages" aria-live="polite">

@@ -25,7 +25,19 @@ export function rowsOf(spans, nodes) {
       rows.get(label).spans.push(span);
     }
   }
-  return [...rows.values()].sort((one, two) => one.label.localeCompare(two.label));
+  return [...rows.values()].map(withLanes).sort((one, two) => one.label.localeCompare(two.label));
+}
+
+// Models that share a GPU stand below each other.
+function withLanes({ label, spans }) {
+  const ends = [];
+  const placed = [...spans].sort((one, two) => one.since - two.since).map((span) => {
+    const free = ends.findIndex((end) => end <= span.since);
+    const lane = free < 0 ? ends.length : free;
+    ends[lane] = span.until ?? Infinity;
+    return { span, lane };
+  });
+  return { label, placed, lanes: Math.max(1, ends.length) };
 }
 
 function told(span, now) {
@@ -49,15 +61,16 @@ function Picture({ rows, since, until, choose }) {
     ${rows.map(
       (row) => html`<div class="timeline-row" key=${row.label}>
         <span class="label">${row.label}</span>
-        <svg viewBox=${`0 0 ${WIDTH} ${ROW}`} preserveAspectRatio="none" role="group" aria-label=${row.label}>
-          ${row.spans.map((span) => {
+        <svg style=${{ height: `${row.lanes * ROW}px` }} viewBox=${`0 0 ${WIDTH} ${row.lanes * ROW}`} preserveAspectRatio="none" role="group" aria-label=${row.label}>
+          ${row.placed.map(({ span, lane }) => {
+            const y = lane * ROW + 2;
             const from = x(span.since);
             const width = Math.max(1.5, x(span.until ?? until) - from);
             const kind = span.model ? modelClass(span.model) : "node";
             return html`<g class="span ${span.status}" tabindex="0" role="button" aria-label=${told(span, until)} onClick=${() => choose(span)} onFocus=${() => choose(span)}>
               <title>${told(span, until)}</title>
-              <rect class="part ${kind}" x=${from} y="2" width=${width} height=${ROW - 4} />
-              ${span.status === "loaded" ? null : html`<rect class="mark ${span.status}" x=${from} y="2" width=${width} height=${ROW - 4} />`}
+              <rect class="part ${kind}" x=${from} y=${y} width=${width} height=${ROW - 4} />
+              ${span.status === "loaded" ? null : html`<rect class="mark ${span.status}" x=${from} y=${y} width=${width} height=${ROW - 4} />`}
             </g>`;
           })}
         </svg>

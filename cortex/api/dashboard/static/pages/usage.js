@@ -1,11 +1,12 @@
 // Who used what: by key, model and day; tokens, money and energy.
 
-import { html, useState } from "../html.js";
+import { html, useEffect, useState } from "../html.js";
 import { get } from "../api.js";
 import { count, secs } from "../format.js";
 import { Problem, useRead } from "../parts.js";
 
 const GROUPS = ["key", "model", "day", "node", "status"];
+const REFRESH_MS = 10000;
 const PERIODS = { "24 hours": "24h", "7 days": "7d", "30 days": "30d" };
 
 export function UsagePage() {
@@ -13,7 +14,11 @@ export function UsagePage() {
   const [period, setPeriod] = useState("7 days");
   const by = GROUPS.filter((group) => groups.includes(group));
   const query = new URLSearchParams({ from: PERIODS[period], ...(by.length ? { group_by: by.join(",") } : {}) });
-  const [report, error] = useRead((signal) => get(`/usage?${query}`, signal), [query.toString()]);
+  const [report, error, again] = useRead((signal) => get(`/usage?${query}`, signal), [query.toString()]);
+  useEffect(() => {
+    const timer = setInterval(again, REFRESH_MS);
+    return () => clearInterval(timer);
+  }, []);
   const toggle = (group) => setGroups(groups.includes(group) ? groups.filter((each) => each !== group) : [...groups, group]);
   const money = (value) => (value ? `${value.toFixed(value < 1 ? 4 : 2)} ${report.currency}` : "–");
   const cells = (row) => html`<td>${count(row.requests)}</td><td>${count(row.errors)}</td><td>${count(row.prompt_tokens)}</td><td>${count(row.cached_tokens)}</td><td>${count(row.completion_tokens)}</td><td>${money(row.cost)}</td><td>${row.energy_wh ? `${row.energy_wh.toFixed(1)} Wh` : "–"}</td><td>${secs(row.first_byte_secs_p95)}</td>`;

@@ -1,0 +1,168 @@
+"""What an operator does with the dashboard: sees a cold load, a drain and a dead neuron, chats, and needs no mouse."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.e2e.dev import Dev
+from tests.services import NODE, running_fleet
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+MODEL, LARGE = "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
+PAGES = ("fleet", "models", "timeline", "usage", "playground")
+
+
+def opened(page: Page, dev: Dev, name: str) -> None:
+    page.goto(f"{dev.url}/#/{name}")
+    expect(page.get_by_role("heading", level=1)).to_have_text(name.capitalize())
+
+
+def test_a_load_from_click_to_answer(page: Page, dev: Dev) -> None:
+    """The plan is shown first, then the load until it is done; the answer then streams into the playground."""
+    opened(page, dev, "models")
+    card = page.get_by_role("region", name=f"Model {MODEL}")
+    expect(card).to_contain_text("on no host")
+    card.get_by_role("button", name="Load", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text(re.compile(r"On (one|two), GPU \d"))
+    dialog.get_by_role("button", name="Load", exact=True).click()
+    expect(card.get_by_role("progressbar")).to_be_visible(timeout=20_000)
+    expect(card.get_by_role("listitem")).to_contain_text("loaded", timeout=60_000)
+    opened(page, dev, "playground")
+    page.get_by_role("combobox", name="Model").select_option(MODEL)
+    page.get_by_label("Message").fill("Hello")
+    page.get_by_label("Message").press("Enter")
+    expect(page.get_by_role("article", name="Model")).to_contain_text("first token after", timeout=30_000)
+    opened(page, dev, "timeline")
+    expect(page.get_by_role("button", name=re.compile("Qwen3-8B loaded"))).not_to_have_count(0)
+    opened(page, dev, "usage")
+    expect(page.get_by_role("rowheader", name=MODEL)).to_be_visible(timeout=30_000)
+
+
+def test_a_cold_start_in_the_playground(page: Page, dev: Dev) -> None:
+    """It says what is being done for the request before the answer comes."""
+    opened(page, dev, "playground")
+    page.get_by_role("combobox", name="Model").select_option(LARGE)
+    page.get_by_label("Message").fill("Hello")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status").first).to_be_visible()
+    expect(page.get_by_role("article", name="Model")).to_contain_text("first token after", timeout=60_000)
+
+
+def test_a_drain(page: Page, dev: Dev) -> None:
+    opened(page, dev, "fleet")
+    host = page.get_by_role("listitem", name="Host one")
+    host.get_by_role("button", name="Drain").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    host.get_by_role("button", name="Drain").click()
+    page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(host).to_contain_text("draining")
+    host.get_by_role("button", name="Resume").click()
+    page.get_by_role("dialog").get_by_role("button", name="Resume").click()
+    expect(host).to_contain_text("healthy")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_no_barriers(page: Page, dev: Dev, name: str, theme: str) -> None:
+    """axe finds nothing serious, also on a phone, where nothing is wider than the screen."""
+    page.emulate_media(color_scheme="light" if theme == "light" else "dark")
+    opened(page, dev, name)
+    for width in (1200, 360):
+        page.set_viewport_size({"width": width, "height": 800})
+        found = Axe().run(page).response["violations"]
+        serious = [each for each in found if each["impact"] in ("serious", "critical")]
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_with_the_keyboard_alone(page: Page, dev: Dev) -> None:
+    opened(page, dev, "fleet")
+    page.keyboard.press("2")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Models")
+    page.keyboard.press("/")
+    page.keyboard.type("27B")
+    expect(page.get_by_role("region", name=re.compile("^Model "))).to_have_count(1)
+    page.get_by_role("button", name="Load", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_a_killed_engine(page: Page, dev: Dev) -> None:
+    """`kill -9`: the page shows that it was started again, without a reload, and the timeline that it was."""
+    opened(page, dev, "models")
+    card = page.get_by_role("region", name=f"Model {MODEL}")
+    if not card.get_by_role("listitem").count():
+        post(dev, "/fleet/load", {"model": MODEL})
+    expect(card.get_by_role("listitem")).to_contain_text("loaded", timeout=60_000)
+    (engine,) = (each for each in psutil.Process(dev.process.pid).children(recursive=True) if is_engine(each, MODEL))
+    engine.kill()
+    expect(card.get_by_role("listitem")).to_contain_text(re.compile("recovering|loading"), timeout=30_000)
+    expect(card.get_by_role("listitem")).to_contain_text("loaded", timeout=60_000)
+    opened(page, dev, "timeline")
+    expect(page.get_by_role("button", name=re.compile("Qwen3-8B recovering"))).not_to_have_count(0)
+
+
+def is_engine(process: psutil.Process, model: str) -> bool:
+    command = process.cmdline()
+    return "neuron.sim" in command and model in command
+
+
+def test_a_neuron_that_hangs(page: Page, dev: Dev) -> None:
+    opened(page, dev, "fleet")
+    host = page.get_by_role("listitem", name="Host one")
+    expect(host).to_contain_text("healthy")
+    found = re.search(r"one at http://127\.0\.0\.1:(\d+)", dev.text())
+    assert found is not None
+    neuron = next(
+        each
+        for each in psutil.Process(dev.process.pid).children(recursive=True)
+        if any(one.laddr.port == int(found[1]) for one in each.net_connections("tcp") if one.status == "LISTEN")
+    )
+    neuron.suspend()
+    try:
+        expect(host).to_contain_text("down", timeout=60_000)
+    finally:
+        neuron.resume()
+    expect(host).to_contain_text("healthy", timeout=60_000)
+
+
+def test_a_closed_cortex(page: Page, tmp_path: Path) -> None:
+    """The page asks for a key, shows what its role may see, a neuron that is killed and comes back, and says so when
+    cortex is gone."""
+    (tmp_path / "keys.toml").write_text('[[keys]]\nname = "alice"\nkey = "secret"\nrole = "viewer"')
+    neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
+    with running_fleet(tmp_path, neuron, {"keys": {"file": "keys.toml"}}, {}) as fleet:
+        page.goto(f"{fleet.cortex.url}/")
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Go on").click()
+        expect(page.get_by_role("alert")).to_contain_text("valid API key")
+        page.get_by_label("API key").fill("secret")
+        page.get_by_role("button", name="Go on").click()
+        host = page.get_by_role("listitem", name=f"Host {NODE}")
+        expect(host).to_contain_text("healthy")
+        expect(page.get_by_text("alice (viewer)")).to_be_visible()
+        expect(page.get_by_role("button", name="Drain")).to_have_count(0)
+        fleet.neuron.kill_and_restart()
+        expect(host).to_contain_text(re.compile("up [0-9.]+ (ms|s),"), timeout=60_000)
+    expect(page.get_by_role("alert")).to_contain_text("what you see is", timeout=60_000)
+
+
+def post(dev: Dev, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        dev.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
