@@ -110,6 +110,10 @@ class StateFile:
             self._read(directory / NAME)
 
     @property
+    def directory(self) -> Path | None:
+        return self._directory
+
+    @property
     def drained(self) -> Collection[str]:
         """Names of drained neurons, including those no longer in the configuration."""
         return frozenset(self._drained)

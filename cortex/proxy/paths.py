@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from cortex.http.request import Request
+from cortex.proxy.body.json_scan import hides_names
 from shared.errors import Forbidden, NotFound, shortened
 
 INFERENCE_PATHS: Final = (
@@ -63,7 +64,8 @@ _VERSION: Final = re.compile(r"v\d+")
 
 RESPONSES: Final = b"/v1/responses"
 _BELOW_RESPONSES: Final = RESPONSES + b"/"
-_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*true\b')
+_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*[^\s{\[fn]')
+"""Neither false nor null: an engine may read `1` or `"true"` as true."""
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -141,7 +143,9 @@ def recorded_path(path: bytes) -> str:
 
 def in_background(request: Request) -> bool:
     """True for a response, whose body is complete, that the engine makes after it has answered."""
-    return request.path == RESPONSES and _BACKGROUND.search(request.body) is not None
+    if request.path != RESPONSES:
+        return False
+    return _BACKGROUND.search(request.body) is not None or hides_names(request.body)
 
 
 def has_wrong_base(path: bytes) -> bool:
