@@ -32,6 +32,7 @@ from cortex.api.app_keys import (
     SHUTDOWN,
     SIGN_IN,
     STATE,
+    TIMELINE,
     USAGE_REPORTS,
 )
 from cortex.api.authorization import authorize
@@ -76,6 +77,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
+    app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
     app[USAGE_REPORTS] = usage_reports(parts.database)

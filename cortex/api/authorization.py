@@ -27,6 +27,7 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet"): "viewer",
     ("GET", "/fleet/events"): "viewer",
     ("GET", "/fleet/explain"): "viewer",
+    ("GET", "/fleet/timeline"): "viewer",
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",

@@ -175,6 +175,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         query={"model": "A model id or an alias."},
         required_query=frozenset({"model"}),
     ),
+    ("GET", "/fleet/timeline"): Operation(
+        "Which model was where, failures, and who waited, in the last 24 hours.",
+        "fleet",
+        query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
+    ),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
         "operator",

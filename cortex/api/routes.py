@@ -29,6 +29,7 @@ CONTROL_ROUTES = (
     web.get("/fleet", fleet.show_fleet),
     web.get("/fleet/events", fleet.fleet_events),
     web.get("/fleet/explain", fleet.explain_model),
+    web.get("/fleet/timeline", fleet.show_timeline),
     web.post("/fleet/load", operator.load_model),
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),

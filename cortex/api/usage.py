@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from cortex.accounts.caller import may
@@ -23,7 +24,7 @@ async def show_usage(request: web.Request) -> web.Response:
     reports, config = request.app[USAGE_REPORTS], request.app[LIVE].config
     currency, price = config.usage.currency, config.energy.price_per_kwh
     rows, totals = await reports.reports([query, replace(query, group_by=())], currency)
-    return web.json_response(
+    return json_response(
         {
             "object": "usage",
             "from": query.since,
@@ -43,7 +44,7 @@ async def show_energy(request: web.Request) -> web.Response:
     rows, totals = await request.app[USAGE_REPORTS].energy([query, replace(query, group_by=())])
     price, nodes = config.energy.price_per_kwh, request.app[FLEET].snapshot().nodes.values()
     shown = [node for node in nodes if not query.nodes or node.name in query.nodes]
-    return web.json_response(
+    return json_response(
         {
             "object": "energy",
             "from": query.since,
@@ -57,21 +58,27 @@ async def show_energy(request: web.Request) -> web.Response:
     )
 
 
+def json_response(report: dict[str, Any]) -> web.Response:
+    """It may be long: msgspec takes a tenth of the time of Python's encoder."""
+    return web.Response(body=msgspec.json.encode(report), content_type="application/json", charset="utf-8")
+
+
 def _with_energy_cost(row: dict[str, Any], price_per_kwh: float) -> dict[str, Any]:
-    """A row with what its energy costs at this price."""
-    return {**row, "energy_cost": row["energy_wh"] / 1000 * price_per_kwh}
+    """The row, with what its energy costs at this price."""
+    row["energy_cost"] = row["energy_wh"] / 1000 * price_per_kwh
+    return row
 
 
 async def organization_completions(request: web.Request) -> web.Response:
-    return web.json_response(await _buckets(request, "completions"))
+    return json_response(await _buckets(request, "completions"))
 
 
 async def organization_embeddings(request: web.Request) -> web.Response:
-    return web.json_response(await _buckets(request, "embeddings"))
+    return json_response(await _buckets(request, "embeddings"))
 
 
 async def organization_costs(request: web.Request) -> web.Response:
-    return web.json_response(await _buckets(request, "costs"))
+    return json_response(await _buckets(request, "costs"))
 
 
 async def _buckets(request: web.Request, kind: Kind) -> dict[str, Any]:

@@ -57,6 +57,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "waiting.plain_keepalive": Reload.APPLIES,
     "usage.currency": Reload.APPLIES,
     "usage.retention_days": Reload.APPLIES,
+    "usage.daily_retention_days": Reload.APPLIES,
     "energy.price_per_kwh": Reload.APPLIES,
     "state_dir": Reload.NEEDS_RESTART,
     "database": Reload.NEEDS_RESTART,

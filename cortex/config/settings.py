@@ -179,6 +179,7 @@ class UsageSettings(SettingsModel):
 
     currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
     retention_days: int = Field(default=400, ge=0)  # 0: no limit
+    daily_retention_days: int = Field(default=3650, ge=0)  # of the daily sums; 0: no limit
 
 
 class EnergySettings(SettingsModel):

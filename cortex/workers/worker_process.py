@@ -27,17 +27,11 @@ from cortex.workers.messages import (
     Collect,
     Counted,
     Counts,
-    EngineEnd,
-    EngineFound,
     FromWorker,
     InFlightNow,
-    MakerFound,
     Notes,
     OthersInFlight,
-    PersonFound,
-    ProspectFound,
     Ready,
-    Refused,
     Released,
     Resolve,
     Resolved,
@@ -49,6 +43,7 @@ from cortex.workers.messages import (
     error_to_wire,
 )
 from cortex.workers.worker_grants import WorkerGrants
+from cortex.workers.worker_questions import WorkerQuestions
 from shared.errors import ServiceError
 from shared.request_ids import request_scope
 from shared.tasks import TaskSet, timeout
@@ -56,8 +51,6 @@ from shared.tasks import TaskSet, timeout
 COLLECT_TIMEOUT_SECS = 1.0
 NOTES_SECS = 1.0
 """Between two reports on the models that a worker waits for."""
-MAKER_TOLD_SECS = 0.2
-"""How long a worker may take to tell who made a response whose id its client already has."""
 
 
 class WorkerProcess:
@@ -80,7 +73,6 @@ class WorkerProcess:
         self._live = live
         self._resolver = resolver
         self._counts = counts
-        self._people = people
         self._channel = channel
         self._counters = Counters()
         self._in_flight: Mapping[ReplicaKey, int] = {}
@@ -96,6 +88,7 @@ class WorkerProcess:
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._grants = WorkerGrants(resolver.limiter, channel.send, self._tasks)
+        self._questions = WorkerQuestions(resolver, people, channel.send, self._tasks)
         self._numbers = 0
 
     def collect(self) -> Counters:
@@ -140,7 +133,7 @@ class WorkerProcess:
                     case Admit() | Settle():
                         self._grants.receive(message)
                     case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker() | AskPerson():
-                        _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
+                        self._questions.receive(message)
                     case Released() | RouteUnused():
                         self._give_back(message)
                     case InFlightNow(counts, begun, callers):
@@ -236,32 +229,6 @@ class WorkerProcess:
         self._granted -= Counter({replica.key: 1})
         if replica.limit is not None:
             self._release(replica)
-
-    async def _identify(self, number: int, credential: bytes) -> PersonFound | Refused:
-        assert self._people is not None
-        try:
-            return PersonFound(number, await self._people.identify(credential))
-        except ServiceError as error:
-            return error_to_wire(number, error)
-
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd | MakerFound | PersonFound | Refused
-        match asked:
-            case AskProspect(number, model_id):
-                answer = ProspectFound(number, await self._resolver.prospect(model_id))
-            case AskEngine(number, key):
-                answer = EngineFound(number, await self._resolver.engine(key))
-            case AskEngineEnd(number, replica):
-                answer = EngineEnd(number, await self._resolver.engine_end(replica))
-            case AskPerson(number, credential):
-                answer = await self._identify(number, credential)
-            case AskMaker(number, response_id):
-                maker = await self._resolver.response_maker(response_id)
-                if maker is None:
-                    await asyncio.sleep(MAKER_TOLD_SECS)
-                    maker = await self._resolver.response_maker(response_id)
-                answer = MakerFound(number, maker)
-        self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:
         self._in_flight = counts_from_wire(counts)

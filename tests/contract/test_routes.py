@@ -65,6 +65,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet"),
     ("GET", "/fleet/events"),
     ("GET", "/fleet/explain"),
+    ("GET", "/fleet/timeline"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),

@@ -6,8 +6,14 @@ running requests may still use is within the limit: one minute's amount and what
 
 from __future__ import annotations
 
+from typing import Final
+
 from cortex.accounts.limits.budget_window import TOLERANCE, BudgetWindow
 from cortex.accounts.limits.terms import Budget, Limits
+
+SET_BACK_SECS: Final = 60.0
+"""A clock that is set back by no more than this is waited for, so that no time is refilled twice. If it is set back by
+more, at most a minute's amount is."""
 
 Reserved = list[tuple[BudgetWindow, float]]
 
@@ -66,13 +72,23 @@ class Scope:
 
     def advance(self, now: float) -> None:
         """Refills the buckets and moves the windows."""
-        elapsed, self.at = now - self.at, now
+        elapsed = now - self.at
         if elapsed > 0:
+            self.at = now
             self.requests = min(self.rpm, self.requests + elapsed * self.rpm / 60.0)
             self.tokens = min(self.tpm, self.tokens + elapsed * self.tpm / 60.0)
+        elif elapsed < -SET_BACK_SECS:
+            self._set_back(now)
         if self.windows:
             for window in self.windows:
                 window.advance(now)
+
+    def _set_back(self, now: float) -> None:
+        """The clock was wrong, or is wrong now. Without this, nothing would be refilled and no window would end until
+        it is as late again."""
+        self.at = now
+        for window in self.windows:
+            window.count_as_used_now(now)
 
     @property
     def tokens_free(self) -> float:
