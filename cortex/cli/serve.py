@@ -67,6 +67,7 @@ def run_serve(
         configure_logging(config.log_level, config.log_format)
         for warning in tls_warnings(config, config_file):
             log.warning("%s", warning)
+        config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
