@@ -52,6 +52,7 @@ from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
 from shared.serve import run, settle
 from shared.tasks import cancel_all
+from shared.tls import TlsError
 
 log = logging.getLogger(__name__)
 
@@ -176,4 +177,8 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
 
 
 if __name__ == "__main__":
-    run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    try:
+        run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    except TlsError as error:  # changed since cortex has checked them
+        log.error("this worker cannot serve: %s", error)  # noqa: TRY400 - the message says all
+        sys.exit(1)
