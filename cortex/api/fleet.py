@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN
+from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN, TIMELINE
 from cortex.api.fleet_changes import FLEET_CHANGES
 from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
+from cortex.fleet.timeline.timeline import HOURS
 from shared.errors import InvalidRequest
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
 from shared.serve import CLOSING
@@ -77,6 +81,24 @@ async def explain_model(request: web.Request) -> web.Response:
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
     return web.json_response(explain(name, scheduler.view(), counts.in_flight))
+
+
+async def show_timeline(request: web.Request) -> web.Response:
+    now = time.time()
+    since, until = (_unix_time(request, *each) for each in (("from", now - HOURS * 3600), ("to", now)))
+    body = {"from": since, "to": until, **request.app[TIMELINE].between(since, until)}
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json", charset="utf-8")
+
+
+def _unix_time(request: web.Request, name: str, default: float) -> float:
+    text = request.query.get(name)
+    try:
+        secs = default if text is None else float(text)
+    except ValueError:
+        secs = math.nan
+    if not math.isfinite(secs):
+        raise InvalidRequest(f"{name!r} is {text!r}; it must be a Unix time in seconds", param=name)
+    return secs
 
 
 async def health(request: web.Request) -> web.Response:

@@ -51,6 +51,7 @@ _SECURITY_SCHEMES = {
 }
 _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
+_PAGE = ("text/html",)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _organization(summary: str) -> Operation:
             "group_by": "model and api_key_id.",
             "models": "Only these models.",
             "api_key_ids": "Only these keys, by id or name.",
+            "batch": "`true`: only batch jobs, of which there are none.",
             "limit": "Buckets of a page.",
             "page": "`next_page` of the page before.",
         },
@@ -173,6 +175,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "fleet",
         query={"model": "A model id or an alias."},
         required_query=frozenset({"model"}),
+    ),
+    ("GET", "/fleet/timeline"): Operation(
+        "Which model was where, failures, and who waited, in the last 24 hours.",
+        "fleet",
+        query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
     ),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
@@ -215,6 +222,23 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/organization/usage/embeddings"): _organization("The tokens of embeddings."),
     ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
+    ("GET", "/"): Operation(
+        "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
+    ),
+    ("GET", "/login"): Operation(
+        "Sends a browser to the issuer (303).",
+        "sign-in",
+        query={"next": "The path to show after that."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/callback"): Operation(
+        "The browser comes back from the issuer and gets the cookie of a session.",
+        "sign-in",
+        query={"code": "The issuer's.", "state": "As /login has sent it.", "error": "Why the issuer refuses."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/settings"): Operation("The issuer and the client that terminals sign in with.", "sign-in"),
+    ("POST", "/logout"): Operation("Ends the browser's session.", "sign-in"),
 }
 """By method and path; a test compares it with the routes."""
 

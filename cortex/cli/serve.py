@@ -169,7 +169,8 @@ def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: 
     operator has not allowed it."""
     for problem in keys.foreign_budgets(config.usage.currency):
         log.warning("%s", problem)
-    if not keys.keys and not config.gateway.allow_anonymous and reaches_network(sock):
+    closed = bool(keys.keys) or config.auth.oidc.on
+    if not closed and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
         given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
         directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
@@ -196,6 +197,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         fleet=parts.fleet,
         shutdown=parts.shutdown,
         keys=parts.keys,
+        people=parts.sign_in,
         usage_directory=usage,
     )
 

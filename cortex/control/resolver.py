@@ -174,6 +174,9 @@ class Resolver:
         for name in self._live.catalogue.names_of(replica.model_id):
             self._queue.notify_first(name, count)
 
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        return self.response_owners.find(response_id)
+
     def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
         self._state.add_response(response_id, maker)
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final
 
 import msgspec
 
@@ -38,10 +37,6 @@ from cortex.upstream.pool import EnginePool
 from cortex.upstream.usage_fields import Usage
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
-
-OTHER_WORKER_SECS: Final = 0.2
-"""How long it may take to learn which response another worker has just passed on."""
-OTHER_WORKER_CHECKS: Final = 10
 
 log = logging.getLogger(__name__)
 
@@ -189,14 +184,12 @@ class ProxyContext:
         """Whether the caller may use stored responses that were made for others, or that cortex does not know."""
         return not self.has_keys or may(caller.role, "operator")
 
-    def may_use_response(self, response_id: str, caller: Caller) -> bool:
-        """Whether the caller may use this one, as far as this worker knows."""
-        return self.may_use_all_responses(caller) or self.known_maker(response_id, caller) is not None
-
-    def known_maker(self, response_id: str, caller: Caller) -> Replica | None:
+    async def find_maker(self, response_id: str, caller: Caller) -> Replica | None:
         """The engine that made a response, as it was then; None if it is unknown, or the caller may not use the
-        response."""
-        maker = self.control.response_owners.find(response_id)
+        response. Asks the control if this worker does not know it: another may have just passed it on."""
+        return self._usable(await self.control.response_maker(response_id), caller)
+
+    def _usable(self, maker: ResponseMaker | None, caller: Caller) -> Replica | None:
         if maker is None or (maker.key_id != caller.key_id and not self.may_use_all_responses(caller)):
             return None
         return maker.engine
@@ -204,22 +197,16 @@ class ProxyContext:
     def published_maker(self, response_id: str, caller: Caller) -> Replica | None:
         """The engine that made a response, with the adapter that did, if it is known and can be used without asking
         the control. None if the caller may not use the response."""
-        known = self.known_maker(response_id, caller)
-        if known is None:
-            return None
+        known = self._usable(self.control.response_owners.find(response_id), caller)
+        return None if known is None else self._published(known)
+
+    async def loaded_maker(self, known: Replica) -> Replica | None:
+        """The engine that made a response, as it is now; None if it is not loaded any more."""
+        return self._published(known) or _as_maker(await self.control.engine(known.key), known)
+
+    def _published(self, known: Replica) -> Replica | None:
         replicas = self.control.table.get(known.model_id, ())
         return _as_maker(next((replica for replica in replicas if replica.name == known.name), None), known)
-
-    async def find_maker(self, response_id: str, caller: Caller) -> Replica | None:
-        """The engine that made a response; None if it is unknown or is not loaded any more, or the caller may not use
-        the response. Waits if another worker may have just passed the response on."""
-        for _ in range(OTHER_WORKER_CHECKS):
-            known = self.known_maker(response_id, caller)
-            if known is not None:
-                published = self.published_maker(response_id, caller)
-                return published or _as_maker(await self.control.engine(known.key), known)
-            await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
-        return None
 
     def learn_owner(self, maker: ResponseMaker, start: bytes) -> bool:
         """Remembers who made a response, once its id is in the answer's start. False to be called again."""

@@ -16,15 +16,17 @@ from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
-from cortex.proxy.authentication import Authentication
+from cortex.proxy.authentication import Authentication, Unidentified
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    OPEN_PATHS,
     REALTIME,
     RESPONSES,
+    START_PAGE,
     has_wrong_base,
     is_below_responses,
     is_for_web_pages,
@@ -42,6 +44,7 @@ from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
 from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
+from cortex.proxy.request_kinds.unidentified import UnidentifiedRequest
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
@@ -117,17 +120,28 @@ class Gateway:
                 return OwnAnswer(client, request, preflight_answer(request))
         try:
             caller = self._authentication.caller_of(request)
+        except Unidentified as unknown:
+            return UnidentifiedRequest(client, request, self._identified(client, request, unknown.credential))
         except ServiceError as error:
             return self._handle_stranger(client, request, error)
+        return self._handle_from(client, request, caller)
+
+    async def _identified(self, client: ClientConnection, request: Request, credential: bytes) -> Handler:
+        try:
+            caller = await self._authentication.identify(request, credential)
+        except ServiceError as error:
+            return self._handle_stranger(client, request, error)
+        return self._handle_from(client, request, caller)
+
+    def _handle_from(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.method == b"POST" and request.path in INFERENCE:
             return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
 
     def _handle_stranger(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
-        """The control app knows which of its routes need no key."""
         request.notice_anthropic_client()
         path = meant_path(request.raw_path, reads=request.method in {b"GET", b"HEAD"})
-        if not is_own(path):
+        if path not in OPEN_PATHS or (path == START_PAGE and not self._shows_page(request)):
             return self._refuse(client, request, error)
         if path != request.raw_path:
             request.use_path(path)
@@ -141,7 +155,8 @@ class Gateway:
         path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
         if path != request.raw_path:
             request.use_path(path)
-        if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
+        own = is_own(request.path) or (request.path == START_PAGE and self._shows_page(request))
+        if own or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address, caller)
         response_id = stored_response_id(method, request.path)
         if response_id is not None:
@@ -153,6 +168,11 @@ class Gateway:
             kind = TranslatableRelatedResponse if request.path in TRANSLATORS else RelatedResponse
             return kind(self._context, client, request, caller)
         return self._infer(client, request, caller)
+
+    def _shows_page(self, request: Request) -> bool:
+        """Whether a request for `/` comes from a browser that gets a page."""
+        reads = request.method in {b"GET", b"HEAD"}
+        return reads and self._authentication.signs_in and b"text/html" in (request.passed_value(b"accept") or b"")
 
     def _infer(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.streamed is not None and isinstance(request.streamed, SpooledForm):

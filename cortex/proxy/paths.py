@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from cortex.http.request import Request
+from cortex.proxy.body.json_scan import hides_names
 from shared.errors import Forbidden, NotFound, shortened
 
 INFERENCE_PATHS: Final = (
@@ -34,8 +35,16 @@ INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
 MODELS: Final = b"/v1/models"
 REALTIME: Final = b"/v1/realtime"
 """For WebSockets."""
-OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json")
+OWN_PATHS: Final = (
+    *(MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json", b"/login", b"/logout"),
+)
 """cortex answers these and everything below them itself."""
+START_PAGE: Final = b"/"
+"""For browsers, where people can sign in."""
+SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
+"""A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
+OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
+"""These need no key."""
 
 _VLLM_MANAGEMENT: Final = """
 abort_requests collective_rpc fault_tolerance finish_weight_update init_weight_transfer_engine
@@ -55,7 +64,8 @@ _VERSION: Final = re.compile(r"v\d+")
 
 RESPONSES: Final = b"/v1/responses"
 _BELOW_RESPONSES: Final = RESPONSES + b"/"
-_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*true\b')
+_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*[^\s{\[fn]')
+"""Neither false nor null: an engine may read `1` or `"true"` as true."""
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -133,7 +143,9 @@ def recorded_path(path: bytes) -> str:
 
 def in_background(request: Request) -> bool:
     """True for a response, whose body is complete, that the engine makes after it has answered."""
-    return request.path == RESPONSES and _BACKGROUND.search(request.body) is not None
+    if request.path != RESPONSES:
+        return False
+    return _BACKGROUND.search(request.body) is not None or hides_names(request.body)
 
 
 def has_wrong_base(path: bytes) -> bool:

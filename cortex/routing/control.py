@@ -81,6 +81,9 @@ class Control(Protocol):
     def release(self, replica: Replica) -> None:
         """A request at a replica with a limit has ended."""
 
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        """Who made a stored response, None if it is unknown. Waits a moment if another worker may be about to tell."""
+
     def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
         """Remembers which engine made a stored response, also for the other workers and after a restart."""
 

@@ -89,7 +89,7 @@ def _usage_of(found: UsageFields) -> Usage | None:
     else:  # Anthropic's prompt is the sum of three
         read = _count(found.cache_read_input_tokens)
         total = _count(prompt) + read + _count(found.cache_creation_input_tokens)
-    return Usage(total, _count(completion), read, 0 if more is None else _detail(more, "reasoning_tokens"))
+    return Usage(total, _count(completion), min(read, total), 0 if more is None else _detail(more, "reasoning_tokens"))
 
 
 def _detail(details: object, name: str) -> int:

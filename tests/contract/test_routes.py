@@ -65,6 +65,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet"),
     ("GET", "/fleet/events"),
     ("GET", "/fleet/explain"),
+    ("GET", "/fleet/timeline"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),
@@ -79,6 +80,11 @@ CORTEX_TABLE = {
     ("DELETE", "/keys/{name}"),
     ("POST", "/keys/{name}/rotate"),
     ("GET", "/openapi.json"),
+    ("GET", "/"),
+    ("GET", "/login"),
+    ("GET", "/login/callback"),
+    ("GET", "/login/settings"),
+    ("POST", "/logout"),
 }
 CORTEX_METRICS = {
     "cortex_requests_total": {"model", "node", "status"},

@@ -93,6 +93,7 @@ async def cortex_process(
     state_dir: str | None = None,
     database: str | None = None,
     keys: Mapping[str, Any] | None = None,
+    auth: Mapping[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
@@ -105,6 +106,7 @@ async def cortex_process(
         "routing": dict(routing or {}),
         "waiting": dict(waiting or {}),
         "keys": dict(keys or {}),
+        "auth": dict(auth or {}),
         "placement": dict(placement or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }

@@ -18,11 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
 from cortex.accounts.database.source import ConstraintViolated, DatabaseError, DatabaseSource
+from shared.tasks import cancel_all
 
 CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
+INTERRUPT_SECS = 0.2
 _FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
@@ -101,6 +103,27 @@ class Database:
                 await self._close_number_connection()
                 raise
             return int(found)
+
+    @contextlib.asynccontextmanager
+    async def stopping_after(self, secs: float, connection: AsyncConnection) -> AsyncIterator[None]:
+        """A command in the body that runs after this time fails, in the database too."""
+        if self.is_postgresql:
+            await connection.execute(text(f"SET LOCAL statement_timeout = {int(secs * 1000)}"))
+            yield
+            return
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+
+        async def interrupt() -> None:
+            await asyncio.sleep(secs)
+            while True:  # the next command too
+                await driver.interrupt()
+                await asyncio.sleep(INTERRUPT_SECS)
+
+        interrupting = asyncio.create_task(interrupt(), name="interrupt")
+        try:
+            yield
+        finally:
+            await cancel_all([interrupting])
 
     async def close(self) -> None:
         """Closes every connection."""

@@ -149,7 +149,9 @@ class LocalLimiter:
     def _terms_for(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
         models = self._terms.get(caller.key_id)
         found = None if models is None else models.get(model_id)
-        return self._find_terms(caller, model_id, now) if found is None or found.valid_until < now else found
+        if found is None or not now <= found.valid_until <= now + TERMS_SECS:  # later: the clock was set back
+            return self._find_terms(caller, model_id, now)
+        return found
 
     def _find_terms(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
         model = self._model_terms(model_id)

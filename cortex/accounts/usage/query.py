@@ -23,6 +23,7 @@ ENERGY_GROUPS: Final = ("node", "device", "model", "key", "kind", *TIMES)
 ENERGY_FILTERS: Final = ("node", "model", "key", "kind")
 DEFAULT_SECS: Final = 30 * 86_400.0
 """How far a report without `from` goes back."""
+_YEAR_10000: Final = 253_402_300_800.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _parameters(
 
 def _time(name: str, text: str, now: float) -> float:
     """Seconds since 1970, an ISO 8601 date or time (UTC unless it says otherwise), or a duration before now."""
-    if text.replace(".", "", 1).isdecimal() and len(text) >= 9:
+    if text.replace(".", "", 1).isdecimal() and len(text) >= 9 and float(text) < _YEAR_10000:
         return float(text)
     try:
         return now - parse_duration(text)

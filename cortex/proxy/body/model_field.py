@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
-from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -212,7 +212,7 @@ def asks_for_stream(body: bytes) -> bool:
 
 def previous_response_id(body: bytes) -> str | None:
     """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
-    if not _may_have(body, b"previous_response_id"):
+    if not may_have(body, b"previous_response_id"):
         return None
     for read in (bytes, made_strict):
         try:
@@ -224,7 +224,7 @@ def previous_response_id(body: bytes) -> str | None:
 
 def chooses_response_id(body: bytes) -> bool:
     """True for a JSON object with a top-level `request_id`: engines take it as the id of the response. Never raises."""
-    if not _may_have(body, b"request_id"):
+    if not may_have(body, b"request_id"):
         return False
     for read in (bytes, made_strict):
         try:
@@ -232,11 +232,6 @@ def chooses_response_id(body: bytes) -> bool:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return False
-
-
-def _may_have(body: bytes, member: bytes) -> bool:
-    """False if no name in the body is `member`, also with escaped characters."""
-    return member in body or b"\\u" in body
 
 
 def made_strict(body: bytes) -> bytes:

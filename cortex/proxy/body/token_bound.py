@@ -14,6 +14,7 @@ import msgspec
 
 from cortex.accounts.limits.terms import TokenBound
 from cortex.proxy.body.form_scan import is_form
+from cortex.proxy.body.json_scan import may_have
 from cortex.proxy.body.model_field import JSON_TYPE
 from cortex.proxy.body.token_fields import (
     CompletionFields,
@@ -113,8 +114,7 @@ def _refers(path: bytes, body: bytes) -> bool:
     """Whether something in the body may be longer in the prompt than it is written."""
     if b'"type"' in body and any(part in body for part in _PARTS):
         return True
-    names = _REFERENCES.get(path)
-    return names is not None and any(name in body for name in names)
+    return may_have(body, *_REFERENCES.get(path, ()))
 
 
 def _number(value: Any) -> int | None:

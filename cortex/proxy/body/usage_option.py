@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from cortex.proxy.body.alias_edit import Splice
-from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
 from cortex.proxy.body.model_field import made_strict
 
 HAVE_OPTION: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
@@ -27,7 +27,7 @@ _decode: Final = msgspec.json.Decoder(_Fields).decode
 def usage_splice(body: bytes) -> Splice | None:
     """What makes this request ask for usage; None if it is for no stream, asks already, or cannot be read. `body`: a
     JSON object."""
-    if b'"stream"' not in body:
+    if not may_have(body, b'"stream"'):
         return None
     try:
         fields = _read(body)

@@ -56,9 +56,10 @@ class NewResponse(TranslatableRequest):
 
     async def _find_maker(self, previous: str, name: str, model_id: str) -> None:
         context, caller = self._context, self._account.caller
-        maker = await context.find_maker(previous, caller)
-        if not context.may_use_response(previous, caller):
+        known = await context.find_maker(previous, caller)
+        if known is None and not context.may_use_all_responses(caller):
             raise unknown_response(previous, param="previous_response_id")
+        maker = None if known is None else await context.loaded_maker(known)
         self._resolved()
         self._continue(maker, name, model_id)
 
@@ -88,16 +89,15 @@ class RelatedResponse(RequestHandler):
     __slots__ = ()
 
     def _route(self, name: str, model_id: str) -> None:
-        previous = previous_response_id(self._request.body)
-        if previous is None or self._context.may_use_response(previous, self._account.caller):
+        may_use_all = self._context.may_use_all_responses(self._account.caller)
+        previous = None if may_use_all else previous_response_id(self._request.body)
+        if previous is None:
             super()._route(name, model_id)
         else:
-            self._state = Resolving(self._spawn(self._find_maker(previous, name, model_id), "maker for"))
+            self._state = Resolving(self._spawn(self._check(previous, name, model_id), "maker for"))
 
-    async def _find_maker(self, previous: str, name: str, model_id: str) -> None:
-        context, caller = self._context, self._account.caller
-        await context.find_maker(previous, caller)
-        if not context.may_use_response(previous, caller):
+    async def _check(self, previous: str, name: str, model_id: str) -> None:
+        if await self._context.find_maker(previous, self._account.caller) is None:
             raise unknown_response(previous, param="previous_response_id")
         self._resolved()
         super()._route(name, model_id)

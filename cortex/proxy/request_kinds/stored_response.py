@@ -61,9 +61,9 @@ class StoredResponse(RequestHandler):
 
     async def _find_owner(self) -> None:
         replica = await self._context.find_maker(self._response_id, self._account.caller)
+        if replica is not None:  # an engine that is being drained still knows its responses
+            replica = await self._context.loaded_maker(replica) or replica
         self._resolved()
-        if replica is None:  # an engine that is being drained still knows its responses
-            replica = self._context.known_maker(self._response_id, self._account.caller)
         if replica is None or not replica.url:
             self._refuse(unknown_response(self._response_id))
         else:

@@ -310,11 +310,16 @@ async def test_a_message_whose_client_leaves_is_charged_its_answer(door: Door, e
     assert door.limiter.settled == [(30, 10, 16)]
 
 
-async def test_a_response_in_the_background_is_charged_what_it_may_use(door: Door, engine: RawEngine) -> None:
-    """Its tokens are not known when the request ends."""
+@pytest.mark.parametrize(
+    "background", [b'"background": true', b'"background":1', b'"background": "true"', b'"b\\u0061ckground": true']
+)
+async def test_a_response_in_the_background_is_charged_what_it_may_use(
+    door: Door, engine: RawEngine, background: bytes
+) -> None:
+    """Its tokens are not known when the request ends. vLLM reads each of these as true."""
     engine.script = answering(plain(b'{"id":"resp_1","status":"queued","usage":null}'))
-    body = {"background": True, "input": "x", "max_output_tokens": 700}
-    assert (await door.ask(body, "/v1/responses")).status == 200
+    body = b'{"model": "%b", %b, "input": "x", "max_output_tokens": 700}' % (MODEL.encode(), background)
+    assert (await door.client.ask(request(body, KEY_LINE, target="/v1/responses"))).status == 200
     (record,) = await door.ended()
     assert (record.prompt_tokens, record.completion_tokens) == (None, None)
     ((_, completion, _),) = door.limiter.settled

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseSource, database_source
-from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE
+from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE, USAGE_DAYS
 from cortex.accounts.energy.attribution import InstanceCount, MeterReading
 from cortex.accounts.energy.ledger import EnergyLedger
 
@@ -221,7 +221,7 @@ class Meter:
 @pytest.mark.parametrize("seed", range(3))
 async def test_the_sums_equal_the_meter(database: Database, seed: int) -> None:
     """Over random polls, requests, restarts and settlements: requests, residents and idle add up to the meter, and the
-    records of usage to the requests."""
+    records of usage, and their daily sums, to the requests."""
     dice = random.Random(seed)
     meter, at = Meter(dice), START
     await ledger(database).read_meters([meter.reading(at)])
@@ -246,3 +246,5 @@ async def test_the_sums_equal_the_meter(database: Database, seed: int) -> None:
     assert requests > 0
     async with database.reading() as connection:
         assert (await connection.execute(select(ENERGY_SLICES))).all() == []
+        of_days = (await connection.execute(select(func.sum(USAGE_DAYS.c.energy_wh)))).scalar_one()
+    assert of_days == pytest.approx(requests)

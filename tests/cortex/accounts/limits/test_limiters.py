@@ -342,3 +342,21 @@ async def test_without_the_database_limited_requests_are_refused_until_it_is_bac
                 await limiter.admission(ALICE, "org/m", SMALL)
                 break
         assert caplog.messages.count("limits can be checked again") == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(parallel=1), "limit of 1 parallel request;"),
+        (Limits(rpm=1), "limit of 1 request per minute;"),
+        (Limits(tpm=2_000_000), "limit of 2000000 tokens per minute: this request may use up to 1500000 tokens, by"),
+        (Limits(budgets=(Budget(2_500_000, "tokens", "day"),)), "budget of 2500000 tokens per day: this"),
+    ],
+)
+async def test_numbers_in_messages(limits: Limits, message: str) -> None:
+    """Whole, however large, and one of a thing is singular."""
+    limiter = LocalLimiter(terms(), clock=Clock())
+    limiter.use_keys({"a": KeyLimits(limits)})
+    bound = TokenBound(1_500_000, 0, prompts=1500)
+    granted(limiter, bound=bound)
+    assert message in refused(limiter, ALICE, bound).message

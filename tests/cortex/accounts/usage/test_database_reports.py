@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.tables import USAGE_TOKENS
 from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage import database_reports
 from cortex.accounts.usage.database_reports import DatabaseReports
@@ -62,7 +63,7 @@ async def test_groups_and_totals(database: Database, tmp_path: Path) -> None:
     assert (first["key"], first["model"], first["day"]) == ("alice", "a", "2026-11-29")
     assert (second["day"], bob["key"], bob["day"]) == ("2026-11-30", "bob", "2027-01-08")
     assert (first["requests"], first["errors"], first["cold_starts"]) == (2, 0, 0)
-    assert [first[name] for name in database_reports.TOKENS] == [2000, 200, 1000, 4]
+    assert [first[name] for name in USAGE_TOKENS] == [2000, 200, 1000, 4]
     assert first["cost"] == pytest.approx(2 * (900 * 1.0 + 500 * 2.0) / 1e6)
     assert (first["first_byte_secs_mean"], first["first_byte_secs_p95"]) == (1.5, 2.0)
     assert second["cold_starts"] == 1
