@@ -22,6 +22,7 @@ import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
 from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.request_fields import ABSENT, RequestFields, decode_fields
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -47,12 +48,10 @@ class MissingModel(InvalidRequest):
     """The body is a JSON object or a multipart form, and names no model."""
 
 
-class JsonModel(msgspec.Struct, frozen=True, gc=False):
-    """The top-level `model` of a JSON object, never empty. The last of several counts, as in every engine's parser.
-    `stream` is as written, empty without one."""
+class JsonModel(RequestFields, frozen=True, gc=False, kw_only=True):
+    """The top-level `model` of a JSON object, never empty, and what else is read of it. The last of several counts."""
 
     model: str
-    stream: msgspec.Raw = msgspec.Raw(b"")
 
     def replaced(self, body: bytes, model: str) -> bytes:
         """`body`, in which this was found, with another model and otherwise unchanged.
@@ -85,20 +84,14 @@ ModelField: TypeAlias = JsonModel | FormModel
 """The result of `find_model`."""
 
 
-class _AnyModel(msgspec.Struct):
-    model: msgspec.Raw = msgspec.Raw(b"")
-    stream: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _AnyStream(msgspec.Struct):
-    stream: msgspec.Raw = msgspec.Raw(b"")
+class _AnyModel(RequestFields, frozen=True, gc=False):
+    model: msgspec.Raw = ABSENT
 
 
 class _AnyPrevious(msgspec.Struct):
-    previous_response_id: msgspec.Raw = msgspec.Raw(b"")
+    previous_response_id: msgspec.Raw = ABSENT
 
 
-_decode_stream = msgspec.json.Decoder(_AnyStream).decode
 _decode_previous = msgspec.json.Decoder(_AnyPrevious).decode
 _decode_model = msgspec.json.Decoder(JsonModel).decode
 _check_syntax = msgspec.json.Decoder(_AnyModel).decode
@@ -194,19 +187,25 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     if body[place[0]] != ord('"'):
         raise InvalidRequest(f"'model' must be a string, got {_json_kind(body[place[0] :])}", param="model")
     try:
-        return JsonModel(_decode_text(memoryview(body)[slice(*place)]), found.stream)
+        model = _decode_text(memoryview(body)[slice(*place)])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body's 'model' is not Unicode text: {error}", param="model") from error
+    return JsonModel(model=model, **{name: getattr(found, name) for name in RequestFields.__struct_fields__})
+
+
+def read_fields(body: bytes) -> RequestFields:
+    """The fields of a JSON object; of anything else none. Never raises."""
+    for read in (bytes, made_strict):
+        try:
+            return decode_fields(read(body))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return RequestFields()
 
 
 def asks_for_stream(body: bytes) -> bool:
     """True for a JSON object whose top-level `stream` is true; never raises. The last of several counts."""
-    for read in (bytes, made_strict):
-        try:
-            return bytes(_decode_stream(read(body)).stream) == b"true"
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue
-    return False
+    return bytes(read_fields(body).stream) == b"true"
 
 
 def previous_response_id(body: bytes) -> str | None:

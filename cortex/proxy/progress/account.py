@@ -15,6 +15,7 @@ from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import own_lines
+from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import recorded_path
@@ -85,8 +86,9 @@ class RequestAccount:
                 param="model",
             )
 
-    def admit(self) -> bool:
-        """Whether the request may go on; False if that takes a while: then wait for `admission`.
+    def admit(self, fields: RequestFields | None) -> bool:
+        """Whether the request may go on; False if that takes a while: then wait for `admission`. `fields`: of its body,
+        if they are known.
 
         Raises:
             Forbidden: the caller may not use the model.
@@ -98,7 +100,7 @@ class RequestAccount:
         if not self.caller.limited and self.model_id not in limiter.limited_models:
             return True
         self._body_bytes = len(request.body)
-        self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"))
+        self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"), fields)
         try:
             grant = limiter.admit(self.caller, self.model_id, self._bound)
         except LimitExceeded as error:
