@@ -16,8 +16,7 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.body.alias_edit import with_model_id
-from cortex.proxy.body.model_field import JsonModel
-from cortex.proxy.body.request_fields import RequestFields
+from cortex.proxy.body.request_fields import JsonModel, RequestFields
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.progress.account import CLIENT_DISCONNECTED, RequestAccount

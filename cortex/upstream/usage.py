@@ -83,7 +83,7 @@ def _fields_at(rest: bytes) -> UsageFields:
     # The object usually ends at the first closing brace (the second if it has nested details). Try that slice first:
     # Python's parser must copy the rest of the answer and takes six times as long.
     written, end, more = rest.partition(b"}")
-    if b"{" in written[1:]:
+    if _BRACE in written[1:]:
         details, end, _ = more.partition(b"}")
         written = b"%b}%b" % (written, details)
     try:

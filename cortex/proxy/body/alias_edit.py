@@ -13,13 +13,8 @@ from typing import TypeAlias
 from cortex.config.aliases import MemberEdit, Rewrite
 from cortex.proxy.body.form_scan import FormPart, FormScan, delimiter_of
 from cortex.proxy.body.json_scan import Member, Scan, TooIntricateError
-from cortex.proxy.body.model_field import (
-    JsonModel,
-    ModelField,
-    find_model,
-    find_or_add_model,
-    form_part,
-)
+from cortex.proxy.body.model_field import find_model, find_or_add_model, form_part, replaced
+from cortex.proxy.body.request_fields import JsonModel, ModelField
 from shared.errors import InvalidRequest
 
 Splice: TypeAlias = tuple[int, int, bytes]
@@ -54,7 +49,7 @@ def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrit
         InvalidRequest: finding the members to edit would take too long.
     """
     if rewrite.edits is None:
-        return field.replaced(body, rewrite.model_id)
+        return replaced(field, body, rewrite.model_id)
     if isinstance(field, JsonModel):
         try:
             return spliced(body, json_splices(body, rewrite.edits))

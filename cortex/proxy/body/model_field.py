@@ -16,13 +16,22 @@ from __future__ import annotations
 
 import codecs
 import json
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
 from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
-from cortex.proxy.body.request_fields import ABSENT, RequestFields, decode_fields
+from cortex.proxy.body.request_fields import (
+    FormModel,
+    JsonModel,
+    ModelField,
+    RequestFields,
+    decode_any_model,
+    decode_fields,
+    decode_model,
+    decode_previous,
+)
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -43,59 +52,11 @@ JSON_TYPE: Final = "application/json"
 _NO_MODEL = "the body must have a string 'model'"
 _FORM_ENCODED = "application/x-www-form-urlencoded"
 
+_decode_text = msgspec.json.Decoder(str).decode
+
 
 class MissingModel(InvalidRequest):
     """The body is a JSON object or a multipart form, and names no model."""
-
-
-class JsonModel(RequestFields, frozen=True, gc=False, kw_only=True):
-    """The top-level `model` of a JSON object, never empty, and what else is read of it. The last of several counts."""
-
-    model: str
-
-    def replaced(self, body: bytes, model: str) -> bytes:
-        """`body`, in which this was found, with another model and otherwise unchanged.
-
-        A body of more than 100,000 brackets and strings gets a second `model` at its end instead, which then counts:
-        searching for the first would block the event loop.
-        """
-        value = json.dumps(model).encode()
-        try:
-            place = place_of_member(body, "model")
-        except TooIntricateError:
-            end = body.rindex(b"}")
-            return b"".join((memoryview(body)[:end], b',"model":', value, memoryview(body)[end:]))
-        return _spliced(body, *place, value)
-
-
-class FormModel(msgspec.Struct, frozen=True, gc=False):
-    """The `model` of a multipart form, never empty: bytes `start` to `end` of the body."""
-
-    model: str
-    start: int
-    end: int
-
-    def replaced(self, body: bytes, model: str) -> bytes:
-        """`body`, in which this was found, with another model and otherwise unchanged."""
-        return _spliced(body, self.start, self.end, model.encode())
-
-
-ModelField: TypeAlias = JsonModel | FormModel
-"""The result of `find_model`."""
-
-
-class _AnyModel(RequestFields, frozen=True, gc=False):
-    model: msgspec.Raw = ABSENT
-
-
-class _AnyPrevious(msgspec.Struct):
-    previous_response_id: msgspec.Raw = ABSENT
-
-
-_decode_previous = msgspec.json.Decoder(_AnyPrevious).decode
-_decode_model = msgspec.json.Decoder(JsonModel).decode
-_check_syntax = msgspec.json.Decoder(_AnyModel).decode
-_decode_text = msgspec.json.Decoder(str).decode
 
 
 def find_model(body: bytes, content_type: str) -> ModelField:
@@ -134,6 +95,23 @@ def model_at_start(start: bytes, content_type: str) -> str | None:
         return None
 
 
+def replaced(field: ModelField, body: bytes, model: str) -> bytes:
+    """`body`, in which `field` was found, with another model and otherwise unchanged.
+
+    A JSON body of more than 100,000 brackets and strings gets a second `model` at its end instead, which then counts:
+    searching for the first would block the event loop.
+    """
+    if isinstance(field, FormModel):
+        return _spliced(body, field.start, field.end, model.encode())
+    value = json.dumps(model).encode()
+    try:
+        start, end = place_of_member(body, "model")
+    except TooIntricateError:
+        end = body.rindex(b"}")
+        return b"".join((memoryview(body)[:end], b',"model":', value, memoryview(body)[end:]))
+    return _spliced(body, start, end, value)
+
+
 def find_or_add_model(body: bytes, content_type: str, default: str | None) -> tuple[ModelField, bytes]:
     """The `model` of `body`, and the body, with the model `default` if it had none. Raises as `find_model`."""
     try:
@@ -161,7 +139,7 @@ def _model_of_json(body: bytes) -> JsonModel:
     if not body.isascii():
         _check_utf8(body)  # msgspec does not check strings that it skips
     try:
-        field = _decode_model(body)
+        field = decode_model(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         field = _model_of_lenient_json(body)
     if not field.model:
@@ -174,7 +152,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     invalid."""
     strict = made_strict(body)
     try:
-        found = _check_syntax(strict)
+        found = decode_any_model(strict)
         if bytes(found.model) in {b"", b"null"}:
             raise missing_model()
         place = place_of_member(body, "model")
@@ -214,7 +192,7 @@ def previous_response_id(body: bytes) -> str | None:
         return None
     for read in (bytes, made_strict):
         try:
-            return _decode_text(memoryview(_decode_previous(read(body)).previous_response_id))
+            return _decode_text(memoryview(decode_previous(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return None

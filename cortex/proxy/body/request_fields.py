@@ -1,9 +1,9 @@
-"""The members of JSON bodies that cortex reads, beside `model`. Pure. Not compiled, unlike their readers: mypyc does
-not know msgspec's structs."""
+"""What cortex reads of the bodies of requests. Pure. Not compiled, unlike its readers: mypyc does not know msgspec's
+structs."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -29,6 +29,35 @@ class RequestFields(msgspec.Struct, frozen=True, gc=False):
     prompt: msgspec.Raw = ABSENT
 
 
+class JsonModel(RequestFields, frozen=True, gc=False, kw_only=True):
+    """The top-level `model` of a JSON object, never empty, and what else is read of it. The last of several counts."""
+
+    model: str
+
+
+class FormModel(msgspec.Struct, frozen=True, gc=False):
+    """The `model` of a multipart form, never empty: bytes `start` to `end` of the body."""
+
+    model: str
+    start: int
+    end: int
+
+
+ModelField: TypeAlias = JsonModel | FormModel
+
+
+class AnyModel(RequestFields, frozen=True, gc=False):
+    """As JsonModel, with a `model` of whatever type."""
+
+    model: msgspec.Raw = ABSENT
+
+
+class PreviousResponse(msgspec.Struct, frozen=True, gc=False):
+    """Of `/v1/responses`."""
+
+    previous_response_id: msgspec.Raw = ABSENT
+
+
 class TextFields(msgspec.Struct, frozen=True, gc=False):
     """Of a path without output. Each of the second three is read together with the first."""
 
@@ -41,6 +70,9 @@ class TextFields(msgspec.Struct, frozen=True, gc=False):
 
 
 decode_fields: Final = msgspec.json.Decoder(RequestFields).decode
+decode_model: Final = msgspec.json.Decoder(JsonModel).decode
+decode_any_model: Final = msgspec.json.Decoder(AnyModel).decode
+decode_previous: Final = msgspec.json.Decoder(PreviousResponse).decode
 decode_texts: Final = msgspec.json.Decoder(TextFields).decode
 decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 """Each raises msgspec.DecodeError, UnicodeDecodeError or RecursionError for what it cannot read."""
