@@ -6,30 +6,35 @@ import math
 from datetime import datetime, timezone
 from typing import Final
 
+from msgspec.structs import astuple
+
 from cortex.accounts.limits.terms import RateState
 
 # What is the same in most answers is formatted once: formatting was a twentieth of a request with limits.
 _MILLIS: Final = [f"{number}ms" for number in range(1000)]
-_STARTS: Final[dict[str, dict[int, str]]] = {"requests": {}, "tokens": {}}  # by kind and limit
+_REQUESTS: Final[dict[int, str]] = {}  # by limit
+_TOKENS: Final[dict[int, str]] = {}
 _MAX_STARTS: Final = 1000
 
 
 def rate_lines(rates: RateState, now: float, *, anthropic: bool) -> bytes:
     """The headers as lines, each after a CRLF: `b"\\r\\nx-ratelimit-limit-requests: 60…"`; empty without a limit.
     `now`: seconds since 1970."""
-    requests, tokens, lines = rates.requests_limit, rates.tokens_limit, ""
+    every: tuple[int | None, int, float, int | None, int, float] = astuple(rates)
+    requests, requests_left, requests_reset, tokens, tokens_left, tokens_reset = every
+    lines = ""
     if anthropic:
         if requests is not None:
-            lines = _anthropic_lines("requests", requests, rates.requests_remaining, now + rates.requests_reset)
+            lines = _anthropic_lines("requests", requests, requests_left, now + requests_reset)
         if tokens is not None:
-            lines += _anthropic_lines("tokens", tokens, rates.tokens_remaining, now + rates.tokens_reset)
+            lines += _anthropic_lines("tokens", tokens, tokens_left, now + tokens_reset)
     else:
         if requests is not None:
-            left, reset = rates.requests_remaining, _duration(rates.requests_reset)
-            lines = f"{_start('requests', requests)}{left}\r\nx-ratelimit-reset-requests: {reset}"
+            start = _REQUESTS.get(requests) or _start(_REQUESTS, "requests", requests)
+            lines = f"{start}{requests_left}\r\nx-ratelimit-reset-requests: {_duration(requests_reset)}"
         if tokens is not None:
-            left, reset = rates.tokens_remaining, _duration(rates.tokens_reset)
-            lines = f"{lines}{_start('tokens', tokens)}{left}\r\nx-ratelimit-reset-tokens: {reset}"
+            start = _TOKENS.get(tokens) or _start(_TOKENS, "tokens", tokens)
+            lines = f"{lines}{start}{tokens_left}\r\nx-ratelimit-reset-tokens: {_duration(tokens_reset)}"
     return lines.encode()
 
 
@@ -39,14 +44,11 @@ def rate_headers(rates: RateState, now: float, *, anthropic: bool) -> dict[str, 
     return dict(line.split(": ") for line in lines if line)
 
 
-def _start(kind: str, limit: int) -> str:
+def _start(starts: dict[int, str], kind: str, limit: int) -> str:
     """The lines of a limit up to what remains of it."""
-    starts = _STARTS[kind]
-    start = starts.get(limit)
-    if start is None:
-        if len(starts) >= _MAX_STARTS:
-            starts.clear()
-        start = starts[limit] = f"\r\nx-ratelimit-limit-{kind}: {limit}\r\nx-ratelimit-remaining-{kind}: "
+    if len(starts) >= _MAX_STARTS:
+        starts.clear()
+    start = starts[limit] = f"\r\nx-ratelimit-limit-{kind}: {limit}\r\nx-ratelimit-remaining-{kind}: "
     return start
 
 
