@@ -57,7 +57,7 @@ test-compiled: $(DEV_STAMP)
 	rm -rf build/compiled
 	CORTEX_COMPILE=yes $(BIN)/python -m pip install --quiet --no-deps --target build/compiled .
 	cp -r tests benchmarks deploy docs pyproject.toml *.md LICENSE models.example.toml Makefile build/compiled
-	cd build/compiled && $(abspath $(BIN))/python -m $(if $(ARGS),pytest -p no:cacheprovider $(ARGS),tests.lanes $(COMPILED_TESTS))
+	cd build/compiled && $(abspath $(BIN))/python -m $(if $(ARGS),pytest -p no:cacheprovider $(ARGS),tests.lanes $(if $(LANES),--lanes $(LANES)) $(COMPILED_TESTS))
 
 test-gpu: $(DEV_STAMP)
 	$(BIN)/python -m tests.gpu $(ARGS)

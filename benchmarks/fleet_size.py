@@ -49,7 +49,7 @@ class Figures:
     request_cpu_us: float  # minus what the idle fleet costs
     request_p50_ms: float  # one client, one request after another
     request_p99_ms: float
-    watched_cpu_ms_per_sec: float  # idle, with one listener on /fleet/events
+    watched_cpu_ms_per_sec: float  # idle, with one listener on /fleet/events?changes=true
     watched_p99_ms: float  # as request_p99_ms, with that listener
     models_ms: float
     models_kib: float
@@ -150,7 +150,7 @@ class Bench:
     async def _watched(self, secs: float) -> tuple[float, list[float]]:
         """The CPU rate and the latencies while a dashboard is open."""
         reader, writer = await asyncio.open_connection(_HOST, self._port)
-        writer.write(request_bytes("GET", "/fleet/events", None))
+        writer.write(request_bytes("GET", "/fleet/events?changes=true", None))
 
         async def drain() -> None:
             while await reader.read(1 << 20):

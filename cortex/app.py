@@ -16,6 +16,7 @@ from aiohttp import web
 
 from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.prices import NO_PRICES, PriceList, price_list
+from cortex.accounts.sign_in.person import People
 from cortex.accounts.usage.journal import UsageJournal
 from cortex.accounts.usage.reports import usage_reports
 from cortex.api.app_keys import (
@@ -29,11 +30,14 @@ from cortex.api.app_keys import (
     METRICS,
     SCHEDULER,
     SHUTDOWN,
+    SIGN_IN,
     STATE,
+    TIMELINE,
     USAGE_REPORTS,
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
+from cortex.api.fleet_changes import FLEET_CHANGES, FleetChanges
 from cortex.api.fleet_view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
@@ -73,7 +77,9 @@ def build_control_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
+    app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
+    app[SIGN_IN] = parts.sign_in
     app[USAGE_REPORTS] = usage_reports(parts.database)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
@@ -86,8 +92,14 @@ def build_control_app(parts: Parts) -> web.Application:
         queue=parts.queue,
         counts=parts.counts,
     )
+    app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
+    app.on_cleanup.append(_close_changes)
     app.add_routes(CONTROL_ROUTES)
     return app
+
+
+async def _close_changes(app: web.Application) -> None:
+    await app[FLEET_CHANGES].close()
 
 
 def build_metrics_app(parts: Parts) -> web.Application:
@@ -136,11 +148,13 @@ async def working(
     address: Address,
     *,
     keys: KeyTable = NO_KEYS,
+    people: People | None = None,
     prices: PriceList = NO_PRICES,
     usage_directory: Path | None = None,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
-    app's, `keys` are those of clients. Usage is written to `usage_directory`, and lost without one."""
+    app's, `keys` are those of clients, `people` knows those that sign in. Usage is written to `usage_directory`, and
+    lost without one."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
@@ -155,7 +169,7 @@ async def working(
         control_address=address,
         max_body_bytes=max_body_bytes,
         cross_site_policy=cross_site_policy(config.gateway),
-        authentication=Authentication(keys, config),
+        authentication=Authentication(keys, config, people),
     )
     files = config.gateway.tls_files
     tls = None if files is None else await asyncio.to_thread(RenewedContext, files, server_context)
@@ -187,6 +201,7 @@ async def serving_here(
         socks,
         address,
         keys=keys.table,
+        people=parts.sign_in,
         prices=prices,
         usage_directory=usage_directory,
     ) as gateway:

@@ -45,8 +45,11 @@ def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None)
     try:
         config = _load_config(config_file)
         configure_logging(config.log_level, config.log_format)
+        warning = _tls_warning(config)
+        if warning is not None:
+            log.warning("%s", warning)
         asyncio.run(_serve(config, fd, lifeline))
-    except (SettingsError, ListenError, StateDirError, ServiceError) as error:
+    except (SettingsError, TlsError, ListenError, StateDirError, ServiceError) as error:
         fail("neuron", error)
     return 0
 
@@ -60,12 +63,12 @@ def run_check(config_file: Path) -> int:
             problem = _open_to_network(sock, config) if _bound_to(sock, config.host) else None
         if problem is not None:
             raise SettingsError([f"{config_file}: host = {config.host!r}: {problem}"])
-    except SettingsError as error:
+        warning = _tls_warning(config)
+    except (SettingsError, TlsError) as error:
         print(error, file=sys.stderr)
         return 1
     harnesses = ", ".join(config.harness_names) or "no harness"
     models = f"{len(config.default_models)} default model{'' if len(config.default_models) == 1 else 's'}"
-    warning = None if config.tls_files is None else certificate_warning(config.tls_files)
     if warning is not None:
         print(f"warning: {config_file}: {warning}", file=sys.stderr)
     for name, program in _missing_programs(config):
@@ -73,6 +76,11 @@ def run_check(config_file: Path) -> int:
         print(f"warning: {where}: this host has no executable {program!r}, so no engine starts here", file=sys.stderr)
     print(f"ok: {config_file}: {config.host}:{config.port}; {harnesses}; {models}")
     return 0
+
+
+def _tls_warning(config: NeuronConfig) -> str | None:
+    """What is wrong with the certificate's dates. Raises TlsError."""
+    return None if config.tls_files is None else certificate_warning(config.tls_files)
 
 
 def _missing_programs(config: NeuronConfig) -> Iterator[tuple[str, str]]:
@@ -123,11 +131,10 @@ def _load_config(path: Path | None) -> NeuronConfig:
             resolve_devices(config.simulate, host=config.name or "")
         except SettingsError as error:
             problems += error.problems
-    files = config.tls_files
-    if files is not None:
+    if config.tls_files is not None:
         try:
-            server_context(files)
-            certificate_warning(files)
+            server_context(config.tls_files)
+            _tls_warning(config)
         except TlsError as error:
             problems.append(str(error))
     if problems:
@@ -183,7 +190,7 @@ def _bound_to(sock: socket.socket, host: str) -> bool:
     elsewhere."""
     try:
         sock.bind((host, 0))
-    except OSError:
+    except (OSError, TypeError):  # TypeError: a name that cannot be in DNS
         return False
     return True
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,7 +126,8 @@ def validate_settings(
         found = model.model_validate(data)
     except ValidationError as error:
         problems = [dict(problem) for problem in error.errors(include_url=False)]
-    described = _described(data, [*problems, *_wrong_types(model, data, sources or {})], source, sources or {})
+    problems += [*_wrong_types(model, data, sources or {}), *_nul_characters(data)]
+    described = _described(data, problems, source, sources or {})
     if found is None or described:
         raise SettingsError(described)
     return found
@@ -150,6 +151,18 @@ def _wrong_types(
             and not any(tuple(map(str, problem["loc"][: len(keys)])) == keys for keys in sources)
         ]
     return []
+
+
+def _nul_characters(value: Any, location: tuple[str | int, ...] = ()) -> Iterator[dict[str, Any]]:
+    """The texts that no path, argument or environment variable may contain."""
+    if isinstance(value, str) and "\0" in value:
+        yield {"type": "value_error", "loc": location, "input": value, "msg": "must not contain a NUL character"}
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _nul_characters(f"{key}" if "\0" in f"{key}" else inner, (*location, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _nul_characters(inner, (*location, number))
 
 
 def _described(

@@ -18,6 +18,8 @@ LOOK_SECS = 1.0
 renewal replaces one after the other."""
 _EXPIRED, _NOT_YET_VALID = 10, 9
 """X509_V_ERR_CERT_HAS_EXPIRED and X509_V_ERR_CERT_NOT_YET_VALID of OpenSSL."""
+_DAMAGED = "damaged PEM data"
+"""OpenSSL gives no reason for it."""
 
 
 class TlsError(Exception):
@@ -83,9 +85,12 @@ def certificate_warning(files: TlsFiles) -> str | None:
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _load_pair(server, files)
     client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(cadata=_first_certificate(files.cert))
+    client.verify_mode = ssl.CERT_NONE
     try:
+        certificate = _shake_hands(client, server)
+        client.verify_mode = ssl.CERT_REQUIRED
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        client.load_verify_locations(cadata=certificate)
         _shake_hands(client, server)
     except ssl.SSLCertVerificationError as error:
         if error.verify_code == _EXPIRED:
@@ -105,17 +110,18 @@ class RenewedContext:
         self._files = files
         self._make = make
         self._stamps = self._look()
+        self._problem: str | None = None
         self.current = make(files)
 
     async def watch_loop(self) -> None:
-        """Reads the files again after each change. Files that cannot be used change nothing. Never returns."""
+        """Reads the files again after each change. Files that cannot be used change nothing, and are tried again: the
+        reason may not be in the files, and end without a change. Never returns."""
         last = self._stamps
         while True:
             await asyncio.sleep(LOOK_SECS)
             stamps = await asyncio.to_thread(self._look)
-            if stamps == last and stamps != self._stamps:
+            if stamps == last and stamps != self._stamps and await asyncio.to_thread(self._renew):
                 self._stamps = stamps
-                await asyncio.to_thread(self._renew)
             last = stamps
 
     def switch(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
@@ -125,17 +131,22 @@ class RenewedContext:
     def _look(self) -> list[Stamp]:
         return [stamp_of(path) for path in self._files.paths]
 
-    def _renew(self) -> None:
+    def _renew(self) -> bool:
+        """Whether the files can be used."""
         try:
             context = self._make(self._files)
             warning = certificate_warning(self._files)
         except TlsError as error:
-            log.warning("TLS files have changed and cannot be used, so the previous ones stay in use: %s", error)
-        else:
-            self.current = context
-            log.info("TLS files reloaded: %s", ", ".join(map(str, self._files.paths)))
-            if warning is not None:
-                log.warning("%s", warning)
+            if str(error) != self._problem:
+                log.warning("TLS files have changed and cannot be used, so the previous ones stay in use: %s", error)
+            self._problem = str(error)
+            return False
+        self.current = context
+        self._problem = None
+        log.info("TLS files reloaded: %s", ", ".join(map(str, self._files.paths)))
+        if warning is not None:
+            log.warning("%s", warning)
+        return True
 
 
 def _load_pair(context: ssl.SSLContext, files: TlsFiles) -> None:
@@ -148,7 +159,7 @@ def _load_pair(context: ssl.SSLContext, files: TlsFiles) -> None:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise TlsError(f"{files.key}: the key does not belong to the certificate {files.cert}") from error
-        raise TlsError(f"{files.cert} and {files.key} cannot be used: {error.reason or error}") from error
+        raise TlsError(f"{files.cert} and {files.key} cannot be used: {error.reason or _DAMAGED}") from error
     except OSError as error:
         raise TlsError(f"{files.cert} and {files.key} cannot be used: {error.strerror or error}") from error
 
@@ -161,8 +172,10 @@ def _load_authorities(context: ssl.SSLContext, path: Path) -> None:
     _require(path, "CERTIFICATE")
     try:
         context.load_verify_locations(path)
-    except (ssl.SSLError, OSError) as error:
-        raise TlsError(f"{path}: cannot be used: {getattr(error, 'reason', None) or error}") from error
+    except ssl.SSLError as error:
+        raise TlsError(f"{path}: cannot be used: {error.reason or _DAMAGED}") from error
+    except OSError as error:
+        raise TlsError(f"{path}: cannot be used: {error.strerror or error}") from error
 
 
 def _require(path: Path, kind: str) -> None:
@@ -175,16 +188,11 @@ def _require(path: Path, kind: str) -> None:
         raise TlsError(f"{path}: has no PEM block {kind}")
 
 
-def _first_certificate(path: Path) -> str:
-    text = path.read_text(encoding="latin-1")
-    start, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    return start + text.partition(start)[2].partition(end)[0] + end + "\n"
-
-
-def _shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
-    """A handshake in memory. Raises ssl.SSLError."""
+def _shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> bytes:
+    """A handshake in memory. Returns the server's certificate, as DER. Raises ssl.SSLError."""
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
+    asking = client.wrap_bio(to_client, to_server)
+    sides = [asking, server.wrap_bio(to_server, to_client, server_side=True)]
     while sides:
         for side in list(sides):
             try:
@@ -192,3 +200,4 @@ def _shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
             except ssl.SSLWantReadError:
                 continue
             sides.remove(side)
+    return asking.getpeercert(binary_form=True) or b""

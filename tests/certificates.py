@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trustme
 
@@ -62,3 +63,74 @@ def trusting() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority().configure_trust(context)
     return context
+
+
+def _no_file(files: PairFiles) -> str:
+    files.cert.unlink()
+    return f"{files.cert}: No such file or directory"
+
+
+def _no_key_file(files: PairFiles) -> str:
+    files.key.unlink()
+    return f"{files.key}: No such file or directory"
+
+
+def _directory(files: PairFiles) -> str:
+    files.cert.unlink()
+    files.cert.mkdir()
+    return f"{files.cert}: Is a directory"
+
+
+def _empty(files: PairFiles) -> str:
+    files.cert.write_bytes(b"")
+    return f"{files.cert}: has no PEM block CERTIFICATE"
+
+
+def _certificate_as_key(files: PairFiles) -> str:
+    files.key.write_bytes(files.cert.read_bytes())
+    return f"{files.key}: has no PEM block PRIVATE KEY"
+
+
+def _key_of_another(files: PairFiles) -> str:
+    (files.key.parent / "other").mkdir()
+    files.key.write_bytes(pair(files.key.parent / "other").key.read_bytes())
+    return f"{files.key}: the key does not belong to the certificate {files.cert}"
+
+
+def _damaged(files: PairFiles) -> str:
+    text = files.cert.read_bytes()
+    files.cert.write_bytes(text[:100] + b"\n" + text[-40:])
+    return f"{files.cert} and {files.key} cannot be used: "
+
+
+def _damaged_chain(files: PairFiles) -> str:
+    with files.cert.open("ab") as file:
+        file.write(b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n")
+    return f"{files.cert} and {files.key} cannot be used: "
+
+
+def _encrypted(files: PairFiles) -> str:
+    key = files.key.read_bytes()
+    command = ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret", "-out", str(files.key)]
+    subprocess.run(command, input=key, check=True, capture_output=True)
+    return f"{files.key}: the key is encrypted"
+
+
+def _unusable(files: PairFiles) -> str:
+    unusable_pair(files.cert.parent)
+    return f"{files.cert}: the certificate cannot be used"
+
+
+FAULTS: Final[tuple[Callable[[PairFiles], str], ...]] = (
+    _no_file,
+    _no_key_file,
+    _directory,
+    _empty,
+    _certificate_as_key,
+    _key_of_another,
+    _damaged,
+    _damaged_chain,
+    _encrypted,
+    _unusable,
+)
+"""Each damages a usable pair, and returns what a message must say of it."""

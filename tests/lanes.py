@@ -1,8 +1,8 @@
-"""`python -m tests.lanes [PATH …]`: runs the tests below these paths, two directories at a time.
+"""`python -m tests.lanes [--lanes N] [PATH …]`: runs the tests below these paths, three directories at a time.
 
-Most tests wait for processes and timers, so one pytest leaves more than half of two cores idle. Each directory is a
-pytest process of its own, whose output appears when it ends. The tests do not share ports, state or names, so any two
-directories can run at the same time.
+Most tests wait for processes and timers, so one pytest uses about a third of a core. Each directory is a pytest process
+of its own, whose output appears when it ends. The tests do not share ports, state or names, so any directories can run
+at the same time.
 
 A busy machine can make a test fail that is not wrong. So a few failed tests are run again, alone, and the run succeeds
 only if each of them then passes three times. They are listed as unsteady: such a test is a fault to mend, in the test
@@ -11,6 +11,7 @@ or in what it tests.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import signal
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-LANES: Final = 2
+LANES: Final = 3
 NO_TESTS: Final = 5
 """pytest's exit status if it has found none."""
 
@@ -41,11 +42,18 @@ END_SECS: Final = 20
 
 LONGEST: Final = (
     "tests/e2e_vllm",
-    "tests/cortex/proxy",
     "tests/neuron/lifecycle",
+    "tests/cortex/proxy",
     "tests/e2e",
     "tests/clients",
+    "tests/container",
+    "tests/cortex/control",
+    "tests/cortex/config",
+    "tests/cortex/simulator",
+    "tests/cortex/fleet",
+    "tests/cortex/accounts",
     "tests/e2e_engines",
+    "tests/cortex/http",
 )
 """They start first, so that no lane is left with a long one at the end."""
 
@@ -98,9 +106,9 @@ class Lanes:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Returns when all directories have been run. Ends its processes if it is interrupted."""
-        lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(LANES)]
+    def run(self, count: int) -> None:
+        """Returns when `count` lanes have run all directories. Ends its processes if it is interrupted."""
+        lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(count)]
         try:
             for lane in lanes:
                 lane.start()
@@ -155,10 +163,10 @@ def steady_alone(ran: Ran) -> bool:
     return True
 
 
-def main(paths: Sequence[str]) -> int:
+def main(paths: Sequence[str], count: int = LANES) -> int:
     with tempfile.TemporaryDirectory() as caches:
         lanes = Lanes(directories(paths or ["tests"]), Path(caches))
-        lanes.run()
+        lanes.run(count)
         failed = [ran for ran in lanes.ran if ran.failed]
         few = sum(len(ran.failures) for ran in failed) <= MOST_UNSTEADY
         unsteady = [ran for ran in failed if few and ran.status == TESTS_FAILED and steady_alone(ran)]
@@ -172,4 +180,8 @@ def main(paths: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m tests.lanes")
+    parser.add_argument("--lanes", type=int, default=LANES)
+    parser.add_argument("paths", nargs="*")
+    options = parser.parse_args()
+    sys.exit(main(options.paths, options.lanes))

@@ -12,8 +12,10 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -28,12 +30,12 @@ _OTHER_UID = 65534
 """Without a user of that name."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
     """A running server. `directory` has its socket."""
 
-    process: subprocess.Popen[bytes]
     directory: Path
+    process: subprocess.Popen[bytes]
 
     def url(self, database: str = "postgres") -> str:
         """The URL of a database, for `database` in cortex.toml."""
@@ -52,40 +54,29 @@ class PostgresServer:
         with ThreadPoolExecutor(1) as thread:  # the caller may be in a running event loop
             thread.submit(asyncio.run, run()).result()
 
+    def stop(self) -> None:
+        """Ends its sessions too."""
+        self.process.send_signal(signal.SIGINT)  # SIGTERM waits for the sessions
+        self.process.wait()
+
+    def start(self) -> None:
+        """After `stop`, with the same data. Returns as soon as it accepts connections."""
+        self.process = _started(self.directory)
+        eventually(lambda: _answers(self), "PostgreSQL accepts connections", within_secs=START_SECS)
+
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[PostgresServer]:
-    """A server for all tests of this run."""
-    directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has a limit
-    user = _server_user()
-    try:
-        if user is not None:
-            os.chown(directory, user.pw_uid, user.pw_gid)
-        as_user = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        data = directory / "data"
-        subprocess.run(
-            [_binary("initdb"), "--pgdata", data, "--username", _USER, "--auth", "trust", "--no-sync", "--locale", "C"],
-            check=True,
-            capture_output=True,
-            cwd=directory,
-            **as_user,  # type: ignore[call-overload]
-        )
-        settings = {"listen_addresses": "", "unix_socket_directories": str(directory), "fsync": "off"}
-        process = subprocess.Popen(
-            [_binary("postgres"), "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
-            stderr=subprocess.DEVNULL,
-            cwd=directory,
-            **as_user,  # type: ignore[call-overload]
-        )
-        try:
-            server = PostgresServer(process, directory)
-            eventually(lambda: _answers(server), "PostgreSQL accepts connections", within_secs=START_SECS)
-            yield server
-        finally:
-            process.send_signal(signal.SIGINT)  # ends sessions; SIGTERM waits for them
-            process.wait()
-    finally:
-        shutil.rmtree(directory)
+    """A server for all tests of this run. It is not stopped in between."""
+    with _running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgresql_server() -> Iterator[PostgresServer]:
+    """A server for one test, which may stop it and start it again."""
+    with _running_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +90,48 @@ def new_postgresql(postgresql_server: PostgresServer) -> Callable[[], str]:
         return postgresql_server.url(name)
 
     return create
+
+
+@contextmanager
+def _running_server() -> Iterator[PostgresServer]:
+    directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has a limit
+    user = _server_user()
+    try:
+        if user is not None:
+            os.chown(directory, user.pw_uid, user.pw_gid)
+        options = ("--username", _USER, "--auth", "trust", "--no-sync", "--locale", "C")
+        subprocess.run(
+            [_binary("initdb"), "--pgdata", directory / "data", *options],
+            check=True,
+            capture_output=True,
+            cwd=directory,
+            **_as_user(),
+        )
+        server = PostgresServer(directory, _started(directory))
+        try:
+            eventually(lambda: _answers(server), "PostgreSQL accepts connections", within_secs=START_SECS)
+            yield server
+        finally:
+            if server.process.poll() is None:
+                server.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
+def _started(directory: Path) -> subprocess.Popen[bytes]:
+    settings = {"listen_addresses": "", "unix_socket_directories": str(directory), "fsync": "off"}
+    return subprocess.Popen(
+        [_binary("postgres"), "-D", directory / "data", *(f"--{name}={value}" for name, value in settings.items())],
+        stderr=subprocess.DEVNULL,
+        cwd=directory,
+        **_as_user(),
+    )
+
+
+def _as_user() -> dict[str, Any]:
+    """Arguments of a process of the server's user."""
+    user = _server_user()
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _server_user() -> pwd.struct_passwd | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -12,8 +13,12 @@ Role: TypeAlias = Literal["user", "viewer", "operator", "admin"]
 also manages keys. Each may do what those before it may."""
 
 
+PERSON_PREFIX: Final = "oidc:"
+"""Begins the name and the id of a person. No key's name has a colon, and no key's id begins so."""
+
+
 class Caller(msgspec.Struct, frozen=True, gc=False):
-    """One API key as requests see it. `key_id` is "" for a client without a key.
+    """One API key, or one person who signs in, as requests see it. `key_id` is "" for a client without a key.
 
     `priority`: higher ones are served first, whatever others wait; 0 unless configured. `weight`: its share among
     callers of the same priority. `models`: globs of the model ids that it may use, none for all. `limited`: its
@@ -27,6 +32,11 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     weight: float = 1.0
     models: tuple[str, ...] = ()
     limited: bool = False
+
+    @property
+    def is_person(self) -> bool:
+        """The caller signs in instead of having a key."""
+        return self.key_id.startswith(PERSON_PREFIX)
 
     def may_use(self, model_id: str) -> bool:
         """`model_id`: as in the catalogue, without a variant."""
@@ -50,4 +60,14 @@ LOOPBACK: Final = Caller("", "loopback", role="admin")
 GUEST: Final = Caller("", "guest", role="user", priority=-1_000_000)
 """A client without a key where others have one or could: it gets what they leave."""
 
-KEYLESS: Final = {caller.name: caller for caller in (ANONYMOUS, LOOPBACK, GUEST)}
+KEYLESS: Final[Mapping[str, Caller]] = {caller.name: caller for caller in (ANONYMOUS, LOOPBACK, GUEST)}
+
+
+def shown_caller(caller: Caller) -> bytes:
+    """The caller for the control process, in ASCII: it knows keys by their id, but not people."""
+    return msgspec.json.encode(caller) if caller.is_person else (caller.key_id or caller.name).encode()
+
+
+def person_shown(text: str) -> Caller | None:
+    """The person that `shown_caller` has written; None for any other caller."""
+    return msgspec.json.decode(text, type=Caller) if text.startswith("{") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
@@ -13,6 +14,7 @@ from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
+from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 
@@ -26,6 +28,8 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+TIMELINE = web.AppKey("timeline", Timeline)
+SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from cortex.accounts.caller import KEYLESS, Caller, Role, may
+from cortex.accounts.caller import KEYLESS, Caller, Role, may, person_shown
 from cortex.api.app_keys import KEYS
 from cortex.http.headers import CALLER_NAME
 from cortex.proxy.paths import INFERENCE_PATHS
@@ -19,14 +19,21 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/v1/models/{model_id}"): "user",
     ("GET", "/health"): None,
     ("GET", "/openapi.json"): None,
+    ("GET", "/"): None,
+    ("GET", "/login"): None,
+    ("GET", "/login/callback"): None,
+    ("GET", "/login/settings"): None,
+    ("POST", "/logout"): None,
     ("GET", "/fleet"): "viewer",
     ("GET", "/fleet/events"): "viewer",
     ("GET", "/fleet/explain"): "viewer",
+    ("GET", "/fleet/timeline"): "viewer",
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",
     ("POST", "/fleet/nodes/{name}/resume"): "operator",
     ("GET", "/usage"): "user",
+    ("GET", "/usage/energy"): "user",
     ("GET", "/v1/organization/usage/completions"): "user",
     ("GET", "/v1/organization/usage/embeddings"): "user",
     ("GET", "/v1/organization/costs"): "user",
@@ -45,7 +52,7 @@ def caller_of(request: web.Request) -> Caller:
         Unauthorized: it has no valid key.
     """
     name = request.headers.get(CALLER_NAME.decode(), "")
-    caller = KEYLESS.get(name) or request.app[KEYS].caller(name)
+    caller = person_shown(name) or KEYLESS.get(name) or request.app[KEYS].caller(name)
     if caller is None:
         raise Unauthorized(
             "a valid API key is required: it is missing, unknown, expired or revoked; send it as "
@@ -62,7 +69,8 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     caller = caller_of(request)
     if not may(caller.role, needed):
-        who = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
+        key = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
+        who = f"{caller.name} has" if caller.is_person else key
         raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")
     return await handler(request)
 

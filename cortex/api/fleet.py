@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
+from collections.abc import Coroutine
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
-from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN
+from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN, TIMELINE
+from cortex.api.fleet_changes import FLEET_CHANGES
 from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
-from cortex.fleet.state import Fleet
+from cortex.fleet.timeline.timeline import HOURS
 from shared.errors import InvalidRequest
 from shared.http import EVENT_STREAM_HEADERS, KEEP_ALIVE_COMMENT
 from shared.serve import CLOSING
@@ -24,18 +30,38 @@ async def show_fleet(request: web.Request) -> web.Response:
 
 
 async def fleet_events(request: web.Request) -> web.StreamResponse:
-    """Server-sent events: the fleet now and after every change, at most one per MIN_INTERVAL_SECS."""
-    fleet, view, closing = request.app[FLEET], request.app[FLEET_VIEW], request.app[CLOSING]
+    """Server-sent events: the fleet now and after every change, at most one per MIN_INTERVAL_SECS; with `changes=true`
+    the fleet once and then what changes, at most one per TICK_SECS."""
+    changes = request.query.get("changes", "false")
+    if changes not in ("true", "false"):
+        raise InvalidRequest(f"'changes' is {changes!r}; it can be true or false", param="changes")
     response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
     await response.prepare(request)
+    await (_send_changes if changes == "true" else _send_views)(request.app, response)
+    return response
+
+
+async def _send_views(app: web.Application, response: web.StreamResponse) -> None:
+    fleet, view, closing = app[FLEET], app[FLEET_VIEW], app[CLOSING]
     while not closing.is_set():
         version, event = view.event()
         await response.write(event)
         await _closing_within(MIN_INTERVAL_SECS, closing)
         while fleet.version == version and not closing.is_set():
-            if not await _change_or_closing(fleet, version, closing):
+            if not await _change_or_closing(fleet.changed_since(version), closing):
                 await response.write(KEEP_ALIVE_COMMENT)
-    return response
+
+
+async def _send_changes(app: web.Application, response: web.StreamResponse) -> None:
+    changes, closing = app[FLEET_CHANGES], app[CLOSING]
+    with changes.listening():
+        place, events = changes.since(None)
+        while not closing.is_set():
+            await response.write(events)
+            if await _change_or_closing(changes.beyond(place), closing):
+                place, events = changes.since(place)
+            else:
+                events = KEEP_ALIVE_COMMENT
 
 
 async def _closing_within(secs: float, closing: asyncio.Event) -> None:
@@ -44,10 +70,9 @@ async def _closing_within(secs: float, closing: asyncio.Event) -> None:
             await closing.wait()
 
 
-async def _change_or_closing(fleet: Fleet, version: int, closing: asyncio.Event) -> bool:
+async def _change_or_closing(change: Coroutine[Any, Any, Any], closing: asyncio.Event) -> bool:
     """Waits for a change or the shutdown. False if neither happens within KEEPALIVE_SECS."""
-    waits = {"change": fleet.changed_since(version), "closing": closing.wait()}
-    return await first_of(waits, timeout_secs=KEEPALIVE_SECS) is not None
+    return await first_of({"change": change, "closing": closing.wait()}, timeout_secs=KEEPALIVE_SECS) is not None
 
 
 async def explain_model(request: web.Request) -> web.Response:
@@ -56,6 +81,24 @@ async def explain_model(request: web.Request) -> web.Response:
     if not name:
         raise InvalidRequest("the query parameter 'model' is required", param="model")
     return web.json_response(explain(name, scheduler.view(), counts.in_flight))
+
+
+async def show_timeline(request: web.Request) -> web.Response:
+    now = time.time()
+    since, until = (_unix_time(request, *each) for each in (("from", now - HOURS * 3600), ("to", now)))
+    body = {"from": since, "to": until, **request.app[TIMELINE].between(since, until)}
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json", charset="utf-8")
+
+
+def _unix_time(request: web.Request, name: str, default: float) -> float:
+    text = request.query.get(name)
+    try:
+        secs = default if text is None else float(text)
+    except ValueError:
+        secs = math.nan
+    if not math.isfinite(secs):
+        raise InvalidRequest(f"{name!r} is {text!r}; it must be a Unix time in seconds", param=name)
+    return secs
 
 
 async def health(request: web.Request) -> web.Response:

@@ -22,6 +22,9 @@ from cortex.routing.replica import ANY_NODE, ReplicaKey
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
 
+SAME_START_SECS = 5.0
+"""A neuron whose start seems to differ by less was not started again: polls take time."""
+
 
 class FleetView:
     """`GET /fleet`, and what `/fleet/events` sends. Times are Unix seconds, memory in MiB."""
@@ -45,50 +48,87 @@ class FleetView:
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
         self._event: tuple[int, float, bytes] | None = None  # fleet version, time, event
+        self._keyed_nodes: dict[str, tuple[NodeSnapshot, dict[str, Any]]] = {}
+        self._keyed_catalogue: tuple[Catalogue, dict[str, Any]] | None = None
 
     def body(self) -> bytes:
         """The current view."""
         fleet = self._fleet.snapshot()
-        rest = {
-            "loads": [
-                {
-                    "model": job.model_id,
-                    **place(job.plan.key),
-                    "started": job.started,
-                    "reason": job.reason,
-                    "because": job.why,
-                    "phase": job.phase,
-                    "evict": [each.resident.key.model_id for each in job.plan.eviction_plan.evictions],
-                }
-                for job in self._loader.jobs()
-            ],
-            "in_flight": [
-                {"model": key.model_id, **place(key), "count": count}
-                for key, count in sorted(self._counts.all_in_flight().items())
-            ],
-            "waiting": [
-                {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
-                for model, waiting in sorted(self._queue.waiting().items())
-            ],
-            "held": [
-                {
-                    "model": model,
-                    "node": None if node == ANY_NODE else node,
-                    "until": until,
-                    "remaining_secs": round(until - time.time(), 1),
-                }
-                for (model, node), until in sorted(self._scheduler.held_back.items())
-            ],
-            "configuration": {
-                "loaded_at": self._live.loaded_at,
-                "files": list(self._live.files),
-                "error": self._live.error,
-            },
-        }
         nodes = [{**self._node(node), "uptime_secs": _uptime(node)} for node in fleet.nodes.values()]
         if len(self._nodes) > len(fleet.nodes):
             self._nodes = {name: known for name, known in self._nodes.items() if name in fleet.nodes}
+        held = [{**each, "remaining_secs": round(each["until"] - time.time(), 1)} for each in self._held()]
+        rest = {
+            "loads": self._loads(),
+            "in_flight": self._in_flight(),
+            "waiting": self._waiting(),
+            "held": held,
+            "configuration": self._configuration(),
+        }
         return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(self._live.catalogue)})
+
+    def keyed(self) -> dict[str, Any]:
+        """The current view with objects in the place of lists, so that a merge patch can name what changed: nodes,
+        models and waiting by name, devices by index, engines, loads and counts by `model@node/instance`. Times are
+        points in time, since durations change without a change of the fleet."""
+        nodes: dict[str, tuple[NodeSnapshot, dict[str, Any]]] = {}
+        for name, node in self._fleet.snapshot().nodes.items():
+            known = self._keyed_nodes.get(name)
+            if known is None or known[0] is not node:
+                before = None if known is None else known[1]["up_since"]
+                known = node, _keyed_node(node, before)
+            nodes[name] = known
+        self._keyed_nodes = nodes
+        catalogue = self._live.catalogue
+        if self._keyed_catalogue is None or self._keyed_catalogue[0] is not catalogue:
+            models = {profile.id: profile.model_dump(mode="json", exclude_none=True) for profile in catalogue.models}
+            self._keyed_catalogue = catalogue, models
+        return {
+            "nodes": {name: known[1] for name, known in nodes.items()},
+            "loads": _by_place(self._loads()),
+            "in_flight": _by_place(self._in_flight()),
+            "waiting": {each["model"]: each for each in self._waiting()},
+            "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
+            "configuration": self._configuration(),
+            "models": self._keyed_catalogue[1],
+            "aliases": dict(catalogue.targets),
+        }
+
+    def _loads(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "model": job.model_id,
+                **place(job.plan.key),
+                "started": job.started,
+                "reason": job.reason,
+                "because": job.why,
+                "phase": job.phase,
+                "evict": [each.resident.key.model_id for each in job.plan.eviction_plan.evictions],
+            }
+            for job in self._loader.jobs()
+        ]
+
+    def _in_flight(self) -> list[dict[str, Any]]:
+        return [
+            {"model": key.model_id, **place(key), "count": count}
+            for key, count in sorted(self._counts.all_in_flight().items())
+        ]
+
+    def _waiting(self) -> list[dict[str, Any]]:
+        return [
+            {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
+            for model, waiting in sorted(self._queue.waiting().items())
+        ]
+
+    def _held(self) -> list[dict[str, Any]]:
+        return [
+            {"model": model, "node": None if node == ANY_NODE else node, "until": until}
+            for (model, node), until in sorted(self._scheduler.held_back.items())
+        ]
+
+    def _configuration(self) -> dict[str, Any]:
+        live = self._live
+        return {"loaded_at": live.loaded_at, "files": list(live.files), "error": live.error}
 
     def event(self) -> tuple[int, bytes]:
         """The fleet's version and its view as a server-sent event. Listeners share one event until it is outdated."""
@@ -117,6 +157,28 @@ FLEET_VIEW = web.AppKey("fleet_view", FleetView)
 def place(key: ReplicaKey) -> dict[str, str]:
     """Where an engine is, for an answer. A neuron with one engine for each model has no names for them."""
     return {"node": key.node, **({"instance": key.instance} if key.instance else {})}
+
+
+def _by_place(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {_name(entry["model"], entry["node"], entry.get("instance")): entry for entry in entries}
+
+
+def _name(model: str, node: str, instance: str | None) -> str:
+    return f"{model}@{node}/{instance}" if instance else f"{model}@{node}"
+
+
+def _keyed_node(node: NodeSnapshot, up_since: float | None) -> dict[str, Any]:
+    """`up_since`: the last one, kept as long as it is about right."""
+    now = _uptime(node)
+    if now is not None and (up_since is None or abs(time.time() - now - up_since) > SAME_START_SECS):
+        up_since = round(time.time() - now)
+    fields = _node(node)
+    return {
+        **fields,
+        "up_since": up_since,
+        "devices": {str(device["index"]): device for device in fields["devices"]},
+        "models": {_name(view["id"], node.name, view.get("instance")): view for view in fields["models"]},
+    }
 
 
 def _encoded(fields: dict[str, Any]) -> dict[str, msgspec.Raw]:

@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from cortex.accounts.keys.key_terms import KeyTerms
-from cortex.accounts.usage.query import GROUPS
+from cortex.accounts.usage.query import ENERGY_GROUPS, ENERGY_KINDS, GROUPS
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
@@ -51,6 +51,7 @@ _SECURITY_SCHEMES = {
 }
 _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_CHARS, "description": "A model id or an alias."}
 _ANY_OBJECT = {"type": "object"}
+_PAGE = ("text/html",)
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ def _inference(path: str) -> Operation:
     )
 
 
+_BETWEEN = {
+    "from": "A time in ISO 8601 or seconds since 1970, or how long ago: 7d, 24h. Default: 30 days before `to`.",
+    "to": "Likewise; not included. Default: now.",
+}
+
+
 def _organization(summary: str) -> Operation:
     return Operation(
         f"{summary} In OpenAI's shape; a key with the role user sees itself only.",
@@ -135,6 +142,7 @@ def _organization(summary: str) -> Operation:
             "group_by": "model and api_key_id.",
             "models": "Only these models.",
             "api_key_ids": "Only these keys, by id or name.",
+            "batch": "`true`: only batch jobs, of which there are none.",
             "limit": "Buckets of a page.",
             "page": "`next_page` of the page before.",
         },
@@ -157,13 +165,21 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("200 while at least one neuron is healthy, 503 otherwise.", "fleet"),
     ("GET", "/fleet"): Operation("Neurons, devices, models, loads and requests.", "fleet"),
     ("GET", "/fleet/events"): Operation(
-        "The fleet after every change, as server-sent events.", "fleet", content_types=("text/event-stream",)
+        "The fleet after every change, as server-sent events.",
+        "fleet",
+        query={"changes": "`true` sends the fleet once, and then only what changes."},
+        content_types=("text/event-stream",),
     ),
     ("GET", "/fleet/explain"): Operation(
         "What a request for the model would do now, and why.",
         "fleet",
         query={"model": "A model id or an alias."},
         required_query=frozenset({"model"}),
+    ),
+    ("GET", "/fleet/timeline"): Operation(
+        "Which model was where, failures, and who waited, in the last 24 hours.",
+        "fleet",
+        query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
     ),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
@@ -185,16 +201,44 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "usage",
         query={
             "group_by": f"Some of {', '.join(GROUPS)}.",
-            "from": "A time in ISO 8601 or seconds since 1970, or how long ago: 7d, 24h. Default: 30 days before `to`.",
-            "to": "Likewise; not included. Default: now.",
+            **_BETWEEN,
             "key": "Only these keys, by name or id.",
             "model": "Only these models.",
+        },
+    ),
+    ("GET", "/usage/energy"): Operation(
+        "What the meters of the GPUs have counted, by what it was used for. A key with the role user sees itself only.",
+        "usage",
+        query={
+            "group_by": f"Some of {', '.join(ENERGY_GROUPS)}.",
+            **_BETWEEN,
+            "node": "Only these nodes.",
+            "model": "Only these models.",
+            "key": "Only these keys, by name or id.",
+            "kind": f"Only these of {', '.join(ENERGY_KINDS)}.",
         },
     ),
     ("GET", "/v1/organization/usage/completions"): _organization("The tokens of chats and completions."),
     ("GET", "/v1/organization/usage/embeddings"): _organization("The tokens of embeddings."),
     ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
+    ("GET", "/"): Operation(
+        "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
+    ),
+    ("GET", "/login"): Operation(
+        "Sends a browser to the issuer (303).",
+        "sign-in",
+        query={"next": "The path to show after that."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/callback"): Operation(
+        "The browser comes back from the issuer and gets the cookie of a session.",
+        "sign-in",
+        query={"code": "The issuer's.", "state": "As /login has sent it.", "error": "Why the issuer refuses."},
+        content_types=_PAGE,
+    ),
+    ("GET", "/login/settings"): Operation("The issuer and the client that terminals sign in with.", "sign-in"),
+    ("POST", "/logout"): Operation("Ends the browser's session.", "sign-in"),
 }
 """By method and path; a test compares it with the routes."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, keys, models, openapi, operator, usage
+from cortex.api import fleet, keys, models, openapi, operator, sign_in, usage
 from cortex.api.app_keys import COUNTS, METRICS
 from cortex.proxy.paths import INFERENCE_PATHS
 
@@ -29,6 +29,7 @@ CONTROL_ROUTES = (
     web.get("/fleet", fleet.show_fleet),
     web.get("/fleet/events", fleet.fleet_events),
     web.get("/fleet/explain", fleet.explain_model),
+    web.get("/fleet/timeline", fleet.show_timeline),
     web.post("/fleet/load", operator.load_model),
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),
@@ -38,10 +39,16 @@ CONTROL_ROUTES = (
     web.delete("/keys/{name}", keys.revoke_key),
     web.post("/keys/{name}/rotate", keys.rotate_key),
     web.get("/usage", usage.show_usage),
+    web.get("/usage/energy", usage.show_energy),
     web.get("/v1/organization/usage/completions", usage.organization_completions),
     web.get("/v1/organization/usage/embeddings", usage.organization_embeddings),
     web.get("/v1/organization/costs", usage.organization_costs),
     web.get("/openapi.json", openapi.show_openapi),
+    web.get("/", sign_in.start_page),
+    web.get("/login", sign_in.login),
+    web.get("/login/callback", sign_in.login_callback),
+    web.get("/login/settings", sign_in.login_settings),
+    web.post("/logout", sign_in.logout),
 )
 
 METRICS_ROUTES = (web.get("/metrics", expose_metrics),)

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 import typer
 
 from cortex.cli.key_commands import keys_app
-from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, print_answer
+from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, credential_for, print_answer
 from shared.terminal.command_line import command_line
 
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
@@ -28,7 +28,7 @@ def _fetch(ctx: typer.Context, path: str) -> Any:
 
     url = str(ctx.params.get("url") or os.environ.get("CORTEX_URL") or DEFAULT_URL)
     try:
-        key = os.environ.get("CORTEX_API_KEY")
+        key = credential_for(url)
         return call(url, "GET", path, api_key=key, timeout_secs=_COMPLETION_TIMEOUT_SECS)
     except CallFailed:
         return None
@@ -74,11 +74,14 @@ def serve(
     ] = None,
     fd: Annotated[int | None, typer.Option(hidden=True, help="An inherited, bound socket to listen on.")] = None,
     lifeline_fd: Annotated[int | None, typer.Option(hidden=True, help="Stop when this inherited pipe closes.")] = None,
+    remove_state: Annotated[
+        bool, typer.Option("--remove-state", hidden=True, help="Remove the state directory at the end.")
+    ] = False,
 ) -> int:
     """Run the front door."""
     from cortex.cli.serve import run_serve
 
-    return run_serve(config, workers=workers, fd=fd, lifeline=lifeline_fd)
+    return run_serve(config, workers=workers, fd=fd, lifeline=lifeline_fd, remove_state=remove_state)
 
 
 @app.command()
@@ -91,16 +94,21 @@ def check(config: ConfigFile) -> int:
 
 @app.command()
 def dev(
+    *,
     fleet: Annotated[str, typer.Option(help="The hosts, as NAME=COUNTxDEVICE,...")] = DEFAULT_FLEET,
     port: Annotated[int, typer.Option(help="Port on loopback; 0 picks a free one.")] = 31313,
     engine: Annotated[Literal["sim", "vllm"], typer.Option(help="What the neurons run.")] = "sim",
     model_dir: Annotated[Path | None, typer.Option(help="With --engine vllm: the model behind every name.")] = None,
     vllm_command: Annotated[str, typer.Option(help="With --engine vllm: how to start vLLM.")] = "vllm",
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep keys, usage and load times there. Default: until the end only."),
+    ] = None,
 ) -> int:
     """Run a simulated fleet on this machine, without GPU or config file."""
     from cortex.cli.dev.command import run_dev
 
-    return run_dev(fleet, port=port, engine=engine, model_dir=model_dir, vllm_command=vllm_command)
+    return run_dev(fleet, port=port, engine=engine, model_dir=model_dir, vllm_command=vllm_command, state_dir=state_dir)
 
 
 @app.command()
@@ -166,6 +174,28 @@ def simulate(
 
 
 @app.command()
+def login(
+    url: Url = DEFAULT_URL,
+    browser: Annotated[
+        bool,
+        typer.Option("--browser", help="Use a browser on this machine, also if the issuer takes another device's."),
+    ] = False,
+) -> int:
+    """Sign in with an account of OpenID Connect; later commands use it."""
+    from cortex.cli.sign_in.login import run_login
+
+    return run_login(url, with_browser=browser)
+
+
+@app.command()
+def logout(url: Url = DEFAULT_URL) -> int:
+    """End what `cortex login` has begun."""
+    from cortex.cli.sign_in.login import run_logout
+
+    return run_logout(url)
+
+
+@app.command()
 def status(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Show the neurons, their GPUs and their models."""
     from cortex.cli.tables import status_table
@@ -189,9 +219,14 @@ def usage(
     group_by: Annotated[
         str,
         typer.Option(
-            metavar="NAME,...", help="Some of key, model, variant, node, path, status, hour, day, month. Default: none."
+            metavar="NAME,...",
+            help="Some of key, model, variant, node, path, status, hour, day, month; "
+            "with --energy of node, device, model, key, kind, hour, day, month. Default: none.",
         ),
     ] = "",
+    energy: Annotated[
+        bool, typer.Option("--energy", help="The energy of all GPUs: for requests, resident models, and idle.")
+    ] = False,
     since: Annotated[
         str | None,
         typer.Option("--from", metavar="TIME", help="2026-11-01, 2026-11-01T12:00Z, 7d, 24h. Default: 30 days."),
@@ -204,15 +239,16 @@ def usage(
     as_json: Json = False,
 ) -> int:
     """Show what was used, by whom, and what it cost."""
-    from cortex.cli.usage_report import usage_csv, usage_table
+    from cortex.cli.usage_report import energy_table, usage_csv, usage_table
 
     if as_csv and as_json:
         raise typer.BadParameter("give either --csv or --json")
     given = [("group_by", group_by), ("from", since), ("to", until)]
     given += [("key", each) for each in key or ()] + [("model", each) for each in model or ()]
     query = urlencode([(name, value) for name, value in given if value])
-    answer = ask(url, "GET", f"/usage?{query}")
-    print_answer(url, answer, as_json, usage_csv if as_csv else usage_table)
+    answer = ask(url, "GET", f"/usage{'/energy' if energy else ''}?{query}")
+    show = energy_table if energy else usage_table
+    print_answer(url, answer, as_json, usage_csv if as_csv else show)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Sequence, Sized
@@ -55,9 +56,11 @@ _OPEN_TO_NETWORK = (
 )
 
 
-def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None) -> int:
+def run_serve(
+    config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None, remove_state: bool = False
+) -> int:
     """Serves until told to stop; the exit status. `workers` overrides the file, `fd` is a bound socket to listen on,
-    and closing the other end of the pipe `lifeline` stops the service."""
+    and closing the other end of the pipe `lifeline` stops the service. `remove_state`: nothing is kept after that."""
     try:
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
@@ -69,6 +72,8 @@ def run_serve(config_file: Path, *, workers: int | None, fd: int | None, lifelin
                 os.set_inheritable(inherited, False)
         sock = None if fd is None else socket.socket(fileno=fd)
         run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
+        if remove_state and (directory := state_directory(config, config_file)) is not None:
+            shutil.rmtree(directory, ignore_errors=True)
     except (SettingsError, ListenError, DatabaseError, OSError) as error:
         fail("cortex", error)
     return 0
@@ -80,9 +85,13 @@ def run_check(config_file: Path) -> int:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
         problems += key_problems(config, config_file)
+        warnings = configuration_warnings(config, catalogue, config_file)
+        try:
+            warnings += tls_warnings(config, config_file)
+        except SettingsError as error:
+            problems += error.problems
         if problems:
             raise SettingsError(problems)
-        warnings = [*configuration_warnings(config, catalogue, config_file), *tls_warnings(config, config_file)]
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -134,7 +143,7 @@ async def serve(
             config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
         ) as parts,
     ):
-        _refuse_open_network(socks[0], config, keys, files.path)
+        _check_keys(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
@@ -155,9 +164,13 @@ async def serve(
                 closing.set()  # first: event streams are requests in flight, too
 
 
-def _refuse_open_network(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
-    """Raises SettingsError if strangers could use cortex without a key, and the operator has not allowed it."""
-    if keys.table.empty and not config.gateway.allow_anonymous and reaches_network(sock):
+def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
+    """Warns of budgets in another currency. Raises SettingsError if strangers could use cortex without a key, and the
+    operator has not allowed it."""
+    for problem in keys.foreign_budgets(config.usage.currency):
+        log.warning("%s", problem)
+    closed = bool(keys.keys) or config.auth.oidc.on
+    if not closed and not config.gateway.allow_anonymous and reaches_network(sock):
         host, port = sock.getsockname()[:2]
         given = os.environ.get("STATE_DIRECTORY")  # systemd's, which a shell does not have
         directory = f"STATE_DIRECTORY={given} " if given and config.state_dir is None and not config.database else ""
@@ -184,6 +197,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         fleet=parts.fleet,
         shutdown=parts.shutdown,
         keys=parts.keys,
+        people=parts.sign_in,
         usage_directory=usage,
     )
 
@@ -197,6 +211,7 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         membership=parts.membership,
         routes=parts.routes,
         state=parts.state,
+        foreign_budgets=parts.keys.foreign_budgets,
     )
 
 

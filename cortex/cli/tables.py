@@ -84,7 +84,7 @@ def keys_table(answer: dict[str, Any]) -> str:
             key["role"],
             ", ".join(key["models"]) or "all",
             _limits_text(key),
-            _day(key["expires_at"]),
+            _expiry(key["expires_at"]),
             key["source"],
         ]
         for key in answer["keys"]
@@ -100,8 +100,11 @@ def _limits_text(limits: dict[str, Any]) -> str:
     return "; ".join(filter(None, [text, *by_model])) or "none"
 
 
-def _day(secs: float | None) -> str:
-    return "never" if secs is None else datetime.fromtimestamp(secs, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+def _expiry(secs: float | None) -> str:
+    if secs is None:
+        return "never"
+    at = datetime.fromtimestamp(secs, timezone.utc)
+    return f"{at:%Y-%m-%d %H:%M} UTC{' (expired)' if at <= datetime.now(timezone.utc) else ''}"
 
 
 def _stands_for(entry: dict[str, Any]) -> str:

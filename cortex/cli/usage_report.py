@@ -1,12 +1,16 @@
-"""The answer of `/usage` as a table for people and as CSV for spreadsheets."""
+"""The answers of `/usage` and `/usage/energy` as a table for people and as CSV for spreadsheets."""
 
 from __future__ import annotations
 
 import csv
 import io
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, TypeAlias
 
 from shared.terminal.tables import table
+
+_Columns: TypeAlias = Sequence[tuple[str, str]]
+"""Names in the answer, and titles."""
 
 _COLUMNS = (
     ("requests", "REQUESTS"),
@@ -22,20 +26,34 @@ _COLUMNS = (
     ("first_byte_secs_mean", "FIRST BYTE"),
     ("first_byte_secs_p95", "P95"),
 )
+_ENERGY_COLUMNS = (("energy_wh", "WH"), ("energy_cost", "COST"))
+
+
+def energy_table(energy: dict[str, Any]) -> str:
+    """The answer of `/usage/energy`: a row for each group, the totals, and what has no meter."""
+    notes = [
+        f"not measured: {each['node']}{each['device'] and ' device ' + each['device']}: {each['reason']}"
+        for each in energy["unmetered"]
+    ]
+    return "\n".join([_table(energy, _ENERGY_COLUMNS, {"energy_cost"}), *notes])
 
 
 def usage_table(usage: dict[str, Any]) -> str:
-    """A row for each group, and the totals. Tokens are numbers, times seconds."""
-    groups, currency = usage["group_by"], usage["currency"]
-    titles = [f"COST {currency}" if name == "cost" else title for name, title in _COLUMNS]
-    rows = [[*(str(row[group]) or "-" for group in groups), *_cells(row)] for row in usage["rows"]] if groups else []
-    total = [*(["total"] + [""] * (len(groups) - 1) if groups else []), *_cells(usage["totals"])]
+    """The answer of `/usage`: a row for each group, and the totals. Tokens are numbers, times seconds."""
+    return _table(usage, _COLUMNS, {"cost"})
+
+
+def _table(report: dict[str, Any], columns: _Columns, in_currency: Collection[str]) -> str:
+    groups = report["group_by"]
+    titles = [f"{title} {report['currency']}" if name in in_currency else title for name, title in columns]
+    rows = [[*(str(row[group]) or "-" for group in groups), *_cells(row, columns)] for row in report["rows"]]
+    total = [*(["total"] + [""] * (len(groups) - 1) if groups else []), *_cells(report["totals"], columns)]
     head = [*(group.upper() for group in groups), *titles]
-    return table([head, *rows, total], right=set(range(len(groups), len(head))))
+    return table([head, *(rows if groups else ()), total], right=set(range(len(groups), len(head))))
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [_cell(name, row[name]) for name, _ in _COLUMNS]
+def _cells(row: dict[str, Any], columns: _Columns) -> list[str]:
+    return [_cell(name, row[name]) for name, _ in columns]
 
 
 def _cell(name: str, value: float | None) -> str:
@@ -49,9 +67,11 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def usage_csv(usage: dict[str, Any]) -> str:
-    """A line for each group, with the names of `/usage` in the first line; without a final line end."""
+    """The answer of `/usage` or `/usage/energy`: a line for each group, with its names in the first line; without a
+    final line end."""
+    columns = _ENERGY_COLUMNS if usage["object"] == "energy" else _COLUMNS
     rows = usage["rows"] if usage["group_by"] else [usage["totals"]]
-    names = [*usage["group_by"], *(name for name, _ in _COLUMNS), "currency"]
+    names = [*usage["group_by"], *(name for name, _ in columns), "currency"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

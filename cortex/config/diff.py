@@ -27,6 +27,13 @@ RELOAD_OF: Mapping[str, Reload] = {
     "neurons": Reload.APPLIES,
     "keys.file": Reload.APPLIES,
     "auth.trust_loopback": Reload.APPLIES,
+    "auth.oidc.groups_claim": Reload.APPLIES,
+    "auth.oidc.roles.user": Reload.APPLIES,
+    "auth.oidc.roles.viewer": Reload.APPLIES,
+    "auth.oidc.roles.operator": Reload.APPLIES,
+    "auth.oidc.roles.admin": Reload.APPLIES,
+    "auth.oidc.default_role": Reload.APPLIES,
+    "auth.oidc.session_hours": Reload.APPLIES,
     "poll.interval_secs": Reload.APPLIES,
     "poll.timeout_secs": Reload.APPLIES,
     "poll.unhealthy_after": Reload.APPLIES,
@@ -50,6 +57,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "waiting.plain_keepalive": Reload.APPLIES,
     "usage.currency": Reload.APPLIES,
     "usage.retention_days": Reload.APPLIES,
+    "usage.daily_retention_days": Reload.APPLIES,
     "energy.price_per_kwh": Reload.APPLIES,
     "state_dir": Reload.NEEDS_RESTART,
     "database": Reload.NEEDS_RESTART,
@@ -65,6 +73,15 @@ RELOAD_OF: Mapping[str, Reload] = {
     "gateway.allowed_origins": Reload.NEEDS_RESTART,
     "gateway.allowed_hosts": Reload.NEEDS_RESTART,
     "gateway.allow_anonymous": Reload.NEEDS_RESTART,
+    "auth.oidc.issuer": Reload.NEEDS_RESTART,
+    "auth.oidc.client_id": Reload.NEEDS_RESTART,
+    "auth.oidc.client_secret": Reload.NEEDS_RESTART,
+    "auth.oidc.client_secret_env": Reload.NEEDS_RESTART,
+    "auth.oidc.client_secret_file": Reload.NEEDS_RESTART,
+    "auth.oidc.cli_client_id": Reload.NEEDS_RESTART,
+    "auth.oidc.audiences": Reload.NEEDS_RESTART,
+    "auth.oidc.scopes": Reload.NEEDS_RESTART,
+    "auth.oidc.redirect_url": Reload.NEEDS_RESTART,
     "neuron_tls.ca": Reload.NEEDS_RESTART,
     "neuron_tls.cert": Reload.NEEDS_RESTART,
     "neuron_tls.key": Reload.NEEDS_RESTART,
@@ -77,7 +94,7 @@ RELOAD_OF: Mapping[str, Reload] = {
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
-SECRET = frozenset({"token", "database", "metrics_token"})
+SECRET = frozenset({"token", "database", "metrics_token", "client_secret"})
 
 
 @dataclass(frozen=True)

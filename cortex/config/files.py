@@ -201,7 +201,7 @@ def with_workers(config: CortexConfig, workers: int) -> CortexConfig:
 def state_directory(config: CortexConfig, path: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
     """Where this cortex keeps its persistent state: `state_dir`, relative to the file; else systemd's directory;
     else one below the user's state directory, derived from the file's path so that two cortexes never share it.
-    None, which keeps no state, for a file that is not on disk, such as that of `cortex dev`."""
+    None, which keeps no state, for a file that is not on disk."""
     if config.state_dir is not None:
         return (path.parent / config.state_dir).absolute()
     lasting = path.resolve()

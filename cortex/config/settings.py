@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.config.sign_in import AuthSettings
 from cortex.http.headers import OF_REQUESTS, PASS
 from shared.cross_site import checked_hosts, checked_origins
 from shared.settings import SettingsModel
@@ -89,12 +90,6 @@ class KeysSettings(SettingsModel):
     """`[keys]`: API keys that are provisioned from outside."""
 
     file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
-
-
-class AuthSettings(SettingsModel):
-    """`[auth]`: who may do what without a key."""
-
-    trust_loopback: bool = False  # True: clients on this host need no key, although others do
 
 
 class PollSettings(SettingsModel):
@@ -184,6 +179,7 @@ class UsageSettings(SettingsModel):
 
     currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
     retention_days: int = Field(default=400, ge=0)  # 0: no limit
+    daily_retention_days: int = Field(default=3650, ge=0)  # of the daily sums; 0: no limit
 
 
 class EnergySettings(SettingsModel):
@@ -305,7 +301,7 @@ class CortexConfig(SettingsModel):
         return {name: network for name, network in every.items() if network != HostNetwork()}
 
     def beside(self, config_file: Path) -> CortexConfig:
-        """With absolute paths for the TLS files, which are relative to the file that names them."""
+        """With absolute paths for TLS files and the client's secret, which are relative to the file that names them."""
 
         def found(table: SettingsModel, *keys: str) -> SettingsModel:
             paths = {key: getattr(table, key) for key in keys}
@@ -315,6 +311,7 @@ class CortexConfig(SettingsModel):
         tables = {
             "gateway": found(self.gateway, "tls_cert", "tls_key"),
             "neuron_tls": found(self.neuron_tls, "ca", "cert", "key"),
+            "auth": self.auth.model_copy(update={"oidc": found(self.auth.oidc, "client_secret_file")}),
         }
         return self.model_copy(update=tables)
 

@@ -114,7 +114,7 @@ class Demand:
 
     def record_waiting(self, model_id: str, caller: Caller) -> None:
         """A request of this caller for a model arrived, and waits."""
-        self._device_time.present(caller, self._clock())
+        self._device_time.waits(caller, model_id, self._clock())
         self.record_request(model_id)
 
     def record_request(self, model_id: str, count: int = 1) -> None:
@@ -222,16 +222,16 @@ class Demand:
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
         """How each replica is used. Requests that came and went since the last sample count too: a model
         used a moment ago is not idle."""
-        in_flight = self._collect(self._clock())
+        now = self._clock()
+        in_flight = self._collect(now)
         loaded_at = {key: at for replicas in self._loaded_at.values() for key, at in replicas.items()}
-        callers = self._device_time.users()
         return {
             key: ReplicaUsage(
                 in_flight.get(key, 0),
                 self._last_used.get(key, 0.0),
                 loaded_at.get(key, 0.0),
                 peak=0 if (own := self._own.get(key)) is None else own.peak,
-                callers=callers.get(key, frozenset()),
+                callers=self._device_time.users(key, key.model_id, now),
             )
             for key in loaded_at.keys() | in_flight.keys()
         }

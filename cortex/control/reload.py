@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections.abc import Callable
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
@@ -39,14 +40,17 @@ class Reloader:
         membership: Membership,
         routes: RouteTable,
         state: StateFile,
+        foreign_budgets: Callable[[str], list[str]],
     ) -> None:
-        """Set `asked` to have the files read now."""
+        """Set `asked` to have the files read now. `foreign_budgets`: what is wrong with the keys' budgets if prices are
+        in this currency."""
         self._files = files
         self._live = live
         self._fleet = fleet
         self._membership = membership
         self._routes = routes
         self._state = state
+        self._foreign_budgets = foreign_budgets
         self._asked = asked
         self._warned: frozenset[str] = frozenset()
 
@@ -94,6 +98,12 @@ class Reloader:
     def _compare(self, config: CortexConfig, catalogue: Catalogue) -> tuple[Difference, list[str]]:
         """Runs off the event loop: a large catalogue takes a moment to read."""
         new_config, new_catalogue = self._files.read()
+        currency = new_config.usage.currency
+        if currency != config.usage.currency:
+            where = f"{self._files.path}: usage.currency = {currency!r}"
+            foreign = [f"{where}: {problem}" for problem in self._foreign_budgets(currency)]
+            if foreign:
+                raise SettingsError(foreign)
         warnings = [
             *configuration_warnings(new_config, new_catalogue, self._files.path),
             *catalogue_problems(new_catalogue, new_config.models_path(self._files.path)),

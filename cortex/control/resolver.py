@@ -30,7 +30,7 @@ from cortex.http.errors import shutting_down
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 from shared.errors import ServiceError, UpstreamError
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import timeout
@@ -174,8 +174,11 @@ class Resolver:
         for name in self._live.catalogue.names_of(replica.model_id):
             self._queue.notify_first(name, count)
 
-    def tell_owner(self, response_id: str, replica: Replica) -> None:
-        self._state.add_response(response_id, replica)
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        return self.response_owners.find(response_id)
+
+    def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
+        self._state.add_response(response_id, maker)
 
     def note(self, model_id: str) -> WaitNote:
         """What a client that waits for the model may be told now."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ from cortex.accounts.limits.limiter import LimitOwner
 from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.opening import open_limiter
+from cortex.accounts.sign_in.opening import open_sign_in
+from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -41,7 +45,11 @@ from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
+from cortex.fleet.timeline.spans import Cause
+from cortex.fleet.timeline.timeline import ModelCounts, Timeline
+from cortex.fleet.timeline.timeline_file import TimelineFile
 from cortex.fleet.variant_labels import VariantLabels
+from cortex.metrics.counters import merged
 from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
@@ -104,12 +112,14 @@ class ControlCore:
 @dataclass(frozen=True)
 class Parts(ControlCore):
     """A running control, for `cortex.app` and `cortex.cli.serve`, which give each object what it needs of it. `created`
-    is Unix time. `database` is None for a cortex that keeps nothing."""
+    is Unix time. `database` is None for a cortex that keeps nothing, `sign_in` if people cannot sign in."""
 
     membership: Membership
     created: int
     database: Database | None
     keys: KeyRing
+    timeline: Timeline
+    sign_in: SignIn | None
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -245,6 +255,7 @@ async def running_control(
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
+        sign_in = open_sign_in(live, database)
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
@@ -252,15 +263,55 @@ async def running_control(
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
+        timeline = _timeline(core)
+        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
             loops["energy"] = books.run
         try:
             async with running(loops):
-                yield Parts(**vars(core), membership=membership, created=int(time.time()), database=database, keys=keys)
+                yield Parts(
+                    **vars(core),
+                    membership=membership,
+                    created=int(time.time()),
+                    database=database,
+                    keys=keys,
+                    timeline=timeline,
+                    sign_in=sign_in,
+                )
         finally:
+            if sign_in is not None:
+                await sign_in.close()
             await asyncio.gather(membership.close(), core.close(), limiter.close())
+            await timeline.flush()
             await state.close()
+
+
+def _timeline(core: ControlCore) -> Timeline:
+    """Reads its file. Blocks."""
+
+    def causes() -> list[Cause]:
+        return [
+            Cause(job.plan.key, job.why, tuple(each.resident.key for each in job.plan.eviction_plan.evictions))
+            for job in core.loader.jobs()
+        ]
+
+    async def counts() -> ModelCounts:
+        await core.counts.refresh()
+        answered, errors = Counter[str](), Counter[str]()
+        for (model, _), series in merged(core.counts.counters()).items():
+            answered[model] += sum(series.statuses.values())
+            errors[model] += sum(count for status, count in series.statuses.items() if status >= HTTPStatus.BAD_REQUEST)
+        return ModelCounts(answered, errors)
+
+    directory = core.state.directory
+    return Timeline(
+        core.fleet,
+        causes=causes,
+        waiting=lambda: {model: waiting.count for model, waiting in core.queue.waiting().items()},
+        counts=counts,
+        file=None if directory is None else TimelineFile(directory),
+    )
 
 
 def _use_keys(keys: KeyRing, core: ControlCore) -> None:

@@ -4,7 +4,6 @@ keys, and which engine made a response."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey
-from cortex.routing.response_owners import OwnerList, ResponseOwners
+from cortex.routing.response_owners import OwnerList, ResponseMaker, ResponseOwners
 from shared.protocol import first_problem
 from shared.system.files import replace_file
 from shared.tasks import TaskSet
@@ -35,10 +34,34 @@ Secs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 class _Responses(BaseModel):
     """Which engines made which responses: `made` has the place in `engines` (model, neuron and instance, which files of
-    earlier versions lack) by id."""
+    earlier versions lack) by id, `adapters` the adapter by the same place, `keys` the id of the API key that it was
+    made for, which files of earlier versions lack."""
 
     engines: list[tuple[str, str] | tuple[str, str, str]] = []
+    adapters: dict[int, str] = {}
+    keys: dict[int, str] = {}
     made: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, owners: OwnerList) -> _Responses:
+        adapters = {place: maker.engine.adapter for place, maker in enumerate(owners.makers)}
+        keys = {place: maker.key_id for place, maker in enumerate(owners.makers)}
+        return cls(
+            engines=[tuple(maker.engine.key) for maker in owners.makers],
+            adapters={place: adapter for place, adapter in adapters.items() if adapter is not None},
+            keys={place: key_id for place, key_id in keys.items() if key_id is not None},
+            made=owners.responses,
+        )
+
+    @property
+    def owners(self) -> OwnerList:
+        """Without URLs of the engines."""
+        makers = []
+        for place, (model_id, node, *instance) in enumerate(self.engines):
+            key = ReplicaKey(model_id, node, *(instance or [""]))
+            engine = Replica(key=key, name=key.name, url="", adapter=self.adapters.get(place))
+            makers.append(ResponseMaker(engine, self.keys.get(place)))
+        return OwnerList(makers, {made: place for made, place in self.made.items() if 0 <= place < len(makers)})
 
 
 class _DeviceTime(BaseModel):
@@ -85,6 +108,10 @@ class StateFile:
         self.problem: str | None = None
         if directory is not None:
             self._read(directory / NAME)
+
+    @property
+    def directory(self) -> Path | None:
+        return self._directory
 
     @property
     def drained(self) -> Collection[str]:
@@ -145,9 +172,9 @@ class StateFile:
         self._device_time = _DeviceTime(as_of=time.time(), accounts=dict(accounts))
         self._touch()
 
-    def add_response(self, response_id: str, replica: Replica) -> None:
+    def add_response(self, response_id: str, maker: ResponseMaker) -> None:
         """This engine made the response."""
-        self.response_owners.add(response_id, replica)
+        self.response_owners.add(response_id, maker)
         self._touch()
 
     async def write_loop(self) -> None:
@@ -179,17 +206,17 @@ class StateFile:
     def _read(self, path: Path) -> None:
         try:
             state = _State.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValidationError) as error:
             aside = path.with_name(f"{NAME}.bad")
-            with contextlib.suppress(OSError):
+            try:
                 path.replace(aside)
+                fate = f"was renamed to {aside.name}"
+            except OSError as failure:
+                fate = f"cannot be renamed ({failure.strerror})"
             log.warning(
-                "%s is invalid and was renamed to %s; starting without it, no neuron is drained: %s",
-                path,
-                aside.name,
-                _reason(error),
+                "%s is invalid and %s; starting without it, no neuron is drained: %s", path, fate, _reason(error)
             )
             return
         self._drained = set(state.drained)
@@ -197,12 +224,7 @@ class StateFile:
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
         self._device_time = state.device_time
-        keys = [
-            ReplicaKey(model_id, node, *(instance or [""])) for model_id, node, *instance in state.responses.engines
-        ]
-        engines = [Replica(key=key, name=key.name, url="") for key in keys]
-        made = {made: place for made, place in state.responses.made.items() if 0 <= place < len(engines)}
-        self.response_owners = ResponseOwners(OwnerList(engines, made))
+        self.response_owners = ResponseOwners(state.responses.owners)
 
     async def _write_changes(self) -> None:
         async with self._writing:
@@ -210,7 +232,6 @@ class StateFile:
             if not self._unwritten or self._directory is None:
                 return
             self._unwritten = False
-            owners = self.response_owners.newest(STORED_IDS)
             holds: dict[str, dict[str, float]] = {}
             for (model_id, node), until in self.holds.items():
                 holds.setdefault(model_id, {})[node] = until
@@ -221,7 +242,7 @@ class StateFile:
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
                 device_time=self._device_time,
-                responses=_Responses(engines=[tuple(replica.key) for replica in owners.engines], made=owners.responses),
+                responses=_Responses.of(self.response_owners.newest(STORED_IDS)),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
             self._unwritten |= problem is not None
@@ -255,7 +276,7 @@ class StateFile:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise OSError(f"in use by another cortex ({error.strerror})") from error
+            raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
         self._lock = lock
 
 

@@ -156,6 +156,10 @@ class Request:
         return self._named.get(names.ORIGIN)
 
     @property
+    def cookie(self) -> bytes | None:
+        return self._named.get(names.COOKIE)
+
+    @property
     def fetch_site(self) -> bytes | None:
         """The browser's Sec-Fetch-Site."""
         return self._named.get(names.FETCH_SITE)

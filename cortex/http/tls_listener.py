@@ -22,6 +22,8 @@ HANDSHAKE_SECS = 10.0
 """From a client's connection to the end of its handshake."""
 MAX_HANDSHAKES = 512
 """At a time in this process. One more ends the oldest: clients that do not finish must not keep others out."""
+GRACE_SECS = 1.0
+"""What every client has for its handshake, however many others connect meanwhile. These wait in the kernel."""
 LAST_WORD_SECS = 1.0
 """How long a client without TLS has to read its answer."""
 READ_BYTES = 65536
@@ -45,21 +47,26 @@ class TlsListener:
         self._accept = accept
         self._tls = tls
         self._tasks = TaskSet()
-        self._opening: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._opening: dict[asyncio.Task[None], float] = {}  # since when, oldest first
+        self._full = False
         self._resuming: asyncio.TimerHandle | None = None
         sock.setblocking(False)
         self._loop.add_reader(sock, self._ready)
 
     async def close(self) -> None:
         """Accepts no more, and ends the handshakes that are not complete."""
-        if self._resuming is not None:
-            self._resuming.cancel()
-        self._loop.remove_reader(self._sock)
+        self._full = False
+        self._stop_accepting()
         self._sock.close()
         await self._tasks.close()
 
     def _ready(self) -> None:
         for _ in range(BACKLOG):
+            grace = self._grace()
+            if grace > 0:
+                self._full = True
+                self._pause(grace)
+                return
             try:
                 client, address = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -68,20 +75,41 @@ class TlsListener:
                 if error.errno not in _OUT_OF_FILES:
                     raise
                 log.warning("cannot accept a client: %s", error.strerror)
-                self._loop.remove_reader(self._sock)
-                self._resuming = self._loop.call_later(NO_FILES_SECS, self._loop.add_reader, self._sock, self._ready)
+                self._pause(NO_FILES_SECS)
                 return
             client.setblocking(False)
             task = self._tasks.spawn(self._open(client, str(address[0])), name="TLS handshake")
-            self._opening[task] = None
+            self._opening[task] = self._loop.time()
             task.add_done_callback(self._opened)
             if len(self._opening) > MAX_HANDSHAKES:
                 oldest = next(iter(self._opening))
                 del self._opening[oldest]
                 oldest.cancel()
 
+    def _grace(self) -> float:
+        """Seconds until one more client may end the oldest handshake."""
+        if len(self._opening) < MAX_HANDSHAKES:
+            return 0.0
+        return next(iter(self._opening.values())) + GRACE_SECS - self._loop.time()
+
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening.pop(task, None)
+        if self._full:
+            self._resume()
+
+    def _pause(self, secs: float) -> None:
+        self._stop_accepting()
+        self._resuming = self._loop.call_later(secs, self._resume)
+
+    def _resume(self) -> None:
+        self._full = False
+        self._stop_accepting()
+        self._loop.add_reader(self._sock, self._ready)
+
+    def _stop_accepting(self) -> None:
+        self._loop.remove_reader(self._sock)
+        if self._resuming is not None:
+            self._resuming.cancel()
 
     async def _open(self, client: socket.socket, peer: str) -> None:
         """Hands the client over once its handshake is complete, and closes it in every other case."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from cortex.accounts.database.source import DatabaseError
@@ -72,6 +72,8 @@ class EnergyBooks:
         while True:
             try:
                 await self.book()
+                if self._failed:
+                    log.info("energy can be booked again")
                 self._failed = False
             except DatabaseError as error:
                 if not self._failed:
@@ -86,8 +88,9 @@ class EnergyBooks:
         readings = [each for node in nodes if (each := reading_of(node, since)) is not None]
         if readings:
             self._totals.add(await self._ledger.read_meters(readings))
-        quiet, more = dict(self._quiet), True
-        self._quiet.update(quiet_instances(nodes, readings, self._in_flight()))
+        quiet, more = self._quiet, True
+        held = {at: when for at, when in quiet.items() if when > self._now() - HOLD_SECS}
+        self._quiet = held | dict(quiet_instances(nodes, readings, self._in_flight()))
         while more:
             now = self._now()
             # As it was the last time: the records of requests that ended before that have arrived.
@@ -133,6 +136,27 @@ def reading_of(node: NodeSnapshot, clock_began: float) -> MeterReading | None:
         for each in health.energy
     )
     return MeterReading(node.name, health.energy_epoch, clock_began + node.health_at, devices, counts)
+
+
+def unmetered(nodes: Iterable[NodeSnapshot]) -> list[dict[str, str]]:
+    """What uses energy that is not counted: `node`, `device` ("" for all of the host) and `reason`. Pure."""
+    found = []
+    for node in nodes:
+        health, known = node.health, [] if node.discovery is None else node.discovery.devices
+        gpus = [each.index for each in known if not each.is_mig_instance and each.lost is None]
+        metered = set() if health is None else {live.index for live in health.devices if live.energy_wh is not None}
+        if metered:
+            missing = [(str(index), "the device has no meter") for index in gpus if index not in metered]
+        elif health is None:
+            missing = [("", "its neuron has not answered yet")]
+        elif not gpus:
+            missing = [("", "it has no GPU, and CPUs have no meter")]
+        elif health.energy_epoch is None:
+            missing = [("", "its neuron does not count energy")]
+        else:
+            missing = [("", "its GPUs have no meter")]
+        found += [{"node": node.name, "device": device, "reason": reason} for device, reason in missing]
+    return found
 
 
 def quiet_instances(

@@ -13,12 +13,14 @@ Between callers with different keys, those that have used less device time get t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
+from cortex.accounts.caller import Caller
 from cortex.accounts.fairness.claims import advantage, contend
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.inputs import PlanningView, WaitingRequests
@@ -48,14 +50,69 @@ class EvictionClass(IntEnum):
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long the callers of a newcomer leave the memory to the `users` of loaded models. `waiting` are its requests,
+    `unserved_since` says since when none of theirs was served, and `load_secs` how long it loads. `ends_at` is when
+    their patience ends at the latest. `cost` is how long others would wait if these models were evicted, and
+    `reload_secs` how long these load again. Times on the view's clock."""
+
+    waiting: WaitingRequests
+    unserved_since: float
+    users: frozenset[Caller]
+    accounts: Mapping[str, float]
+    now: float
+    ends_at: float
+    load_secs: float
+    reload_secs: float
+    cost: float
+
+    @property
+    def contended(self) -> bool:
+        """Whether the models are in use by other keys than those that wait."""
+        return contend(self.waiting.callers, self.users)
+
+    @property
+    def favour(self) -> int:
+        """See `advantage`."""
+        return advantage(self.waiting.callers, self.users, self.accounts, self.load_secs + self.reload_secs)
+
+    @property
+    def until(self) -> float:
+        """When the requests have waited for longer, all together, than the eviction is expected to cost beyond the load
+        itself. Against other keys, all requests of one key count as one, and wait from its last turn on. If few keys
+        would make many wait, each of the many waits, and that counts once more for each of them, as in the account of
+        device time."""
+        if favour := self.favour:
+            return self.now if favour > 0 else self.ends_at
+        waiting, cost = self.waiting, self.cost
+        if self.contended:
+            waiting = replace(waiting, count=len(waiting.callers), since=self.unserved_since)
+            cost *= max(1.0, len(self.users) / len(waiting.callers)) ** 2
+        worth = cost - self.load_secs - waiting.waited_secs(self.now)
+        return min(self.ends_at, self.now + max(0.0, worth) / waiting.count)
+
+    def together(self, others: Iterable[Patience]) -> Patience:
+        """With these models too, for the same newcomer."""
+        every = [self, *others]
+        return replace(
+            self,
+            users=frozenset[Caller]().union(*(each.users for each in every)),
+            reload_secs=sum(each.reload_secs for each in every),
+            cost=sum(each.cost for each in every),
+        )
+
+
+@dataclass(frozen=True)
 class Eviction:
     """A resident to evict. `ready_at` is the earliest time for it, on the view's clock. `undeserved`: its users deserve
-    the memory more than the callers of the newcomer."""
+    the memory more than the callers of the newcomer. `patience` is that of the
+    newcomer's callers; None where the memory is theirs already."""
 
     resident: ResidentModel
     eviction_class: EvictionClass
     ready_at: float
     undeserved: bool = False
+    patience: Patience | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +142,27 @@ class EvictionPlan:
 
     @property
     def ready_at(self) -> float:
-        return max((eviction.ready_at for eviction in self.evictions), default=float("-inf"))
+        alone = max((eviction.ready_at for eviction in self.evictions), default=-math.inf)
+        return max(alone, self._patient_until)
 
     def waits_because(self, now: float) -> str:
         """Why it does not start yet, in words; "" when it can."""
-        return "; ".join(_wait_reason(each, now) for each in self.evictions if each.ready_at > now)
+        reasons = [_wait_reason(each, now) for each in self.evictions if each.ready_at > now]
+        if not reasons and self._patient_until > now:
+            reasons = [f"{len(self._patience)} models in use by other keys would go"]
+        return "; ".join(reasons)
+
+    @property
+    def _patience(self) -> list[Patience]:
+        found = (each.patience for each in self.evictions)
+        return [each for each in found if each is not None and each.contended]
+
+    @property
+    def _patient_until(self) -> float:
+        """Until when the newcomer's callers leave the memory to all users of the models together: each of these models
+        alone may be theirs by now."""
+        each = self._patience
+        return each[0].together(each[1:]).until if len(each) > 1 else -math.inf
 
     @cached_property
     def order(self) -> tuple[object, ...]:
@@ -143,27 +216,29 @@ def assess_eviction(
     """What evicting this resident takes, for a model of this priority with these waiting requests that loads in
     `load_secs`.
 
-    It waits until its requests have waited for longer, all together, than the eviction is expected to cost beyond the
-    load itself, but at most `patience_secs`. So a request that comes alone does not stop a model that many use, and
-    many requests soon get the memory of one that few use. An idle model of a lower priority goes at once.
+    It waits until its callers' `Patience` ends, at most `patience_secs`. So a request that comes alone does not stop a
+    model that many use, and many requests soon get the memory of one that few use. An idle model of a lower priority
+    goes at once.
 
-    Against users with other keys, all requests of one key count as one. Where the newcomer's callers have an advantage
-    they wait for requests under way, and for a short residency; where the users have it, for all of `patience_secs`.
+    Against users with other keys: where the newcomer's callers have an advantage they wait for requests under way, and
+    for a short residency; where the users have it, for all of `patience_secs`.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
     requested = own_waiting is not None
-    users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
-    favour = advantage(waiting.callers, users, view.accounts, swap_secs)
-    cost = BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost
-    if contend(waiting.callers, users):
-        waiting = replace(waiting, count=len(waiting.callers))
-        cost *= max(1.0, len(users) / len(waiting.callers))  # each of the users would wait for the swap
-    worth = cost - load_secs - waiting.waited_secs(view.now)
-    patience_ends_at = view.unserved_since(waiting) + rules.patience_secs
-    patient_until = min(patience_ends_at, view.now + max(0.0, worth) / waiting.count)
-    if favour:
-        patient_until = view.now if favour > 0 else patience_ends_at
+    unserved_since = view.unserved_since(waiting)
+    patience = Patience(
+        waiting=waiting,
+        unserved_since=unserved_since,
+        users=resident.callers if own_waiting is None else resident.callers | own_waiting.callers,
+        accounts=view.accounts,
+        now=view.now,
+        ends_at=unserved_since + rules.patience_secs,
+        load_secs=load_secs,
+        reload_secs=resident.reload_secs,
+        cost=BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost,
+    )
+    favour, patient_until = patience.favour, patience.until
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
     own = None if profile is None else profile.min_residency_secs
@@ -188,7 +263,7 @@ def assess_eviction(
     else:
         kind = EvictionClass.IDLE
         ready_at = view.now if resident.priority < priority else patient_until
-    return Eviction(resident, kind, ready_at, undeserved=favour < 0)
+    return Eviction(resident, kind, ready_at, undeserved=favour < 0, patience=patience)
 
 
 def plan_evictions_each(

@@ -1,17 +1,31 @@
-"""Finds out who sent a request, by its API key. `Gateway` asks before a request is handled."""
+"""Finds out who sent a request, by its API key, token or session. `Gateway` asks before a request is handled."""
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
 from cortex.accounts.keys.key_table import KeyTable
+from cortex.accounts.sign_in.person import SESSION_PREFIX, Identified, People, is_token
 from cortex.config.settings import CortexConfig
 from cortex.http.request import Request
-from shared.errors import Unauthorized
+from shared.errors import ServiceError, Unauthorized
 
 _MISSING: Final = "this cortex requires an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
 _INVALID: Final = "invalid API key: it is unknown, expired or revoked"
+
+
+SESSION_COOKIE: Final = b"cortex_session"
+_MAX_REMEMBERED: Final = 4096
+
+
+class Unidentified(Exception):
+    """Only the control knows who sent the request, by this token or this session's secret."""
+
+    def __init__(self, credential: bytes) -> None:
+        super().__init__("unidentified")
+        self.credential = credential
 
 
 class Authentication:
@@ -21,43 +35,83 @@ class Authentication:
     twentieth of a request. Only an equal key is found that way, so how long it takes tells no more than the answer.
     """
 
-    def __init__(self, keys: KeyTable, config: CortexConfig) -> None:
-        self.use_keys(keys)
+    def __init__(self, keys: KeyTable, config: CortexConfig, people: People | None = None) -> None:
+        """`people`: knows those that sign in; None without `[auth.oidc]`."""
+        self._people = people
         self._allow_anonymous = config.gateway.allow_anonymous
+        self.use_keys(keys)
         self.configure(config)
+
+    @property
+    def signs_in(self) -> bool:
+        """Whether people can sign in."""
+        return self._people is not None
 
     def configure(self, config: CortexConfig) -> None:
         """Applies a reloaded configuration."""
         self._trust_loopback = config.auth.trust_loopback
+        self._identified: dict[bytes, Identified] = {}  # roles may have changed
 
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._keys = keys
+        self.has_keys = not keys.empty or self._people is not None  # or what people sign in with
         self._found: dict[bytes, Caller] = {}  # by keys that do not expire
 
     def caller_of(self, request: Request) -> Caller:
         """Who sent the request.
 
         Raises:
+            Unidentified: `identify` knows.
             ServiceError: a key is needed and is missing or invalid.
         """
-        if self._keys.callers:
+        if self.has_keys:
             api_key = request.api_key
             if api_key is not None:
                 caller = self._found.get(api_key)
                 return self._find(api_key) if caller is None else caller
+            if self._people is not None:
+                session = _session_of(request.cookie)
+                if session is not None:
+                    return self._remembered(session)
         return self._without_key(request)
+
+    async def identify(self, request: Request, credential: bytes) -> Caller:
+        """Who sent this request, which has raised Unidentified with this credential.
+
+        Raises:
+            ServiceError: the credential is not valid, or that cannot be found out now.
+        """
+        assert self._people is not None
+        try:
+            found = await self._people.identify(credential)
+        except ServiceError as error:
+            if error.status == 401 and credential.startswith(SESSION_PREFIX):
+                return self._without_key(request)
+            raise
+        if len(self._identified) >= _MAX_REMEMBERED:
+            self._identified.clear()
+        self._identified[credential] = found
+        return found.caller
 
     def _find(self, api_key: bytes) -> Caller:
         caller = self._keys.find(api_key)
         if caller is None:
+            if self._people is not None and is_token(api_key):
+                return self._remembered(api_key)
             raise Unauthorized(_INVALID)
         if self._keys.is_permanent(api_key):
             self._found[api_key] = caller
         return caller
 
+    def _remembered(self, credential: bytes) -> Caller:
+        found = self._identified.get(credential)
+        if found is None or found.until <= time.time():
+            raise Unidentified(credential)
+        return found.caller
+
     def _without_key(self, request: Request) -> Caller:
-        if self._keys.empty:
+        if not self.has_keys:
             if is_loopback(request.peer):
                 return ANONYMOUS
         elif self._trust_loopback and is_loopback(request.peer) and not request.forwarded:
@@ -65,6 +119,17 @@ class Authentication:
         if self._allow_anonymous:
             return GUEST
         raise Unauthorized(_MISSING)
+
+
+def _session_of(cookies: bytes | None) -> bytes | None:
+    """The secret of a session among a request's cookies."""
+    if cookies is None:
+        return None
+    for cookie in cookies.replace(b",", b";").split(b";"):  # several headers are joined with commas
+        name, _, value = cookie.strip().partition(b"=")
+        if name == SESSION_COOKIE and value.startswith(SESSION_PREFIX):
+            return value
+    return None
 
 
 def is_loopback(peer: str) -> bool:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Final
 
-from cortex.accounts.caller import Caller
+import msgspec
+
+from cortex.accounts.caller import Caller, may
 from cortex.accounts.usage.journal import NoUsageLog, UsageLog
 from cortex.config.profile import AUTO_TOOL_CHOICE, TOOLS_HINT
 from cortex.config.settings import CortexConfig
@@ -29,17 +30,13 @@ from cortex.routing.choice import choose
 from cortex.routing.control import ContextBound, Control
 from cortex.routing.missing_paths import MissingPaths
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, adapter_key, not_served
-from cortex.routing.response_owners import SEARCHED_BYTES, response_id
+from cortex.routing.response_owners import SEARCHED_BYTES, ResponseMaker, response_id
 from cortex.routing.speeds import Speeds
 from cortex.routing.stream_usage import StreamUsages
 from cortex.upstream.pool import EnginePool
 from cortex.upstream.usage_fields import Usage
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
-
-OTHER_WORKER_SECS: Final = 0.2
-"""How long it may take to learn which response another worker has just passed on."""
-OTHER_WORKER_CHECKS: Final = 10
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +54,7 @@ class ProxyContext:
         """Needs a running loop."""
         self.control = control
         self.access_log = access_log
+        self.has_keys = False  # as `Gateway` says
         self.configure(config)
         self.pool = EnginePool()
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
@@ -168,40 +166,53 @@ class ProxyContext:
         kind = key.model_id, request.path, answer.events
         self.speeds.learn(kind, key, monotonic() - request.received, answer.tail.fed_bytes)
 
-    def count_answer(self, model_id: str, model: str, node: str, relay: Relay) -> Usage | None:
-        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels."""
+    def count_answer(
+        self, model_id: str, model: str, node: str, relay: Relay, *, retrieved: bool = False
+    ) -> Usage | None:
+        """Counts the tokens of an answer that says them, or its loss. `model` and `node` are metric labels.
+        `retrieved`: the answer was made for an earlier request, so its tokens do not count."""
         if relay.lost_because is not None:
             self.counters.error(model, node, ErrorCode.UPSTREAM_LOST.value)
-        usage = relay.answer.usage()
+        usage = None if retrieved else relay.answer.usage()
         if usage is not None:
             self.counters.tokens(model, node, usage.prompt, usage.completion, usage.cached)
         if relay.status == 400:
             self._hint_at_tools(model_id, node, relay.answer.refusal())
         return usage
 
-    def published_maker(self, response_id: str) -> Replica | None:
-        """The engine that made a response, if it is known and can be used without asking the control."""
-        owner = self.control.response_owners.find(response_id)
-        if owner is None:
+    def may_use_all_responses(self, caller: Caller) -> bool:
+        """Whether the caller may use stored responses that were made for others, or that cortex does not know."""
+        return not self.has_keys or may(caller.role, "operator")
+
+    async def find_maker(self, response_id: str, caller: Caller) -> Replica | None:
+        """The engine that made a response, as it was then; None if it is unknown, or the caller may not use the
+        response. Asks the control if this worker does not know it: another may have just passed it on."""
+        return self._usable(await self.control.response_maker(response_id), caller)
+
+    def _usable(self, maker: ResponseMaker | None, caller: Caller) -> Replica | None:
+        if maker is None or (maker.key_id != caller.key_id and not self.may_use_all_responses(caller)):
             return None
-        replicas = self.control.table.get(owner.model_id, ())
-        return next((replica for replica in replicas if replica.name == owner.name), None)
+        return maker.engine
 
-    async def find_maker(self, response_id: str) -> Replica | None:
-        """The engine that made a response; None if it is unknown or is not loaded any more. Waits if another worker
-        may have just passed the response on."""
-        for _ in range(OTHER_WORKER_CHECKS):
-            owner = self.control.response_owners.find(response_id)
-            if owner is not None:
-                return self.published_maker(response_id) or await self.control.engine(owner.key)
-            await asyncio.sleep(OTHER_WORKER_SECS / OTHER_WORKER_CHECKS)
-        return None
+    def published_maker(self, response_id: str, caller: Caller) -> Replica | None:
+        """The engine that made a response, with the adapter that did, if it is known and can be used without asking
+        the control. None if the caller may not use the response."""
+        known = self._usable(self.control.response_owners.find(response_id), caller)
+        return None if known is None else self._published(known)
 
-    def learn_owner(self, replica: Replica, start: bytes) -> bool:
-        """Remembers which engine made a response, once its id is in the answer's start. False to be called again."""
+    async def loaded_maker(self, known: Replica) -> Replica | None:
+        """The engine that made a response, as it is now; None if it is not loaded any more."""
+        return self._published(known) or _as_maker(await self.control.engine(known.key), known)
+
+    def _published(self, known: Replica) -> Replica | None:
+        replicas = self.control.table.get(known.model_id, ())
+        return _as_maker(next((replica for replica in replicas if replica.name == known.name), None), known)
+
+    def learn_owner(self, maker: ResponseMaker, start: bytes) -> bool:
+        """Remembers who made a response, once its id is in the answer's start. False to be called again."""
         found = response_id(start)
         if found is not None:
-            self.control.tell_owner(found, replica)
+            self.control.tell_owner(found, maker)
         return found is not None or len(start) >= SEARCHED_BYTES
 
     def _hint_at_tools(self, model_id: str, node: str, refusal: bytes) -> None:
@@ -216,3 +227,10 @@ class ProxyContext:
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()
+
+
+def _as_maker(engine: Replica | None, known: Replica) -> Replica | None:
+    """The engine as it is now, with the adapter that it had for the response."""
+    if engine is None or known.adapter is None:
+        return engine
+    return msgspec.structs.replace(engine, adapter=known.adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from cortex.http.request import Request
+from cortex.proxy.paths import SIGN_IN_PAGES
 from shared.cross_site import CrossSitePolicy, Sender, refused_sender
 from shared.errors import ServiceError
 
@@ -30,6 +31,8 @@ class CrossSiteCheck:
         """Why the request is refused; None if it is not."""
         if request.origin is None and request.fetch_site is None and request.host in self._hosts:
             return None  # nearly every request: no browser sent it
+        if request.origin is None and request.method == b"GET" and request.path in SIGN_IN_PAGES:
+            return refused_sender(Sender(_text(request.host), None, None), self._policy)
         headers = request.host, request.origin, request.fetch_site
         if headers in self._accepted:
             return None

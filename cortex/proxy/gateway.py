@@ -16,16 +16,21 @@ from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
-from cortex.proxy.authentication import Authentication
+from cortex.proxy.authentication import Authentication, Unidentified
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    OPEN_PATHS,
     REALTIME,
+    RESPONSES,
+    START_PAGE,
     has_wrong_base,
+    is_below_responses,
     is_for_web_pages,
+    is_misspelt_response,
     is_own,
     manages_engine,
     meant_path,
@@ -34,11 +39,12 @@ from cortex.proxy.paths import (
 )
 from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.request_kinds.control_request import ControlRequest
-from cortex.proxy.request_kinds.new_response import RESPONSES, NewResponse
+from cortex.proxy.request_kinds.new_response import NewResponse, RelatedResponse, TranslatableRelatedResponse
 from cortex.proxy.request_kinds.realtime import RealtimeRequest
 from cortex.proxy.request_kinds.spooled_form import SpooledForm
 from cortex.proxy.request_kinds.spooled_upload import SpooledUpload
 from cortex.proxy.request_kinds.stored_response import StoredResponse, stored_response_id
+from cortex.proxy.request_kinds.unidentified import UnidentifiedRequest
 from cortex.proxy.translation.dialects import TRANSLATORS
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import ReplicaKey
@@ -68,6 +74,7 @@ class Gateway:
         self._control_address = control_address
         self._cross_site = CrossSiteCheck(cross_site_policy)
         self._authentication = authentication
+        context.has_keys = authentication.has_keys
         self._origins = cross_site_policy.origins
 
     @property
@@ -82,6 +89,7 @@ class Gateway:
     def use_keys(self, keys: KeyTable) -> None:
         """These are the keys from now on."""
         self._authentication.use_keys(keys)
+        self._context.has_keys = self._authentication.has_keys
 
     def use_prices(self, prices: PriceList) -> None:
         """What the tokens of requests that end from now on cost."""
@@ -112,17 +120,28 @@ class Gateway:
                 return OwnAnswer(client, request, preflight_answer(request))
         try:
             caller = self._authentication.caller_of(request)
+        except Unidentified as unknown:
+            return UnidentifiedRequest(client, request, self._identified(client, request, unknown.credential))
         except ServiceError as error:
             return self._handle_stranger(client, request, error)
+        return self._handle_from(client, request, caller)
+
+    async def _identified(self, client: ClientConnection, request: Request, credential: bytes) -> Handler:
+        try:
+            caller = await self._authentication.identify(request, credential)
+        except ServiceError as error:
+            return self._handle_stranger(client, request, error)
+        return self._handle_from(client, request, caller)
+
+    def _handle_from(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.method == b"POST" and request.path in INFERENCE:
             return self._infer(client, request, caller)
         return self._handle_other(client, request, caller)
 
     def _handle_stranger(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
-        """The control app knows which of its routes need no key."""
         request.notice_anthropic_client()
         path = meant_path(request.raw_path, reads=request.method in {b"GET", b"HEAD"})
-        if not is_own(path):
+        if path not in OPEN_PATHS or (path == START_PAGE and not self._shows_page(request)):
             return self._refuse(client, request, error)
         if path != request.raw_path:
             request.use_path(path)
@@ -136,17 +155,24 @@ class Gateway:
         path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
         if path != request.raw_path:
             request.use_path(path)
-        if is_own(request.path) or (request.path in INFERENCE and method != b"POST"):
+        own = is_own(request.path) or (request.path == START_PAGE and self._shows_page(request))
+        if own or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address, caller)
         response_id = stored_response_id(method, request.path)
         if response_id is not None:
             return StoredResponse(self._context, client, request, caller, response_id=response_id)
-        if method != b"POST" or has_wrong_base(request.path):
-            realtime = method == b"GET" and request.path == REALTIME
-            return self._refuse(client, request, _needs_websocket() if realtime else no_route(request))
-        if manages_engine(request.path):
-            return self._refuse(client, request, not_for_clients(request))
+        refusal = _refusal(request)
+        if refusal is not None:
+            return self._refuse(client, request, refusal)
+        if is_below_responses(request.path) and request.streamed is None:
+            kind = TranslatableRelatedResponse if request.path in TRANSLATORS else RelatedResponse
+            return kind(self._context, client, request, caller)
         return self._infer(client, request, caller)
+
+    def _shows_page(self, request: Request) -> bool:
+        """Whether a request for `/` comes from a browser that gets a page."""
+        reads = request.method in {b"GET", b"HEAD"}
+        return reads and self._authentication.signs_in and b"text/html" in (request.passed_value(b"accept") or b"")
 
     def _infer(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.streamed is not None and isinstance(request.streamed, SpooledForm):
@@ -205,6 +231,16 @@ def _is_preflight(request: Request) -> bool:
     """True for the question of a browser, for a page that it may answer to, whether it may send a request."""
     asked = request.passed_value(b"access-control-request-method")
     return request.method == b"OPTIONS" and bool(request.cors) and asked is not None
+
+
+def _refusal(request: Request) -> ServiceError | None:
+    """Why a request that is not for cortex is not for engines either."""
+    if request.method != b"POST" or has_wrong_base(request.path):
+        realtime = request.method == b"GET" and request.path == REALTIME
+        return _needs_websocket() if realtime else no_route(request)
+    if manages_engine(request.path):
+        return not_for_clients(request)
+    return no_route(request) if is_misspelt_response(request.path) else None
 
 
 def _needs_websocket() -> ServiceError:

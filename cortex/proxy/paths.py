@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from cortex.http.request import Request
+from cortex.proxy.body.json_scan import hides_names
 from shared.errors import Forbidden, NotFound, shortened
 
 INFERENCE_PATHS: Final = (
@@ -36,8 +37,16 @@ INFERENCE_TEXT: Final = {path.encode(): path for path in INFERENCE_PATHS}
 MODELS: Final = b"/v1/models"
 REALTIME: Final = b"/v1/realtime"
 """For WebSockets."""
-OWN_PATHS: Final = (MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json")
+OWN_PATHS: Final = (
+    *(MODELS, b"/health", b"/fleet", b"/keys", b"/usage", b"/v1/organization", b"/openapi.json", b"/login", b"/logout"),
+)
 """cortex answers these and everything below them itself."""
+START_PAGE: Final = b"/"
+"""For browsers, where people can sign in."""
+SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
+"""A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
+OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
+"""These need no key."""
 
 _VLLM_MANAGEMENT: Final = """
 abort_requests collective_rpc fault_tolerance finish_weight_update init_weight_transfer_engine
@@ -55,7 +64,10 @@ _MANAGES_ENGINE: Final = frozenset((_VLLM_MANAGEMENT + _SGLANG_AND_LLAMA_CPP_MAN
 """First segments, after a version, of routes that change an engine for all its users."""
 _VERSION: Final = re.compile(r"v\d+")
 
-_RESPONSES: Final = b"/v1/responses/"
+RESPONSES: Final = b"/v1/responses"
+_BELOW_RESPONSES: Final = RESPONSES + b"/"
+_BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*[^\s{\[fn]')
+"""Neither false nor null: an engine may read `1` or `"true"` as true."""
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)
 _ONE_MODEL: Final = re.compile(rb"/*(?:v1/+)*models/+(.*[^/])/*")
 
@@ -70,10 +82,29 @@ def manages_engine(path: bytes) -> bool:
 
     `path` is compared as an engine's router may read it: percent-decoded, without empty and `.` segments.
     """
+    segments = _segments_at_engine(path)
+    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+
+
+def is_below_responses(path: bytes) -> bool:
+    return path.startswith(_BELOW_RESPONSES)
+
+
+def is_misspelt_response(path: bytes) -> bool:
+    """True for a path that an engine's router may read as `/v1/responses` or one below it, and that cortex does not:
+    it could not tell whose response that is."""
+    segments = _segments_at_engine(path)
+    if not segments or segments[0].lower() != "responses":
+        return False
+    return path.decode("latin-1") != "/".join(("/v1/responses", *segments[1:]))
+
+
+def _segments_at_engine(path: bytes) -> list[str]:
+    """Without a version."""
     segments = [segment for segment in unquote(path.decode("latin-1")).split("/") if segment not in ("", ".")]
     while segments and _VERSION.fullmatch(segments[0]):
         del segments[0]
-    return bool(segments) and segments[0].lower() in _MANAGES_ENGINE
+    return segments
 
 
 def is_for_web_pages(path: bytes) -> bool:
@@ -107,10 +138,17 @@ def recorded_path(path: bytes) -> str:
     text = INFERENCE_TEXT.get(path)
     if text is not None:
         return text
-    if path.startswith(_RESPONSES):
-        _, slash, action = path[len(_RESPONSES) :].partition(b"/")
-        path = _RESPONSES + b"{id}" + slash + action
+    if is_below_responses(path):
+        _, slash, action = path[len(_BELOW_RESPONSES) :].partition(b"/")
+        path = _BELOW_RESPONSES + b"{id}" + slash + action
     return shortened(path.decode("latin-1"))
+
+
+def in_background(request: Request) -> bool:
+    """True for a response, whose body is complete, that the engine makes after it has answered."""
+    if request.path != RESPONSES:
+        return False
+    return _BACKGROUND.search(request.body) is not None or hides_names(request.body)
 
 
 def has_wrong_base(path: bytes) -> bool:

@@ -11,7 +11,7 @@ from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.accounts.limits.limiter import Limiter
 from cortex.config.aliases import Rewrite
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, ServedPaths, WaitNote
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 
 
 class ContextBound(msgspec.Struct, frozen=True):
@@ -81,7 +81,10 @@ class Control(Protocol):
     def release(self, replica: Replica) -> None:
         """A request at a replica with a limit has ended."""
 
-    def tell_owner(self, response_id: str, replica: Replica) -> None:
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        """Who made a stored response, None if it is unknown. Waits a moment if another worker may be about to tell."""
+
+    def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
         """Remembers which engine made a stored response, also for the other workers and after a restart."""
 
     def note(self, model_id: str) -> WaitNote | None:

@@ -80,6 +80,11 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
         return self.key.model_id
 
     @property
+    def requested_id(self) -> str:
+        """What requests name: the adapter, or the model itself."""
+        return self.adapter or self.key.model_id
+
+    @property
     def node(self) -> str:
         return self.key.node
 

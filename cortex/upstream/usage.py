@@ -108,7 +108,7 @@ def _usage_of(found: UsageFields) -> Usage | None:
     else:  # Anthropic's prompt is the sum of three
         read = _count(fields[8])
         total = _count(prompt) + read + _count(fields[9])
-    return Usage(total, _count(completion), read, 0 if more is None else _detail(more, "reasoning_tokens"))
+    return Usage(total, _count(completion), min(read, total), 0 if more is None else _detail(more, "reasoning_tokens"))
 
 
 def _detail(details: object, name: str) -> int:

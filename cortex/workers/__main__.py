@@ -32,8 +32,10 @@ from cortex.workers.messages import (
     EngineRetired,
     InFlightNow,
     KeysChanged,
+    MakerFound,
     Notes,
     OthersInFlight,
+    PersonFound,
     ProspectFound,
     Ready,
     Refused,
@@ -50,6 +52,7 @@ from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
 from shared.serve import run, settle
 from shared.tasks import cancel_all
+from shared.tls import TlsError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,14 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     address = Address(setup.control_host, 0)
     directory = None if setup.usage_directory is None else Path(setup.usage_directory)
     async with working(
-        control, config, socks, address, keys=setup.keys, prices=setup.prices, usage_directory=directory
+        control,
+        config,
+        socks,
+        address,
+        keys=setup.keys,
+        people=control if config.auth.oidc.on else None,
+        prices=setup.prices,
+        usage_directory=directory,
     ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
@@ -107,7 +117,16 @@ async def listen(
                     control.receive(message)
                 case Admitted() | AdmitRefused():
                     control.limiter.receive(message)
-                case Resolved() | Refused() | ProspectFound() | EngineFound() | EngineEnd() | Notes():
+                case (
+                    Resolved()
+                    | Refused()
+                    | ProspectFound()
+                    | EngineFound()
+                    | EngineEnd()
+                    | MakerFound()
+                    | PersonFound()
+                    | Notes()
+                ):
                     control.receive(message)
                 case EngineRetired(url):
                     gateway.retire(url)
@@ -158,4 +177,8 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
 
 
 if __name__ == "__main__":
-    run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    try:
+        run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    except TlsError as error:  # changed since cortex has checked them
+        log.error("this worker cannot serve: %s", error)  # noqa: TRY400 - the message says all
+        sys.exit(1)

@@ -12,12 +12,13 @@ from cortex.accounts.keys.key_table import NO_KEYS, KeyTable
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.terms import Grant, RateState, TokenBound
 from cortex.accounts.prices import NO_PRICES, PriceList
+from cortex.accounts.sign_in.person import Identified
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import OwnerList
+from cortex.routing.response_owners import OwnerList, ResponseMaker
 from shared.errors import ServiceError
 
 Counts: TypeAlias = list[tuple[ReplicaKey, int]]
@@ -84,7 +85,7 @@ class ResponseMade(msgspec.Struct, frozen=True, tag=True):
     """An engine has made a response that can be requested again by its id. From a worker, and on to all others."""
 
     response_id: str
-    replica: Replica
+    maker: ResponseMaker
 
 
 class OthersInFlight(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +102,7 @@ class Resolved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Answers Resolve: the request cannot be served, for this ServiceError."""
+    """Answers Resolve or AskPerson: the request cannot be served, for this ServiceError."""
 
     number: int
     status: int
@@ -140,11 +141,25 @@ class ProspectFound(msgspec.Struct, frozen=True, tag=True):
     prospect: Prospect
 
 
+class MakerFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskMaker."""
+
+    number: int
+    maker: ResponseMaker | None
+
+
 class EngineEnd(msgspec.Struct, frozen=True, tag=True):
     """Answers AskEngineEnd, with `routing.control.Control.engine_end`."""
 
     number: int
     reason: str | None
+
+
+class PersonFound(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskPerson. A credential that is not valid is answered by Refused."""
+
+    number: int
+    person: Identified
 
 
 class Notes(msgspec.Struct, frozen=True, tag=True):
@@ -180,6 +195,8 @@ ToWorker = (
     | ProspectFound
     | EngineFound
     | EngineEnd
+    | PersonFound
+    | MakerFound
     | Notes
     | Collect
     | Stop
@@ -246,6 +263,13 @@ class AskEngineEnd(msgspec.Struct, frozen=True, tag=True):
     replica: Replica
 
 
+class AskMaker(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `routing.control.Control.response_maker`."""
+
+    number: int
+    response_id: str
+
+
 class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     """All requests in flight; where it changed since the last report, the number of requests begun; and the requests of
     each API key, with those begun since the last report."""
@@ -253,6 +277,13 @@ class InFlightNow(msgspec.Struct, frozen=True, tag=True):
     counts: Counts
     begun: Counts
     callers: list[tuple[CallerAt, CallerCount]]
+
+
+class AskPerson(msgspec.Struct, frozen=True, tag=True):
+    """Asks whose token or secret of a session this is. Answered by PersonFound or Refused."""
+
+    number: int
+    credential: bytes
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
@@ -286,6 +317,8 @@ FromWorker = (
     | AskProspect
     | AskEngine
     | AskEngineEnd
+    | AskPerson
+    | AskMaker
     | InFlightNow
     | ResponseMade
     | Counted

@@ -8,21 +8,26 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.sign_in.person import Identified
 from cortex.config.aliases import Rewrite
 from cortex.http.errors import shutting_down
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
-from cortex.routing.response_owners import ResponseOwners
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
 from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
+    AskMaker,
+    AskPerson,
     AskProspect,
     CancelResolve,
     CatalogueChanged,
     DownChanged,
     EngineEnd,
     EngineFound,
+    MakerFound,
     Notes,
+    PersonFound,
     ProspectFound,
     Refused,
     Released,
@@ -39,7 +44,7 @@ from shared.request_ids import current_request_id
 
 
 class RemoteControl:
-    """Implements `routing.control.Control`."""
+    """Implements `routing.control.Control` and `accounts.sign_in.person.People`."""
 
     def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
         self.table: dict[str, tuple[Replica, ...]] = dict(setup.table)
@@ -97,7 +102,19 @@ class RemoteControl:
         reason: str | None = await self._ask(AskEngineEnd(next(self._numbers), replica))
         return reason
 
-    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd) -> Any:
+    async def identify(self, credential: bytes) -> Identified:
+        found: Identified | None = await self._ask(AskPerson(next(self._numbers), credential))
+        if found is None:
+            raise shutting_down()
+        return found
+
+    async def response_maker(self, response_id: str) -> ResponseMaker | None:
+        known = self.response_owners.find(response_id)
+        if known is None:
+            known = await self._ask(AskMaker(next(self._numbers), response_id))
+        return known
+
+    async def _ask(self, question: AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson) -> Any:
         """The answer; None if the control is gone."""
         if self._gone:
             return None
@@ -128,9 +145,9 @@ class RemoteControl:
         """A route that is not used."""
         self._send(RouteUnused(route.replica))
 
-    def tell_owner(self, response_id: str, replica: Replica) -> None:
-        self.response_owners.add(response_id, replica)
-        self._send(ResponseMade(response_id, replica))
+    def tell_owner(self, response_id: str, maker: ResponseMaker) -> None:
+        self.response_owners.add(response_id, maker)
+        self._send(ResponseMade(response_id, maker))
 
     def note(self, model_id: str) -> WaitNote | None:
         """The last reported progress of a model that this worker waits for."""
@@ -147,6 +164,8 @@ class RemoteControl:
         | ProspectFound
         | EngineFound
         | EngineEnd
+        | PersonFound
+        | MakerFound
         | Notes,
     ) -> None:
         """Applies a message from the control."""
@@ -156,8 +175,8 @@ class RemoteControl:
                     self.table[model_id] = replicas
                 else:
                     self.table.pop(model_id, None)
-            case ResponseMade(response_id, replica):
-                self.response_owners.add(response_id, replica)
+            case ResponseMade(response_id, maker):
+                self.response_owners.add(response_id, maker)
             case Notes(by_model):
                 self._notes = by_model
             case DownChanged(neurons):
@@ -169,10 +188,16 @@ class RemoteControl:
             case Resolved(number, route):
                 self._resolved(number, route)
             case Refused(number):
-                future = self._waiting.get(number)
+                future = self._waiting.get(number) or self._asking.get(number)
                 if future is not None and not future.done():
                     future.set_exception(error_from_wire(message))
-            case ProspectFound(number, answer) | EngineFound(number, answer) | EngineEnd(number, answer):
+            case (
+                ProspectFound(number, answer)
+                | EngineFound(number, answer)
+                | EngineEnd(number, answer)
+                | PersonFound(number, answer)
+                | MakerFound(number, answer)
+            ):
                 asking = self._asking.get(number)
                 if asking is not None and not asking.done():
                     asking.set_result(answer)

@@ -16,6 +16,7 @@ import msgspec
 
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.prices import price_list
+from cortex.accounts.sign_in.person import People
 from cortex.config.aliases import Rewrite
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
@@ -65,6 +66,7 @@ class Supervisor:
         fleet: Fleet,
         shutdown: Shutdown,
         keys: KeyRing,
+        people: People | None,
         usage_directory: Path | None,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
@@ -77,6 +79,7 @@ class Supervisor:
         self._fleet = fleet
         self._shutdown = shutdown
         self._keys = keys
+        self._people = people
         self._usage_directory = usage_directory
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
@@ -181,7 +184,13 @@ class Supervisor:
             )
         channel: Channel[FromWorker] = await Channel.over(ours, msgspec.msgpack.Decoder(FromWorker))
         worker = WorkerProcess(
-            process, channel, self._ready[number], live=self._live, resolver=self._resolver, counts=self._counts
+            process,
+            channel,
+            self._ready[number],
+            live=self._live,
+            resolver=self._resolver,
+            counts=self._counts,
+            people=self._people,
         )
         worker.send(self._setup())
         self._workers[number] = worker

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from cortex.accounts.sign_in.person import People
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
@@ -19,18 +20,17 @@ from cortex.workers.messages import (
     Admit,
     AskEngine,
     AskEngineEnd,
+    AskMaker,
+    AskPerson,
     AskProspect,
     CancelResolve,
     Collect,
     Counted,
     Counts,
-    EngineEnd,
-    EngineFound,
     FromWorker,
     InFlightNow,
     Notes,
     OthersInFlight,
-    ProspectFound,
     Ready,
     Released,
     Resolve,
@@ -43,6 +43,7 @@ from cortex.workers.messages import (
     error_to_wire,
 )
 from cortex.workers.worker_grants import WorkerGrants
+from cortex.workers.worker_questions import WorkerQuestions
 from shared.errors import ServiceError
 from shared.request_ids import request_scope
 from shared.tasks import TaskSet, timeout
@@ -64,8 +65,9 @@ class WorkerProcess:
         live: LiveConfig,
         resolver: Resolver,
         counts: CountTotals,
+        people: People | None = None,
     ) -> None:
-        """Sets `ready` once the worker serves."""
+        """Sets `ready` once the worker serves. `people`: knows those that sign in; None without `[auth.oidc]`."""
         self.process = process
         self._ready = ready
         self._live = live
@@ -86,6 +88,7 @@ class WorkerProcess:
         self._collecting: dict[int, asyncio.Future[None]] = {}
         self._tasks = TaskSet()
         self._grants = WorkerGrants(resolver.limiter, channel.send, self._tasks)
+        self._questions = WorkerQuestions(resolver, people, channel.send, self._tasks)
         self._numbers = 0
 
     def collect(self) -> Counters:
@@ -129,8 +132,8 @@ class WorkerProcess:
                         self._cancel_resolve(number)
                     case Admit() | Settle():
                         self._grants.receive(message)
-                    case AskProspect() | AskEngine() | AskEngineEnd():
-                        _task = self._tasks.spawn(self._answer_question(message), name="worker's question")
+                    case AskProspect() | AskEngine() | AskEngineEnd() | AskMaker() | AskPerson():
+                        self._questions.receive(message)
                     case Released() | RouteUnused():
                         self._give_back(message)
                     case InFlightNow(counts, begun, callers):
@@ -139,8 +142,8 @@ class WorkerProcess:
                         self._callers_begun.update({at: count.begun for at, count in callers})
                         self._begun.update(counts_from_wire(begun))
                         self._update_others()
-                    case ResponseMade(response_id, replica):
-                        self._resolver.tell_owner(response_id, replica)
+                    case ResponseMade(response_id, maker):
+                        self._resolver.tell_owner(response_id, maker)
                         for other in self._others():
                             other.send(message)
                     case Counted(number, counters, counts):
@@ -226,17 +229,6 @@ class WorkerProcess:
         self._granted -= Counter({replica.key: 1})
         if replica.limit is not None:
             self._release(replica)
-
-    async def _answer_question(self, asked: AskProspect | AskEngine | AskEngineEnd) -> None:
-        answer: ProspectFound | EngineFound | EngineEnd
-        match asked:
-            case AskProspect(number, model_id):
-                answer = ProspectFound(number, await self._resolver.prospect(model_id))
-            case AskEngine(number, key):
-                answer = EngineFound(number, await self._resolver.engine(key))
-            case AskEngineEnd(number, replica):
-                answer = EngineEnd(number, await self._resolver.engine_end(replica))
-        self._channel.send(answer)
 
     def _reported(self, counts: Counts) -> None:
         self._in_flight = counts_from_wire(counts)

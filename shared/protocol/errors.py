@@ -26,6 +26,7 @@ class ErrorCode(str, Enum):
     INTERNAL_ERROR = "internal_error"
     INVALID_API_KEY = "invalid_api_key"
     INVALID_REQUEST = "invalid_request"
+    ISSUER_UNAVAILABLE = "issuer_unavailable"
     KEY_EXISTS = "key_exists"
     KEY_NOT_FOUND = "key_not_found"
     KEY_PROVISIONED = "key_provisioned"

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 Stamp = tuple[int, ...]
-"""Identifies a version of a file: device, inode, size and modification time; empty for a missing file."""
+"""Identifies a version of a file: device, inode, size, modification time, mode and owners; empty for a missing file.
+With another mode or owner it may be readable that was not."""
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -16,7 +17,8 @@ def stamp_of(path: Path) -> Stamp:
         status = path.stat()
     except OSError:
         return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    version = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return *version, status.st_mode, status.st_uid, status.st_gid
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:

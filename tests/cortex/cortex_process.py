@@ -17,6 +17,7 @@ import tomli_w
 
 from shared.serve import bind
 from tests.cortex.raw_http import DEADLINE_SECS, bounded, connected, request
+from tests.processes import alive, eventually
 
 TOP = Path(__file__).parents[2]
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -92,6 +93,7 @@ async def cortex_process(
     state_dir: str | None = None,
     database: str | None = None,
     keys: Mapping[str, Any] | None = None,
+    auth: Mapping[str, Any] | None = None,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
@@ -104,6 +106,7 @@ async def cortex_process(
         "routing": dict(routing or {}),
         "waiting": dict(waiting or {}),
         "keys": dict(keys or {}),
+        "auth": dict(auth or {}),
         "placement": dict(placement or {}),
         "neurons": [{"name": neuron.name, "endpoint": neuron.url} for neuron in neurons],
     }
@@ -134,7 +137,11 @@ async def cortex_process(
                 children = psutil.Process(process.pid).children()
             process.kill()
             await process.wait()
-            await asyncio.to_thread(psutil.wait_procs, children, DEADLINE_SECS)  # the recorder has a last look
+            for child in children:  # the recorder would finish its start and have a last look, which takes a second
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            pids = [child.pid for child in children]
+            await asyncio.to_thread(eventually, lambda: not alive(pids), "no child", within_secs=DEADLINE_SECS)
         print((directory / "cortex.log").read_text(encoding="utf-8", errors="replace"))  # pytest shows it on failure
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +224,30 @@ async def test_a_busy_adapter_gets_another_engine(mark: str, tmp_path: Path) -> 
 
             await until(both)
             assert (await fleet.ask("a"))[0] == 200
+
+
+async def test_a_response_is_continued_where_it_was_made(mark: str, tmp_path: Path) -> None:
+    """An adapter's response too: requests that name it go to its engine, as requests for the adapter."""
+    async with running_fleet(tmp_path, neurons=2, max_loras=2, replicas={"min": 2, "per_node": 1}) as fleet:
+        for number, neuron in enumerate(fleet.neurons):
+            await neuron.until_status(BASE, "loaded")
+            assert (await fleet.post("/fleet/load", {"model": "a", "node": f"n{number}"}))[0] == 200
+        made: dict[str, str] = {}
+        while len(made) < 2:  # prompts with other beginnings go to other engines
+            body = {"model": "a", "input": str(uuid.uuid4()), "max_output_tokens": 2}
+            status, node, answer = await fleet.post("/v1/responses", body)
+            assert status == 200
+            made[node] = answer["id"]
+        for node, made_id in made.items():
+            body = {"model": "a", "input": "go on", "max_output_tokens": 2, "previous_response_id": made_id}
+            assert (await fleet.post("/v1/responses", body))[1] == node
+            assert (await fleet.get(f"/v1/responses/{made_id}"))["id"] == made_id
+
+        async def counted() -> bool:
+            lines = fleet.cortex.log().splitlines()
+            return sum("GET /v1/responses/" in line and "model=a " in line for line in lines) == 2
+
+        await until(counted)
 
 
 async def test_other_weights(fleet: Fleet, tmp_path: Path) -> None:

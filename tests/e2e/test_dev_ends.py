@@ -12,6 +12,7 @@ import tempfile
 import urllib.request
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,21 +29,50 @@ def load_something(dev: Dev) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_is_left(number: signal.Signals) -> None:
-    """Neurons, cortex and engines exit after Ctrl-C, SIGTERM and even kill -9 of the command itself."""
+def test_nothing_is_left(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neurons, cortex and engines exit after Ctrl-C, SIGTERM and even kill -9 of the command itself, and remove their
+    state."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with running_dev("--fleet", "one=1xRTX3060") as dev:
         load_something(dev)
-        with urllib.request.urlopen(f"{dev.url}/fleet", timeout=10) as response:
-            port = json.loads(response.read())["nodes"][0]["endpoint"].rpartition(":")[2]
-        state = Path(tempfile.gettempdir(), f"neuron-{os.getuid()}-{port}")
-        assert state.is_dir()
+        assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"cortex", "neuron"}
         family = dev.family()
-        assert len(family) == 5, "the command, a neuron, cortex and an engine with its core"
+        assert len(family) == 6, "the command, a neuron, cortex with its recorder and an engine with its core"
         os.kill(dev.process.pid, number)
         code = dev.process.wait(30)
         eventually(lambda: not alive(family), "the end of every process", within_secs=30)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-    assert not state.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_and_usage_are_kept_in_a_given_directory(tmp_path: Path) -> None:
+    """Also when cortex is killed and restarted. Requests without a key go on."""
+
+    def call(path: str, body: object = None, key: str = "") -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(dev.url + path, data, {"Content-Type": "application/json", **headers})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return dict(json.loads(response.read()))
+
+    def usage() -> list[tuple[str, int]]:
+        return [(row["key"], row["requests"]) for row in call("/usage?group_by=key")["rows"]]
+
+    chat = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    arguments = ("--fleet", "one=1xRTX3060", "--state-dir", str(tmp_path / "state"))
+    with running_dev(*arguments) as dev:
+        secret = call("/keys", {"name": "alice"})["key"]
+        call("/v1/chat/completions", chat, secret)
+        eventually(lambda: ("alice", 1) in usage(), "the usage of the first request", within_secs=30)
+        (killed,) = processes_of(dev, "cortex")
+        os.kill(killed, signal.SIGKILL)
+        eventually(partial(_is_replaced, dev, "cortex", killed), "its successor", within_secs=30)
+        eventually(lambda: _is_healthy(dev), "the fleet is healthy again", within_secs=30)
+        call("/v1/chat/completions", chat, secret)
+    with running_dev(*arguments) as dev:
+        load_something(dev)
+        eventually(lambda: ("alice", 2) in usage(), "the usage of both", within_secs=30)
+        assert [key["name"] for key in call("/keys")["keys"]] == ["alice"]
 
 
 def state_dirs(dev: Dev) -> list[Path]:
@@ -136,6 +166,19 @@ def test_port_in_use_is_said() -> None:
         )
     assert second.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+
+
+def test_a_wrong_state_directory_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = subprocess.run(
+        [sys.executable, "-m", "cortex", "dev", "--port", "0", "--state-dir", str(tmp_path / "file")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1
+    assert f"--state-dir {tmp_path}/file is not a directory that can be written" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Atomic file replacement."""
+"""Atomic file replacement, and stamps of versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.system.files import replace_file
+from shared.system.files import replace_file, stamp_of
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -28,3 +28,15 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
         replace_file(path, b"new")
     assert path.read_text() == "old"
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_stamps_differ(tmp_path: Path) -> None:
+    """Also after a change of the mode alone: a file that could not be read may be readable now."""
+    path = tmp_path / "key.pem"
+    stamps = [stamp_of(path)]
+    path.write_text("old")
+    stamps.append(stamp_of(path))
+    path.chmod(0o400)
+    stamps.append(stamp_of(path))
+    assert len(set(stamps)) == 3
+    assert stamp_of(path) == stamps[-1]

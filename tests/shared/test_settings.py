@@ -118,6 +118,14 @@ def test_all_mistakes_are_reported_at_once(path: Path) -> None:
     assert len(problems(path, "wrong = 1\n[inner]\nsize = 0\nnames = 'x'")) == 3
 
 
+def test_nul_characters(path: Path) -> None:
+    """No path, argument or environment variable may contain one: it would fail where it is used."""
+    assert problems(path, 'level = "a\\u0000b"\nentries = [{ name = "x" }, { name = "\\u0000" }]') == [
+        f"{path}: level = 'a\\x00b': must not contain a NUL character",
+        f"{path}: entries[1].name = '\\x00': must not contain a NUL character",
+    ]
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     """Messages name a missing file, a directory and a file that is not UTF-8."""
     for path in (tmp_path / "none.toml", tmp_path):

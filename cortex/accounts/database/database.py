@@ -18,15 +18,23 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
 from cortex.accounts.database.source import ConstraintViolated, DatabaseError, DatabaseSource
+from shared.tasks import cancel_all
 
 CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
 BUSY_SECS = 10.0
 """How long SQLite waits for another process that writes."""
+INTERRUPT_SECS = 0.2
 _FAILURES = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, asyncio.TimeoutError)
 """What a command raises that fails."""
 _UNWRITABLE = ("readonly database", "unable to open database file")
 """What SQLite says if it may not write the file or beside it."""
+_REMEDIES = {
+    "not a database": "restore a copy of it, or move it away and create the keys again",
+    "malformed": "restore a copy of it, or move it away and create the keys again",
+    "disk I/O error": "is the disk full or damaged?",
+}
+"""What to do about what SQLite says of its file."""
 _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 
 
@@ -95,6 +103,27 @@ class Database:
                 await self._close_number_connection()
                 raise
             return int(found)
+
+    @contextlib.asynccontextmanager
+    async def stopping_after(self, secs: float, connection: AsyncConnection) -> AsyncIterator[None]:
+        """A command in the body that runs after this time fails, in the database too."""
+        if self.is_postgresql:
+            await connection.execute(text(f"SET LOCAL statement_timeout = {int(secs * 1000)}"))
+            yield
+            return
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+
+        async def interrupt() -> None:
+            await asyncio.sleep(secs)
+            while True:  # the next command too
+                await driver.interrupt()
+                await asyncio.sleep(INTERRUPT_SECS)
+
+        interrupting = asyncio.create_task(interrupt(), name="interrupt")
+        try:
+            yield
+        finally:
+            await cancel_all([interrupting])
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -172,6 +201,9 @@ async def _opened(database: Database) -> Database:
         if isinstance(error, NewerDatabase):
             message = f"{database} was made by a newer cortex (migration {error}): update this one"
             raise DatabaseError(message) from error
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(error)), None)
+        if isinstance(error, DatabaseError) and remedy is not None:
+            raise DatabaseError(f"{error}; {remedy}") from error
         raise
     return database
 

@@ -5,7 +5,21 @@ Times are UTC seconds since 1970, amounts of energy Wh.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Double, Index, Integer, MetaData, PrimaryKeyConstraint, String, Table
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+)
+
+from cortex.accounts.database.latency_classes import CLASSES
 
 METADATA = MetaData()
 
@@ -35,6 +49,19 @@ Index(
     sqlite_where=API_KEYS.c.revoked_at.is_(None),
     postgresql_where=API_KEYS.c.revoked_at.is_(None),
 )
+
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("digest", String, primary_key=True),  # SHA-256 of the secret in the browser's cookie, as hex
+    Column("subject", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("groups", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Index("sessions_expires_at", "expires_at"),
+)
+"""Browsers that people have signed in with (`cortex.accounts.sign_in.person.Person`)."""
 
 LIMIT_STATES = Table(
     "limit_states",
@@ -75,6 +102,32 @@ USAGE = Table(
     Index("usage_key_id_ended_at", "key_id", "ended_at"),
 )
 """The fields of `cortex.accounts.usage.record.UsageRecord`, and what is calculated from them."""
+
+USAGE_TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+LATENCY_CLASSES = tuple(f"first_byte_class_{number}" for number in range(CLASSES))
+
+USAGE_DAYS = Table(
+    "usage_days",
+    METADATA,
+    Column("day", Double, nullable=False),  # its first second
+    Column("key_id", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("variant", String, nullable=False),
+    Column("node", String, nullable=False),
+    Column("path", String, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("currency", String, nullable=False),  # "" for records without a cost
+    Column("requests", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in USAGE_TOKENS),
+    Column("cost", Double, nullable=False),
+    Column("energy_wh", Double, nullable=False),
+    Column("cold_starts", BigInteger, nullable=False),
+    Column("first_byte_secs", Double, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in LATENCY_CLASSES),  # how many records have one of each
+    PrimaryKeyConstraint("day", "key_id", "key", "model", "variant", "node", "path", "status", "currency"),
+)
+"""Sums over the records of usage of each day. They have those that were deleted too."""
 
 USAGE_JOURNALS = Table(
     "usage_journals",

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
 from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE
+from cortex.accounts.database.usage_days import add_energy_to_days
 from cortex.accounts.energy.attribution import (
     EnergyKind,
     EnergySlice,
@@ -26,6 +27,7 @@ from cortex.accounts.energy.attribution import (
 )
 
 SLICES_AT_ONCE: Final = 200
+_LOOKED_UP_AT_ONCE: Final = 500
 _LOCK: Final = 0x656E6572  # any number, the same in every cortex
 _SLICE_KEY: Final = ("node", "device", "model", "instance", "started_at")
 
@@ -123,7 +125,7 @@ class EnergyLedger:
                         booked[key] += wh
                         by_request[request] += wh
             await self._book(connection, booked)
-            await _add_to_usage(connection, by_request)
+            await _add_to_usage(connection, by_request, is_postgresql=self._database.is_postgresql)
             done = [{f"_{name}": getattr(each, name) for name in _SLICE_KEY} for each in due]
             same = (ENERGY_SLICES.c[name] == bindparam(f"_{name}") for name in _SLICE_KEY)
             await connection.execute(delete(ENERGY_SLICES).where(*same), done)
@@ -140,6 +142,7 @@ class EnergyLedger:
         fresh = {name: written.excluded[name] for name in ("epoch", "read_at", "active_wh", "resident_wh")}
         key = ["node", "device", "model", "instance"]
         await connection.execute(written.on_conflict_do_update(index_elements=key, set_=fresh), list(rows))
+        await _delete_dropped(connection, rows)
 
     async def _book(self, connection: AsyncConnection, booked: Booked) -> None:
         rows = [{**key._asdict(), "wh": wh} for key, wh in sorted(booked.items()) if wh > 0]
@@ -221,6 +224,16 @@ def _meter_rows(
     ]
 
 
+async def _delete_dropped(connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
+    """Deletes the counts that are missing from the readings just written. A neuron drops those of instances that are
+    gone, and never continues them."""
+    columns = {"_node": "node", "_device": "device", "_read_at": "read_at"}
+    devices = [{name: row[column] for name, column in columns.items()} for row in rows if not row["model"]]
+    meter = ENERGY_METERS.c
+    same = (meter.node == bindparam("_node"), meter.device == bindparam("_device"))
+    await connection.execute(delete(ENERGY_METERS).where(*same, meter.read_at < bindparam("_read_at")), devices)
+
+
 async def _due(
     connection: AsyncConnection, before: float, quiet: Mapping[InstanceAt, float], latest: float
 ) -> list[EnergySlice]:
@@ -235,10 +248,19 @@ async def _due(
     return found
 
 
-async def _add_to_usage(connection: AsyncConnection, by_request: Mapping[ServedRequest, float]) -> None:
+async def _add_to_usage(
+    connection: AsyncConnection, by_request: Mapping[ServedRequest, float], *, is_postgresql: bool
+) -> None:
     if not by_request:
         return
+    wh = {(each.request_id, each.ended_at): wh for each, wh in by_request.items()}
     same = (USAGE.c.request_id == bindparam("_id"), USAGE.c.ended_at == bindparam("_ended_at"))
     added = func.coalesce(USAGE.c.energy_wh, 0.0) + bindparam("_wh")
-    rows = [{"_id": each.request_id, "_ended_at": each.ended_at, "_wh": wh} for each, wh in by_request.items()]
+    rows = [{"_id": name, "_ended_at": ended_at, "_wh": more} for (name, ended_at), more in wh.items()]
     await connection.execute(update(USAGE).where(*same).values(energy_wh=added), rows)
+    ids = list({name for name, _ in wh})
+    for start in range(0, len(ids), _LOOKED_UP_AT_ONCE):
+        asked = select(USAGE).where(USAGE.c.request_id.in_(ids[start : start + _LOOKED_UP_AT_ONCE]))
+        found: list[dict[str, Any]] = [dict(row) for row in (await connection.execute(asked)).mappings()]
+        changed = [(row, wh[at]) for row in found if (at := (row["request_id"], row["ended_at"])) in wh]
+        await add_energy_to_days(connection, changed, is_postgresql=is_postgresql)

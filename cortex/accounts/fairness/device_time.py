@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from cortex.accounts.caller import ANONYMOUS, Caller
 
 PRESENT_SECS = 30.0
-"""A caller counts as a user of an engine for this long after its last request there. Until then it has a claim to what
-it uses, and is not idle."""
+"""A caller counts as a user of an engine for this long after its last request there, or after it last waited for its
+model. Until then it has a claim to what it uses, and is not idle."""
 NEGLIGIBLE = 0.01
 """Accounts below this are forgotten, in device-seconds."""
 STORE_SECS = 5.0
@@ -57,6 +57,7 @@ class DeviceTime:
         self._seen: dict[str, float] = {}
         self._known: set[str] = set(self._accounts)
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
+        self._waited: dict[str, dict[str, float]] = {}  # model -> key id -> when it last waited for it
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
         self._as_of: float | None = None
 
@@ -76,15 +77,15 @@ class DeviceTime:
         """Whether accounts are kept."""
         return self._half_life_secs() > 0
 
-    def users(self) -> dict[Hashable, frozenset[Caller]]:
-        """By engine, the callers that it serves, or served within `PRESENT_SECS`."""
-        if not self.kept:
-            return {}
-        return {engine: frozenset(map(self._caller, used)) for engine, used in self._used.items() if used}
+    def users(self, engine: Hashable, model_id: str, now: float) -> frozenset[Caller]:
+        """The callers that this engine of the model serves, or served within `PRESENT_SECS`, and those that waited for
+        the model so lately: an engine that has just been loaded is theirs before a sample has seen their requests."""
+        return frozenset(map(self._caller, self._user_keys(engine, model_id, now))) if self.kept else frozenset()
 
-    def present(self, caller: Caller, now: float) -> None:
-        """A request of the caller waits."""
+    def waits(self, caller: Caller, model_id: str, now: float) -> None:
+        """A request of the caller waits for the model."""
         self._see(caller.key_id, now)
+        self._waited.setdefault(model_id, {})[caller.key_id] = now
 
     def evicted(self, models: Iterable[str], callers: Iterable[Caller]) -> None:
         """Engines of these models are evicted for a model that these callers wait for."""
@@ -99,6 +100,7 @@ class DeviceTime:
             self._accounts = {}
             return
         queued = {model_id: {each.key_id for each in callers} for model_id, callers in waiting.items()}
+        self._note_waiting(queued, now)
         fade = 0.5 ** (secs / self._half_life_secs())
         self._accounts = {key_id: had * fade for key_id, had in self._accounts.items() if had * fade > NEGLIGIBLE}
         shares = [self._shares(each, queued.get(each.model_id, set()), now) for each in engines]
@@ -134,11 +136,25 @@ class DeviceTime:
         for key_id in active:
             self._see(key_id, now)
             used[key_id] = now
-        for key_id in [key_id for key_id, at in used.items() if now - at > PRESENT_SECS]:
+        for key_id in [key_id for key_id, at in used.items() if not _is_recent(at, now)]:
             del used[key_id]
+        users = self._user_keys(use.engine, use.model_id, now)
         if use.loading:
-            return dict.fromkeys(self._blamed.get(use.model_id) or queued, 1.0)
-        return active or dict.fromkeys(used, 1.0)
+            return dict.fromkeys(self._blamed.get(use.model_id) or queued or users, 1.0)
+        return active or dict.fromkeys(users, 1.0)
+
+    def _user_keys(self, engine: Hashable, model_id: str, now: float) -> set[str]:
+        waited = self._waited.get(model_id, {})
+        return {*self._used.get(engine, {}), *(key_id for key_id, at in waited.items() if _is_recent(at, now))}
+
+    def _note_waiting(self, queued: Mapping[str, Iterable[str]], now: float) -> None:
+        recent = {
+            model_id: {key_id: at for key_id, at in waited.items() if _is_recent(at, now)}
+            for model_id, waited in self._waited.items()
+        }
+        self._waited = {model_id: waited for model_id, waited in recent.items() if waited}
+        for model_id, keys in queued.items():
+            self._waited.setdefault(model_id, {}).update(dict.fromkeys(keys, now))
 
     def _charge(self, key_id: str, secs: float) -> None:
         self._accounts[key_id] = self._accounts.get(key_id, 0.0) + secs / self._caller(key_id).weight
@@ -148,12 +164,16 @@ class DeviceTime:
         if not key_id:
             return
         before, self._seen[key_id] = self._seen.get(key_id), now
-        if before is not None and now - before <= PRESENT_SECS:
+        if before is not None and _is_recent(before, now):
             return
-        self._seen = {other: at for other, at in self._seen.items() if now - at <= PRESENT_SECS}
+        self._seen = {other: at for other, at in self._seen.items() if _is_recent(at, now)}
         least = min((self._accounts.get(other, 0.0) for other in self._seen if other != key_id), default=0.0)
         if least > self._accounts.get(key_id, 0.0):
             self._accounts = {**self._accounts, key_id: least}
 
     def _caller(self, key_id: str) -> Caller:
         return (self._caller_of(key_id) or Caller(key_id, key_id)) if key_id else ANONYMOUS
+
+
+def _is_recent(at: float, now: float) -> bool:
+    return now - at <= PRESENT_SECS

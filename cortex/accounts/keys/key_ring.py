@@ -73,6 +73,12 @@ class KeyRing:
         """The limits of the keys that have any, by id."""
         return {key.id: key.limits for key in self.keys if not key.limits.unlimited}
 
+    def foreign_budgets(self, currency: str) -> list[str]:
+        """What would be wrong with the budgets of the keys in the database and the environment if prices were in this
+        currency."""
+        found = [(key.name, foreign_budget(key.limits, currency)) for key in (*self._stored, *self._fixed)]
+        return [f"API key {name!r}: {problem}" for name, problem in found if problem is not None]
+
     async def load(self, file: Path | None) -> None:
         """Reads the keys of this file and of the database.
 
@@ -239,9 +245,10 @@ class KeyRing:
 
     def _renew(self) -> None:
         keys = self.keys
-        if keys != self._known:
+        configured = self._version > 0 or self._file is not None  # it counts changes of keys
+        if keys != self._known or configured != self.table.configured:
             self._known = keys
-            self.table = key_table(keys)
+            self.table = key_table(keys, configured=configured)
             self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
 

@@ -60,10 +60,10 @@ class BudgetWindow:
     def name(self) -> str:
         """As in `20 EUR per month`."""
         period = self.window or f"{_duration(self.secs)} (rolling)"
-        return f"{self.amount:g} {self.unit} per {period}"
+        return f"{self.amount:.15g} {self.unit} per {period}"
 
     def advance(self, now: float) -> None:
-        """Forgets what is outside the window. A clock that was set back forgets nothing."""
+        """Forgets what is outside the window. If the clock was set back, nothing is."""
         if self.window:
             if now >= self.ends_at:
                 self.used, self.total = {}, 0.0
@@ -75,6 +75,13 @@ class BudgetWindow:
         if self.used and min(self.used) < oldest:
             self.used = {part: amount for part, amount in self.used.items() if part >= oldest}
             self.total = math.fsum(self.used.values())
+
+    def count_as_used_now(self, now: float) -> None:
+        """What was used later than now, by a clock that was set back since, counts from now on."""
+        if self.window:
+            self.ends_at = calendar_end(self.window, now)
+        elif self.used:
+            self.used = {self._part(now): self.total}
 
     def has_room(self, amount: float) -> bool:
         """After `advance`: whether this may be reserved."""

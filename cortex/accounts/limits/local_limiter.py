@@ -54,7 +54,7 @@ class LocalLimiter:
         self._clock = clock
         self._started = clock()
         self._writing = asyncio.Lock()
-        self._failed = False  # the last write
+        self._unkept: set[str] = set()  # names of the scopes whose last write failed
         self._keys: Mapping[str, KeyLimits] = {}
         self._scopes: dict[str, Scope] = {}
         self._terms: dict[str, dict[str, RequestTerms]] = {}  # by key and model
@@ -107,7 +107,11 @@ class LocalLimiter:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(WRITE_SECS)
-            changed = [scope for scope in self._scopes.values() if scope.changed and scope.windows]
+            changed = [
+                scope
+                for name, scope in self._scopes.items()
+                if scope.changed and (scope.windows or name in self._unkept)
+            ]
             if changed and self._states is not None:
                 async with self._writing:
                     await self._write(changed, 0, 0.0)
@@ -129,20 +133,25 @@ class LocalLimiter:
         try:
             await self._states.write({name: each.state for name, each in pending.items()}, self._clock())
         except DatabaseError as error:
-            if not self._failed:
+            if not self._unkept:
                 log.error("limits cannot be kept, so a crash would forget what was used: %s", error)  # noqa: TRY400
-            self._failed = True
+            self._unkept |= pending.keys()
             for each in pending.values():
                 each.failed()
             return
-        self._failed = False
+        if self._unkept:
+            self._unkept = (self._unkept - pending.keys()) & self._scopes.keys()
+            if not self._unkept:
+                log.info("limits are kept again")
         for each in pending.values():
             each.written()
 
     def _terms_for(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
         models = self._terms.get(caller.key_id)
         found = None if models is None else models.get(model_id)
-        return self._find_terms(caller, model_id, now) if found is None or found.valid_until < now else found
+        if found is None or not now <= found.valid_until <= now + TERMS_SECS:  # later: the clock was set back
+            return self._find_terms(caller, model_id, now)
+        return found
 
     def _find_terms(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
         model = self._model_terms(model_id)

@@ -6,8 +6,14 @@ running requests may still use is within the limit: one minute's amount and what
 
 from __future__ import annotations
 
+from typing import Final
+
 from cortex.accounts.limits.budget_window import TOLERANCE, BudgetWindow
 from cortex.accounts.limits.terms import Budget, Limits
+
+SET_BACK_SECS: Final = 60.0
+"""A clock that is set back by no more than this is waited for, so that no time is refilled twice. If it is set back by
+more, at most a minute's amount is."""
 
 Reserved = list[tuple[BudgetWindow, float]]
 
@@ -66,13 +72,23 @@ class Scope:
 
     def advance(self, now: float) -> None:
         """Refills the buckets and moves the windows."""
-        elapsed, self.at = now - self.at, now
+        elapsed = now - self.at
         if elapsed > 0:
+            self.at = now
             self.requests = min(self.rpm, self.requests + elapsed * self.rpm / 60.0)
             self.tokens = min(self.tpm, self.tokens + elapsed * self.tpm / 60.0)
+        elif elapsed < -SET_BACK_SECS:
+            self._set_back(now)
         if self.windows:
             for window in self.windows:
                 window.advance(now)
+
+    def _set_back(self, now: float) -> None:
+        """The clock was wrong, or is wrong now. Without this, nothing would be refilled and no window would end until
+        it is as late again."""
+        self.at = now
+        for window in self.windows:
+            window.count_as_used_now(now)
 
     @property
     def tokens_free(self) -> float:
@@ -117,16 +133,18 @@ class Scope:
         """Of the limits in its way that which takes longest."""
         found: list[Refusal] = []
         if 0 <= self.parallel <= self.running:
-            found.append(self._refused(f"{self.parallel} parallel requests", 0.0, runs=True))
+            found.append(self._refused(_counted(self.parallel, "parallel request"), 0.0, runs=True))
         if self.rpm >= 0 and self.requests + TOLERANCE < 1.0:
             wait = (1.0 - self.requests) * 60.0 / self.rpm if self.rpm else None
-            found.append(self._refused(f"{self.rpm:g} requests per minute", wait))
+            found.append(self._refused(f"{_counted(self.rpm, 'request')} per minute", wait))
         lacking = self.needed(tokens) - self.tokens_free
         if self.tpm >= 0 and lacking > TOLERANCE:
             runs = self.needed(tokens) + self.reserved > self.tpm + TOLERANCE
             lacking -= self.reserved if runs else 0.0
             wait = max(0.0, lacking) * 60.0 / self.tpm if self.tpm else None
-            found.append(self._refused(f"{self.tpm:g} tokens per minute", wait, runs=runs, needs=_tokens(tokens)))
+            found.append(
+                self._refused(f"{_counted(self.tpm, 'token')} per minute", wait, runs=runs, needs=_tokens(tokens))
+            )
         for window in self.windows:
             amount = float(tokens) if window.in_tokens else cost
             if not window.has_room(amount):
@@ -178,8 +196,13 @@ class Scope:
             self.tokens -= tokens
 
 
+def _counted(number: float, noun: str) -> str:
+    """The number without an exponent."""
+    return f"{number:.15g} {noun}{'' if number == 1 else 's'}"
+
+
 def _tokens(tokens: int) -> str:
-    return f"{tokens} tokens, by the length of its prompt and its max_tokens"
+    return f"{_counted(tokens, 'token')}, by the length of its prompt and its max_tokens"
 
 
 def _how_long(refusal: Refusal) -> float:

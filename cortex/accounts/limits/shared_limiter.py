@@ -24,6 +24,7 @@ from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.scope import Scope
 from cortex.accounts.limits.terms import UNLIMITED, Grant, KeyLimits, TokenBound
 from shared.errors import ServiceError, Unavailable
+from shared.protocol import ErrorCode
 from shared.retry_after import LIMITS_UNKNOWN_SECS
 from shared.tasks import timeout
 
@@ -156,6 +157,8 @@ class SharedLimiter:
                 raise
             self._report(str(error) or f"the database did not answer in {DATABASE_SECS:g} s")
             return
+        if self._failed:
+            log.info("limits can be checked again")
         self._failed = False
         self._own = {name: holdings for name, holdings in {**self._own, **own}.items() if holdings.running}
         for each, answer in zip(asked, answers, strict=True):
@@ -236,5 +239,6 @@ def _fail(answer: asyncio.Future[Any], error: ServiceError) -> None:
 def _unknown() -> ServiceError:
     return Unavailable(
         "the limits of this request cannot be checked: cortex's database does not answer",
+        code=ErrorCode.DATABASE_UNAVAILABLE,
         retry_after=LIMITS_UNKNOWN_SECS,
     )

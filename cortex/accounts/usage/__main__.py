@@ -99,7 +99,7 @@ class _Process:
             self._recorder = Recorder(self._database, self._directory)
         more = await self._recorder.move()
         if not more and monotonic() >= self._clean_at:
-            more = await self._recorder.delete_old(settings.retention_days)
+            more = await self._recorder.delete_old(settings.retention_days, settings.daily_retention_days)
             if not more:
                 self._clean_at = monotonic() + CLEAN_SECS
         return more

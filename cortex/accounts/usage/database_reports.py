@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from time import monotonic
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Float, Select, String, case, cast, func, literal_column, select, text
+from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.latency_classes import percentile
 from cortex.accounts.database.source import DatabaseError
-from cortex.accounts.database.tables import USAGE
-from cortex.accounts.usage.query import TIMES, UsageQuery
+from cortex.accounts.database.tables import LATENCY_CLASSES, USAGE, USAGE_DAYS
+from cortex.accounts.database.usage_days import DAY_SECS, day_of
+from cortex.accounts.usage.energy_report import energy_report
+from cortex.accounts.usage.query import EnergyQuery, UsageQuery
+from cortex.accounts.usage.usage_sums import (
+    PERCENT,
+    ReportTimes,
+    needs_records,
+    of_records_alone,
+    requests_of_days,
+    slowest,
+    times_of,
+    totals,
+)
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
+from shared.tasks import timeout
 
 MAX_ROWS: Final = 20_000
-_PERCENT: Final = 95
-_SQLITE_FORMATS: Final = {"hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d", "month": "%Y-%m"}
-_POSTGRESQL_FORMATS: Final = {"hour": 'YYYY-MM-DD"T"HH24":00Z"', "day": "YYYY-MM-DD", "month": "YYYY-MM"}
-TOKENS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+REPORT_SECS: Final = 20.0
+"""For all queries of a report."""
+EXACT_REQUESTS: Final = 100_000
+"""Reports of more use the daily sums, whose percentiles are estimates."""
+AT_ONCE: Final = 2
+"""Reports that read at a time. Others wait, so that the database's connections are not all theirs."""
+_ROWS_AT_ONCE: Final = 100  # between two turns of other tasks
 
 
 class DatabaseReports:
     """Implements UsageReports."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        """`clock`: seconds since 1970."""
         self._database = database
+        self._clock = clock
+        self._places = asyncio.Semaphore(AT_ONCE)
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """For each query, all at one moment, the usage of each group, ordered by the groups: their values, and
@@ -35,103 +60,115 @@ class DatabaseReports:
         an answer). With `bucket_secs`, `bucket` is the start of each.
 
         Raises:
-            InvalidRequest: there are more than MAX_ROWS groups.
-            Unavailable: the database cannot be read now.
+            InvalidRequest: there are more than MAX_ROWS groups, it takes too long, or the records are deleted.
+            Unavailable: the database cannot be read now, or is busy with other reports.
         """
+        async with self._reading() as connection:
+            return [await self._report(connection, query, currency) for query in queries]
+
+    async def energy(self, queries: Sequence[EnergyQuery]) -> list[list[dict[str, Any]]]:
+        """For each query, all at one moment, the energy of each group, ordered by the groups: their values, and
+        `energy_wh`. `key` is a name, "" for what no key has used. Raises as `reports` does."""
+        postgresql = self._database.is_postgresql
+        async with self._reading() as connection:
+            return [await _rows(connection, energy_report(query, is_postgresql=postgresql)) for query in queries]
+
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+        """All that is read in the body is of one moment. What takes too long is stopped."""
         try:
-            async with self._database.reading() as connection:
+            async with timeout(REPORT_SECS):
+                await self._places.acquire()
+        except asyncio.TimeoutError as error:
+            raise Unavailable("the database is busy with other reports", retry_after=REPORT_SECS) from error
+        began = monotonic()
+        try:
+            async with (
+                self._database.reading() as connection,
+                self._database.stopping_after(REPORT_SECS, connection),
+            ):
                 if self._database.is_postgresql:
                     await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-                return [await self._report(connection, query, currency) for query in queries]
+                yield connection
         except DatabaseError as error:
+            if monotonic() - began >= REPORT_SECS:
+                raise InvalidRequest(
+                    f"the report takes longer than {REPORT_SECS:g} s: shorten from and to, or group by day or month "
+                    "instead of hour",
+                    param="from",
+                ) from error
             message = f"the usage cannot be read from {error}"
-            raise Unavailable(message, retry_after=CONTROL_PROCESS_SECS) from error
+            raise Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
+        finally:
+            self._places.release()
 
     async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
-        groups, chosen = _groups(self._database, query), _chosen(query)
-        rows = await _rows(connection, _totals(groups, chosen, currency))
-        slow = await _rows(connection, _slowest(groups, chosen))
-        by_group = {tuple(row[name] for name in groups): row["first_byte_secs_p95"] for row in slow}
-        return [{**row, "first_byte_secs_p95": by_group.get(tuple(row[name] for name in groups))} for row in rows]
+        postgresql = self._database.is_postgresql
+        times = await self._times(connection, query)
+        rows = await _rows(connection, totals(query, times, currency, is_postgresql=postgresql))
+        if times.days:
+            await _estimate_p95(rows)
+        else:
+            await _add_p95(connection, query, times, rows, is_postgresql=postgresql)
+        return rows
+
+    async def _times(self, connection: AsyncConnection, query: UsageQuery) -> ReportTimes:
+        kept_since = await _kept_since(connection)
+        if query.since >= kept_since:
+            if needs_records(query):
+                return of_records_alone(query)
+            if (await connection.execute(requests_of_days(query))).scalar_one() <= EXACT_REQUESTS:
+                return of_records_alone(query)
+        elif needs_records(query):
+            day = time.strftime("%Y-%m-%d", time.gmtime(kept_since))
+            raise InvalidRequest(
+                f"requests before {day} are known by day only: group by day, or begin there", param="from"
+            )
+        return times_of(query, kept_since, self._clock())
+
+
+async def _kept_since(connection: AsyncConnection) -> float:
+    """The first second of the day after the last one of which the records are deleted; 0 if none are."""
+    oldest = (await connection.execute(select(func.min(USAGE.c.ended_at)))).scalar()
+    asked = select(func.max(USAGE_DAYS.c.day))
+    if oldest is not None:
+        asked = asked.where(USAGE_DAYS.c.day < day_of(oldest))
+    last = (await connection.execute(asked)).scalar()
+    return 0.0 if last is None else float(last) + DAY_SECS
 
 
 async def _rows(connection: AsyncConnection, asked: Select[Any]) -> list[dict[str, Any]]:
-    found = (await connection.execute(asked.limit(MAX_ROWS + 1))).mappings().all()
+    result = await connection.execute(asked.limit(MAX_ROWS + 1))
+    found: list[dict[str, Any]] = []
+    for part in result.mappings().partitions(_ROWS_AT_ONCE):
+        found += [dict(row) for row in part]
+        await asyncio.sleep(0)
     if len(found) > MAX_ROWS:
         raise InvalidRequest(
             f"the report would have more than {MAX_ROWS} rows: shorten from and to, or use fewer groups",
             param="group_by",
         )
-    return [dict(row) for row in found]
-
-
-def _groups(database: Database, query: UsageQuery) -> dict[str, ColumnElement[Any]]:
-    found: dict[str, ColumnElement[Any]] = {}
-    for name in query.group_by:
-        found[name] = _period(database, name) if name in TIMES else USAGE.c[name]
-    if query.bucket_secs:
-        width: ColumnElement[int] = literal_column(str(query.bucket_secs))
-        number = USAGE.c.ended_at / width
-        whole = func.floor(number) if database.is_postgresql else number  # SQLite's cast drops the fraction
-        found["bucket"] = cast(whole, BigInteger) * width
     return found
 
 
-def _period(database: Database, name: str) -> ColumnElement[str]:
-    # Not parameters: PostgreSQL must see that the group and the column are the same.
-    if database.is_postgresql:
-        at = func.timezone("UTC", func.to_timestamp(USAGE.c.ended_at))
-        return cast(func.to_char(at, literal_column(f"'{_POSTGRESQL_FORMATS[name]}'")), String)
-    return cast(func.strftime(literal_column(f"'{_SQLITE_FORMATS[name]}'"), USAGE.c.ended_at, "unixepoch"), String)
+async def _estimate_p95(rows: Sequence[dict[str, Any]]) -> None:
+    """From the classes, which it takes out of the rows."""
+    for number, row in enumerate(rows):
+        row["first_byte_secs_p95"] = percentile([row.pop(name) for name in LATENCY_CLASSES], PERCENT)
+        if number % _ROWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
 
 
-def _chosen(query: UsageQuery) -> ColumnElement[bool]:
-    found = (USAGE.c.ended_at >= query.since) & (USAGE.c.ended_at < query.until)
-    if query.key_id is not None:
-        found &= USAGE.c.key_id == query.key_id
-    if query.keys:
-        found &= USAGE.c.key.in_(query.keys) | USAGE.c.key_id.in_(query.keys)
-    if query.models:
-        found &= USAGE.c.model.in_(query.models)
-    if query.paths:
-        found &= USAGE.c.path.in_(query.paths)
-    return found
-
-
-def _totals(groups: dict[str, ColumnElement[Any]], chosen: ColumnElement[bool], currency: str) -> Select[Any]:
-    columns = [
-        func.count().label("requests"),
-        _number(USAGE.c.status >= 400).label("errors"),
-        *(cast(func.coalesce(func.sum(USAGE.c[name]), 0), BigInteger).label(name) for name in TOKENS),
-        func.coalesce(func.sum(case((USAGE.c.currency == currency, USAGE.c.cost))), 0.0).label("cost"),
-        func.coalesce(func.sum(USAGE.c.energy_wh), 0.0).label("energy_wh"),
-        _number(USAGE.c.cold).label("cold_starts"),
-        cast(func.avg(USAGE.c.first_byte_secs), Float).label("first_byte_secs_mean"),
-    ]
-    asked = select(*(column.label(name) for name, column in groups.items()), *columns).where(chosen)
-    return asked.group_by(*groups.values()).order_by(*groups.values()) if groups else asked
-
-
-def _number(condition: ColumnElement[bool]) -> ColumnElement[int]:
-    """How many rows it holds for."""
-    return func.count(case((condition, 1)))
-
-
-def _slowest(groups: dict[str, ColumnElement[Any]], chosen: ColumnElement[bool]) -> Select[Any]:
-    """The 95th percentile of each group, by the nearest rank: neither database has a function that the other has."""
-    part = list(groups.values()) or None
-    secs = USAGE.c.first_byte_secs
-    ranked = (
-        select(
-            *(column.label(name) for name, column in groups.items()),
-            secs.label("secs"),
-            func.row_number().over(partition_by=part, order_by=secs).label("rank"),
-            func.count().over(partition_by=part).label("of"),
-        )
-        .where(chosen, secs.is_not(None))
-        .subquery()
-    )
-    names = [ranked.c[name] for name in groups]
-    reached = ranked.c.rank * 100 >= ranked.c.of * _PERCENT
-    asked = select(*names, func.min(ranked.c.secs).label("first_byte_secs_p95")).where(reached)
-    return asked.group_by(*names) if names else asked
+async def _add_p95(
+    connection: AsyncConnection,
+    query: UsageQuery,
+    times: ReportTimes,
+    rows: Sequence[dict[str, Any]],
+    *,
+    is_postgresql: bool,
+) -> None:
+    groups = (*query.group_by, "bucket") if query.bucket_secs else query.group_by
+    found = await _rows(connection, slowest(query, times, is_postgresql=is_postgresql))
+    by_group = {tuple(row[name] for name in groups): row["first_byte_secs_p95"] for row in found}
+    for row in rows:
+        row["first_byte_secs_p95"] = by_group.get(tuple(row[name] for name in groups))

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.journal_file import JournalWriter
 from cortex.accounts.usage.record import UsageRecord
+from shared.request_ids import request_scope
 
 WRITE_AFTER_SECS: Final = 0.5
 """How long records stay in memory: what a killed worker loses."""
@@ -74,7 +75,8 @@ class UsageJournal:
     def add(self, record: UsageRecord) -> None:
         self._pending.append(record)
         if self._timer is None:
-            self._timer = self._loop.call_later(WRITE_AFTER_SECS, self._write)
+            with request_scope(None):  # what fails then concerns all
+                self._timer = self._loop.call_later(WRITE_AFTER_SECS, self._write)
 
     def use_prices(self, prices: PriceList) -> None:
         self._prices = prices
@@ -86,8 +88,9 @@ class UsageJournal:
                 await asyncio.wait([self._writing], timeout=CLOSE_SECS)
         if self._timer is not None:
             self._timer.cancel()
-        if self._pending or self._writing is not None:
-            log.error("usage records are lost, at least %d: %s takes no more", len(self._pending), self._directory)
+        lost = len(self._pending) + self._writer.unwritten
+        if lost or self._writing is not None:
+            log.error("usage records are lost, at least %d: %s takes no more", lost, self._directory)
         self._executor.submit(self._writer.close)
         self._executor.shutdown(wait=False)
 

@@ -68,6 +68,11 @@ class JournalWriter:
             self.problem = error.strerror or str(error)
         return taken
 
+    @property
+    def unwritten(self) -> int:
+        """How many of the records that `write` has taken are not in the file."""
+        return self._rest.count(b"\n")
+
     def close(self) -> None:
         """Lets the recorder delete the file."""
         if self._fd is not None:

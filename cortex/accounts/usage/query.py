@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Final
+from typing import Final, NamedTuple, TypeVar
 
 from cortex.accounts.caller import Caller, may
+from cortex.accounts.energy.attribution import HOUR_SECS
 from cortex.config.durations import parse_duration
 from shared.errors import Forbidden, InvalidRequest, shortened
 
@@ -15,9 +17,13 @@ TIMES: Final = ("hour", "day", "month")
 """Periods, in UTC, by the end of a request."""
 GROUPS: Final = ("key", "model", "variant", "node", "path", "status", *TIMES)
 FILTERS: Final = ("key", "model")
-PARAMETERS: Final = ("group_by", "from", "to", *FILTERS)
+ENERGY_KINDS: Final = ("request", "resident", "idle", "pending")
+"""What energy was used for; `pending`: an engine used it, and it is not attributed yet."""
+ENERGY_GROUPS: Final = ("node", "device", "model", "key", "kind", *TIMES)
+ENERGY_FILTERS: Final = ("node", "model", "key", "kind")
 DEFAULT_SECS: Final = 30 * 86_400.0
 """How far a report without `from` goes back."""
+_YEAR_10000: Final = 253_402_300_800.0
 
 
 @dataclass(frozen=True)
@@ -36,17 +42,69 @@ class UsageQuery:
     bucket_secs: int = 0
 
 
+@dataclass(frozen=True)
+class EnergyQuery:
+    """Energy of the hours that begin from `since` up to, but not at, `until` (seconds since 1970, both full hours), in
+    groups. `keys`, `models` and `key_id` are as in UsageQuery; `nodes` and `kinds`: only these, all if empty."""
+
+    since: float
+    until: float
+    group_by: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    key_id: str | None = None
+
+
 def parse_query(given: Sequence[tuple[str, str]], now: float) -> UsageQuery:
     """The query of a URL, as pairs of names and values.
 
     Raises:
         InvalidRequest: it has an unknown parameter or a wrong value.
     """
+    asked = _parameters(given, GROUPS, FILTERS, now)
+    return UsageQuery(asked.since, asked.until, asked.group_by, asked.only("key"), asked.only("model"))
+
+
+def parse_energy_query(given: Sequence[tuple[str, str]], now: float) -> EnergyQuery:
+    """As `parse_query`. Energy is known by the hour, so hours count that the times lie in."""
+    asked = _parameters(given, ENERGY_GROUPS, ENERGY_FILTERS, now)
+    for kind in asked.only("kind"):
+        if kind not in ENERGY_KINDS:
+            raise InvalidRequest(
+                f"kind: unknown kind {shortened(kind)!r}; allowed are {', '.join(ENERGY_KINDS)}", param="kind"
+            )
+    return EnergyQuery(
+        since=asked.since // HOUR_SECS * HOUR_SECS,
+        until=math.ceil(asked.until / HOUR_SECS) * HOUR_SECS,
+        group_by=asked.group_by,
+        keys=asked.only("key"),
+        models=asked.only("model"),
+        nodes=asked.only("node"),
+        kinds=asked.only("kind"),
+    )
+
+
+class _Parameters(NamedTuple):
+    since: float
+    until: float
+    group_by: tuple[str, ...]
+    values: Mapping[str, Sequence[str]]
+
+    def only(self, name: str) -> tuple[str, ...]:
+        return tuple(self.values.get(name, ()))
+
+
+def _parameters(
+    given: Iterable[tuple[str, str]], groups: Sequence[str], filters: Sequence[str], now: float
+) -> _Parameters:
+    allowed = ("group_by", "from", "to", *filters)
     values: dict[str, list[str]] = {}
     for name, value in given:
-        if name not in PARAMETERS:
+        if name not in allowed:
             raise InvalidRequest(
-                f"unknown parameter {shortened(name)!r}; allowed are {', '.join(PARAMETERS)}", param=shortened(name)
+                f"unknown parameter {shortened(name)!r}; allowed are {', '.join(allowed)}", param=shortened(name)
             )
         values.setdefault(name, []).extend(part.strip() for part in value.split(",") if part.strip())
     for name in ("from", "to"):
@@ -54,20 +112,20 @@ def parse_query(given: Sequence[tuple[str, str]], now: float) -> UsageQuery:
             raise InvalidRequest(f"{name} takes one time", param=name)
     group_by = tuple(dict.fromkeys(values.get("group_by", ())))
     for group in group_by:
-        if group not in GROUPS:
+        if group not in groups:
             raise InvalidRequest(
-                f"group_by: unknown group {shortened(group)!r}; allowed are {', '.join(GROUPS)}", param="group_by"
+                f"group_by: unknown group {shortened(group)!r}; allowed are {', '.join(groups)}", param="group_by"
             )
     until = _time("to", values["to"][0], now) if values.get("to") else now
     since = _time("from", values["from"][0], now) if values.get("from") else until - DEFAULT_SECS
     if since >= until:
         raise InvalidRequest("from must be before to", param="from")
-    return UsageQuery(since, until, group_by, tuple(values.get("key", ())), tuple(values.get("model", ())))
+    return _Parameters(since, until, group_by, values)
 
 
 def _time(name: str, text: str, now: float) -> float:
     """Seconds since 1970, an ISO 8601 date or time (UTC unless it says otherwise), or a duration before now."""
-    if text.replace(".", "", 1).isdecimal() and len(text) >= 9:
+    if text.replace(".", "", 1).isdecimal() and len(text) >= 9 and float(text) < _YEAR_10000:
         return float(text)
     try:
         return now - parse_duration(text)
@@ -84,7 +142,10 @@ def _time(name: str, text: str, now: float) -> float:
         ) from None
 
 
-def seen_by(caller: Caller, query: UsageQuery) -> UsageQuery:
+Query = TypeVar("Query", UsageQuery, EnergyQuery)
+
+
+def seen_by(caller: Caller, query: Query) -> Query:
     """The query as this caller may ask it: viewers see all, a user itself.
 
     Raises:

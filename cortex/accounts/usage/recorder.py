@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +19,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.source import ConstraintViolated
 from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
+from cortex.accounts.database.usage_days import DAY_SECS, add_to_days, day_of, delete_days
 from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.journal_file import JournalPart, delete_abandoned, journals, read_part
 from cortex.accounts.usage.record import UsageRecord
 
 DELETED_AT_ONCE: Final = 1000
 """Old rows in one transaction, so that others that write need not wait."""
+LOOKED_UP_AT_ONCE: Final = 500
 FORGET_AFTER_SECS: Final = 90 * 86_400.0
 """When the position of a journal is deleted that is not here: that of a cortex whose state directory is gone."""
 _MOST: Final = 2**31 - 1  # of the tables' integers
@@ -84,19 +87,39 @@ class Recorder:
         return self._positions[name]
 
     async def _store(self, name: str, part: JournalPart) -> None:
-        rows = [usage_row(record, part.prices) for record in part.records]
-        position = {"name": name, "position": part.end, "updated_at": self._clock()}
+        every = [usage_row(record, part.prices) for record in part.records]
+        rows = list({(row["request_id"], row["ended_at"]): row for row in every}.values())
+        try:
+            await self._insert_rows(name, part.end, rows)
+        except ConstraintViolated:  # two requests whose client gave them one id ended at the same microsecond
+            await self._insert_rows(name, part.end, await self._without_known(rows))
+        self._positions[name] = part.end
+
+    async def _insert_rows(self, name: str, end: int, rows: Sequence[dict[str, Any]]) -> None:
+        position = {"name": name, "position": end, "updated_at": self._clock()}
+        postgresql = self._database.is_postgresql
         async with self._database.writing() as connection:
             if rows:
-                await connection.execute(self._insert(USAGE).on_conflict_do_nothing(), rows)
+                await connection.execute(USAGE.insert(), rows)
+                await add_to_days(connection, rows, is_postgresql=postgresql)
             moved = self._insert(USAGE_JOURNALS).values(position)
             await connection.execute(
                 moved.on_conflict_do_update(index_elements=[USAGE_JOURNALS.c.name], set_=dict(moved.excluded))
             )
-        self._positions[name] = part.end
 
-    async def delete_old(self, retention_days: int) -> bool:
-        """Deletes some of the records that are older; 0 deletes none. True if there are more.
+    async def _without_known(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those that are not in the database."""
+        known: set[tuple[str, float]] = set()
+        async with self._database.reading() as connection:
+            for start in range(0, len(rows), LOOKED_UP_AT_ONCE):
+                ids = [row["request_id"] for row in rows[start : start + LOOKED_UP_AT_ONCE]]
+                asked = select(USAGE.c.request_id, USAGE.c.ended_at).where(USAGE.c.request_id.in_(ids))
+                known.update((row.request_id, row.ended_at) for row in await connection.execute(asked))
+        return [row for row in rows if (row["request_id"], row["ended_at"]) not in known]
+
+    async def delete_old(self, retention_days: int, daily_retention_days: int = 0) -> bool:
+        """Deletes some of the records of the days that are older, and daily sums; 0 deletes none. True if there are
+        more.
 
         Raises:
             DatabaseError: the database cannot be written now.
@@ -106,7 +129,10 @@ class Recorder:
         async with self._database.writing() as connection:
             forgotten = USAGE_JOURNALS.c.updated_at < now - FORGET_AFTER_SECS
             await connection.execute(delete(USAGE_JOURNALS).where(forgotten))
-            return bool(retention_days) and await _delete_some(connection, now - retention_days * 86_400)
+            more = bool(retention_days) and await _delete_some(connection, day_of(now - retention_days * DAY_SECS))
+            if daily_retention_days:
+                await delete_days(connection, day_of(now - daily_retention_days * DAY_SECS))
+            return more
 
 
 async def _delete_some(connection: AsyncConnection, before: float) -> bool:

@@ -34,6 +34,7 @@ class RecorderSettings(msgspec.Struct, frozen=True):
     database_url: str
     database_shown: str
     retention_days: int
+    daily_retention_days: int
     log_level: str
     log_format: LogFormat
 
@@ -68,6 +69,7 @@ class RecorderProcess:
             database_url=source.url,
             database_shown=source.shown,
             retention_days=config.usage.retention_days,
+            daily_retention_days=config.usage.daily_retention_days,
             log_level=config.log_level,
             log_format=config.log_format,
         )

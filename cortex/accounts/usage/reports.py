@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from cortex.accounts.usage.query import UsageQuery
+from cortex.accounts.usage.query import EnergyQuery, UsageQuery
 from shared.errors import NotFound
 
 if TYPE_CHECKING:
     from cortex.accounts.database.database import Database
 
+_NO_USAGE: Final = "this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write"
+
 
 class UsageReports(Protocol):
-    """Sums over the records of usage."""
+    """Sums over the records of usage, and over energy."""
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """As `DatabaseReports.reports`."""
+
+    async def energy(self, queries: Sequence[EnergyQuery]) -> list[list[dict[str, Any]]]:
+        """As `DatabaseReports.energy`."""
 
 
 class NoUsageReports:
@@ -24,7 +29,11 @@ class NoUsageReports:
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """Raises NotFound."""
-        raise NotFound("this cortex keeps no usage: set state_dir in cortex.toml to a directory that it can write")
+        raise NotFound(_NO_USAGE)
+
+    async def energy(self, queries: Sequence[EnergyQuery]) -> list[list[dict[str, Any]]]:
+        """Raises NotFound."""
+        raise NotFound(_NO_USAGE)
 
 
 def usage_reports(database: Database | None) -> UsageReports:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import shlex
 import signal
-import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,32 @@ from cortex.cli.dev.processes import CORTEX, DevFleet, memory_file
 from cortex.config.catalogue import Catalogue, load_catalogue
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
+from shared.system.files import is_writable
 from shared.tasks import first_of
 from shared.terminal.command_line import fail
 
 MAX_PORT = 65535
 READY_TIMEOUT_SECS = 60.0
+REMOVE_STATE = "--remove-state"
+"""The option of `cortex serve` for a temporary state directory: it removes it also when this process was killed."""
 
 
-def run_dev(fleet: str, *, port: int, engine: str, model_dir: Path | None, vllm_command: str) -> int:
-    """Runs until a signal, or until a child exits before the fleet is ready; the exit status."""
+def run_dev(
+    fleet: str, *, port: int, engine: str, model_dir: Path | None, vllm_command: str, state_dir: Path | None
+) -> int:
+    """Runs until a signal, or until a child exits before the fleet is ready; the exit status. `state_dir`: where cortex
+    keeps its state; None: in a temporary directory."""
     try:
         if not 0 <= port <= MAX_PORT:
             raise ValueError(f"--port must be from 0 to {MAX_PORT}, got {port}")
         hosts = parse_fleet(fleet)
-        return asyncio.run(_dev(hosts, _engine(engine, model_dir, vllm_command), port))
+        if state_dir is not None and not is_writable(state_dir):
+            raise ValueError(f"--state-dir {state_dir} is not a directory that can be written")
+        started = _engine(engine, model_dir, vllm_command)
+        if state_dir is not None:
+            return asyncio.run(_dev(hosts, started, port, state_dir.absolute()))
+        with tempfile.TemporaryDirectory(prefix="cortex-dev-", ignore_cleanup_errors=True) as temporary:
+            return asyncio.run(_dev(hosts, started, port, Path(temporary), (REMOVE_STATE,)))
     except (ValueError, ListenError, SettingsError) as error:
         fail("cortex dev", error)
 
@@ -57,14 +69,22 @@ def example_catalogue() -> Catalogue:
     return load_catalogue(installed if installed.exists() else package.parent / "models.example.toml")
 
 
-async def _dev(hosts: list[SimulatedHost], engine: DevEngine, port: int) -> int:
+async def _dev(
+    hosts: list[SimulatedHost], engine: DevEngine, port: int, state_dir: Path, options: tuple[str, ...] = ()
+) -> int:
     gateway = bind("127.0.0.1", port)
     url = f"http://127.0.0.1:{gateway.getsockname()[1]}"
     metrics_listen = f"127.0.0.1:{port + 1 if 0 < port < MAX_PORT else 0}"
     fleet, stop = DevFleet(), asyncio.Event()
     _on_signals(fleet, stop)
     try:
-        neurons = await _start(fleet, hosts, engine, gateway, metrics_listen)
+        neurons = await _start_neurons(fleet, hosts, engine)
+        models_fd = memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
+        table = cortex_table(
+            neurons, models_config=f"/dev/fd/{models_fd}", metrics_listen=metrics_listen, state_dir=state_dir
+        )
+        config_fd = memory_file("cortex.toml", table)
+        await fleet.start(CORTEX, CORTEX, config_fd, gateway, models_fd, options=options)
         ready = asyncio.create_task(_until_ready(url, len(hosts)))
         exited = asyncio.create_task(fleet.first_exit())
         first = await first_of({"stop": stop.wait(), "exit": exited, "ready": ready})
@@ -93,10 +113,8 @@ def _on_signals(fleet: DevFleet, stop: asyncio.Event) -> None:
         loop.add_signal_handler(number, on_signal)
 
 
-async def _start(
-    fleet: DevFleet, hosts: list[SimulatedHost], engine: DevEngine, gateway: socket.socket, metrics_listen: str
-) -> list[tuple[str, int]]:
-    """Starts every process; returns the neurons as (name, port)."""
+async def _start_neurons(fleet: DevFleet, hosts: list[SimulatedHost], engine: DevEngine) -> list[tuple[str, int]]:
+    """The neurons as (name, port)."""
     neurons: list[tuple[str, int]] = []
     for number, host in enumerate(hosts):
         sock = bind("127.0.0.1", 0)
@@ -104,10 +122,6 @@ async def _start(
         neurons.append((host.name, sock.getsockname()[1]))
         config_fd = memory_file(f"{host.name}.toml", neuron_table(host, number, engine))
         await fleet.start(host.name, "neuron", config_fd, sock)
-    models_fd = memory_file("models.toml", models_table(example_catalogue(), hosts, engine))
-    table = cortex_table(neurons, models_config=f"/dev/fd/{models_fd}", metrics_listen=metrics_listen)
-    config_fd = memory_file("cortex.toml", table)
-    await fleet.start(CORTEX, CORTEX, config_fd, gateway, models_fd)
     return neurons
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cortex.config.catalogue import Catalogue
@@ -101,12 +102,17 @@ def neuron_table(host: SimulatedHost, number: int, engine: DevEngine) -> dict[st
     }
 
 
-def cortex_table(neurons: list[tuple[str, int]], *, models_config: str, metrics_listen: str) -> dict[str, Any]:
-    """cortex.toml for neurons given as (name, port)."""
+def cortex_table(
+    neurons: list[tuple[str, int]], *, models_config: str, metrics_listen: str, state_dir: Path
+) -> dict[str, Any]:
+    """cortex.toml for neurons given as (name, port). Requests without a key still work once there are keys: only this
+    host can send any."""
     return {
         "models_config": models_config,
+        "state_dir": str(state_dir),
         "log_level": "warning",
         "gateway": {"metrics_listen": metrics_listen, "drain_timeout_secs": 5},
+        "auth": {"trust_loopback": True},
         "poll": {"interval_secs": 1.0},
         "neurons": [{"name": name, "endpoint": f"http://127.0.0.1:{port}"} for name, port in neurons],
     }

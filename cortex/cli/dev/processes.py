@@ -35,6 +35,7 @@ class Child:
     config_fd: int
     sock: socket.socket
     fds: tuple[int, ...]
+    options: tuple[str, ...]
     process: asyncio.subprocess.Process
     pause_secs: float = 0.0
 
@@ -63,10 +64,18 @@ class DevFleet:
         self._starting = 0
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
-    async def start(self, name: str, module: str, config_fd: int, sock: socket.socket, *fds: int) -> None:
+    async def start(
+        self,
+        name: str,
+        module: str,
+        config_fd: int,
+        sock: socket.socket,
+        *fds: int,
+        options: tuple[str, ...] = (),
+    ) -> None:
         """Starts a process; takes `config_fd`, `sock` and `fds` over."""
-        process = await self._execute(module, config_fd, sock, fds)
-        self._children.append(Child(name, module, config_fd, sock, fds, process))
+        process = await self._execute(module, config_fd, sock, fds, options)
+        self._children.append(Child(name, module, config_fd, sock, fds, options, process))
 
     async def first_exit(self) -> str:
         """Waits for a child to exit; returns which one, and how it ended."""
@@ -102,9 +111,9 @@ class DevFleet:
         os.close(self._lifeline)
 
     async def _execute(
-        self, module: str, config_fd: int, sock: socket.socket, fds: tuple[int, ...]
+        self, module: str, config_fd: int, sock: socket.socket, fds: tuple[int, ...], options: tuple[str, ...]
     ) -> asyncio.subprocess.Process:
-        arguments = ["serve", "--config", f"/dev/fd/{config_fd}", "--fd", str(sock.fileno())]
+        arguments = ["serve", "--config", f"/dev/fd/{config_fd}", "--fd", str(sock.fileno()), *options]
         self._starting += 1
         try:
             return await asyncio.create_subprocess_exec(
@@ -128,7 +137,7 @@ class DevFleet:
             when = f" in {child.pause_secs:g} s" if child.pause_secs else ""
             print(f"cortex dev: {_ended(child)}; restarting it{when}", file=sys.stderr, flush=True)
             await asyncio.sleep(child.pause_secs)
-            child.process = await self._execute(child.module, child.config_fd, child.sock, child.fds)
+            child.process = await self._execute(child.module, child.config_fd, child.sock, child.fds, child.options)
 
     def _reap(self) -> None:
         if not self._starting:  # else a child of ours may have no entry yet

@@ -117,6 +117,7 @@ class EngineRoom:
         del self._reports[key]
         self._learned.pop(key, None)
         self._had_queue.discard(key)
+        self._requests.count_others(key, 0, more=False)
 
     def _let_go(self, key: ReplicaKey, limit: int | None) -> None:
         """Wakes as many waiting requests as the engine has room for."""

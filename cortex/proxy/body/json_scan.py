@@ -18,6 +18,7 @@ _STRUCTURE = re.compile(rb'["\[\]{}]')
 _BEFORE_VALUE = re.compile(rb"[\s:]*")
 _BEFORE_NAME = re.compile(rb"[\s,]*")
 _SCALAR = re.compile(rb"[^,}\]\s]*")
+_ESCAPED_LETTER = re.compile(rb"(?<!\\)(?:\\\\)*\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 # Part of a string with up to 32 escapes: bounded, because the regex engine records each repetition.
 _ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,32}', re.DOTALL)
 
@@ -33,6 +34,17 @@ class Member(NamedTuple):
 
 class TooIntricateError(Exception):
     """More than MAX_STEPS steps: continuing would block the event loop."""
+
+
+def may_have(body: bytes, *names: bytes) -> bool:
+    """False if no member of the JSON in `body` has one of these names of letters and underscores, at any depth."""
+    return any(name in body for name in names) or hides_names(body)
+
+
+def hides_names(body: bytes) -> bool:
+    """True for JSON with an escaped letter or underscore: then a search does not find every name. No encoder escapes
+    them."""
+    return b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None
 
 
 def place_of_member(body: bytes, name: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
-from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
 from cortex.proxy.body.request_fields import (
     FormModel,
     JsonModel,
@@ -30,7 +30,7 @@ from cortex.proxy.body.request_fields import (
     decode_any_model,
     decode_fields,
     decode_model,
-    decode_previous,
+    decode_response_ids,
 )
 from shared.errors import InvalidRequest
 
@@ -188,14 +188,26 @@ def asks_for_stream(body: bytes) -> bool:
 
 def previous_response_id(body: bytes) -> str | None:
     """The top-level string `previous_response_id` of a JSON object; never raises. The last of several counts."""
-    if b'"previous_response_id"' not in body:
+    if not may_have(body, b"previous_response_id"):
         return None
     for read in (bytes, made_strict):
         try:
-            return _decode_text(memoryview(decode_previous(read(body)).previous_response_id))
+            return _decode_text(memoryview(decode_response_ids(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return None
+
+
+def chooses_response_id(body: bytes) -> bool:
+    """True for a JSON object with a top-level `request_id`: engines take it as the id of the response. Never raises."""
+    if not may_have(body, b"request_id"):
+        return False
+    for read in (bytes, made_strict):
+        try:
+            return bytes(decode_response_ids(read(body)).request_id) not in {b"", b"null"}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return False
 
 
 def made_strict(body: bytes) -> bytes:

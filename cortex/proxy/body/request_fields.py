@@ -52,10 +52,11 @@ class AnyModel(RequestFields, frozen=True, gc=False):
     model: msgspec.Raw = ABSENT
 
 
-class PreviousResponse(msgspec.Struct, frozen=True, gc=False):
-    """Of `/v1/responses`."""
+class ResponseIds(msgspec.Struct, frozen=True, gc=False):
+    """Of `/v1/responses`: of the response that this one continues, and of this one if the client chooses it."""
 
     previous_response_id: msgspec.Raw = ABSENT
+    request_id: msgspec.Raw = ABSENT
 
 
 class TextFields(msgspec.Struct, frozen=True, gc=False):
@@ -72,7 +73,7 @@ class TextFields(msgspec.Struct, frozen=True, gc=False):
 decode_fields: Final = msgspec.json.Decoder(RequestFields).decode
 decode_model: Final = msgspec.json.Decoder(JsonModel).decode
 decode_any_model: Final = msgspec.json.Decoder(AnyModel).decode
-decode_previous: Final = msgspec.json.Decoder(PreviousResponse).decode
+decode_response_ids: Final = msgspec.json.Decoder(ResponseIds).decode
 decode_texts: Final = msgspec.json.Decoder(TextFields).decode
 decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 """Each raises msgspec.DecodeError, UnicodeDecodeError or RecursionError for what it cannot read."""

@@ -14,6 +14,7 @@ import msgspec
 
 from cortex.accounts.limits.terms import TokenBound
 from cortex.proxy.body.form_scan import is_form
+from cortex.proxy.body.json_scan import may_have
 from cortex.proxy.body.model_field import JSON_TYPE, made_strict, read_fields
 from cortex.proxy.body.request_fields import ABSENT, RequestFields, TextFields, decode_list, decode_texts
 
@@ -97,8 +98,7 @@ def _refers(path: bytes, body: bytes) -> bool:
         return False
     if body.find(b'"type"') >= 0 and any(part in body for part in _PARTS):
         return True
-    names = _REFERENCES.get(path)
-    return names is not None and any(name in body for name in names)
+    return may_have(body, *_REFERENCES.get(path, ()))
 
 
 def _number(written: msgspec.Raw) -> int | None:

@@ -18,7 +18,7 @@ from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.paths import INFERENCE_TEXT, recorded_path
+from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import Replica
 from cortex.upstream.usage_fields import Usage
@@ -41,10 +41,11 @@ class RequestAccount:
 
     `label` and `node` are metric labels: only names that exist, so clients cannot create time series. `replica`: the
     engine that it was sent to last; `attempts`: to how many. `cold`: it waited for a load. `waited`: seconds spent
-    waiting for the control.
+    waiting for the control. `retrieves`: its answer is that of an earlier request, which has used the tokens.
     """
 
     __slots__ = (
+        "_background",
         "_body_bytes",
         "_bound",
         "_context",
@@ -59,6 +60,7 @@ class RequestAccount:
         "node",
         "replica",
         "request_id",
+        "retrieves",
         "waited",
     )
 
@@ -73,9 +75,11 @@ class RequestAccount:
         self.attempts = 0
         self.cold = False
         self.closed = False
+        self.retrieves = False
         self.waited = 0.0
         self._bound: TokenBound | None = None
         self._body_bytes = 0  # when it was bounded
+        self._background = False
         self._grant: Grant | None = None
 
     def check_model(self) -> None:
@@ -102,7 +106,7 @@ class RequestAccount:
         limiter, request = self._context.control.limiter, self._request
         if not self.caller.limited and self.model_id not in limiter.limited_models:
             return True
-        self._body_bytes = len(request.body)
+        self._body_bytes, self._background = len(request.body), in_background(request)
         self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"), fields)
         try:
             grant = limiter.admit(self.caller, self.model_id, self._bound)
@@ -150,7 +154,7 @@ class RequestAccount:
         sent, more = 0, ""
         first_byte_secs: float | None = None
         if relay is not None:
-            usage = context.count_answer(self.model_id, model, node, relay)
+            usage = context.count_answer(self.model_id, model, node, relay, retrieved=self.retrieves)
             if usage is not None and self.caller.key_id:
                 context.expected_tokens.learn(self.caller.key_id, self.model_id, usage.prompt + usage.completion)
             sent = relay.answer.tail.fed_bytes
@@ -163,7 +167,7 @@ class RequestAccount:
             context.counters.error(model, node, code)
         context.counters.request(model, node, status, took, first_byte_secs)
         if self._grant is not None:
-            self._settle(self._grant, usage, relay, sent)
+            self._settle(self._grant, usage, relay, sent, left=left)
         if self.model_id:
             context.usage.add(self._record(status, usage, first_byte_secs, took, complete=not left))
         if context.access_log.on:
@@ -179,17 +183,26 @@ class RequestAccount:
         if rates is not NO_RATES:
             self._request.rates = rate_lines(rates, time.time(), anthropic=self._request.anthropic)
 
-    def _settle(self, grant: Grant, usage: Usage | None, relay: Relay | None, sent: int) -> None:
+    def _settle(self, grant: Grant, usage: Usage | None, relay: Relay | None, sent: int, *, left: bool) -> None:
         prompt = completion = cached = 0
         if usage is not None:
             prompt, completion, cached = usage.prompt, usage.completion, usage.cached
+            if left and self._request.anthropic:  # the first event has told the prompt, and no more is known
+                completion = max(completion, self._most_completion(sent))
         elif relay is not None and relay.status < 400:  # the client has left, or the engine does not count
             bound = self._bound
             assert bound is not None
-            prompt, completion = min(bound.prompt, self._body_bytes, UNKNOWN_CONTEXT), sent // BYTES_PER_TOKEN
-            if bound.output is not None:
-                completion = min(completion, bound.output * bound.answers)
+            prompt = min(bound.prompt, self._body_bytes, UNKNOWN_CONTEXT)
+            completion = self._most_completion(sent)
         self._context.control.limiter.settle(grant, prompt, completion, cached)
+
+    def _most_completion(self, sent: int) -> int:
+        """The tokens of an answer of so many bytes, at most, if the engine has not told them."""
+        bound = self._bound
+        assert bound is not None
+        # In the background the engine goes on, and only those that ask for the response learn what it used.
+        found = UNKNOWN_CONTEXT if self._background else sent // BYTES_PER_TOKEN
+        return found if bound.output is None else min(found, bound.output * bound.answers)
 
     def _record(
         self, status: int, usage: Usage | None, first_byte_secs: float | None, took: float, *, complete: bool

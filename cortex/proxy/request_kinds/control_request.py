@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from cortex.accounts.caller import Caller
+from cortex.accounts.caller import Caller, shown_caller
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.headers import CALLER_NAME
@@ -42,13 +42,13 @@ class ControlRequest:
         request_id = self._request_id.encode()
         shown = request.credentials
         if caller is not None:
-            shown.append(b"%b: %b" % (CALLER_NAME, (caller.key_id or caller.name).encode()))
+            shown.append(b"%b: %b" % (CALLER_NAME, shown_caller(caller)))
         self._relay = Relay(
             context.pool,
             request,
             self,
             address=address,
-            head=request.head_for(b"cortex", b"", request_id, shown),
+            head=request.head_for(request.host or b"cortex", b"", request_id, shown),
             answer=DirectAnswer(client, request, extra=own_lines(request, request_id)),
         )
 

@@ -1,9 +1,8 @@
-"""A `POST` to `/v1/responses`: its answer may be stored by the engine, and it may continue a stored one."""
+"""A `POST` to `/v1/responses` or below: the engine may store its answer, and it may continue a stored one."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
 
 import msgspec
 
@@ -11,16 +10,16 @@ from cortex.accounts.caller import Caller
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
-from cortex.proxy.body.model_field import previous_response_id
+from cortex.proxy.body.model_field import chooses_response_id, previous_response_id
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.progress.state import Resolving
 from cortex.proxy.relay import Relay
+from cortex.proxy.request_handler import RequestHandler
 from cortex.proxy.translation.translatable_request import TranslatableRequest
 from cortex.routing.replica import Refusal, Replica
-from cortex.routing.response_owners import UNSTORED
+from cortex.routing.response_owners import UNSTORED, ResponseMaker, unknown_response
 from cortex.upstream.address import Address
-
-RESPONSES: Final = b"/v1/responses"
+from shared.errors import InvalidRequest
 
 
 class NewResponse(TranslatableRequest):
@@ -39,26 +38,35 @@ class NewResponse(TranslatableRequest):
         return super().refused(status, refusal)
 
     def _route(self, name: str, model_id: str) -> None:
-        only_one = len(self._context.control.table.get(name, ())) == 1
-        previous = None if only_one else previous_response_id(self._request.body)
+        context, caller, body = self._context, self._account.caller, self._request.body
+        may_use_all = context.may_use_all_responses(caller)
+        if not may_use_all and chooses_response_id(body):
+            self._refuse(_not_its_id())
+            return
+        only_one = may_use_all and len(context.control.table.get(name, ())) == 1
+        previous = None if only_one else previous_response_id(body)
         if previous is None or previous.startswith(UNSTORED):
             super()._route(name, model_id)
             return
-        maker = self._context.published_maker(previous)
+        maker = context.published_maker(previous, caller)
         if maker is None:
             self._state = Resolving(self._spawn(self._find_maker(previous, name, model_id), "maker for"))
         else:
             self._continue(maker, name, model_id)
 
     async def _find_maker(self, previous: str, name: str, model_id: str) -> None:
-        maker = await self._context.find_maker(previous)
+        context, caller = self._context, self._account.caller
+        known = await context.find_maker(previous, caller)
+        if known is None and not context.may_use_all_responses(caller):
+            raise unknown_response(previous, param="previous_response_id")
+        maker = None if known is None else await context.loaded_maker(known)
         self._resolved()
         self._continue(maker, name, model_id)
 
     def _continue(self, maker: Replica | None, name: str, model_id: str) -> None:
         """Without the engine that made the previous response, any other says that it does not have it."""
         other_variant = name != model_id and maker is not None and not self._is_among(name, maker)
-        if maker is None or maker.model_id != model_id or other_variant:
+        if maker is None or maker.requested_id != model_id or other_variant:
             super()._route(name, model_id)
             return
         self._continues = True
@@ -70,5 +78,39 @@ class NewResponse(TranslatableRequest):
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         relay = super()._new_relay(replica, address, head, answer)
         if self._translation is None:
-            relay.on_start = partial(self._context.learn_owner, replica)
+            maker = ResponseMaker(replica, self._account.caller.key_id)
+            relay.on_start = partial(self._context.learn_owner, maker)
         return relay
+
+
+class RelatedResponse(RequestHandler):
+    """A `POST` below `/v1/responses`, such as `compact`. Goes to any engine of its model."""
+
+    __slots__ = ()
+
+    def _route(self, name: str, model_id: str) -> None:
+        may_use_all = self._context.may_use_all_responses(self._account.caller)
+        previous = None if may_use_all else previous_response_id(self._request.body)
+        if previous is None:
+            super()._route(name, model_id)
+        else:
+            self._state = Resolving(self._spawn(self._check(previous, name, model_id), "maker for"))
+
+    async def _check(self, previous: str, name: str, model_id: str) -> None:
+        if await self._context.find_maker(previous, self._account.caller) is None:
+            raise unknown_response(previous, param="previous_response_id")
+        self._resolved()
+        super()._route(name, model_id)
+
+
+class TranslatableRelatedResponse(RelatedResponse, TranslatableRequest):
+    """One whose path can be translated."""
+
+    __slots__ = ()
+
+
+def _not_its_id() -> InvalidRequest:
+    return InvalidRequest(
+        "'request_id' would choose the id of the response, which could be that of another client's: leave it out",
+        param="request_id",
+    )

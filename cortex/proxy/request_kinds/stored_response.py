@@ -14,7 +14,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.progress.state import Resolving
 from cortex.proxy.request_handler import RequestHandler
 from cortex.routing.replica import FailureKind, Refusal, Replica
-from cortex.routing.response_owners import UNSTORED
+from cortex.routing.response_owners import UNSTORED, unknown_response
 from shared.errors import NotFound, ServiceError, shortened
 from shared.protocol import ErrorCode
 
@@ -40,12 +40,13 @@ class StoredResponse(RequestHandler):
     ) -> None:
         super().__init__(context, client, request, caller)
         self._response_id = response_id
+        self._account.retrieves = True
 
     def begin(self) -> None:
         if self._response_id.startswith(UNSTORED):
             self._refuse(self._unstored())
             return
-        replica = self._context.published_maker(self._response_id)
+        replica = self._context.published_maker(self._response_id, self._account.caller)
         if replica is None:
             self._state = Resolving(self._spawn(self._find_owner(), "owner for"))
         else:
@@ -53,24 +54,24 @@ class StoredResponse(RequestHandler):
 
     def unreachable(self, reason: str, kind: FailureKind) -> None:
         self._fail(reason, kind)
-        self._refuse(self._unknown())
+        self._refuse(unknown_response(self._response_id))
 
     def refused(self, status: int, refusal: Refusal) -> bool:
         return False
 
     async def _find_owner(self) -> None:
-        replica = await self._context.find_maker(self._response_id)
+        replica = await self._context.find_maker(self._response_id, self._account.caller)
+        if replica is not None:  # an engine that is being drained still knows its responses
+            replica = await self._context.loaded_maker(replica) or replica
         self._resolved()
-        if replica is None:  # an engine that is being drained still knows its responses
-            replica = self._context.control.response_owners.find(self._response_id)
         if replica is None or not replica.url:
-            self._refuse(self._unknown())
+            self._refuse(unknown_response(self._response_id))
         else:
             self._send_to_owner(replica)
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
-        self._name = self._account.model_id = replica.model_id
+        self._name = self._account.model_id = replica.requested_id
         try:
             self._account.check_model()
         except ServiceError as error:
@@ -82,12 +83,5 @@ class StoredResponse(RequestHandler):
         return NotFound(
             f"the response {shortened(self._response_id)!r} is not stored: its engine has only /v1/chat/completions and"
             " stores nothing. Keep the answer yourself; to cancel a stream, close its connection",
-            code=ErrorCode.NOT_FOUND,
-        )
-
-    def _unknown(self) -> NotFound:
-        return NotFound(
-            f"no engine has the response {shortened(self._response_id)!r}: engines forget responses when their model is"
-            " unloaded, and cortex knows the makers of the latest ones only",
             code=ErrorCode.NOT_FOUND,
         )

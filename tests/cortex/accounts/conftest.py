@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.postgresql import new_postgresql, postgresql_server
+from tests.postgresql import new_postgresql, own_postgresql_server, postgresql_server
 
-__all__ = ["new_postgresql", "postgresql_server"]
+__all__ = ["new_postgresql", "own_postgresql_server", "postgresql_server"]

@@ -146,7 +146,19 @@ async def test_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "cortex.db").write_bytes(bytes(range(256)) * 100)
     source = database_source(None, tmp_path)
     assert source is not None
-    with pytest.raises(DatabaseError, match="file is not a database"):
+    with pytest.raises(DatabaseError, match="file is not a database; restore a copy of it, or move it away"):
+        await open_database(source)
+
+
+async def test_file_damaged_within(tmp_path: Path) -> None:
+    """The error names what to do here too."""
+    source = database_source(None, tmp_path)
+    assert source is not None
+    async with opened(source):
+        pass
+    file = tmp_path / "cortex.db"
+    file.write_bytes(file.read_bytes()[:100] + b"\xff" * 8000)
+    with pytest.raises(DatabaseError, match="malformed; restore a copy of it, or move it away"):
         await open_database(source)
 
 

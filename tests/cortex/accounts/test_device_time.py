@@ -72,18 +72,18 @@ def test_without_a_half_life_there_are_no_accounts() -> None:
     accounts = DeviceTime(lambda: 0.0, {"a": 8.0})
     for now in (0, 10):
         accounts.sample([_engine("m", {"a": 1})], {}, now)
-    assert (accounts.accounts, accounts.users()) == ({}, {})
+    assert (accounts.accounts, accounts.users("m", "m", 10)) == ({}, frozenset())
 
 
 def test_an_idle_caller_saves_nothing_up() -> None:
     """Who comes back has at least the account of the least of those present, and keeps a higher one of its own."""
     accounts = DeviceTime(lambda: EVER, {"a": 50.0, "b": 70.0, "c": 90.0})
     for caller in (A, B):
-        accounts.present(caller, 0)
-    accounts.present(Caller("new", "new"), 1)
-    accounts.present(C, 1)
+        accounts.waits(caller, "m", 0)
+    accounts.waits(Caller("new", "new"), "m", 1)
+    accounts.waits(C, "m", 1)
     assert accounts.accounts == {"a": 50, "b": 70, "c": 90, "new": 50}
-    accounts.present(ANONYMOUS, 1)
+    accounts.waits(ANONYMOUS, "m", 1)
     assert "" not in accounts.accounts
 
 
@@ -91,14 +91,30 @@ def test_users_of_an_engine_stay_for_a_moment() -> None:
     """They have a claim to a model that they use again and again, and pay for it in between."""
     accounts = DeviceTime(lambda: EVER)
     accounts.sample([_engine("m", {"a": 1, "": 1})], {}, 0)
-    assert accounts.users() == {"m": {A, ANONYMOUS}}
+    assert accounts.users("m", "m", 0) == {A, ANONYMOUS}
     idle = [EngineUse("m", "m", 1, False, {}, {})]
     accounts.sample(idle, {}, 5)
     assert accounts.accounts == pytest.approx({"a": 2.5})
     accounts.sample(idle, {}, PRESENT_SECS + 1)
-    assert accounts.users() == {}
+    assert not accounts.users("m", "m", PRESENT_SECS + 1)
     accounts.sample([], {}, PRESENT_SECS + 2)
-    assert accounts.users() == {}
+    assert not accounts.users("m", "m", PRESENT_SECS + 2)
+
+
+def test_those_that_waited_for_a_model_use_it_from_the_moment_it_is_loaded() -> None:
+    """Before any sample has seen their requests there: otherwise another key would take the memory back at once."""
+    accounts = DeviceTime(lambda: EVER)
+    accounts.waits(A, "m", 0)
+    assert accounts.users("m", "m", 0.1) == {A}
+    for now in range(100):  # a long load
+        accounts.sample([_engine("m", loading=True)], {"m": [A, B]}, now)
+    assert accounts.users("m", "m", 100.5) == {A, B}
+    assert not accounts.users("n", "n", 100.5)
+    paid = dict(accounts.accounts)
+    accounts.sample([_engine("m")], {}, 101)  # they pay although none of them has used it yet
+    assert accounts.accounts == pytest.approx({key_id: had + 1 for key_id, had in paid.items()})
+    accounts.sample([_engine("m")], {}, 100 + PRESENT_SECS)
+    assert not accounts.users("m", "m", 100 + PRESENT_SECS)
 
 
 def test_users_have_the_priority_of_their_key_although_they_never_waited() -> None:
@@ -106,7 +122,7 @@ def test_users_have_the_priority_of_their_key_although_they_never_waited() -> No
     urgent = Caller("u", "u", priority=5)
     accounts = DeviceTime(lambda: EVER, caller_of={"u": urgent}.get)
     accounts.sample([_engine("m", {"u": 1})], {}, 0)
-    assert accounts.users() == {"m": {urgent}}
+    assert accounts.users("m", "m", 0) == {urgent}
 
 
 def test_what_is_stored_is_what_they_are() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -190,6 +191,27 @@ async def test_keys_of_a_file_follow_it(tmp_path: Path, benjy: V1Neuron, engine:
         assert "keys[0] (carol): key: must be 1 to 256 visible ASCII characters" in cortex.log()
         assert "sk-carol" not in cortex.log()
         assert await status_of(cortex.url, "sk-bob") == 200
+
+
+async def test_budgets_in_another_currency(tmp_path: Path, benjy: V1Neuron) -> None:
+    """The currency does not change while a key in the database has a budget in the old one. A cortex that starts with
+    such keys says so."""
+    file = written(tmp_path, state_dir="state")
+    admin = (await made("create", "root", "--admin", "--config", str(file)))["key"]
+    await made("create", "alice", "--budget", "20EUR/month", "--config", str(file))
+    foreign = "API key 'alice': the budget 20EUR/month must be in USD"
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state") as cortex:
+        text = file.read_text(encoding="utf-8")
+        file.write_text(f'{text}\n[usage]\ncurrency = "USD"\n', encoding="utf-8")
+        refused = f"configuration not reloaded: {file}: usage.currency = 'USD': {foreign}"
+        await asyncio.to_thread(eventually, lambda: refused in cortex.log(), "the reload is refused", within_secs=20)
+        await made("revoke", "alice", url=cortex.url, key=admin)
+        cortex.process.send_signal(signal.SIGHUP)
+        changed = "configuration reloaded: usage.currency EUR -> USD"
+        await asyncio.to_thread(eventually, lambda: changed in cortex.log(), "it is reloaded", within_secs=20)
+        await made("create", "alice", "--budget", "20USD/month", url=cortex.url, key=admin)
+    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state") as cortex:
+        assert "WARNING cortex.cli.serve: API key 'alice': the budget 20USD/month must be in EUR" in cortex.log()
 
 
 async def test_keys_outlive_the_database(

@@ -13,9 +13,11 @@ import aiohttp
 import pytest
 
 from cortex.api import models
+from cortex.api.fleet_changes import KEPT_CHANGES, FleetChanges, merge_patch
 from cortex.api.fleet_view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
+from cortex.control.wiring import Parts
 from cortex.fleet.state import Fleet
 from shared.protocol import Device, Discovery, ModelView, NeuronHealth
 from tests.cortex.conftest import RunningCortex, StartCortex
@@ -130,11 +132,8 @@ async def test_first_change_is_sent_at_once_and_many_together(start_cortex: Star
     await heard.aclose()  # type: ignore[attr-defined]
 
 
-async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """It equals the answer of `GET /fleet`."""
-    cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
-    parts = cortex.parts
-    view = FleetView(
+def view_of(parts: Parts) -> FleetView:
+    return FleetView(
         live=parts.live,
         fleet=parts.fleet,
         loader=parts.loader,
@@ -142,6 +141,13 @@ async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: V1Neu
         queue=parts.queue,
         counts=parts.counts,
     )
+
+
+async def test_listeners_share_one_event(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """It equals the answer of `GET /fleet`."""
+    cortex = await start_cortex([benjy], [{"id": "m"}], aliases={"x": "m"}, poll={"interval_secs": 30})
+    parts = cortex.parts
+    view = view_of(parts)
     version, event = view.event()
     assert view.event()[1] is event
     assert version == cortex.parts.fleet.version
@@ -166,3 +172,129 @@ async def test_long_list_is_one_answer(start_cortex: StartCortex, benjy: V1Neuro
         assert [entry["id"] for entry in (await response.json())["data"]] == [f"m{n}" for n in range(3 * models.BLOCK)]
     async with cortex.http.head(f"{cortex.url}/v1/models") as response:
         assert int(response.headers["Content-Length"]) == length
+
+
+def applied(state: Any, patch: Any) -> Any:
+    """RFC 7396, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(state) if isinstance(state, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = applied(merged.get(name), value)
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "patch"),
+    [
+        ({}, {}, {}),
+        ({"a": 1}, {"a": 1}, {}),
+        ({"a": 1}, {"a": 2, "b": 3}, {"a": 2, "b": 3}),
+        ({"a": 1, "b": 2}, {"b": 2}, {"a": None}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a": {"c": 3}}),
+        ({"a": {"b": 1}}, {"a": [1]}, {"a": [1]}),
+        ({"a": [1]}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"a": 1}, {"a": None}, {"a": None}),
+    ],
+)
+def test_merge_patches(old: dict[str, Any], new: dict[str, Any], patch: dict[str, Any]) -> None:
+    assert merge_patch(old, new) == patch
+
+
+class Follower:
+    """A listener of `/fleet/events?changes=true` that keeps the fleet up to date."""
+
+    def __init__(self, cortex: RunningCortex) -> None:
+        self._cortex = cortex
+        self.fleet: dict[str, Any] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    async def run(self) -> None:
+        url = f"{self._cortex.url}/fleet/events?changes=true"
+        async with self._cortex.http.get(url, timeout=aiohttp.ClientTimeout(sock_read=30)) as events:
+            name = ""
+            async for line in events.content:
+                if line.startswith(b"event: "):
+                    name = line[7:].strip().decode()
+                elif line.startswith(b"data: "):
+                    data = json.loads(line[6:])
+                    self.fleet = applied(self.fleet, data) if name == "change" else data
+                    self.events.append((name, data))
+
+    async def until_only(self, model: str) -> None:
+        await until(lambda: [view["id"] for view in self.fleet["nodes"]["benjy"]["models"].values()] == [model])
+
+    def status(self, node: str, model: str) -> str | None:
+        found: str | None = (
+            self.fleet.get("nodes", {}).get(node, {}).get("models", {}).get(f"{model}@{node}", {}).get("status")
+        )
+        return found
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.api.fleet_changes.TICK_SECS", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_listeners_follow_the_changes(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """After the whole fleet only what changed is sent; who applies it has what `/fleet` says, without its durations."""
+    cortex = await start_cortex([benjy], [{"id": "m", "vram_mb": 7}], aliases={"x": "m"}, poll={"interval_secs": 30})
+    fleet, first, second = cortex.parts.fleet, Follower(cortex), Follower(cortex)
+    running = [asyncio.create_task(first.run())]
+    await until(lambda: len(first.events) == 1)
+    fleet.update_model("benjy", ModelView(id="m", status="loading"))
+    await until(lambda: first.status("benjy", "m") == "loading")
+    running.append(asyncio.create_task(second.run()))
+    await until(lambda: second.status("benjy", "m") == "loading")
+    for used in range(20):
+        fleet.update_model("benjy", ModelView(id="m", status="loaded", vram_used_mb=used))
+        await asyncio.sleep(0.005)
+    fleet.update_model("benjy", ModelView(id="other", status="loaded"))
+    fleet.remove_model("benjy", "m")
+    for each in (first, second):
+        await each.until_only("other")
+        assert [name for name, _ in each.events] == ["fleet"] + ["change"] * (len(each.events) - 1)
+    change = first.events[1][1]
+    assert change.keys() == {"nodes"}
+    assert change["nodes"].keys() == {"benjy"}
+    assert change["nodes"]["benjy"].keys() == {"models"}
+    assert applied({}, first.fleet) == applied({}, second.fleet)
+    async with cortex.http.get(f"{cortex.url}/fleet") as response:
+        whole = await response.json()
+    node, told = first.fleet["nodes"]["benjy"], whole["nodes"][0]
+    assert applied({}, node["devices"]) == applied({}, {str(each["index"]): each for each in told["devices"]})
+    assert [view["id"] for view in node["models"].values()] == ["other"]
+    assert [view["id"] for view in told["models"]] == ["other"]
+    assert first.fleet["models"] == {each["id"]: each for each in whole["models"]}
+    assert first.fleet["aliases"] == whole["aliases"]
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_listener_that_is_far_behind_gets_the_whole(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    cortex = await start_cortex([benjy], [], poll={"interval_secs": 30})
+    changes = FleetChanges(view_of(cortex.parts))
+    with changes.listening():
+        first, _ = changes.since(None)
+        places = [first]
+        for used in range(1, KEPT_CHANGES + 2):
+            cortex.parts.fleet.update_model("benjy", ModelView(id="m", status="loaded", vram_used_mb=used))
+            await changes.beyond(places[-1])
+            places.append(changes.since(places[-1])[0])
+        assert changes.since(places[1])[1].count(b"event: change") == KEPT_CHANGES
+        assert changes.since(first)[1].startswith(b"event: fleet")
+        assert changes.since(places[-1])[1] == b""
+    await changes.close()
+
+
+async def test_odd_query_of_events(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    cortex = await start_cortex([benjy], [])
+    async with cortex.http.get(f"{cortex.url}/fleet/events?changes=maybe") as response:
+        assert response.status == 400
+        assert "can be true or false" in (await response.json())["error"]["message"]

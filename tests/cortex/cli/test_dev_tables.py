@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -28,8 +29,12 @@ def test_tables_are_valid(engine: DevEngine) -> None:
         ranges.append(config.harness_settings(config.harness_names[0]).port_range)
     assert all(first[1] < second[0] for first, second in itertools.pairwise(ranges))
     neurons = [(host.name, 1000 + number) for number, host in enumerate(hosts)]
-    table = cortex_table(neurons, models_config="models.toml", metrics_listen="127.0.0.1:0")
-    assert next(entry.endpoint for entry in CortexConfig.model_validate(table).neurons) == "http://127.0.0.1:1000"
+    table = cortex_table(
+        neurons, models_config="models.toml", metrics_listen="127.0.0.1:0", state_dir=Path("/var/state")
+    )
+    cortex = CortexConfig.model_validate(table)
+    assert next(entry.endpoint for entry in cortex.neurons) == "http://127.0.0.1:1000"
+    assert cortex.state_dir == Path("/var/state")
 
 
 @pytest.mark.parametrize(("fleet", "pins"), [(DEFAULT_FLEET, ("beast",)), ("other=2xRTX5090", ())])

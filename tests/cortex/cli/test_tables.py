@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex.cli.tables import explain_table, loaded_line, models_table, status_table, unloaded_line
+from cortex.cli.tables import explain_table, keys_table, loaded_line, models_table, status_table, unloaded_line
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,14 @@ def test_variants_in_the_tables() -> None:
     rows = [line.split() for line in text.splitlines()[-3:]]
     assert [row[3] for row in rows] == ["fp8", "awq", "-"]
     assert "fits; not fp8: needs more" in text
+
+
+@pytest.mark.parametrize(
+    ("expires_at", "shown"),
+    [(None, "never"), (1700000000.0, "2023-11-14 22:13 UTC (expired)"), (4102444800.0, "2100-01-01 00:00 UTC")],
+)
+def test_expired_keys_are_marked(expires_at: float | None, shown: str) -> None:
+    key: dict[str, Any] = {"name": "a", "prefix": "", "role": "user", "models": [], "source": "database"}
+    key |= {"rpm": None, "tpm": None, "parallel": None, "budget": [], "expires_at": expires_at}
+    row = keys_table({"keys": [key]}).splitlines()[-1]
+    assert re.split(r" {2,}", row) == ["a", "-", "user", "all", "none", shown, "database"]

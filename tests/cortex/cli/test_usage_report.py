@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from cortex.cli.usage_report import usage_csv, usage_table
+from cortex.cli.usage_report import energy_table, usage_csv, usage_table
 
 SUMS: dict[str, Any] = {
     "requests": 3,
@@ -23,6 +23,7 @@ SUMS: dict[str, Any] = {
     "first_byte_secs_p95": None,
 }
 USAGE = {
+    "object": "usage",
     "group_by": ["key", "model"],
     "currency": "EUR",
     "rows": [{"key": "alice, the first", "model": "org/a", **SUMS}, {"key": "bob", "model": "", **SUMS}],
@@ -54,3 +55,28 @@ def test_csv() -> None:
     assert (rows[0]["cost"], rows[0]["first_byte_secs_p95"], rows[0]["currency"]) == ("1.23456", "", "EUR")
     (total,) = csv.DictReader(io.StringIO(usage_csv({**USAGE, "group_by": [], "rows": [SUMS]})))
     assert total["requests"] == "3"
+
+
+ENERGY: dict[str, Any] = {
+    "object": "energy",
+    "group_by": ["node", "kind"],
+    "currency": "EUR",
+    "rows": [{"node": "beast", "kind": "idle", "energy_wh": 1.5, "energy_cost": 0.0006}],
+    "totals": {"energy_wh": 1.5, "energy_cost": 0.0006},
+    "unmetered": [
+        {"node": "cpu", "device": "", "reason": "it has no GPU"},
+        {"node": "old", "device": "2", "reason": "no meter"},
+    ],
+}
+
+
+def test_energy() -> None:
+    """As a table, with what has no meter below it, and as CSV."""
+    head, row, total, *notes = energy_table(ENERGY).splitlines()
+    assert head.split() == ["NODE", "KIND", "WH", "COST", "EUR"]
+    assert (row.split(), total.split()) == (["beast", "idle", "1.50", "0.0006"], ["total", "1.50", "0.0006"])
+    assert notes == ["not measured: cpu: it has no GPU", "not measured: old device 2: no meter"]
+    assert usage_csv(ENERGY).splitlines() == [
+        "node,kind,energy_wh,energy_cost,currency",
+        "beast,idle,1.5,0.0006,EUR",
+    ]

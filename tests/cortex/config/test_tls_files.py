@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 from cortex.cli.serve import run_check
 from cortex.config.files import read_configuration, tls_warnings
 from shared.settings import SettingsError
-from tests.certificates import pair
+from tests.certificates import FAULTS, PairFiles, pair
 
 
 def configured(directory: Path, **keys: str) -> Path:
@@ -21,13 +21,6 @@ def configured(directory: Path, **keys: str) -> Path:
     path = directory / "cortex.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
-
-
-def problem(path: Path) -> str:
-    config, _ = read_configuration(path)
-    with pytest.raises(SettingsError) as caught:
-        tls_warnings(config, path)
-    return str(caught.value)
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -44,30 +37,29 @@ def test_both_or_neither(tmp_path: Path) -> None:
         read_configuration(configured(tmp_path, tls_cert="cert.pem"))
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    """Each message names the file and what is wrong with it."""
-    files = pair(tmp_path)
+@pytest.mark.parametrize("fault", [*FAULTS], ids=lambda fault: str(fault.__name__))
+def test_files_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[PairFiles], str]
+) -> None:
+    """Each message names the file and what is wrong with it. Nothing asks for a password at the terminal."""
     path = configured(tmp_path, tls_cert="cert.pem", tls_key="key.pem")
-    cert, key = files.cert.read_bytes(), files.key.read_bytes()
-    (tmp_path / "other").mkdir()
-    files.key.write_bytes(pair(tmp_path / "other").key.read_bytes())
-    assert f"{files.key}: the key does not belong to the certificate {files.cert}" in problem(path)
-    files.key.write_bytes(cert)
-    assert f"{files.key}: has no PEM block PRIVATE KEY" in problem(path)
-    files.key.write_bytes(key)
-    files.cert.write_bytes(cert[:100] + b"\n" + cert[-40:])
-    assert f"{files.cert} and {files.key} cannot be used" in problem(path)
-    files.cert.unlink()
-    assert f"{files.cert}: No such file or directory" in problem(path)
+    with path.open("a") as file:
+        file.write("\n[neuron_tls]\ncert = 'cert.pem'\nkey = 'key.pem'\n")
+    expected = fault(pair(tmp_path))
+    assert run_check(path) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(f"{path}: ")[2].partition(": ")[0] for line in lines] == ["gateway", "neuron_tls"]
+    assert all(expected in line for line in lines)
 
 
-def test_encrypted_key(tmp_path: Path) -> None:
-    """No question at the terminal."""
-    files = pair(tmp_path)
-    command = ["openssl", "ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "encrypted.pem"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (tmp_path / "encrypted.pem").replace(files.key)
-    assert "the key is encrypted" in problem(configured(tmp_path, tls_cert="cert.pem", tls_key="key.pem"))
+def test_problems_of_all_files_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the TLS files together with those of the catalogue."""
+    path = configured(tmp_path, tls_cert="cert.pem", tls_key="key.pem")
+    (tmp_path / "models.toml").write_text("[[models]]\nid = 'm'\nargs = ['--port', '1']\n", encoding="utf-8")
+    assert run_check(path) == 1
+    error = capsys.readouterr().err
+    assert "--port is set by neuron" in error
+    assert f"{tmp_path}/cert.pem: No such file or directory" in error
 
 
 def test_expired_certificate_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from cortex.routing.response_owners import ResponseMaker
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.fleets import replica, replica_key
 from tests.cortex.instances_neuron import MODEL, InstancesNeuron
@@ -256,7 +257,7 @@ async def test_a_stored_response_is_found_after_an_upgrade(cortex: RunningCortex
         return web.json_response({"id": "resp_1"})
 
     host.engines["0"].answer = answer
-    cortex.parts.resolver.response_owners.add("resp_1", replica(MODEL, "box", url=""))
+    cortex.parts.resolver.response_owners.add("resp_1", ResponseMaker(replica(MODEL, "box", url=""), ""))
     assert await page(cortex, "/v1/responses/resp_1") == {"id": "resp_1"}
     maker = await cortex.parts.resolver.engine(replica_key(MODEL, "box"))
     assert maker is not None

@@ -16,6 +16,7 @@ from cortex.config.files import state_directory
 from cortex.config.settings import CortexConfig
 from cortex.fleet.store import STORED_IDS, StateFile
 from cortex.routing.replica import ANY_NODE
+from cortex.routing.response_owners import ResponseMaker
 from tests.cortex.fleets import replica
 
 
@@ -73,13 +74,35 @@ async def test_makers_of_responses_survive_a_restart(tmp_path: Path) -> None:
     state = StateFile(tmp_path)
     for number in range(STORED_IDS + 1):
         made = replica("org/small", "beast", "http://e", api_key="secret", others=number % 3)
-        state.add_response(f"resp_{number}", made)
+        state.add_response(f"resp_{number}", ResponseMaker(made, "key"))
     await state.close()
     assert "secret" not in (tmp_path / "state.json").read_text(encoding="utf-8")
     owners = StateFile(tmp_path).response_owners
     assert owners.find("resp_0") is None
-    assert owners.find(f"resp_{STORED_IDS}") == replica("org/small", "beast", "")
-    assert len(owners.listed().engines) == 1
+    assert owners.find(f"resp_{STORED_IDS}") == ResponseMaker(replica("org/small", "beast", ""), "key")
+    assert len(owners.listed().makers) == 1
+
+
+async def test_adapter_and_key_of_a_response_survive_a_restart(tmp_path: Path) -> None:
+    """One engine makes responses as its base and as its adapters, and for several API keys and clients without one."""
+    state = StateFile(tmp_path)
+    makers = [(adapter, key_id) for adapter in (None, "a", "b") for key_id in ("", "key1", "key2")]
+    for adapter, key_id in makers:
+        engine = replica("org/small", "beast", "http://e", adapter=adapter)
+        state.add_response(f"resp_{adapter}_{key_id}", ResponseMaker(engine, key_id))
+    await state.close()
+    owners = StateFile(tmp_path).response_owners
+    for adapter, key_id in makers:
+        engine = replica("org/small", "beast", "", adapter=adapter)
+        assert owners.find(f"resp_{adapter}_{key_id}") == ResponseMaker(engine, key_id)
+
+
+def test_no_key_is_known_from_a_file_of_an_earlier_version(tmp_path: Path) -> None:
+    responses = {"engines": [["m", "n"]], "made": {"resp_1": 0}}
+    (tmp_path / "state.json").write_text(json.dumps({"version": 1, "responses": responses}), encoding="utf-8")
+    maker = StateFile(tmp_path).response_owners.find("resp_1")
+    assert maker is not None
+    assert maker.key_id is None
 
 
 def test_makers_that_do_not_exist_are_left_out(tmp_path: Path) -> None:
@@ -155,6 +178,22 @@ async def test_an_invalid_file_is_renamed(tmp_path: Path, caplog: pytest.LogCapt
     assert StateFile(tmp_path).drained == {"beast"}
 
 
+def test_an_invalid_file_that_cannot_be_renamed_is_not_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.json").write_bytes(b"{")
+    (tmp_path / "state.json.bad").mkdir()
+    StateFile(tmp_path)
+    assert f"{tmp_path}/state.json is invalid and cannot be renamed (Is a directory)" in caplog.text
+
+
+def test_a_directory_that_is_a_file_has_no_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing there is invalid; the command line warns that no state can be kept."""
+    (tmp_path / "state").touch()
+    assert StateFile(tmp_path / "state").drained == set()
+    assert caplog.text == ""
+
+
 async def test_unknown_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     """Known fields keep their meaning as long as the file's version is the same."""
     (tmp_path / "state.json").write_text(json.dumps({"version": 1, "drained": ["a"], "more": 1}), encoding="utf-8")
@@ -192,6 +231,7 @@ async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
     await second.flush()
     assert second.problem is not None
     assert "in use by another cortex" in second.problem
+    assert "counts limits for itself" in second.problem
     assert StateFile(tmp_path).drained == {"a"}
     await first.close()
     await second.flush()

@@ -140,6 +140,16 @@ async def test_unfinished_handshakes_end(
     assert caplog.text.count("not complete within 0.2 s") == 2
 
 
+async def test_many_clients_at_once(cortex: RunningCortex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart: more than there may be handshakes. None is dropped for one that connects a moment later."""
+    monkeypatch.setattr("cortex.http.tls_listener.MAX_HANDSHAKES", 3)
+    monkeypatch.setattr("cortex.http.tls_listener.GRACE_SECS", 60.0)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = await asyncio.gather(*(stack.enter_async_context(connected(cortex.url)) for _ in range(20)))
+        for client in clients:
+            assert (await client.ask(ASK)).status == 200
+
+
 async def test_handshakes_do_not_pile_up(cortex: RunningCortex, monkeypatch: pytest.MonkeyPatch) -> None:
     """One too many ends the oldest, and a client that finishes its handshake is served meanwhile."""
     monkeypatch.setattr("cortex.http.tls_listener.MAX_HANDSHAKES", 3)

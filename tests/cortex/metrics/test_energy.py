@@ -6,11 +6,15 @@ import contextlib
 import sqlite3
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cortex.fleet.snapshot import NodeSnapshot
+from cortex.metrics.energy import unmetered
+from shared.protocol import Device, DeviceHealth, Discovery, NeuronHealth
 from tests.processes import eventually
-from tests.services import running_fleet
+from tests.services import NODE, Service, running_fleet
 
 METER = "SELECT resident_wh FROM energy_meters WHERE model = ''"
 BOOKED = "SELECT coalesce(sum(wh), 0) FROM energy"
@@ -31,6 +35,12 @@ def values(database: Path, *queries: str) -> list[float]:
         connection.execute("BEGIN")
         found = [connection.execute(query).fetchone() for query in queries]
     return [0.0 if row is None else float(row[0]) for row in found]
+
+
+def reported(cortex: Service, group_by: str) -> Any:
+    answer = cortex.request(f"/usage/energy?group_by={group_by}")
+    assert answer.status == 200
+    return answer.body
 
 
 def test_energy_of_a_request(tmp_path: Path) -> None:
@@ -58,7 +68,42 @@ def test_energy_of_a_request(tmp_path: Path) -> None:
         after, now_booked, now_waiting = values(database, METER, BOOKED, WAITING)
         assert now_booked - booked + now_waiting - waiting == pytest.approx(after - before, abs=1e-6)
         assert after > before
+        seen, counted, rest = reported(fleet.cortex, "kind,node,device"), *values(database, BOOKED, WAITING)
+        assert {row["kind"] for row in seen["rows"]} >= {"request", "resident", "idle"}
+        assert {(row["node"], row["device"]) for row in seen["rows"]} == {(NODE, "0")}
+        assert seen["totals"]["energy_wh"] == pytest.approx(sum(row["energy_wh"] for row in seen["rows"]))
+        assert now_booked + now_waiting <= seen["totals"]["energy_wh"] <= counted + rest
+        assert seen["totals"]["energy_cost"] == pytest.approx(seen["totals"]["energy_wh"] / 2)
+        assert seen["unmetered"] == []
         config = (tmp_path / "cortex.toml").read_text()
         address = config.partition('metrics_listen = "')[2].partition('"')[0]
         with urllib.request.urlopen(f"http://{address}/metrics") as response:
             assert 'cortex_energy_wh_total{kind="request",model="m"}' in response.read().decode()
+
+
+def test_what_has_no_meter_is_said() -> None:
+    """A host without GPUs, an older neuron, a silent one, and single devices; a MIG instance has its GPU's."""
+    gpus = [Device(index=0, mig_mode=True), Device(index=1, kind="mig", parent=0), Device(index=2)]
+    counting = DeviceHealth(index=0, energy_wh=1.0)
+
+    def node(name: str, devices: list[Device], *health: DeviceHealth, epoch: str | None = "e") -> NodeSnapshot:
+        return NodeSnapshot(
+            name,
+            "http://n",
+            discovery=Discovery(hostname=name, devices=devices),
+            health=NeuronHealth(devices=list(health), energy_epoch=epoch),
+        )
+
+    nodes = [
+        node("all", gpus[:2], counting, DeviceHealth(index=1)),
+        node("some", gpus, counting, DeviceHealth(index=1), DeviceHealth(index=2)),
+        node("cpu", []),
+        node("old", gpus, DeviceHealth(index=0), epoch=None),
+        NodeSnapshot("silent", "http://n"),
+    ]
+    assert [(each["node"], each["device"]) for each in unmetered(nodes)] == [
+        ("some", "2"),
+        ("cpu", ""),
+        ("old", ""),
+        ("silent", ""),
+    ]

@@ -370,6 +370,45 @@ def test_the_requests_of_one_caller_count_as_one_against_another() -> None:
     assert _swap(GREEDY, MODEST, {}, queued=500) == _swap(GREEDY, MODEST, {}, queued=1)
 
 
+PEERS = [f"a{number}" for number in range(4)]
+
+
+def _swap_for_many(users: int, *, each_its_own: bool = False, since: float = 2.0, served: float = 1e9) -> float:
+    """In how many seconds a model of these other users, or one of each, is evicted for one that a key has waited for
+    since then. It was served that long ago, by another model."""
+    names = PEERS[:users] if each_its_own else ["a"]
+    keys = [Caller(name, name) for name in PEERS[:users]]
+    owners = {name: frozenset({key} if each_its_own else keys) for name, key in zip(names, keys, strict=False)}
+    box = fleet(host("box", 24000, models={name: On(24000 // len(names)) for name in names}))
+    waits = WaitingRequests(1, NOW - since, frozenset({GREEDY}), served_at=NOW - served)
+    moment = view(
+        box,
+        profile(vram_mb=24000),
+        usages={(name, "box"): replace(used(idle=20, age=600), callers=owner) for name, owner in owners.items()},
+        arrivals={name: asked(*range(56, 19, -4)) for name in names},
+        load_secs={name: {"box": 40.0} for name in ("m", *names)},
+        rules=Rules(patience_secs=1e6),
+    )
+    return plan_for(replace(moment, waiting={"m": waits})).ready_at - NOW
+
+
+def test_a_swap_for_one_key_that_makes_many_wait_comes_late() -> None:
+    """Each of them waits, and each counts."""
+    alone, four = _swap_for_many(1), _swap_for_many(4)
+    assert four + 42 == pytest.approx(16 * (alone + 42))
+
+
+def test_many_keys_whose_models_would_go_together_count_like_many_of_one_model() -> None:
+    """Although each of their models alone could be evicted sooner."""
+    one, four = _swap_for_many(1, each_its_own=True), _swap_for_many(4, each_its_own=True)
+    assert four + 42 == pytest.approx(4 * 16 * (one + 42))
+
+
+def test_a_key_waits_from_its_last_turn_on() -> None:
+    """One that waits for several models does not get the next one at once because that has waited meanwhile."""
+    assert _swap_for_many(2, since=50, served=3) == pytest.approx(_swap_for_many(2, since=3))
+
+
 def test_without_another_caller_nothing_changes() -> None:
     """With one key or none: the same time as when no key is known."""
     for queued in (1, 500):

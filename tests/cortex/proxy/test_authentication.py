@@ -136,6 +136,7 @@ def request_from(peer: str, *lines: str) -> Request:
 
 
 SOME_KEY = KeyTable({sha256(b"sk-alice").digest(): Caller("1", "alice")})
+ALL_REVOKED = KeyTable(configured=True)
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1", ""])
@@ -147,7 +148,7 @@ def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, pro
     then behind all with a key. "" is the address of a client that has reset its connection."""
     config = CortexConfig.model_validate({"gateway": {"allow_anonymous": anonymous}, "auth": {"trust_loopback": trust}})
     here = peer != "" and not peer.startswith(("192", "2001"))
-    for keys, local in ((KeyTable(), ANONYMOUS), (SOME_KEY, LOOPBACK)):
+    for keys, local in ((KeyTable(), ANONYMOUS), (SOME_KEY, LOOPBACK), (ALL_REVOKED, LOOPBACK)):
         authentication = Authentication(keys, config)
         asked = request_from(peer, *(["X-Forwarded-For: 192.0.2.7"] if proxied else []))
         if here and (keys.empty or (trust and not proxied)):
@@ -162,8 +163,9 @@ def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, pro
 def test_a_wrong_key_is_an_error_even_where_none_is_needed() -> None:
     """Its sender expects what the key is for."""
     config = CortexConfig.model_validate({"gateway": {"allow_anonymous": True}, "auth": {"trust_loopback": True}})
-    with pytest.raises(Unauthorized, match="invalid API key"):
-        Authentication(SOME_KEY, config).caller_of(request_from("127.0.0.1", "x-api-key: sk-bob"))
+    for keys in (SOME_KEY, ALL_REVOKED):
+        with pytest.raises(Unauthorized, match="invalid API key"):
+            Authentication(keys, config).caller_of(request_from("127.0.0.1", "x-api-key: sk-bob"))
     assert Authentication(KeyTable(), config).caller_of(request_from("127.0.0.1", "x-api-key: any")) is ANONYMOUS
 
 

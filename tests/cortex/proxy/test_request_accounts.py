@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from hashlib import sha256
@@ -21,14 +22,18 @@ from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.record import UsageRecord
 from cortex.app import working
 from cortex.config.settings import CortexConfig
+from cortex.proxy.paths import INFERENCE_PATHS
 from cortex.upstream.address import Address
 from shared.serve import bind
 from tests.cortex.conftest import RunningCortex
+from tests.cortex.cortex_process import TOP
 from tests.cortex.raw_engine import RawEngine, Received, answering, closing, plain, stream_head
 from tests.cortex.raw_http import RawClient, Wire, chunked, connected, request
 
 MODEL = "org/small"
 LIMITED = Caller("7", "limited", limited=True)
+NARROW = Caller("8", "narrow", models=("org/other",))
+KEY_LINE = "Authorization: Bearer sk-limited"
 RPM = 5
 TPM = 10_000
 
@@ -60,7 +65,7 @@ class CountedLimiter:
 
 
 class Door:
-    """A front door whose only key is `LIMITED`; collects the records of its requests."""
+    """A front door with the keys of `LIMITED` and `NARROW`; collects the records of its requests."""
 
     def __init__(self, url: str, limiter: CountedLimiter, records: list[UsageRecord], client: RawClient) -> None:
         self.url = url
@@ -70,7 +75,7 @@ class Door:
 
     async def ask(self, body: dict[str, Any] | None = None, target: str = "/v1/chat/completions") -> Any:
         data = json.dumps({"model": MODEL, "max_tokens": 10, **(body or {})}).encode()
-        return await self.client.ask(request(data, "Authorization: Bearer sk-limited", target=target))
+        return await self.client.ask(request(data, KEY_LINE, target=target))
 
     async def ended(self, count: int = 1) -> list[UsageRecord]:
         deadline = time.monotonic() + 10
@@ -113,7 +118,7 @@ async def opened(control: Any, limiter: CountedLimiter) -> AsyncIterator[Door]:
             CortexConfig(),
             [sock],
             Address("127.0.0.1", 1),
-            keys=KeyTable({sha256(b"sk-limited").digest(): LIMITED}),
+            keys=KeyTable({sha256(b"sk-limited").digest(): LIMITED, sha256(b"sk-narrow").digest(): NARROW}),
         ) as gateway,
         connected(url) as client,
     ):
@@ -169,6 +174,28 @@ ANSWERS = {
         (30, 0, 0, 0),
     ),
     "rerank": ("/v1/rerank", plain(b'{"usage":{"prompt_tokens":30,"total_tokens":30},"results":[]}'), (30, 0, 0, 0)),
+    "score": ("/v1/score", plain(b'{"usage":{"prompt_tokens":30,"total_tokens":30},"data":[]}'), (30, 0, 0, 0)),
+    "pooling": ("/pooling", plain(b'{"data":[],"usage":{"prompt_tokens":30,"total_tokens":30}}'), (30, 0, 0, 0)),
+    "classify": (
+        "/classify",
+        plain(b'{"data":[],"usage":{"prompt_tokens":30,"total_tokens":30,"completion_tokens":0}}'),
+        (30, 0, 0, 0),
+    ),
+    "audio": (
+        "/v1/audio/transcriptions",
+        plain(b'{"text":"x","usage":{"type":"tokens","input_tokens":30,"output_tokens":5,"total_tokens":35}}'),
+        (30, 0, 5, 0),
+    ),
+    "audio in seconds": (
+        "/v1/audio/translations",
+        plain(b'{"text":"x","usage":{"type":"duration","seconds":3}}'),
+        (None, None, None, None),
+    ),
+    "images": (
+        "/v1/images/generations",
+        plain(b'{"data":[{"b64_json":"eA=="}],"usage":{"input_tokens":30,"output_tokens":5,"total_tokens":35}}'),
+        (30, 0, 5, 0),
+    ),
     "count_tokens": ("/v1/messages/count_tokens", plain(b'{"input_tokens":30}'), (None, None, None, None)),
     "tokenize": ("/tokenize", plain(b'{"count":30,"tokens":[1]}'), (None, None, None, None)),
 }
@@ -191,6 +218,25 @@ async def test_usage_of_every_path_is_recorded_and_settled(door: Door, engine: R
     if prompt is not None:
         assert door.limiter.settled == [(prompt, completion, cached)]
     assert door.limiter._running == {}
+
+
+def documented() -> dict[str, tuple[bool, ...]]:
+    """Which tokens docs/usage.md says that a route counts, by its path."""
+    rows = re.findall(r"^\| (`/.*?) \| (.+) \|$", (TOP / "docs" / "usage.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        path: tuple(mark == "yes" for mark in marks.split(" | "))
+        for paths, marks in rows
+        for path in re.findall(r"`([^`]+)`", paths)
+    }
+
+
+def test_the_table_in_the_documentation_is_true() -> None:
+    """It has every path of inference, and says what the test above sees."""
+    table = documented()
+    assert set(INFERENCE_PATHS) <= set(table)
+    for target, _, counts in ANSWERS.values():
+        if counts[0] is not None:
+            assert table[target] == tuple(count != 0 for count in counts), target
 
 
 async def test_limits_are_in_the_head_of_every_answer(door: Door, engine: RawEngine) -> None:
@@ -244,6 +290,71 @@ async def test_a_client_that_leaves_is_charged_what_is_known(door: Door, engine:
     assert (record.status, record.complete, record.prompt_tokens) == (200, False, None)
     assert door.limiter.settled == [(len(body), 10, 0)]
     assert door.limiter._running == {}
+
+
+async def test_a_message_whose_client_leaves_is_charged_its_answer(door: Door, engine: RawEngine) -> None:
+    """The first event has the prompt and a token of the answer: that is not all of it."""
+
+    async def never_ends(wire: Wire, received: Received) -> None:
+        events = b'event: message_start\ndata: {"message":{' + MESSAGES.replace(b"5", b"1") + b"}}\n\n" + TEXT * 9
+        await wire.send(stream_head() + chunked(events, 10_000).removesuffix(b"0\r\n\r\n"))
+        await wire.gone.wait()
+
+    engine.script = never_ends
+    body = json.dumps({"model": MODEL, "stream": True, "max_tokens": 10}).encode()
+    async with connected(door.url) as leaving:
+        await leaving.send(request(body, "x-api-key: sk-limited", target="/v1/messages"))
+        await leaving.incoming.readuntil(b"finish_reason")
+    (record,) = await door.ended()
+    assert (record.complete, record.prompt_tokens, record.completion_tokens) == (False, 30, 1)
+    assert door.limiter.settled == [(30, 10, 16)]
+
+
+@pytest.mark.parametrize(
+    "background", [b'"background": true', b'"background":1', b'"background": "true"', b'"b\\u0061ckground": true']
+)
+async def test_a_response_in_the_background_is_charged_what_it_may_use(
+    door: Door, engine: RawEngine, background: bytes
+) -> None:
+    """Its tokens are not known when the request ends. vLLM reads each of these as true."""
+    engine.script = answering(plain(b'{"id":"resp_1","status":"queued","usage":null}'))
+    body = b'{"model": "%b", %b, "input": "x", "max_output_tokens": 700}' % (MODEL.encode(), background)
+    assert (await door.client.ask(request(body, KEY_LINE, target="/v1/responses"))).status == 200
+    (record,) = await door.ended()
+    assert (record.prompt_tokens, record.completion_tokens) == (None, None)
+    ((_, completion, _),) = door.limiter.settled
+    assert completion == 700
+
+
+async def test_a_stored_response_counts_once(door: Door, engine: RawEngine) -> None:
+    """Its usage is in the answer again whenever a client asks for it."""
+    engine.script = answering(plain(b'{"id":"resp_1",' + RESPONSES + b"}"))
+    assert (await door.ask(target="/v1/responses")).status == 200
+    got = await door.client.ask(request(b"", KEY_LINE, method="GET", target="/v1/responses/resp_1"), "GET")
+    assert got.status == 200
+    records = await door.ended(2)
+    assert [(record.path, record.status, record.prompt_tokens) for record in records] == [
+        ("/v1/responses", 200, 30),
+        ("/v1/responses/{id}", 200, None),
+    ]
+
+
+async def test_refused_requests_have_records(door: Door, engine: RawEngine) -> None:
+    """With the status and no tokens: a key that may not use the model, a model that is unknown, an engine that is busy.
+    Without a key, or without a model, there is no record."""
+    engine.script = answering(plain(b"{}", status="503 Busy"))
+    body = json.dumps({"model": MODEL}).encode()
+    assert (await door.client.ask(request(body, "x-api-key: wrong"))).status == 401
+    assert (await door.client.ask(request(b"{}", KEY_LINE))).status == 400
+    assert (await door.client.ask(request(body, "x-api-key: sk-narrow"))).status == 403
+    assert (await door.ask({"model": "org/none"})).status == 404
+    assert (await door.ask()).status == 503
+    records = await door.ended(3)
+    assert [(record.status, record.key, record.model, record.prompt_tokens) for record in records] == [
+        (403, "narrow", MODEL, None),
+        (404, "limited", "unknown", None),
+        (503, "limited", MODEL, None),
+    ]
 
 
 async def test_an_engine_that_is_lost_is_charged_once(door: Door, engine: RawEngine) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from cortex.proxy.body.model_field import previous_response_id
-from cortex.routing.response_owners import MAX_IDS, UNSTORED, ResponseOwners, response_id
+from cortex.routing.response_owners import MAX_IDS, UNSTORED, ResponseMaker, ResponseOwners, response_id
 from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
-from tests.cortex.cortex_process import cortex_process
+from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.fleets import replica
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, plain, stream_head
@@ -169,6 +169,15 @@ async def check_each(url: str, made: dict[str, str]) -> None:
                 assert (status, answer["engine"]) == (200, name)
 
 
+async def check_at_both_workers(process: CortexProcess, made: dict[str, str]) -> None:
+    """Until each of two workers has answered: then the control knows the responses, too."""
+    async with timeout(30):
+        while len(workers := set(re.findall(r"GET /v1/responses/.* id=([0-9a-f]{20})", process.log()))) < 2:
+            await check_each(process.url, made)
+            await asyncio.sleep(0.1)  # they write their lines in batches
+    assert len(workers) == 2
+
+
 async def test_other_workers_know(tmp_path: Path, benjy: V1Neuron, beast: V1Neuron, engines: dict[str, Engine]) -> None:
     """A client's next connection may reach another worker process."""
     async with cortex_process(
@@ -210,7 +219,7 @@ async def test_a_new_worker_knows(tmp_path: Path, benjy: V1Neuron, beast: V1Neur
         tmp_path, [benjy, beast], [{"id": MODEL}], workers=2, routing={"prefix_chars": 0}
     ) as process:
         made = await made_on_each(process.url, engines)
-        await check_each(process.url, made)  # the control knows them
+        await check_at_both_workers(process, made)
         for pid in re.findall(r"worker \d is process (\d+)", process.log()):
             os.kill(int(pid), signal.SIGKILL)
         await until(lambda: process.log().count("is process") == 4)
@@ -277,6 +286,7 @@ async def test_continuation_at_a_busy_engine(cortex: RunningCortex, engines: dic
         (b'{"previous_response_id": "resp_1", "previous_response_id": "resp_2"}', "resp_2"),
         (b'{"temperature": NaN, "previous_response_id": "resp_1"}', "resp_1"),
         (b'{"previous_response_id": null}', None),
+        (b'{"previous\\u005fresponse_id": "resp_1"}', "resp_1"),
         (b'{"input": [{"previous_response_id": "resp_1"}]}', None),
         (b'{"input": "\\"previous_response_id\\""}', None),
         (b'{"previous_response_id": "resp_1"', None),
@@ -289,7 +299,7 @@ def test_previous_response_of_a_body(body: bytes, expected: str | None) -> None:
 
 def test_ids_are_bounded() -> None:
     """The oldest is forgotten first."""
-    owners, maker = ResponseOwners(), replica(MODEL, "benjy", "http://x")
+    owners, maker = ResponseOwners(), ResponseMaker(replica(MODEL, "benjy", "http://x"), "")
     for number in range(MAX_IDS + 1):
         owners.add(f"resp_{number}", maker)
     assert owners.find("resp_0") is None

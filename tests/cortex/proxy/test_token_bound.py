@@ -58,6 +58,32 @@ def test_a_prompt_that_the_body_only_refers_to_may_fill_the_context() -> None:
     assert token_bound(b"/v1/audio/transcriptions", b"--x", "multipart/form-data; boundary=x").prompt == WHOLE_CONTEXT
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", rb'{"previous\u005fresponse_id": "resp_1"}'),
+        ("/v1/responses", rb'{"c\u006Fnversation": "c"}'),
+        ("/v1/completions", rb'{"\u0070rompt_embeds": "x"}'),
+        ("/v1/chat/completions", rb'{"messages": [{"content": [{"typ\u0065": "im\u0061ge_url"}]}]}'),
+    ],
+)
+def test_no_spelling_hides_what_the_body_refers_to(path: str, body: bytes) -> None:
+    """An engine reads an escaped letter as the letter."""
+    assert token_bound(path.encode(), body, JSON).prompt == WHOLE_CONTEXT
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({"input": "žluťoučký kůň \x00 \x1f \x7f <&'> \U0001f600"}).encode(),
+        rb'{"input": "\u003cb\u003e \u0026 \u0022 \u0027 \u002b \u0060"}',  # as Go and .NET write them
+        rb'{"input": "type \\u0061 for an a"}',
+    ],
+)
+def test_what_encoders_escape_hides_nothing(body: bytes) -> None:
+    assert token_bound(b"/v1/responses", body, JSON).prompt == len(body)
+
+
 def test_a_query_counts_once_for_each_document() -> None:
     assert of("/v1/rerank", query="q" * 1000, documents=["a"] * 8).prompt > 8 * 1000
     assert of("/v1/score", text_1="q" * 1000, text_2=["a"] * 8).prompt > 8 * 1000

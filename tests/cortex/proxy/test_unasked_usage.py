@@ -58,6 +58,7 @@ UNASKED = b"".join([*TOKENS, event([choice("", "stop")], system_fingerprint=FING
         b'{"stream":true,"stream_options":{"include_usage":null,"continuous_usage_stats":true,"other":1}}',
         b'{"stream_options":{"include_usage":true},"stream":true,"stream_options":{"include_usage":false}}',
         b'{"stream":true,"temperature":NaN}',
+        b'{"str\\u0065am":true}',
         '{"stream":true,"user":"ü"} '.encode(),
     ],
 )

@@ -121,6 +121,11 @@ def test_hostile_answers_have_no_usage(hostile: bytes) -> None:
     assert tail.usage() in {None, Usage(0, 0)}
 
 
+def test_no_more_is_cached_than_the_prompt() -> None:
+    """The rest of the prompt would be negative, and so its cost."""
+    assert find_usage(b'{"usage":{"prompt_tokens":3,"prompt_tokens_details":{"cached_tokens":9}}}') == Usage(3, 0, 3)
+
+
 def test_a_large_chunk_is_not_copied() -> None:
     """Only a few KiB of a chunk of 256 KiB are kept."""
     tail, chunk = UsageTail(), bytes(1 << 18)

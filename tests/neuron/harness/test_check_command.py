@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 from neuron.__main__ import main
-from tests.certificates import unusable_pair
+from tests.certificates import FAULTS, PairFiles, authority_file, pair
 
 
 def check(tmp_path: Path, text: str) -> int:
@@ -51,12 +53,42 @@ def test_problems_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(error.splitlines()) == 1
 
 
-def test_a_certificate_that_no_client_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It can be read, but every handshake would fail."""
-    files = unusable_pair(tmp_path)
-    assert check(tmp_path, f"tls_cert = '{files.cert}'\ntls_key = '{files.key}'") == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"{tmp_path}/neuron.toml: {files.cert}: the certificate cannot be used")
+@pytest.mark.parametrize("fault", [*FAULTS], ids=lambda fault: str(fault.__name__))
+def test_tls_files_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[PairFiles], str]
+) -> None:
+    """Each message names the file and what is wrong with it."""
+    files = pair(tmp_path)
+    expected = fault(files)
+    assert check(tmp_path, "tls_cert = 'cert.pem'\ntls_key = 'key.pem'") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"{tmp_path}/neuron.toml: ")
+    assert expected in error
+
+
+def test_authorities_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path)
+    text = "tls_cert = 'cert.pem'\ntls_key = 'key.pem'\ntls_client_ca = 'ca.pem'"
+    assert check(tmp_path, text) == 1
+    assert f"{tmp_path}/ca.pem: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    assert check(tmp_path, text) == 1
+    assert f"{tmp_path}/ca.pem: cannot be used: " in capsys.readouterr().err
+    authority_file(tmp_path)
+    assert check(tmp_path, text) == 0
+
+
+def test_expired_certificate_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path, until=datetime.now(timezone.utc) - timedelta(days=1))
+    assert check(tmp_path, "tls_cert = 'cert.pem'\ntls_key = 'key.pem'\n[[harnesses]]\nname = 'sim'") == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == f"warning: {tmp_path}/neuron.toml: {tmp_path}/cert.pem: the certificate has expired"
+
+
+def test_a_host_that_cannot_be_in_dns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As an address of another machine: nothing is known of it here."""
+    assert check(tmp_path, "host = 'é..x'") == 0
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseSource, database_source
-from cortex.accounts.database.tables import ENERGY, ENERGY_SLICES, USAGE
+from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE, USAGE_DAYS
 from cortex.accounts.energy.attribution import InstanceCount, MeterReading
 from cortex.accounts.energy.ledger import EnergyLedger
 
@@ -154,6 +154,25 @@ async def test_a_neuron_that_restarts(database: Database) -> None:
     assert sum((await booked(database)).values()) == pytest.approx(4)
 
 
+async def test_an_instance_that_its_neuron_no_longer_counts_is_forgotten(database: Database) -> None:
+    """Or the count of each engine there ever was would be read with every reading. A reading of another device, or an
+    older one, forgets nothing."""
+    books = ledger(database)
+    await books.read_meters([reading(0, 0, m=(1, 1))])
+    await books.read_meters([MeterReading("n", "e", START + 5, {"1": 0.0}, ())])
+    await books.read_meters([reading(-1, 0)])
+    assert await counted(database) == {("0", ""), ("0", "m"), ("1", "")}
+    await books.read_meters([reading(10, 4)])
+    assert await counted(database) == {("0", ""), ("1", "")}
+
+
+async def counted(database: Database) -> set[tuple[str, str]]:
+    """Devices and models that have a meter."""
+    async with database.reading() as connection:
+        rows = await connection.execute(select(ENERGY_METERS.c.device, ENERGY_METERS.c.model))
+        return {(device, model) for device, model in rows}
+
+
 async def test_hours_apart(database: Database) -> None:
     """What was used while cortex was down is spread over the hours."""
     books = ledger(database)
@@ -202,7 +221,7 @@ class Meter:
 @pytest.mark.parametrize("seed", range(3))
 async def test_the_sums_equal_the_meter(database: Database, seed: int) -> None:
     """Over random polls, requests, restarts and settlements: requests, residents and idle add up to the meter, and the
-    records of usage to the requests."""
+    records of usage, and their daily sums, to the requests."""
     dice = random.Random(seed)
     meter, at = Meter(dice), START
     await ledger(database).read_meters([meter.reading(at)])
@@ -227,3 +246,5 @@ async def test_the_sums_equal_the_meter(database: Database, seed: int) -> None:
     assert requests > 0
     async with database.reading() as connection:
         assert (await connection.execute(select(ENERGY_SLICES))).all() == []
+        of_days = (await connection.execute(select(func.sum(USAGE_DAYS.c.energy_wh)))).scalar_one()
+    assert of_days == pytest.approx(requests)

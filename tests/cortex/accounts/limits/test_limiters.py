@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cortex.accounts.caller import Caller
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.limit_states import LimitStates
 from cortex.accounts.database.source import database_source
-from cortex.accounts.limits import shared_limiter
+from cortex.accounts.limits import local_limiter, shared_limiter
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.limiter import LimitOwner
 from cortex.accounts.limits.local_limiter import LocalLimiter
@@ -25,6 +26,7 @@ from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from shared.errors import ServiceError
 from shared.protocol import ErrorCode
+from tests.cortex.raw_http import until
 
 ALICE, BOB = Caller("a", "alice", limited=True), Caller("b", "bob", limited=True)
 SMALL = TokenBound(10, 10)
@@ -177,14 +179,31 @@ async def test_a_crash_forgets_nothing(tmp_path: Path) -> None:
             clock.now += 60
 
 
-async def test_requests_go_on_if_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_go_on_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What could not be written is written as soon as that is possible, also without budgets."""
+    monkeypatch.setattr(local_limiter, "WRITE_SECS", 0.02)
+    keys = {"a": KeyLimits(Limits(rpm=5))}
+    caplog.set_level(logging.INFO)
     async with opened(tmp_path) as database:
         limiter = await local(database, Clock())
+        limiter.use_keys(keys)
         async with database.writing() as connection:
-            await connection.exec_driver_sql("DROP TABLE limit_states")
+            await connection.exec_driver_sql("ALTER TABLE limit_states RENAME TO elsewhere")
         for _ in range(3):
             await limiter.admission(ALICE, "org/m", SMALL)
         assert len([record for record in caplog.records if "limits cannot be kept" in record.message]) == 1
+        async with database.writing() as connection:
+            await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO limit_states")
+        loop = asyncio.create_task(limiter.run())
+        await until(lambda: "limits are kept again" in caplog.messages)
+        loop.cancel()
+        await asyncio.wait([loop])
+        # killed here, and started again
+        limiter = await local(database, Clock())
+        limiter.use_keys(keys)
+        assert refused(limiter).code == ErrorCode.RATE_LIMIT_EXCEEDED
 
 
 class Cortex:
@@ -301,8 +320,9 @@ async def test_a_request_that_is_cancelled_as_it_is_admitted_keeps_nothing(url: 
 
 
 async def test_without_the_database_limited_requests_are_refused_until_it_is_back(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(shared_limiter, "SIGN_OF_LIFE_SECS", 0.05)
     broken = Cortex(url, terms(), {"a": KeyLimits(Limits(parallel=1))})
     async with broken as limiter:
@@ -313,10 +333,30 @@ async def test_without_the_database_limited_requests_are_refused_until_it_is_bac
         with pytest.raises(ServiceError, match="cannot be checked") as caught:
             await limiter.admission(ALICE, "org/m", SMALL)
         assert (caught.value.status, caught.value.retry_after) == (503, 2)
+        assert caught.value.code == ErrorCode.DATABASE_UNAVAILABLE
         assert await limiter.admission(BOB, "org/m", SMALL) == UNLIMITED
         async with broken.database.writing() as connection:
             await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO limit_states")
         while True:
             with contextlib.suppress(ServiceError):
                 await limiter.admission(ALICE, "org/m", SMALL)
-                return
+                break
+        assert caplog.messages.count("limits can be checked again") == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(parallel=1), "limit of 1 parallel request;"),
+        (Limits(rpm=1), "limit of 1 request per minute;"),
+        (Limits(tpm=2_000_000), "limit of 2000000 tokens per minute: this request may use up to 1500000 tokens, by"),
+        (Limits(budgets=(Budget(2_500_000, "tokens", "day"),)), "budget of 2500000 tokens per day: this"),
+    ],
+)
+async def test_numbers_in_messages(limits: Limits, message: str) -> None:
+    """Whole, however large, and one of a thing is singular."""
+    limiter = LocalLimiter(terms(), clock=Clock())
+    limiter.use_keys({"a": KeyLimits(limits)})
+    bound = TokenBound(1_500_000, 0, prompts=1500)
+    granted(limiter, bound=bound)
+    assert message in refused(limiter, ALICE, bound).message

@@ -195,13 +195,31 @@ def test_new_limits_count_what_was_used_before() -> None:
 
 
 def test_a_clock_that_is_set_back_neither_refills_nor_forgets() -> None:
-    scope = Scope("key:a", "key 'a'", Limits(rpm=1, budgets=(Budget(1, "tokens", "hour"),)), START)
+    """What was used counts in the window of the new time, and leaves with it: a clock that was years ahead must not
+    take a budget away for years."""
+    budgets = (Budget(1, "tokens", "hour"), Budget(1, "tokens", 3600.0))
+    scope = Scope("key:a", "key 'a'", Limits(rpm=1, budgets=budgets), START)
     reserved(scope, 1).settle(1, 0, START)
-    scope.advance(START - 7200)
+    earlier = calendar_start("hour", START - 300_000_000)
+    scope.advance(earlier)
     assert scope.refusal(0, 0) is not None
-    assert not scope.windows[0].has_room(1)
-    scope.advance(START - 7200 + 60)
+    scope.advance(earlier + 60)
     assert scope.refusal(0, 0) is None
+    for secs, room in ((60, [False, False]), (3600, [True, False]), (3661, [True, True])):
+        scope.advance(earlier + secs)
+        assert [window.has_room(1) for window in scope.windows] == room
+
+
+def test_no_time_is_refilled_twice() -> None:
+    """A clock that is corrected by seconds, back and forth, gives nothing away."""
+    scope = Scope("key:a", "key 'a'", Limits(rpm=60, tpm=60), START)
+    for _ in range(60):
+        reserved(scope, 1).settle(1, 0, START)
+    for now in (START - 30, START, START - 59, START):
+        scope.advance(now)
+        assert (scope.requests, scope.tokens) == (0, 0)
+    scope.advance(START + 1)
+    assert (scope.requests, scope.tokens) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.tables import USAGE_TOKENS
 from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage import database_reports
 from cortex.accounts.usage.database_reports import DatabaseReports
@@ -18,6 +19,7 @@ from cortex.accounts.usage.query import GROUPS, UsageQuery
 from cortex.accounts.usage.record import UsageRecord
 from cortex.accounts.usage.recorder import Recorder
 from shared.errors import InvalidRequest, Unavailable
+from shared.protocol import ErrorCode
 from tests.cortex.accounts.usage.records import usage_record
 
 DAY = 1_795_910_400  # 2026-11-29T00:00:00Z
@@ -61,7 +63,7 @@ async def test_groups_and_totals(database: Database, tmp_path: Path) -> None:
     assert (first["key"], first["model"], first["day"]) == ("alice", "a", "2026-11-29")
     assert (second["day"], bob["key"], bob["day"]) == ("2026-11-30", "bob", "2027-01-08")
     assert (first["requests"], first["errors"], first["cold_starts"]) == (2, 0, 0)
-    assert [first[name] for name in database_reports.TOKENS] == [2000, 200, 1000, 4]
+    assert [first[name] for name in USAGE_TOKENS] == [2000, 200, 1000, 4]
     assert first["cost"] == pytest.approx(2 * (900 * 1.0 + 500 * 2.0) / 1e6)
     assert (first["first_byte_secs_mean"], first["first_byte_secs_p95"]) == (1.5, 2.0)
     assert second["cold_starts"] == 1
@@ -112,8 +114,9 @@ async def test_a_database_that_is_gone_is_said(database: Database, tmp_path: Pat
     reports = await record(database, tmp_path)
     async with database.writing() as connection:
         await connection.exec_driver_sql("ALTER TABLE usage RENAME TO away")
-    with pytest.raises(Unavailable, match="cannot be read from"):
+    with pytest.raises(Unavailable, match="cannot be read from") as caught:
         await sums(reports, EVERYTHING, "EUR")
+    assert caught.value.code == ErrorCode.DATABASE_UNAVAILABLE
 
 
 async def page(reports: DatabaseReports, kind: Kind, **given: Any) -> dict[str, Any]:

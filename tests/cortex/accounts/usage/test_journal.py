@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,8 @@ from cortex.accounts.usage import journal, journal_file
 from cortex.accounts.usage.journal import UsageJournal
 from cortex.accounts.usage.journal_file import JournalWriter
 from cortex.accounts.usage.record import UsageRecord
+from shared.logs import add_request_id
+from shared.request_ids import request_scope
 from tests.cortex.accounts.usage.records import usage_record
 from tests.cortex.raw_http import until
 
@@ -34,6 +38,27 @@ def files(directory: Path) -> list[Path]:
 
 def no_drops(count: int) -> None:
     raise AssertionError(f"{count} dropped")
+
+
+@dataclass
+class SmallDisk:
+    """Takes so many bytes, then it is full."""
+
+    room: int
+    write_to_disk: Callable[[int, bytes], int]
+
+    def write(self, fd: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.write_to_disk(fd, data[: self.room])
+        self.room -= written
+        return written
+
+
+def small_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> SmallDisk:
+    disk = SmallDisk(room, os.write)
+    monkeypatch.setattr(os, "write", disk.write)
+    return disk
 
 
 async def test_records_reach_the_file_while_the_journal_is_open(tmp_path: Path) -> None:
@@ -99,28 +124,38 @@ async def test_records_wait_in_memory_while_the_directory_cannot_be_written(
     assert "30 records were dropped" in caplog.text
 
 
+async def test_what_a_full_disk_loses_at_the_end_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also records that the writer has taken, some of one in the file. The message has no request's id."""
+    caplog.handler.addFilter(add_request_id)
+    small_disk(monkeypatch, 1000)
+    monkeypatch.setattr(journal, "WRITE_AFTER_SECS", 0.01)
+    usage = UsageJournal(tmp_path, PRICES, no_drops)
+    with request_scope("some-request"):
+        for _ in range(10):
+            usage.add(usage_record())
+    await until(lambda: "cannot be written" in caplog.text)
+    await usage.close()
+    (path,) = files(tmp_path)
+    kept = path.read_bytes().count(b"\n") - 1
+    assert 0 < kept < 10
+    assert f"usage records are lost, at least {10 - kept}: " in caplog.messages[-1]
+    assert [getattr(record, "request_id", "") for record in caplog.records] == [None, None]
+
+
 async def test_a_write_that_stops_in_the_middle_of_a_line_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that is full for a while leaves no broken line and no record twice, although the reader may have had the
     first part already."""
-    writer, write, room = JournalWriter(tmp_path), os.write, 1000
-
-    def write_to_small_disk(fd: int, data: bytes) -> int:
-        nonlocal room
-        if not room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = write(fd, data[:room])
-        room -= written
-        return written
-
+    writer, disk = JournalWriter(tmp_path), small_disk(monkeypatch, 1000)
     monkeypatch.setattr(journal_file, "CHUNK", 10)
-    monkeypatch.setattr(os, "write", write_to_small_disk)
     records = [usage_record() for _ in range(50)]
     taken = writer.write(records, PRICES)
     assert writer.problem == "No space left on device"
     assert taken < len(records)
-    room = 100_000
+    disk.room = 100_000
     assert writer.write(records[taken:], PRICES) == len(records) - taken
     assert writer.problem == ""
     writer.close()

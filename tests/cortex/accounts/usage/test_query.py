@@ -46,6 +46,7 @@ def test_lists_are_separated_by_commas_or_repeated() -> None:
         (("group_by", "key,user"), "group_by", f"'user'; allowed are {', '.join(GROUPS)}"),
         (("from", "yesterday"), "from", "'yesterday' cannot be read: write 2026-11-29"),
         (("to", "2026-13-01"), "to", "cannot be read"),
+        (("to", "9" * 400), "to", "cannot be read"),
         (("from", "2026-11-30"), "from", "from must be before to"),
         (("to", "1d,2d"), "to", "to takes one time"),
     ],

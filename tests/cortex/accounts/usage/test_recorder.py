@@ -204,6 +204,7 @@ async def test_kills_lose_and_repeat_nothing(source: DatabaseSource, database: D
             database_url=source.url,
             database_shown=source.shown,
             retention_days=0,
+            daily_retention_days=0,
             log_level="info",
             log_format="text",
         )

@@ -1,0 +1,182 @@
+"""`/login` and `/logout`: people sign in at the issuer of `[auth.oidc]` with a browser, which then has a session."""
+
+from __future__ import annotations
+
+import hmac
+import html
+import re
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from hashlib import sha256
+from typing import Any
+from urllib.parse import quote, unquote
+
+from aiohttp import web
+
+from cortex.accounts.caller import GUEST
+from cortex.accounts.sign_in.person import SESSION_PREFIX
+from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.api.app_keys import LIVE, SIGN_IN
+from cortex.api.authorization import caller_of
+from cortex.proxy.authentication import SESSION_COOKIE
+from shared.errors import InvalidRequest, NotFound, ServiceError, Unauthorized, render, shortened
+from shared.http import request_id_of
+
+_SESSION = SESSION_COOKIE.decode()
+_JOURNEY = "cortex_login"
+"""The cookie of a browser that is on its way to the issuer and back."""
+_JOURNEY_SECS = 600
+_LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,1000}|/")
+_SIGN_OUT = (
+    "document.querySelector('button').onclick=async()=>{const answer=await fetch('/logout',{method:'POST'});"
+    "document.body.textContent=answer.ok?'You have signed out.':await answer.text()}"
+)
+_SIGN_OUT_HASH = b64encode(sha256(_SIGN_OUT.encode()).digest()).decode()
+_POLICY = (
+    f"default-src 'none'; connect-src 'self'; script-src 'sha256-{_SIGN_OUT_HASH}'; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'"
+)
+_NO_ROUTE = "people cannot sign in here, because cortex.toml has no [auth.oidc]"
+
+
+def _as_page(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
+    """Shows errors as a page to browsers."""
+
+    @wraps(handler)
+    async def shown(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except ServiceError as error:
+            if not _wants_page(request):
+                raise
+            rendered = render(error, request_id_of(request), anthropic=False)
+            again = '<p><a href="/login">Sign in again</a></p>'
+            page = _page("Sign-in", f"<p>{html.escape(error.message)}</p>{again}", status=error.status)
+            page.headers.update({name: value for name, value in rendered.headers.items() if name != "content-type"})
+            page.del_cookie(_JOURNEY, path="/login")
+            return page
+
+    return shown
+
+
+async def start_page(request: web.Request) -> web.Response:
+    """Name and role of the person; a browser that has not signed in is sent to `/login`."""
+    try:
+        caller = caller_of(request)
+    except Unauthorized:
+        caller = GUEST
+    if caller is GUEST:
+        return web.Response(status=303, headers={"Location": "/login", "Cache-Control": "no-store"})
+    who = f"<p>You are {html.escape(caller.name)}, with the role {caller.role}.</p>"
+    links = '<p><a href="/fleet">Fleet</a> <a href="/usage?group_by=model">Usage</a></p>'
+    leave = f"<p><button>Sign out</button></p><script>{_SIGN_OUT}</script>" if _session_of(request) else ""
+    return _page("cortex", who + links + leave)
+
+
+@_as_page
+async def login(request: web.Request) -> web.Response:
+    """Sends a browser to the issuer. `next`: the path to show after that."""
+    departure = await _sign_in(request).depart(_redirect_url(request))
+    after = request.query.get("next", "/")
+    answer = web.Response(status=303, headers={"Location": departure.url, "Cache-Control": "no-store"})
+    kept = ".".join((departure.state, departure.nonce, departure.verifier, quote(_local(after), safe="")))
+    _set_cookie(answer, _JOURNEY, kept, path="/login", secs=_JOURNEY_SECS, secure=_secure(request))
+    return answer
+
+
+@_as_page
+async def login_callback(request: web.Request) -> web.Response:
+    """The browser comes back from the issuer: it gets a session."""
+    sign_in, query = _sign_in(request), request.query
+    kept = request.cookies.get(_JOURNEY, "").split(".", 3)
+    if len(kept) != 4 or not hmac.compare_digest(kept[0].encode(), query.get("state", "").encode()):
+        raise InvalidRequest(
+            "this is not the end of a sign-in that this browser has begun, or that was too long ago; begin at /login"
+        )
+    _, nonce, verifier, after = kept
+    if "error" in query:
+        reason = query.get("error_description") or query["error"]
+        raise InvalidRequest(f"the issuer refuses the sign-in: {shortened(reason)}; begin again at /login")
+    if not query.get("code"):
+        raise InvalidRequest("the issuer has sent no code; begin again at /login")
+    secret = await sign_in.arrive(query["code"], nonce=nonce, verifier=verifier, redirect_url=_redirect_url(request))
+    # A page, not a redirect: to the browser a redirect would still come from the issuer's site.
+    target = html.escape(_local(unquote(after)))
+    answer = _page("cortex", f'<p>You have signed in: <a href="{target}">go on</a></p>', go_to=target)
+    answer.del_cookie(_JOURNEY, path="/login")
+    secs = int(sign_in.settings.session_hours * 3600)
+    _set_cookie(answer, _SESSION, secret, path="/", secs=secs, secure=_secure(request))
+    return answer
+
+
+async def login_settings(request: web.Request) -> web.Response:
+    """What `cortex login` needs to know."""
+    settings = _sign_in(request).settings
+    return web.json_response(
+        {
+            "issuer": settings.issuer,
+            "client_id": settings.cli_client_id or settings.client_id,
+            "scopes": settings.scopes,
+        }
+    )
+
+
+async def logout(request: web.Request) -> web.Response:
+    """Ends the browser's session, here and at every cortex of the same database. The issuer's own session goes on."""
+    sign_in, secret = _sign_in(request), _session_of(request)
+    if secret is not None:
+        await sign_in.leave(secret)
+    answer = web.json_response({"signed_out": secret is not None})
+    answer.del_cookie(_SESSION, path="/")
+    return answer
+
+
+def _set_cookie(answer: web.Response, name: str, value: str, *, path: str, secs: int, secure: bool) -> None:
+    """Scripts cannot read it, and a page of another site can only send it by a link."""
+    answer.set_cookie(name, value, path=path, max_age=secs, httponly=True, samesite="Lax", secure=secure)
+
+
+def _sign_in(request: web.Request) -> SignIn:
+    sign_in = request.app[SIGN_IN]
+    if sign_in is None:
+        raise NotFound(_NO_ROUTE)
+    return sign_in
+
+
+def _session_of(request: web.Request) -> bytes | None:
+    secret = request.cookies.get(_SESSION, "").encode()
+    return secret if secret.startswith(SESSION_PREFIX) else None
+
+
+def _wants_page(request: web.Request) -> bool:
+    return "text/html" in request.headers.get("Accept", "")
+
+
+def _local(path: str) -> str:
+    """The path, if it leads to this service and not elsewhere."""
+    return path if _LOCAL.fullmatch(path) else "/"
+
+
+def _secure(request: web.Request) -> bool:
+    """Whether the browser reaches cortex over TLS, here or at a proxy in front."""
+    return request.app[LIVE].config.gateway.tls_files is not None or (
+        request.headers.get("X-Forwarded-Proto", "").lower() == "https"
+    )
+
+
+def _redirect_url(request: web.Request) -> str:
+    """Where the issuer sends the browser back to."""
+    configured = _sign_in(request).settings.redirect_url
+    return configured or f"{'https' if _secure(request) else 'http'}://{request.host}/login/callback"
+
+
+def _page(title: str, body: str, *, status: int = 200, go_to: str | None = None) -> web.Response:
+    """`body` and `go_to` are HTML."""
+    refresh = "" if go_to is None else f'<meta http-equiv="refresh" content="0;url={go_to}">'
+    text = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width">{refresh}</head><body>{body}</body></html>'
+    )
+    headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+    return web.Response(text=text, status=status, content_type="text/html", headers=headers)
