@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 ABSENT: Final = msgspec.Raw(b"")
-"""The value of a member that is not there."""
+"""The value of a member that the body does not have."""
 
 
 class RequestFields(msgspec.Struct, frozen=True, gc=False):
