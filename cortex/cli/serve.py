@@ -158,8 +158,8 @@ async def serve(
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
+            settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
-                settle()
                 log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too
