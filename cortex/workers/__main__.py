@@ -79,6 +79,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
     address = Address(setup.control_host, 0)
     directory = None if setup.usage_directory is None else Path(setup.usage_directory)
+    settle()
     async with working(
         control,
         config,
@@ -91,7 +92,6 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
-        settle()
         channel.send(Ready())
         await stop.wait()
     channel.send(_counted(0, gateway))

@@ -81,6 +81,7 @@ def parse_bucket_query(kind: Kind, given: Iterable[tuple[str, str]], now: float)
         models=tuple(values.get("models", ())),
         paths=_PATHS[kind],
         bucket_secs=width.secs,
+        is_open="end_time" not in values and last == end,
     )
     batch = values.get("batch", ["false"])[-1].lower()
     if batch not in ("true", "false"):

@@ -97,16 +97,23 @@ async def test_the_command_prints_it(cortex: CortexProcess) -> None:
     async with aiohttp.ClientSession() as http:
         await Client(http, cortex.url, "secret-a").chat()
         await Client(http, cortex.url, "secret-b").until(1)
+    output = await printed(cortex, "--group-by", "key", "--from", "1h", "--csv")
+    (row,) = csv.DictReader(io.StringIO(output))
+    assert (row["key"], row["requests"], row["currency"]) == ("alice", "1", "EUR")
+    assert "not measured: benjy: its neuron does not count energy" in await printed(cortex, "--energy")
+
+
+async def printed(cortex: CortexProcess, *options: str) -> str:
+    """By `cortex usage`, for bob."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cortex", "usage", "--group-by", "key", "--from", "1h", "--csv", "--url", cortex.url),
+        *(sys.executable, "-m", "cortex", "usage", *options, "--url", cortex.url),
         stdout=asyncio.subprocess.PIPE,
         cwd=TOP,
         env={**os.environ, "CORTEX_API_KEY": "secret-b"},
     )
     output, _ = await process.communicate()
     assert process.returncode == 0
-    (row,) = csv.DictReader(io.StringIO(output.decode()))
-    assert (row["key"], row["requests"], row["currency"]) == ("alice", "1", "EUR")
+    return output.decode()
 
 
 async def test_openais_client_reads_usage_and_costs(cortex: CortexProcess) -> None:
