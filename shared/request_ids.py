@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +12,28 @@ from typing import Final
 # The id appears in a header and in logs, so an id from a client must match.
 _SAFE: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PREFIX: Final = os.urandom(10).hex()
-_NUMBERS: Final = itertools.count()
+_ENDINGS: Final = [format(number, "03x") for number in range(4096)]
+
+
+class _Numbers:
+    """Numbers new ids. Formatting only each 4096th number takes a tenth of the time."""
+
+    def __init__(self) -> None:
+        self.high = 0
+        self.low = 0
+        self.start = _PREFIX + "0" * 9
+
+    def next(self) -> str:
+        low = self.low
+        if low == 4096:
+            low = 0
+            self.high += 1
+            self.start = _PREFIX + format(self.high, "09x")
+        self.low = low + 1
+        return self.start + _ENDINGS[low]
+
+
+_NUMBERS: Final = _Numbers()
 _CURRENT: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 
 
@@ -21,7 +41,7 @@ def request_id(given: bytes | None) -> str:
     """The `x-request-id` that a client gave if it is safe to echo and log, else a new id of 32 hex digits."""
     if given is not None and _SAFE.fullmatch(given):
         return given.decode()
-    return _PREFIX + format(next(_NUMBERS), "012x")
+    return _NUMBERS.next()
 
 
 def current_request_id() -> str | None:

@@ -11,6 +11,7 @@ from benchmarks.contenders.compiled import compiled
 from benchmarks.contenders.contender import Contender, Launch, Place
 from benchmarks.contenders.process import REPOSITORY, free_port
 from benchmarks.engine.answers import MODEL
+from benchmarks.load.request import API_KEY
 from shared import __version__
 
 _CONFIG = """
@@ -26,6 +27,16 @@ _MODELS = f"""
 id = "{MODEL}"
 harness = "vllm"
 """
+
+_KEYS = f'''
+[[keys]]
+name = "bench"
+key = "{API_KEY}"
+rpm = 100000000
+tpm = 100000000000
+parallel = 100000
+'''
+"""Limits that admit every request: what is measured is the work."""
 
 
 def _prepare(checkout: Path, workers: int, *, interpreted: bool, protocol_v1: bool) -> Callable[[Place], Launch]:
@@ -44,14 +55,16 @@ def _prepare(checkout: Path, workers: int, *, interpreted: bool, protocol_v1: bo
         neuron += ["bare"] if protocol_v1 else []
         # -m prefers modules in the working directory to installed ones.
         path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory)}
+        environ = {"PYTHONPATH": path, "XDG_STATE_HOME": str(place.directory), "CORTEX_KEYS": _KEYS}
         return Launch(command, env=environ, cwd=packages, companions=[neuron], version=__version__)
 
     return prepare
 
 
 _ON = (
-    "routing by the body's `model`, failover, the key looked up by its hash, `usage` read and queued, metrics, "
+    "routing by the body's `model`, failover, the key recognised, its limits (requests, tokens, parallel) checked and "
+    "settled, their headers, `usage` read, in streams asked for and taken out again, a row in SQLite for each request, "
+    "metrics, "
     "request ids and forwarding headers, an access line for each request (written in batches)"
 )
 

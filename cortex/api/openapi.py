@@ -142,6 +142,7 @@ def _organization(summary: str) -> Operation:
             "group_by": "model and api_key_id.",
             "models": "Only these models.",
             "api_key_ids": "Only these keys, by id or name.",
+            "batch": "`true`: only batch jobs, of which there are none.",
             "limit": "Buckets of a page.",
             "page": "`next_page` of the page before.",
         },

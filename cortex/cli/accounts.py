@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from cortex.accounts.database.source import DatabaseSource, database_source
-from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_terms import KeyTerms, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
@@ -72,9 +71,9 @@ async def _opened_database(source: DatabaseSource | None) -> AsyncIterator[Datab
 
 
 def key_problems(config: CortexConfig, config_file: Path) -> list[str]:
-    """What is wrong with the keys in the file and the environment. Blocks."""
+    """What is wrong with the keys in the file and the environment, and with the file of `[auth.oidc]`. Blocks."""
     file, currency, problems = config.keys_path(config_file), config.usage.currency, []
-    reads: list[Callable[[], list[ApiKey]]] = [partial(keys_in_environment, os.environ, currency)]
+    reads: list[Callable[[], object]] = [partial(keys_in_environment, os.environ, currency), config.auth.oidc.secret]
     reads += [] if file is None else [partial(keys_in_file, file, currency)]
     for read in reads:
         try:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 LOAD_TIMEOUT_SECS = 2 * 3600.0
 CALL_TIMEOUT_SECS = 30.0
+_NEEDS_KEY = ", set CORTEX_API_KEY to a valid key, or sign in with `cortex login` where that is possible"
 _TRUST = "set CORTEX_CA to a PEM file with the certificate of the authority that signed it"
 
 
@@ -30,8 +31,7 @@ def call(
     Raises:
         CallFailed: cortex is unreachable or answered with an error.
     """
-    # People paste what clients use: an address without a scheme, or OpenAI's base URL.
-    url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+    url = base_url(url)
     if not _is_web_address(url):
         raise CallFailed(f"--url {url!r} must start with http:// or https://")
     headers = {"Content-Type": "application/json"}
@@ -44,7 +44,7 @@ def call(
         with urllib.request.urlopen(request, timeout=timeout_secs, context=context) as response:  # noqa: S310 - the scheme is checked above
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
-        hint = ", set CORTEX_API_KEY to a valid key" if error.code == HTTPStatus.UNAUTHORIZED else ""
+        hint = _NEEDS_KEY if error.code == HTTPStatus.UNAUTHORIZED else ""
         raise CallFailed(_message(error.read(), error.code) + hint) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
@@ -53,6 +53,11 @@ def call(
         if isinstance(reason, ssl.SSLError):
             reason = f"TLS fails ({reason.reason}): does the address need http:// instead of https://?"
         raise CallFailed(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
+
+
+def base_url(url: str) -> str:
+    """The address of cortex in what people paste from their clients: one without a scheme, or OpenAI's base URL."""
+    return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _trusted() -> ssl.SSLContext:

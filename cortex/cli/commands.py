@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 import typer
 
 from cortex.cli.key_commands import keys_app
-from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, print_answer
+from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, credential_for, print_answer
 from shared.terminal.command_line import command_line
 
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
@@ -28,7 +28,7 @@ def _fetch(ctx: typer.Context, path: str) -> Any:
 
     url = str(ctx.params.get("url") or os.environ.get("CORTEX_URL") or DEFAULT_URL)
     try:
-        key = os.environ.get("CORTEX_API_KEY")
+        key = credential_for(url)
         return call(url, "GET", path, api_key=key, timeout_secs=_COMPLETION_TIMEOUT_SECS)
     except CallFailed:
         return None
@@ -171,6 +171,28 @@ def simulate(
         fair=not ignore_keys,
         as_json=as_json,
     )
+
+
+@app.command()
+def login(
+    url: Url = DEFAULT_URL,
+    browser: Annotated[
+        bool,
+        typer.Option("--browser", help="Use a browser on this machine, also if the issuer takes another device's."),
+    ] = False,
+) -> int:
+    """Sign in with an account of OpenID Connect; later commands use it."""
+    from cortex.cli.sign_in.login import run_login
+
+    return run_login(url, with_browser=browser)
+
+
+@app.command()
+def logout(url: Url = DEFAULT_URL) -> int:
+    """End what `cortex login` has begun."""
+    from cortex.cli.sign_in.login import run_logout
+
+    return run_logout(url)
 
 
 @app.command()

@@ -24,10 +24,17 @@ def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) ->
 
     timeout = CALL_TIMEOUT_SECS if body is None else LOAD_TIMEOUT_SECS
     try:
-        key = os.environ.get("CORTEX_API_KEY")
+        key = credential_for(url)
         return call(url, method, path, api_key=key, body=body, timeout_secs=timeout)
     except CallFailed as error:
         fail("cortex", error)
+
+
+def credential_for(url: str) -> str | None:
+    """The key in CORTEX_API_KEY, or else the token of `cortex login` for this address. Raises CallFailed."""
+    from cortex.cli.sign_in.kept_tokens import token_for
+
+    return os.environ.get("CORTEX_API_KEY") or token_for(url)
 
 
 def print_answer(url: str, answer: Any, as_json: bool, show: Callable[[Any], str]) -> None:

@@ -67,6 +67,7 @@ def run_serve(
         configure_logging(config.log_level, config.log_format)
         for warning in tls_warnings(config, config_file):
             log.warning("%s", warning)
+        config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -157,8 +158,8 @@ async def serve(
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
             reloader = _reloader(parts, files, reload_asked)
+            settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
-                settle()
                 log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
                 await stop.wait()
                 closing.set()  # first: event streams are requests in flight, too

@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.settings import SettingsModel
+from shared.settings import SettingsError, SettingsModel
+
+_FILE_KEY = "it has to be a file with the client's secret ([auth.oidc] client_secret_file)"
 
 
 def _checked_url(value: str | None) -> str | None:
@@ -87,10 +89,17 @@ class OidcSettings(SettingsModel):
         """The client's secret; None for a public client. Blocks.
 
         Raises:
-            OSError, ValueError: its file cannot be read.
+            SettingsError: its file cannot be read, or is empty.
         """
-        if self.client_secret_file is not None:
-            return self.client_secret_file.read_text(encoding="utf-8").strip()
+        file = self.client_secret_file
+        if file is not None:
+            try:
+                found = file.read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                raise SettingsError([f"{file}: {getattr(error, 'strerror', None) or error}: {_FILE_KEY}"]) from error
+            if not found:
+                raise SettingsError([f"{file}: is empty: {_FILE_KEY}"])
+            return found
         return self.client_secret or (os.environ[self.client_secret_env] if self.client_secret_env else None)
 
 

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.accounts.fairness.turns import Turns
@@ -30,6 +30,8 @@ class Ticket:
         self.request_id = current_request_id()
         self.in_line = True
         self.admitted = False
+        self.names: tuple[str, ...] = (model_id,)
+        """What the engine serves that has the place that it was last woken for."""
         self._turns = turns
         self._event = asyncio.Event()
         self._error: ServiceError | None = None
@@ -60,8 +62,12 @@ class Ticket:
 
 @dataclass
 class _ModelQueue:
+    """Those that wait for a model by one name, in order of arrival. `turns` has those of all its names, each in the
+    line of its name."""
+
     since: float
-    tickets: Turns[Ticket]
+    turns: Turns[Ticket]
+    tickets: dict[Ticket, None] = field(default_factory=dict)
     admitted_at: float = -math.inf
 
 
@@ -72,7 +78,7 @@ class AdmissionQueue:
         self._live = live
         self._clock = clock
         self._queues: dict[str, _ModelQueue] = {}
-        self._owed: dict[str, Turns[Ticket]] = {}  # of models without a queue
+        self._turns: dict[str, Turns[Ticket]] = {}  # by model id
         self._served_at: dict[str, float] = {}  # by key id
         self._total = 0
 
@@ -92,10 +98,11 @@ class AdmissionQueue:
         if self._total >= limits.total:
             raise _full(f"{self._total} requests are already waiting for models", retry_after(model_id))
         if queue is None:
-            tickets = self._owed.pop(model_id) if model_id in self._owed else Turns[Ticket]()
-            queue = self._queues[model_id] = _ModelQueue(self._clock(), tickets)
-        ticket = Ticket(model_id, caller, queue.tickets)
-        queue.tickets.add(ticket, caller, tokens)
+            turns = self._turns.setdefault(self._live.catalogue.requested(model_id).model_id, Turns[Ticket]())
+            queue = self._queues[model_id] = _ModelQueue(self._clock(), turns)
+        ticket = Ticket(model_id, caller, queue.turns)
+        queue.tickets[ticket] = None
+        queue.turns.add(ticket, caller, tokens, model_id)
         self._total += 1
         pass_on = True  # it leaves unserved, and may have been woken for a place
         try:
@@ -104,17 +111,18 @@ class AdmissionQueue:
         finally:
             self._remove(ticket, queue)
             if pass_on:
-                self.notify_first(model_id)
+                self.notify_first(*ticket.names)
 
     def _remove(self, ticket: Ticket, queue: _ModelQueue) -> None:
         self._total -= 1
-        queue.tickets.remove(ticket, served=ticket.admitted)
+        del queue.tickets[ticket]
+        queue.turns.remove(ticket, served=ticket.admitted)
         if ticket.admitted:
             self._served_at[ticket.caller.key_id] = queue.admitted_at = self._clock()
         if not queue.tickets:
             del self._queues[ticket.model_id]
-            if queue.tickets.owed:
-                self._owed[ticket.model_id] = queue.tickets
+            if not queue.turns and not queue.turns.owed:
+                self._turns = {model_id: turns for model_id, turns in self._turns.items() if turns is not queue.turns}
         if not self._queues:
             self._served_at.clear()  # the next request arrives after all of these
 
@@ -133,7 +141,7 @@ class AdmissionQueue:
         if ticket.in_line != in_line:
             ticket.in_line = in_line
             if not in_line:
-                self.notify_first(ticket.model_id)
+                self.notify_first(*ticket.names)
 
     def first_request_id(self, *models: str) -> str | None:
         """The id of the request that has waited longest for one of these models; None when no request waits."""
@@ -151,20 +159,20 @@ class AdmissionQueue:
         for model in models:
             self._notify(model, None)
 
-    def notify_first(self, model_id: str, count: int = 1) -> None:
-        """There is room for some requests at the model: wakes those in line whose turn it is."""
-        queue = self._queues.get(model_id)
-        if queue is None:
-            return
+    def notify_first(self, *models: str, count: int = 1) -> None:
+        """There is room for some requests at an engine that serves these names of one model: wakes those in line whose
+        turn it is."""
+        queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
         passed: list[Ticket] = []
-        while count > 0 and (ticket := queue.tickets.call()) is not None:
+        while queues and count > 0 and (ticket := queues[0].turns.call(*models)) is not None:
             if ticket.in_line:
+                ticket.names = models
                 ticket.notify()
                 count -= 1
             else:
                 passed.append(ticket)
         for ticket in passed:
-            queue.tickets.put_back(ticket)
+            queues[0].turns.put_back(ticket)
 
     def refuse(self, model_id: str, error: ServiceError) -> None:
         """Fails every request that waits for the model with this error."""
@@ -180,12 +188,12 @@ class AdmissionQueue:
 
     def waiting_for(self, *models: str) -> list[WaitingRequests]:
         """Of these models, for those that requests wait for."""
-        queues = [queue for model in models if (queue := self._queues.get(model)) is not None]
+        queues = [(model, queue) for model in models if (queue := self._queues.get(model)) is not None]
         return [
             WaitingRequests(
                 len(each.tickets), each.since, callers, min(map(self._last_served, callers)), each.admitted_at
             )
-            for each, callers in ((each, each.tickets.callers) for each in queues)
+            for each, callers in ((each, each.turns.callers(name)) for name, each in queues)
         ]
 
     def _last_served(self, caller: Caller) -> float:
@@ -195,11 +203,10 @@ class AdmissionQueue:
         """Wakes all in the order of their turns: the first ones may take all places."""
         queue = self._queues.get(model_id)
         if queue is not None:
-            tickets = queue.tickets
-            for ticket in tickets:
+            for ticket in queue.tickets:
                 if ticket.notified:
                     ticket.notify(error)
-            while (called := tickets.call()) is not None:
+            while (called := queue.turns.call(model_id)) is not None:
                 called.notify(error)
 
 

@@ -171,8 +171,7 @@ class Resolver:
 
     def release(self, replica: Replica, count: int = 1) -> None:
         self._room.release(replica, count)
-        for name in self._live.catalogue.names_of(replica.model_id):
-            self._queue.notify_first(name, count)
+        self._queue.notify_first(*self._names_for(replica.key), count=count)
 
     async def response_maker(self, response_id: str) -> ResponseMaker | None:
         return self.response_owners.find(response_id)

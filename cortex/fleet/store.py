@@ -4,7 +4,6 @@ keys, and which engine made a response."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
@@ -207,17 +206,17 @@ class StateFile:
     def _read(self, path: Path) -> None:
         try:
             state = _State.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValidationError) as error:
             aside = path.with_name(f"{NAME}.bad")
-            with contextlib.suppress(OSError):
+            try:
                 path.replace(aside)
+                fate = f"was renamed to {aside.name}"
+            except OSError as failure:
+                fate = f"cannot be renamed ({failure.strerror})"
             log.warning(
-                "%s is invalid and was renamed to %s; starting without it, no neuron is drained: %s",
-                path,
-                aside.name,
-                _reason(error),
+                "%s is invalid and %s; starting without it, no neuron is drained: %s", path, fate, _reason(error)
             )
             return
         self._drained = set(state.drained)

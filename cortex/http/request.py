@@ -17,6 +17,7 @@ _VERSIONS: Final = (b"HTTP/1.1", b"HTTP/1.0")
 # Numbers: searching bytes for a number is seven times faster than for a bytes object.
 _COMMA: Final = 0x2C
 _PERCENT: Final = 0x25
+_BLANK: Final = 0x20
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _AUTHORITY: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
@@ -188,8 +189,9 @@ class Request:
         """The key from `Authorization: Bearer`, Anthropic's `x-api-key` or the protocol
         `openai-insecure-api-key.KEY` of a WebSocket; None without any."""
         given = self._named.get(names.AUTHORIZATION)
-        if given is not None and given[:7].lower() == b"bearer ":
-            return given[7:].strip() or None
+        if given is not None and (given[:7] == b"Bearer " or given[:7].lower() == b"bearer "):
+            key = given[7:]
+            return key if key and key[0] > _BLANK and key[-1] > _BLANK else key.strip() or None
         given = self._named.get(names.API_KEY)
         return self._take_offered_key() if given is None and names.UPGRADE in self._named else given
 

@@ -31,6 +31,8 @@ INFERENCE_PATHS: Final = (
 """POST routes whose body names a model, as vLLM has them. A POST to any other path that is not cortex's own goes to an
 engine too if its body names a model."""
 INFERENCE: Final = frozenset(path.encode() for path in INFERENCE_PATHS)
+INFERENCE_TEXT: Final = {path.encode(): path for path in INFERENCE_PATHS}
+"""The same as text: decoding it for each request would cost more than looking it up."""
 
 MODELS: Final = b"/v1/models"
 REALTIME: Final = b"/v1/realtime"
@@ -139,8 +141,9 @@ def meant_path(path: bytes, *, reads: bool) -> bytes:
 def recorded_path(path: bytes) -> str:
     """The path as usage has it: without the id of a stored response, by which others could read that response, and
     without the end of a long one, which only its client knows."""
-    if path in INFERENCE:
-        return path.decode("latin-1")
+    text = INFERENCE_TEXT.get(path)
+    if text is not None:
+        return text
     if is_below_responses(path):
         _, slash, action = path[len(_BELOW_RESPONSES) :].partition(b"/")
         path = _BELOW_RESPONSES + b"{id}" + slash + action

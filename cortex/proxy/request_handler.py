@@ -16,6 +16,7 @@ from cortex.proxy.answers.answer import Answer, DirectAnswer
 from cortex.proxy.answers.deferred_answer import DeferredAnswer, DeferredJson
 from cortex.proxy.answers.keep_alive import ALWAYS_JSON, STREAMED, KeepAliveStream
 from cortex.proxy.body.alias_edit import with_model_id
+from cortex.proxy.body.request_fields import JsonModel, RequestFields
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE, no_route
 from cortex.proxy.progress.account import CLIENT_DISCONNECTED, RequestAccount
@@ -60,7 +61,6 @@ class RequestHandler:
         "_diverted",
         "_failures",
         "_keep_alive",
-        "_may_stream",
         "_name",
         "_request",
         "_state",
@@ -74,7 +74,6 @@ class RequestHandler:
         self._account = RequestAccount(context, request, caller)
         self._state: Resolving | Sent | None = None
         self._name = ""
-        self._may_stream = True
         self._diverted = False
         self._failures: list[Failure] = []
         self._keep_alive: KeepAliveStream | None = None
@@ -83,23 +82,27 @@ class RequestHandler:
     def begin(self) -> None:
         context, content_type = self._context, self._request.content_type.decode("latin-1")
         try:
-            self._request.body, name, model_id, self._may_stream = with_model_id(
+            self._request.body, name, model_id, field = with_model_id(
                 self._request.body, content_type, context.control.aliases, context.default_model
             )
         except ServiceError as error:
             self._refuse_unnamed(error)
-        else:
-            self._admit(name, model_id)
+            return
+        fields = field if isinstance(field, JsonModel) else None
+        if fields is not None:
+            self._usage_request = usage_request(self._request, fields)
+        self._admit(name, model_id, fields)
 
     def _refuse_unnamed(self, error: ServiceError) -> None:
         """The body gives no model that can be used. On an unknown path the path is probably wrong."""
         self._refuse(error if self._request.path in INFERENCE else no_route(self._request))
 
-    def _admit(self, name: str, model_id: str) -> None:
-        """Sends it to an engine of the model `name`, an id or `id@variant`, if the limits allow it."""
+    def _admit(self, name: str, model_id: str, fields: RequestFields | None = None) -> None:
+        """Sends it to an engine of the model `name`, an id or `id@variant`, if the limits allow it. `fields`: of its
+        body, if that is complete and JSON."""
         self._name, self._account.model_id = name, model_id
         try:
-            admitted = self._account.admit()
+            admitted = self._account.admit(fields)
         except ServiceError as error:
             self._refuse(error)
             return
@@ -115,8 +118,6 @@ class RequestHandler:
 
     def _route(self, name: str, model_id: str) -> None:
         """Sends it to an engine, or asks the control for one."""
-        if self._may_stream:
-            self._usage_request = usage_request(self._request)
         self._send_to_one_of(self._context.control.table.get(name, ()))
 
     def abandon(self) -> None:

@@ -52,6 +52,7 @@ from cortex.workers.remote_control import RemoteControl
 from shared.logs import configure_logging
 from shared.serve import run, settle
 from shared.tasks import cancel_all
+from shared.tls import TlsError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     socks = [socket.socket(fileno=fd) for fd in listen_fds]
     address = Address(setup.control_host, 0)
     directory = None if setup.usage_directory is None else Path(setup.usage_directory)
+    settle()
     async with working(
         control,
         config,
@@ -90,7 +92,6 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
     ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
-        settle()
         channel.send(Ready())
         await stop.wait()
     channel.send(_counted(0, gateway))
@@ -176,4 +177,8 @@ def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:
 
 
 if __name__ == "__main__":
-    run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    try:
+        run(work(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]]))
+    except TlsError as error:  # changed since cortex has checked them
+        log.error("this worker cannot serve: %s", error)  # noqa: TRY400 - the message says all
+        sys.exit(1)

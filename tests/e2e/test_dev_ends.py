@@ -168,6 +168,19 @@ def test_port_in_use_is_said() -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
 
 
+def test_a_wrong_state_directory_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = subprocess.run(
+        [sys.executable, "-m", "cortex", "dev", "--port", "0", "--state-dir", str(tmp_path / "file")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1
+    assert f"--state-dir {tmp_path}/file is not a directory that can be written" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("fleet", "named"),
     [

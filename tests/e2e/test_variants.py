@@ -102,12 +102,12 @@ async def running_host(tmp_path: Path, name: str, devices: str, first: int) -> A
 
 
 @contextlib.asynccontextmanager
-async def running_fleet(tmp_path: Path, **model: Any) -> AsyncIterator[Fleet]:
+async def running_fleet(tmp_path: Path, *, state_dir: str | None = None, **model: Any) -> AsyncIterator[Fleet]:
     models = [{"id": MODEL, "harness": "sim", "variants": VARIANTS, **model}, *OTHERS]
     async with (
         running_host(tmp_path, "beast", '["RTX 5090", "RTX 5090"]', 28650) as beast,
         running_host(tmp_path, "quadbrat", '["RTX 3060"]', 28670) as quadbrat,
-        cortex_process(tmp_path, [beast, quadbrat], models) as cortex,
+        cortex_process(tmp_path, [beast, quadbrat], models, state_dir=state_dir) as cortex,
         aiohttp.ClientSession() as session,
     ):
         yield Fleet(session, cortex, beast, quadbrat)
@@ -140,6 +140,26 @@ async def test_each_host_gets_its_variant(mark: str, tmp_path: Path) -> None:
         assert f"{MODEL} (loaded, awq)" in printed.decode()
         nodes = {node["name"]: node["models"] for node in (await fleet.get("/fleet"))["nodes"]}
         assert [engine["variant"] for engine in nodes["beast"]] == ["fp8"]
+
+
+async def test_usage_names_the_variant(mark: str, tmp_path: Path) -> None:
+    """Where each request was served; a variant costs what its model costs."""
+    prices = {"input": 0.0, "output": 1.0}
+    async with running_fleet(tmp_path, state_dir="state", prices=prices, replicas={"min": 2, "per_node": 1}) as fleet:
+        await fleet.until_variants(("beast", "fp8"), ("quadbrat", "awq"))
+        for name in ("fp8", "awq"):
+            await fleet.ask(f"{MODEL}@{name}")
+
+        async def both_recorded() -> bool:
+            return bool((await fleet.get("/usage"))["totals"]["requests"] == 2)
+
+        await until(both_recorded)
+        rows = (await fleet.get("/usage?group_by=model,variant,node"))["rows"]
+        assert [(row["model"], row["variant"], row["node"], row["completion_tokens"]) for row in rows] == [
+            (MODEL, "awq", "quadbrat", 4),
+            (MODEL, "fp8", "beast", 4),
+        ]
+        assert [row["cost"] for row in rows] == pytest.approx([4e-6, 4e-6])
 
 
 async def test_killed_engines_and_neurons_keep_their_variant(mark: str, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from cortex.accounts.energy.attribution import (
 )
 
 SLICES_AT_ONCE: Final = 200
+SET_BACK_SECS: Final = 5.0
+"""For which time a reading counts if the clock was set back since the last one."""
 _LOOKED_UP_AT_ONCE: Final = 500
 _LOCK: Final = 0x656E6572  # any number, the same in every cortex
 _SLICE_KEY: Final = ("node", "device", "model", "instance", "started_at")
@@ -82,11 +84,12 @@ class EnergyLedger:
                     if before is not None:
                         if _is_stale(reading, before, wh):
                             continue
-                        found = _slices(reading, device, before.read_at, counts, known[reading.node])
+                        since = before.read_at if before.read_at < reading.at else reading.at - SET_BACK_SECS
+                        found = _slices(reading, device, since, counts, known[reading.node])
                         slices += found
                         used = wh - (before.resident_wh if before.epoch == reading.epoch else 0.0)
                         idle_wh = max(0.0, used - sum(each.wh for each in found))
-                        for start, _, part in parts_by_hour(before.read_at, reading.at):
+                        for start, _, part in parts_by_hour(since, reading.at):
                             entry = EnergyEntry(hour_of(start), reading.node, device, "", "", "idle")
                             booked[entry] += idle_wh * part
                     meters += _meter_rows(reading, device, wh, counts)
@@ -178,8 +181,10 @@ class EnergyLedger:
 
 def _is_stale(reading: MeterReading, before: Row[Any], wh: float) -> bool:
     """Another cortex has booked a later reading; or the neuron has lost a part of its count, and what it counts until
-    it is back there was booked already."""
-    return bool(reading.at <= before.read_at or (reading.epoch == before.epoch and wh < before.resident_wh))
+    it is back there was booked already. Within an epoch the counts tell, whatever the clocks say."""
+    if reading.epoch == before.epoch:
+        return bool(wh < before.resident_wh)
+    return bool(reading.at <= before.read_at)
 
 
 def _slices(

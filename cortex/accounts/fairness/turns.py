@@ -4,10 +4,14 @@ By the caller's priority, callers without a key last; then start-time fair queue
 1996). A caller's tag is what it has used, in tokens divided by its weight; the lowest tag is next, and among equal ones
 the request that arrived first. A caller that begins to wait has at least the tag of the request that was served last,
 so that an idle caller saves no turns up. One caller's requests keep their order.
+
+Requests may stand in several lines, by what can serve them (a model, or one of its variants). A caller's tag holds for
+all lines, so a place that requests of several lines may take goes to the caller that has used least.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -19,7 +23,7 @@ Item = TypeVar("Item")
 Level: TypeAlias = tuple[bool, int]
 """See `level_of`."""
 _Turn: TypeAlias = tuple[Level, float, int, int, str]
-"""Level, tag and oldest sleeper of a flow, its version at that time, and its key id."""
+"""Level, tag and oldest sleeper in a line of a flow, its version at that time, and its key id."""
 
 MIN_TOKENS = 1.0
 """A request costs at least this much, so that requests of unknown size take turns too."""
@@ -36,10 +40,11 @@ class _Flow:
 
     caller: Caller
     tag: float
-    waiting: int = 0
+    waiting: Counter[str] = field(default_factory=Counter)  # by line
     called: float = 0.0
     version: int = 0
-    sleepers: list[int] = field(default_factory=list)  # a heap of request numbers, with some that have left
+    sleepers: dict[str, list[int]] = field(default_factory=dict)
+    """By line, a heap of request numbers, with some that have left."""
 
     @property
     def next_tag(self) -> float:
@@ -52,6 +57,7 @@ class _Request(Generic[Item]):
     item: Item
     flow: _Flow
     tokens: float
+    line: str
     asleep: bool = True
 
 
@@ -63,7 +69,7 @@ class Turns(Generic[Item]):
         self._numbers: dict[Item, int] = {}
         self._flows: dict[str, _Flow] = {}
         self._served: dict[Level, float] = {}  # the highest tag of a served request
-        self._turns: list[_Turn] = []  # a heap; of each flow with sleepers the entry of its version counts
+        self._turns: dict[str, list[_Turn]] = {}  # by line a heap; of each flow the entry of its version counts
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -73,39 +79,46 @@ class Turns(Generic[Item]):
         """In order of arrival."""
         return (request.item for request in self._requests.values())
 
-    @property
-    def callers(self) -> frozenset[Caller]:
-        """Those whose requests wait."""
-        return frozenset(flow.caller for flow in self._flows.values() if flow.waiting)
+    def callers(self, line: str = "") -> frozenset[Caller]:
+        """Those whose requests wait in this line."""
+        return frozenset(flow.caller for flow in self._flows.values() if line in flow.waiting)
 
     @property
     def owed(self) -> bool:
         """Whether a caller has used more than others, so that its next request has a later turn."""
         return bool(self._flows)
 
-    def add(self, item: Item, caller: Caller, tokens: float) -> None:
+    def add(self, item: Item, caller: Caller, tokens: float, line: str = "") -> None:
         """A request arrives. `tokens`: an estimate of what it will use."""
         self._arrivals += 1
         number, flow = self._arrivals, self._begin(caller)
-        flow.waiting += 1
-        self._requests[number] = _Request(item, flow, max(MIN_TOKENS, tokens))
+        flow.waiting[line] += 1
+        self._requests[number] = _Request(item, flow, max(MIN_TOKENS, tokens), line)
         self._numbers[item] = number
-        heappush(flow.sleepers, number)
+        heappush(flow.sleepers.setdefault(line, []), number)
         self._changed(flow)
 
-    def call(self) -> Item | None:
-        """The request whose turn it is; None if all have been called."""
-        while self._turns:
-            _, _, number, version, key_id = heappop(self._turns)
+    def call(self, *lines: str) -> Item | None:
+        """The request of these lines whose turn it is, without any of the line ""; None if all have been called."""
+        turn = min((turn for line in lines or ("",) if (turn := self._next(line)) is not None), default=None)
+        if turn is None:
+            return None
+        request = self._requests[turn[2]]
+        flow = request.flow
+        heappop(flow.sleepers[request.line])
+        request.asleep = False
+        flow.called += request.tokens
+        self._changed(flow)
+        return request.item
+
+    def _next(self, line: str) -> _Turn | None:
+        turns = self._turns.get(line, [])
+        while turns:
+            _, _, _, version, key_id = turns[0]
             flow = self._flows.get(key_id)
-            if flow is None or flow.version != version:
-                continue
-            heappop(flow.sleepers)
-            request = self._requests[number]
-            request.asleep = False
-            flow.called += request.tokens
-            self._changed(flow)
-            return request.item
+            if flow is not None and flow.version == version:
+                return turns[0]
+            heappop(turns)
         return None
 
     def put_back(self, item: Item) -> None:
@@ -115,14 +128,16 @@ class Turns(Generic[Item]):
         if not request.asleep:
             request.asleep = True
             request.flow.called -= request.tokens
-            heappush(request.flow.sleepers, number)
+            heappush(request.flow.sleepers[request.line], number)
             self._changed(request.flow)
 
     def remove(self, item: Item, *, served: bool) -> None:
         """A request waits no more: it is served, or leaves."""
         request = self._requests.pop(self._numbers.pop(item))
         flow = request.flow
-        flow.waiting -= 1
+        flow.waiting[request.line] -= 1
+        if not flow.waiting[request.line]:
+            del flow.waiting[request.line]
         if not request.asleep:
             flow.called -= request.tokens
         if not flow.waiting:
@@ -152,18 +167,25 @@ class Turns(Generic[Item]):
         flow.tag += tokens / flow.caller.weight
 
     def _changed(self, flow: _Flow) -> None:
-        """Renews the flow's entry in the heap."""
+        """Renews the flow's entries in the heaps."""
         flow.version += 1
-        while flow.sleepers and not self._sleeps(flow.sleepers[0]):
-            heappop(flow.sleepers)
-        if flow.sleepers:
-            heappush(self._turns, self._turn(flow))
-        if len(self._turns) > 64 + 4 * len(self._flows):
-            self._turns = [self._turn(each) for each in self._flows.values() if each.sleepers]
-            heapify(self._turns)
+        for line, sleepers in list(flow.sleepers.items()):
+            while sleepers and not self._sleeps(sleepers[0]):
+                heappop(sleepers)
+            if sleepers:
+                self._renew(line, flow)
+            elif line not in flow.waiting:
+                del flow.sleepers[line]
 
-    def _turn(self, flow: _Flow) -> _Turn:
-        return level_of(flow.caller), flow.next_tag, flow.sleepers[0], flow.version, flow.caller.key_id
+    def _renew(self, line: str, flow: _Flow) -> None:
+        turns = self._turns.setdefault(line, [])
+        heappush(turns, self._turn(flow, line))
+        if len(turns) > 64 + 4 * len(self._flows):
+            turns[:] = [self._turn(each, line) for each in self._flows.values() if each.sleepers.get(line)]
+            heapify(turns)
+
+    def _turn(self, flow: _Flow, line: str) -> _Turn:
+        return level_of(flow.caller), flow.next_tag, flow.sleepers[line][0], flow.version, flow.caller.key_id
 
     def _sleeps(self, number: int) -> bool:
         request = self._requests.get(number)

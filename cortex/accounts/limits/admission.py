@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Final, NamedTuple
 
+from msgspec.structs import astuple
+
 from cortex.accounts.limits.exceeded import limit_exceeded, rate_state
 from cortex.accounts.limits.scope import Refusal, Reserved, Scope
 from cortex.accounts.limits.terms import KeyLimits, Limits, ModelTerms, TokenBound
@@ -50,8 +52,8 @@ class RequestTerms:
 
     def most(self, bound: TokenBound) -> tuple[int, float]:
         """The tokens that a request may use at most, and their cost."""
-        context, prompts, answers = self._context, bound.prompts, bound.answers
-        prompt, output = bound.prompt, bound.output
+        written: tuple[int, int | None, int, int] = astuple(bound)
+        context, (prompt, output, answers, prompts) = self._context, written
         if prompts == 1 and prompt > context:
             prompt = context
         if output is None:

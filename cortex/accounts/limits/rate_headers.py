@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 from datetime import datetime, timezone
+from typing import Final
+
+from msgspec.structs import astuple
 
 from cortex.accounts.limits.terms import RateState
+
+# What is the same in most answers is formatted once: formatting was a twentieth of a request with limits.
+_MILLIS: Final = [f"{number}ms" for number in range(1000)]
+_REQUESTS: Final[dict[int, str]] = {}  # by limit
+_TOKENS: Final[dict[int, str]] = {}
+_MAX_STARTS: Final = 1000
 
 
 def rate_lines(rates: RateState, now: float, *, anthropic: bool) -> bytes:
     """The headers as lines, each after a CRLF: `b"\\r\\nx-ratelimit-limit-requests: 60…"`; empty without a limit.
     `now`: seconds since 1970."""
+    every: tuple[int | None, int, float, int | None, int, float] = astuple(rates)
+    requests, requests_left, requests_reset, tokens, tokens_left, tokens_reset = every
     lines = ""
-    requests, tokens = rates.requests_limit, rates.tokens_limit
-    if requests is not None:
-        left, reset = rates.requests_remaining, rates.requests_reset
-        if anthropic:
-            lines = _anthropic_lines("requests", requests, left, now + reset)
-        else:
-            lines = _openai_lines("requests", requests, left, reset)
-    if tokens is not None:
-        left, reset = rates.tokens_remaining, rates.tokens_reset
-        if anthropic:
-            lines += _anthropic_lines("tokens", tokens, left, now + reset)
-        else:
-            lines += _openai_lines("tokens", tokens, left, reset)
+    if anthropic:
+        if requests is not None:
+            lines = _anthropic_lines("requests", requests, requests_left, now + requests_reset)
+        if tokens is not None:
+            lines += _anthropic_lines("tokens", tokens, tokens_left, now + tokens_reset)
+    else:
+        if requests is not None:
+            start = _REQUESTS.get(requests) or _start(_REQUESTS, "requests", requests)
+            lines = f"{start}{requests_left}\r\nx-ratelimit-reset-requests: {_duration(requests_reset)}"
+        if tokens is not None:
+            start = _TOKENS.get(tokens) or _start(_TOKENS, "tokens", tokens)
+            lines = f"{lines}{start}{tokens_left}\r\nx-ratelimit-reset-tokens: {_duration(tokens_reset)}"
     return lines.encode()
 
 
@@ -34,11 +44,12 @@ def rate_headers(rates: RateState, now: float, *, anthropic: bool) -> dict[str, 
     return dict(line.split(": ") for line in lines if line)
 
 
-def _openai_lines(kind: str, limit: int, remaining: int, reset: float) -> str:
-    return (
-        f"\r\nx-ratelimit-limit-{kind}: {limit}\r\nx-ratelimit-remaining-{kind}: {remaining}"
-        f"\r\nx-ratelimit-reset-{kind}: {_duration(reset)}"
-    )
+def _start(starts: dict[int, str], kind: str, limit: int) -> str:
+    """The lines of a limit up to what remains of it."""
+    if len(starts) >= _MAX_STARTS:
+        starts.clear()
+    start = starts[limit] = f"\r\nx-ratelimit-limit-{kind}: {limit}\r\nx-ratelimit-remaining-{kind}: "
+    return start
 
 
 def _anthropic_lines(kind: str, limit: int, remaining: int, full_at: float) -> str:
@@ -55,11 +66,14 @@ def _timestamp(at: float) -> str:
 
 def _duration(secs: float) -> str:
     """As OpenAI writes it: `0s`, `20ms`, `8.64s`, `6m0s`, `1h0m2.5s`. Rounded up to milliseconds."""
-    millis = math.ceil(secs * 1000 - 1e-6)
-    if millis <= 0:
+    exact = secs * 1000 - 1e-6
+    if exact <= 0.0:
         return "0s"
+    millis = int(exact)
+    if millis < exact:
+        millis += 1
     if millis < 1000:
-        return str(millis) + "ms"
+        return _MILLIS[millis]
     minutes, millis = divmod(millis, 60_000)
     seconds, millis = divmod(millis, 1000)
     written = str(seconds)

@@ -16,6 +16,7 @@ import msgspec
 from cortex.config.sign_in import OidcSettings
 from shared.errors import InvalidRequest, Unavailable, shortened
 from shared.protocol import ErrorCode
+from shared.settings import SettingsError
 from shared.tasks import TaskSet
 
 if TYPE_CHECKING:  # it imports cryptography, which takes a while, and is needed only at the first sign-in
@@ -123,12 +124,10 @@ class Issuer:
     def _secret(self) -> str | None:
         try:
             return self._settings.secret()
-        except (OSError, ValueError) as error:
-            raise Unavailable(
-                f"[auth.oidc] client_secret_file cannot be read: {error}",
-                code=ErrorCode.UNAVAILABLE,
-                retry_after=RETRY_SECS,
-            ) from error
+        except SettingsError as error:
+            log.error("%s", error)  # noqa: TRY400 - the message says all
+            message = "sign-in is not possible now, because cortex cannot read the client's secret: see its log"
+            raise Unavailable(message, code=ErrorCode.UNAVAILABLE, retry_after=RETRY_SECS) from error
 
     async def _current(self) -> None:
         """Has an offer and keys afterwards. Those that are old are renewed meanwhile."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -47,10 +47,8 @@ _ROWS_AT_ONCE: Final = 100  # between two turns of other tasks
 class DatabaseReports:
     """Implements UsageReports."""
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
-        """`clock`: seconds since 1970."""
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._clock = clock
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
@@ -124,7 +122,7 @@ class DatabaseReports:
             raise InvalidRequest(
                 f"requests before {day} are known by day only: group by day, or begin there", param="from"
             )
-        return times_of(query, kept_since, self._clock())
+        return times_of(query, kept_since)
 
 
 async def _kept_since(connection: AsyncConnection) -> float:

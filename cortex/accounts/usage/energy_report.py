@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Subquery, case, func, literal_column, select, union_all
+from sqlalchemy import ColumnElement, ScalarSelect, Select, Subquery, case, func, literal_column, or_, select, union_all
 
-from cortex.accounts.database.tables import API_KEYS, ENERGY, ENERGY_SLICES
+from cortex.accounts.caller import PERSON_PREFIX
+from cortex.accounts.database.tables import API_KEYS, ENERGY, ENERGY_SLICES, USAGE
 from cortex.accounts.keys.api_key import PROVISIONED_PREFIXES
 from cortex.accounts.usage.periods import period
 from cortex.accounts.usage.query import TIMES, EnergyQuery
@@ -47,13 +48,21 @@ def _used(query: EnergyQuery) -> Any:
 
 
 def _key_name(used: Subquery) -> ColumnElement[Any]:
-    """The name of a key, also of a revoked one; "" for what no key has used."""
+    """The name of a key, also of a revoked one, or of a person; "" for what neither has used."""
     stored = select(API_KEYS.c.name).where(API_KEYS.c.id == used.c.key_id).scalar_subquery()
     provisioned = [
         (used.c.key_id.startswith(prefix), func.substr(used.c.key_id, len(prefix) + 1))
         for prefix in PROVISIONED_PREFIXES
     ]
-    return case(*provisioned, else_=func.coalesce(stored, used.c.key_id))
+    return case(*provisioned, else_=func.coalesce(stored, _person_name(used), used.c.key_id))
+
+
+def _person_name(used: Subquery) -> ScalarSelect[Any]:
+    """As in the person's last request: no other table has it."""
+    own = USAGE.c.key_id == used.c.key_id, used.c.key_id != literal_column("''")
+    return (
+        select(USAGE.c.key).where(*own).order_by(USAGE.c.ended_at.desc()).limit(literal_column("1")).scalar_subquery()
+    )
 
 
 def _chosen(query: EnergyQuery, used: Subquery) -> list[ColumnElement[bool]]:
@@ -67,5 +76,7 @@ def _chosen(query: EnergyQuery, used: Subquery) -> list[ColumnElement[bool]]:
     if query.keys:
         ids = [prefix + name for prefix in PROVISIONED_PREFIXES for name in query.keys]
         stored = select(API_KEYS.c.id).where(API_KEYS.c.name.in_(query.keys))
-        found.append(used.c.key_id.in_([*query.keys, *ids]) | used.c.key_id.in_(stored))
+        people = [name for name in query.keys if name.startswith(PERSON_PREFIX)]
+        signed_in = select(USAGE.c.key_id).where(USAGE.c.key.in_(people))
+        found.append(or_(*(used.c.key_id.in_(some) for some in ([*query.keys, *ids], stored, signed_in))))
     return found

@@ -29,21 +29,25 @@ _PATHS: Final[Mapping[Kind, tuple[str, ...]]] = {
     "costs": (),
 }
 _GROUPS: Final = {"api_key_id": "key_id", "model": "model"}
-_UNGROUPED: Final = ("project_id", "user_id", "batch", "service_tier", "line_item")
+_UNGROUPED: Final = ("project_id", "user_id", "batch", "service_tier", "line_item", "api_source")
 """Groups that cortex does not have: what they would say is null."""
 _LISTS: Final = frozenset({"group_by", "models", "api_key_ids"})
-_PARAMETERS: Final = ("start_time", "end_time", "bucket_width", "group_by", "models", "api_key_ids", "limit", "page")
+_PARAMETERS: Final = (
+    *("start_time", "end_time", "bucket_width", "group_by", "models", "api_key_ids", "batch", "limit", "page"),
+)
 _PAGE: Final = "page_"
 
 
 @dataclass(frozen=True)
 class BucketQuery:
-    """What is asked for: `query` covers one page, whose buckets begin at `starts`. `end`: of everything."""
+    """What is asked for: `query` covers one page, whose buckets begin at `starts`. `end`: of everything. `batch`: only
+    batch jobs, which cortex does not have."""
 
     kind: Kind
     query: UsageQuery
     starts: range
     end: int
+    batch: bool = False
 
 
 def parse_bucket_query(kind: Kind, given: Iterable[tuple[str, str]], now: float) -> BucketQuery:
@@ -77,8 +81,12 @@ def parse_bucket_query(kind: Kind, given: Iterable[tuple[str, str]], now: float)
         models=tuple(values.get("models", ())),
         paths=_PATHS[kind],
         bucket_secs=width.secs,
+        is_open="end_time" not in values and last == end,
     )
-    return BucketQuery(kind, query, range(first, last, width.secs), end)
+    batch = values.get("batch", ["false"])[-1].lower()
+    if batch not in ("true", "false"):
+        raise InvalidRequest(f"batch must be true or false, got {shortened(batch)!r}", param="batch")
+    return BucketQuery(kind, query, range(first, last, width.secs), end, batch=batch == "true")
 
 
 def _width(kind: Kind, values: Mapping[str, Sequence[str]]) -> _Width:
@@ -119,7 +127,7 @@ def _groups(given: Iterable[str]) -> tuple[str, ...]:
 def bucket_page(asked: BucketQuery, rows: Sequence[Mapping[str, Any]], currency: str) -> dict[str, Any]:
     """The answer: a page of buckets. `rows` are the sums of the query."""
     results: dict[int, list[dict[str, Any]]] = {start: [] for start in asked.starts}
-    for row in rows:
+    for row in () if asked.batch else rows:
         results.setdefault(row["bucket"], []).append(_result(asked.kind, row, currency))
     width = asked.query.bucket_secs
     buckets = [
@@ -148,6 +156,7 @@ def _result(kind: Kind, row: Mapping[str, Any], currency: str) -> dict[str, Any]
         **result,
         "output_tokens": row["completion_tokens"],
         "input_cached_tokens": row["cached_tokens"],
+        "input_uncached_tokens": row["prompt_tokens"] - row["cached_tokens"],
         "batch": None,
         "service_tier": None,
     }

@@ -40,6 +40,7 @@ class UsageQuery:
     paths: tuple[str, ...] = ()
     key_id: str | None = None
     bucket_secs: int = 0
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,14 @@ def parse_query(given: Sequence[tuple[str, str]], now: float) -> UsageQuery:
         InvalidRequest: it has an unknown parameter or a wrong value.
     """
     asked = _parameters(given, GROUPS, FILTERS, now)
-    return UsageQuery(asked.since, asked.until, asked.group_by, asked.only("key"), asked.only("model"))
+    return UsageQuery(
+        asked.since,
+        asked.until,
+        asked.group_by,
+        asked.only("key"),
+        asked.only("model"),
+        is_open=not asked.values.get("to"),
+    )
 
 
 def parse_energy_query(given: Sequence[tuple[str, str]], now: float) -> EnergyQuery:

@@ -50,13 +50,13 @@ class ReportTimes(NamedTuple):
     days: TimeSpan
 
 
-def times_of(query: UsageQuery, kept_since: float, now: float) -> ReportTimes:
+def times_of(query: UsageQuery, kept_since: float) -> ReportTimes:
     """Daily sums where there are whole days. `kept_since`: the records of earlier days are deleted, so these days count
     as a whole. Pure."""
     first, last = _next_day(query.since), day_of(query.until)
     if query.since < kept_since:
         first = day_of(query.since)
-    if query.until >= now or query.until <= kept_since:
+    if query.is_open or query.until <= kept_since:
         last = _next_day(query.until)
     if first >= last:
         return of_records_alone(query)

@@ -24,6 +24,7 @@ from cortex.cli.dev.processes import CORTEX, DevFleet, memory_file
 from cortex.config.catalogue import Catalogue, load_catalogue
 from shared.serve import ListenError, bind
 from shared.settings import SettingsError
+from shared.system.files import is_writable
 from shared.tasks import first_of
 from shared.terminal.command_line import fail
 
@@ -42,6 +43,8 @@ def run_dev(
         if not 0 <= port <= MAX_PORT:
             raise ValueError(f"--port must be from 0 to {MAX_PORT}, got {port}")
         hosts = parse_fleet(fleet)
+        if state_dir is not None and not is_writable(state_dir):
+            raise ValueError(f"--state-dir {state_dir} is not a directory that can be written")
         started = _engine(engine, model_dir, vllm_command)
         if state_dir is not None:
             return asyncio.run(_dev(hosts, started, port, state_dir.absolute()))

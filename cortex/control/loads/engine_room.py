@@ -121,10 +121,10 @@ class EngineRoom:
 
     def _let_go(self, key: ReplicaKey, limit: int | None) -> None:
         """Wakes as many waiting requests as the engine has room for."""
-        for name in self._names(key):
-            waiting = self._queue.count(name)
-            room = waiting if limit is None else min(waiting, self._requests.room(key, limit))
-            self._queue.notify_first(name, room)
+        names = self._names(key)
+        waiting = self._queue.count(*names)
+        room = waiting if limit is None else min(waiting, self._requests.room(key, limit))
+        self._queue.notify_first(*names, count=room)
 
     def _names(self, key: ReplicaKey) -> tuple[str, ...]:
         return self._fleet.snapshot().names_for(key)

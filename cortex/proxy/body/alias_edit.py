@@ -13,7 +13,8 @@ from typing import TypeAlias
 from cortex.config.aliases import MemberEdit, Rewrite
 from cortex.proxy.body.form_scan import FormPart, FormScan, delimiter_of
 from cortex.proxy.body.json_scan import Member, Scan, TooIntricateError
-from cortex.proxy.body.model_field import JsonModel, ModelField, find_or_add_model, form_part
+from cortex.proxy.body.model_field import find_model, find_or_add_model, form_part, replaced
+from cortex.proxy.body.request_fields import JsonModel, ModelField
 from shared.errors import InvalidRequest
 
 Splice: TypeAlias = tuple[int, int, bytes]
@@ -24,9 +25,9 @@ Edits: TypeAlias = Mapping[str, MemberEdit]
 
 def with_model_id(
     body: bytes, content_type: str, aliases: Mapping[str, Rewrite], default: str | None
-) -> tuple[bytes, str, str, bool]:
-    """The body as an engine gets it, the name of the model (an id, or `id@variant`), its id, and whether the body may
-    ask for a stream. `default`: the model of a body that names none.
+) -> tuple[bytes, str, str, ModelField]:
+    """The body as an engine gets it, the name of the model (an id, or `id@variant`), its id, and the fields of that
+    body. `default`: the model of a body that names none.
 
     Raises:
         InvalidRequest: it names none, or cannot be read.
@@ -34,8 +35,11 @@ def with_model_id(
     field, body = find_or_add_model(body, content_type, default)
     rewrite = aliases.get(field.model)
     if rewrite is None:
-        return body, field.model, field.model, isinstance(field, JsonModel) and bytes(field.stream) == b"true"
-    return rewritten(body, content_type, field, rewrite), rewrite.name, rewrite.model_id, True
+        return body, field.model, field.model, field
+    body = rewritten(body, content_type, field, rewrite)
+    if rewrite.edits is not None and isinstance(field, JsonModel):
+        field = find_model(body, content_type)
+    return body, rewrite.name, rewrite.model_id, field
 
 
 def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrite) -> bytes:
@@ -45,7 +49,7 @@ def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrit
         InvalidRequest: finding the members to edit would take too long.
     """
     if rewrite.edits is None:
-        return field.replaced(body, rewrite.model_id)
+        return replaced(field, body, rewrite.model_id)
     if isinstance(field, JsonModel):
         try:
             return spliced(body, json_splices(body, rewrite.edits))

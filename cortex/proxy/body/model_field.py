@@ -16,12 +16,22 @@ from __future__ import annotations
 
 import codecs
 import json
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 
 from cortex.proxy.body.form_scan import FormScan, delimiter_of, is_form
 from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
+from cortex.proxy.body.request_fields import (
+    FormModel,
+    JsonModel,
+    ModelField,
+    RequestFields,
+    decode_any_model,
+    decode_fields,
+    decode_model,
+    decode_response_ids,
+)
 from shared.errors import InvalidRequest
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -42,68 +52,11 @@ JSON_TYPE: Final = "application/json"
 _NO_MODEL = "the body must have a string 'model'"
 _FORM_ENCODED = "application/x-www-form-urlencoded"
 
+_decode_text = msgspec.json.Decoder(str).decode
+
 
 class MissingModel(InvalidRequest):
     """The body is a JSON object or a multipart form, and names no model."""
-
-
-class JsonModel(msgspec.Struct, frozen=True, gc=False):
-    """The top-level `model` of a JSON object, never empty. The last of several counts, as in every engine's parser.
-    `stream` is as written, empty without one."""
-
-    model: str
-    stream: msgspec.Raw = msgspec.Raw(b"")
-
-    def replaced(self, body: bytes, model: str) -> bytes:
-        """`body`, in which this was found, with another model and otherwise unchanged.
-
-        A body of more than 100,000 brackets and strings gets a second `model` at its end instead, which then counts:
-        searching for the first would block the event loop.
-        """
-        value = json.dumps(model).encode()
-        try:
-            place = place_of_member(body, "model")
-        except TooIntricateError:
-            end = body.rindex(b"}")
-            return b"".join((memoryview(body)[:end], b',"model":', value, memoryview(body)[end:]))
-        return _spliced(body, *place, value)
-
-
-class FormModel(msgspec.Struct, frozen=True, gc=False):
-    """The `model` of a multipart form, never empty: bytes `start` to `end` of the body."""
-
-    model: str
-    start: int
-    end: int
-
-    def replaced(self, body: bytes, model: str) -> bytes:
-        """`body`, in which this was found, with another model and otherwise unchanged."""
-        return _spliced(body, self.start, self.end, model.encode())
-
-
-ModelField: TypeAlias = JsonModel | FormModel
-"""The result of `find_model`."""
-
-
-class _AnyModel(msgspec.Struct):
-    model: msgspec.Raw = msgspec.Raw(b"")
-    stream: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _AnyStream(msgspec.Struct):
-    stream: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _AnyResponseIds(msgspec.Struct):
-    previous_response_id: msgspec.Raw = msgspec.Raw(b"")
-    request_id: msgspec.Raw = msgspec.Raw(b"")
-
-
-_decode_stream = msgspec.json.Decoder(_AnyStream).decode
-_decode_response_ids = msgspec.json.Decoder(_AnyResponseIds).decode
-_decode_model = msgspec.json.Decoder(JsonModel).decode
-_check_syntax = msgspec.json.Decoder(_AnyModel).decode
-_decode_text = msgspec.json.Decoder(str).decode
 
 
 def find_model(body: bytes, content_type: str) -> ModelField:
@@ -142,6 +95,23 @@ def model_at_start(start: bytes, content_type: str) -> str | None:
         return None
 
 
+def replaced(field: ModelField, body: bytes, model: str) -> bytes:
+    """`body`, in which `field` was found, with another model and otherwise unchanged.
+
+    A JSON body of more than 100,000 brackets and strings gets a second `model` at its end instead, which then counts:
+    searching for the first would block the event loop.
+    """
+    if isinstance(field, FormModel):
+        return _spliced(body, field.start, field.end, model.encode())
+    value = json.dumps(model).encode()
+    try:
+        start, end = place_of_member(body, "model")
+    except TooIntricateError:
+        end = body.rindex(b"}")
+        return b"".join((memoryview(body)[:end], b',"model":', value, memoryview(body)[end:]))
+    return _spliced(body, start, end, value)
+
+
 def find_or_add_model(body: bytes, content_type: str, default: str | None) -> tuple[ModelField, bytes]:
     """The `model` of `body`, and the body, with the model `default` if it had none. Raises as `find_model`."""
     try:
@@ -169,7 +139,7 @@ def _model_of_json(body: bytes) -> JsonModel:
     if not body.isascii():
         _check_utf8(body)  # msgspec does not check strings that it skips
     try:
-        field = _decode_model(body)
+        field = decode_model(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         field = _model_of_lenient_json(body)
     if not field.model:
@@ -182,7 +152,7 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     invalid."""
     strict = made_strict(body)
     try:
-        found = _check_syntax(strict)
+        found = decode_any_model(strict)
         if bytes(found.model) in {b"", b"null"}:
             raise missing_model()
         place = place_of_member(body, "model")
@@ -195,19 +165,25 @@ def _model_of_lenient_json(body: bytes) -> JsonModel:
     if body[place[0]] != ord('"'):
         raise InvalidRequest(f"'model' must be a string, got {_json_kind(body[place[0] :])}", param="model")
     try:
-        return JsonModel(_decode_text(memoryview(body)[slice(*place)]), found.stream)
+        model = _decode_text(memoryview(body)[slice(*place)])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body's 'model' is not Unicode text: {error}", param="model") from error
+    return JsonModel(model=model, **{name: getattr(found, name) for name in RequestFields.__struct_fields__})
+
+
+def read_fields(body: bytes) -> RequestFields:
+    """The fields of a JSON object; of anything else none. Never raises."""
+    for read in (bytes, made_strict):
+        try:
+            return decode_fields(read(body))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return RequestFields()
 
 
 def asks_for_stream(body: bytes) -> bool:
     """True for a JSON object whose top-level `stream` is true; never raises. The last of several counts."""
-    for read in (bytes, made_strict):
-        try:
-            return bytes(_decode_stream(read(body)).stream) == b"true"
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue
-    return False
+    return bytes(read_fields(body).stream) == b"true"
 
 
 def previous_response_id(body: bytes) -> str | None:
@@ -216,7 +192,7 @@ def previous_response_id(body: bytes) -> str | None:
         return None
     for read in (bytes, made_strict):
         try:
-            return _decode_text(memoryview(_decode_response_ids(read(body)).previous_response_id))
+            return _decode_text(memoryview(decode_response_ids(read(body)).previous_response_id))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return None
@@ -228,7 +204,7 @@ def chooses_response_id(body: bytes) -> bool:
         return False
     for read in (bytes, made_strict):
         try:
-            return bytes(_decode_response_ids(read(body)).request_id) not in {b"", b"null"}
+            return bytes(decode_response_ids(read(body)).request_id) not in {b"", b"null"}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
     return False

@@ -7,8 +7,8 @@ from typing import Any, Final
 import msgspec
 
 from cortex.proxy.body.alias_edit import Splice
-from cortex.proxy.body.json_scan import TooIntricateError, may_have, place_of_member
-from cortex.proxy.body.model_field import made_strict
+from cortex.proxy.body.json_scan import TooIntricateError, place_of_member
+from cortex.proxy.body.request_fields import ABSENT, RequestFields
 
 HAVE_OPTION: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 """The paths whose streams report usage only if `stream_options` asks for it."""
@@ -16,24 +16,13 @@ HAVE_OPTION: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 _OPTION: Final = b'"stream_options":{"include_usage":true}'
 
 
-class _Fields(msgspec.Struct, gc=False):
-    stream: msgspec.Raw = msgspec.Raw(b"")
-    stream_options: msgspec.Raw = msgspec.Raw(b"")
-
-
-_decode: Final = msgspec.json.Decoder(_Fields).decode
-
-
-def usage_splice(body: bytes) -> Splice | None:
-    """What makes this request ask for usage; None if it is for no stream, asks already, or cannot be read. `body`: a
-    JSON object."""
-    if not may_have(body, b'"stream"'):
+def usage_splice(body: bytes, fields: RequestFields) -> Splice | None:
+    """What makes this request ask for usage; None if it is for no stream, asks already, or its option is wrong. `body`:
+    a JSON object with these fields."""
+    if fields.stream is ABSENT or bytes(fields.stream) != b"true":
         return None
+    options = bytes(fields.stream_options)
     try:
-        fields = _read(body)
-        if bytes(fields.stream) != b"true":
-            return None
-        options = bytes(fields.stream_options)
         if not options:
             end = body.rindex(b"}")
             return end, end, b"," + _OPTION  # it has a member, `stream`
@@ -48,10 +37,3 @@ def usage_splice(body: bytes) -> Splice | None:
         return (*place_of_member(body, "stream_options"), value)
     except (ValueError, LookupError, RecursionError, TooIntricateError):
         return None
-
-
-def _read(body: bytes) -> _Fields:
-    try:
-        return _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _decode(made_strict(body))

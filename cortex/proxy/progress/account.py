@@ -10,14 +10,15 @@ from cortex.accounts.caller import Caller
 from cortex.accounts.limits.admission import UNKNOWN_CONTEXT
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.rate_headers import rate_lines
-from cortex.accounts.limits.terms import Grant, RateState, TokenBound
+from cortex.accounts.limits.terms import NO_RATES, Grant, RateState, TokenBound
 from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
 from cortex.proxy.answers.answer import own_lines
+from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.paths import in_background, recorded_path
+from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import Replica
 from cortex.upstream.usage_fields import Usage
@@ -30,6 +31,9 @@ CLIENT_DISCONNECTED: Final = 499
 
 BYTES_PER_TOKEN: Final = 4
 """Of an answer whose tokens the engine has not told."""
+
+_POSTED: Final = {path: f"POST {path}" for path in INFERENCE_TEXT.values()}
+_THOUSANDTHS: Final = [f".{number:03}" for number in range(1000)]
 
 
 class RequestAccount:
@@ -89,8 +93,9 @@ class RequestAccount:
                 param="model",
             )
 
-    def admit(self) -> bool:
-        """Whether the request may go on; False if that takes a while: then wait for `admission`.
+    def admit(self, fields: RequestFields | None) -> bool:
+        """Whether the request may go on; False if that takes a while: then wait for `admission`. `fields`: of its body,
+        if they are known.
 
         Raises:
             Forbidden: the caller may not use the model.
@@ -102,7 +107,7 @@ class RequestAccount:
         if not self.caller.limited and self.model_id not in limiter.limited_models:
             return True
         self._body_bytes, self._background = len(request.body), in_background(request)
-        self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"))
+        self._bound = token_bound(request.path, request.body, request.content_type.decode("latin-1"), fields)
         try:
             grant = limiter.admit(self.caller, self.model_id, self._bound)
         except LimitExceeded as error:
@@ -175,7 +180,7 @@ class RequestAccount:
 
     def _tell(self, rates: RateState) -> None:
         """The client learns of its limits with the answer."""
-        if rates.requests_limit is not None or rates.tokens_limit is not None:
+        if rates is not NO_RATES:
             self._request.rates = rate_lines(rates, time.time(), anthropic=self._request.anthropic)
 
     def _settle(self, grant: Grant, usage: Usage | None, relay: Relay | None, sent: int, *, left: bool) -> None:
@@ -202,7 +207,7 @@ class RequestAccount:
     def _record(
         self, status: int, usage: Usage | None, first_byte_secs: float | None, took: float, *, complete: bool
     ) -> UsageRecord:
-        replica, caller = self.replica, self.caller
+        replica, caller, path = self.replica, self.caller, self._request.path
         key = None if replica is None else replica.key
         prompt: int | None = None
         cached: int | None = None
@@ -219,7 +224,7 @@ class RequestAccount:
             "" if replica is None else replica.variant,
             "" if key is None else key.node,
             "" if key is None else key.instance,
-            recorded_path(self._request.path),
+            INFERENCE_TEXT.get(path) or recorded_path(path),
             status,
             prompt,
             cached,
@@ -233,19 +238,21 @@ class RequestAccount:
         )
 
     def _log(self, status: int, sent: int, usage: Usage | None, took: float, more: str) -> None:
+        request, request_id, key = self._request, self.request_id, ""
+        path = INFERENCE_TEXT.get(request.path) if request.method == b"POST" else None
         if usage is not None:
             more = f" prompt={usage.prompt} completion={usage.completion}{more}"
         if self.caller.key_id:
-            more = f" caller={self.caller.name}{more}"
+            key = f" caller={self.caller.name}"
         if self.attempts > 1:
-            more = f" attempts={self.attempts}{more}"
+            key = f" attempts={self.attempts}{key}"
         if self.waited >= 0.001:
-            more = f" waited={format(self.waited, '.3f')}{more}"
-        millis = int(took * 1000 + 0.5)
+            key = f" waited={format(self.waited, '.3f')}{key}"
         # Compiled, a format within an f-string takes 8,000 instructions more, `format` 1,000.
-        secs = f"{millis // 1000}.{str(1000 + millis % 1000)[1:]}"
+        millis = int(took * 1000 + 0.5)
+        secs, part = millis // 1000, _THOUSANDTHS[millis % 1000]
         self._context.access_log.line(
-            f"{self._request.shown} {status} model={self.label} node={self.node}"
-            f" cold={'yes' if self.cold else 'no'} bytes={sent} secs={secs} id={self.request_id}{more}",
-            self.request_id,
+            f"{request.shown if path is None else _POSTED[path]} {status} model={self.label} node={self.node}"
+            f" cold={'yes' if self.cold else 'no'} bytes={sent} secs={secs}{part} id={request_id}{key}{more}",
+            request_id,
         )

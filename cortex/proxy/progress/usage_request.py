@@ -8,6 +8,7 @@ from cortex.http.request import Request
 from cortex.proxy.answers.answer import Answer
 from cortex.proxy.answers.usage_event import UnaskedUsage
 from cortex.proxy.body.alias_edit import Splice, spliced
+from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.usage_option import HAVE_OPTION, usage_splice
 from cortex.routing.stream_usage import StreamUsage
 
@@ -59,7 +60,7 @@ class UsageRequest:
         self._asks = asks
 
 
-def usage_request(request: Request) -> UsageRequest | None:
-    """For a request whose body is complete; None if no engine has to be asked."""
-    splice = usage_splice(request.body) if request.path in HAVE_OPTION else None
+def usage_request(request: Request, fields: RequestFields) -> UsageRequest | None:
+    """For a request whose body has these fields; None if no engine has to be asked."""
+    splice = usage_splice(request.body, fields) if request.path in HAVE_OPTION else None
     return None if splice is None else UsageRequest(request, splice)

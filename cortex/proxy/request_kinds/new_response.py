@@ -84,29 +84,50 @@ class NewResponse(TranslatableRequest):
 
 
 class RelatedResponse(RequestHandler):
-    """A `POST` below `/v1/responses`, such as `compact`. Goes to any engine of its model."""
+    """A `POST` below `/v1/responses`. Goes to any engine of its model."""
 
     __slots__ = ()
 
     def _route(self, name: str, model_id: str) -> None:
-        may_use_all = self._context.may_use_all_responses(self._account.caller)
-        previous = None if may_use_all else previous_response_id(self._request.body)
+        previous = _to_be_checked(self._context, self._account.caller, self._request.body)
         if previous is None:
             super()._route(name, model_id)
         else:
             self._state = Resolving(self._spawn(self._check(previous, name, model_id), "maker for"))
 
     async def _check(self, previous: str, name: str, model_id: str) -> None:
-        if await self._context.find_maker(previous, self._account.caller) is None:
-            raise unknown_response(previous, param="previous_response_id")
+        await _check_previous(self._context, self._account.caller, previous)
         self._resolved()
         super()._route(name, model_id)
 
 
-class TranslatableRelatedResponse(RelatedResponse, TranslatableRequest):
-    """One whose path can be translated."""
+class TranslatableRelatedResponse(TranslatableRequest):
+    """One whose path can be translated, such as `compact`. A class of its own: compiled, none has two bases."""
 
     __slots__ = ()
+
+    def _route(self, name: str, model_id: str) -> None:
+        previous = _to_be_checked(self._context, self._account.caller, self._request.body)
+        if previous is None:
+            super()._route(name, model_id)
+        else:
+            self._state = Resolving(self._spawn(self._check(previous, name, model_id), "maker for"))
+
+    async def _check(self, previous: str, name: str, model_id: str) -> None:
+        await _check_previous(self._context, self._account.caller, previous)
+        self._resolved()
+        super()._route(name, model_id)
+
+
+def _to_be_checked(context: ProxyContext, caller: Caller, body: bytes) -> str | None:
+    """The previous response that the body names, if this caller may not use all."""
+    return None if context.may_use_all_responses(caller) else previous_response_id(body)
+
+
+async def _check_previous(context: ProxyContext, caller: Caller, previous: str) -> None:
+    """Raises NotFound unless the caller may use this response."""
+    if await context.find_maker(previous, caller) is None:
+        raise unknown_response(previous, param="previous_response_id")
 
 
 def _not_its_id() -> InvalidRequest:

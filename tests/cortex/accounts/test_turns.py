@@ -135,3 +135,21 @@ def test_requests_that_leave_cost_nothing() -> None:
     _add(turns, first, 0)
     _add(turns, second, 0)
     assert _serve(turns, 2) == ["a0", "b0"]
+
+
+def test_a_caller_has_one_account_for_all_lines() -> None:
+    """A place that requests of both lines may take goes to the caller that has used less; of one line, only to that."""
+    turns, busy, quiet = Turns[str](), _caller("busy"), _caller("quiet")
+    for number in range(100):
+        turns.add(f"busy{number}", busy, 10, "m")
+    assert turns.call("m@awq") is None
+    turns.add("quiet0", quiet, 10, "m@awq")
+    turns.add("busy100", busy, 10, "m@awq")
+    assert (set(turns.callers("m")), set(turns.callers("m@awq"))) == ({busy}, {busy, quiet})
+    assert [turns.call("m", "m@awq") for _ in range(3)] == ["busy0", "quiet0", "busy1"]
+    for item in ("busy0", "quiet0", "busy1"):
+        turns.remove(item, served=True)
+    turns.add("quiet1", quiet, 10, "m")
+    assert [turns.call("m@awq"), turns.call("m@awq"), turns.call("m")] == ["busy100", None, "quiet1"]
+    turns.put_back("busy100")
+    assert turns.call("m@awq") == "busy100"

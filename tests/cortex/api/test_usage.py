@@ -8,11 +8,13 @@ import io
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import openai
 import psutil
 import pytest
 import tomli_w
@@ -95,16 +97,73 @@ async def test_the_command_prints_it(cortex: CortexProcess) -> None:
     async with aiohttp.ClientSession() as http:
         await Client(http, cortex.url, "secret-a").chat()
         await Client(http, cortex.url, "secret-b").until(1)
+    output = await printed(cortex, "--group-by", "key", "--from", "1h", "--csv")
+    (row,) = csv.DictReader(io.StringIO(output))
+    assert (row["key"], row["requests"], row["currency"]) == ("alice", "1", "EUR")
+    assert "not measured: benjy: its neuron does not count energy" in await printed(cortex, "--energy")
+
+
+async def printed(cortex: CortexProcess, *options: str) -> str:
+    """By `cortex usage`, for bob."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cortex", "usage", "--group-by", "key", "--from", "1h", "--csv", "--url", cortex.url),
+        *(sys.executable, "-m", "cortex", "usage", *options, "--url", cortex.url),
         stdout=asyncio.subprocess.PIPE,
         cwd=TOP,
         env={**os.environ, "CORTEX_API_KEY": "secret-b"},
     )
     output, _ = await process.communicate()
     assert process.returncode == 0
-    (row,) = csv.DictReader(io.StringIO(output.decode()))
-    assert (row["key"], row["requests"], row["currency"]) == ("alice", "1", "EUR")
+    return output.decode()
+
+
+async def test_openais_client_reads_usage_and_costs(cortex: CortexProcess) -> None:
+    """Its own methods: buckets over several pages, groups, filters, and what cortex does not have."""
+    begun = int(time.time()) // 60 * 60
+    async with aiohttp.ClientSession() as http:
+        for key, count in (("secret-a", 2), ("secret-b", 1)):
+            for _ in range(count):
+                await Client(http, cortex.url, key).chat()
+        await Client(http, cortex.url, "secret-b").until(3)
+    async with openai.AsyncOpenAI(base_url=f"{cortex.url}/v1", api_key="", admin_api_key="secret-b") as client:
+        usage = client.admin.organization.usage
+        found: list[Any] = []
+        starts: list[int] = []
+        page: str | openai.Omit | None = openai.omit
+        while page is not None:
+            answer = await usage.completions(
+                start_time=begun - 120,
+                bucket_width="1m",
+                limit=1,
+                group_by=["api_key_id", "model"],
+                page=page,
+                batch=False,
+            )
+            starts += [bucket.start_time for bucket in answer.data]
+            found += [result for bucket in answer.data for result in bucket.results]
+            page = answer.next_page
+        assert starts == list(range(begun - 120, begun - 120 + 60 * len(starts), 60))
+        assert len(starts) >= 3
+        assert {type(result).__name__ for result in found} == {"DataResultOrganizationUsageCompletionsResult"}
+        sums: Counter[str] = Counter()
+        for result in found:
+            sums[result.api_key_id] += result.num_model_requests
+            assert (result.model, result.input_tokens, result.output_tokens) == (
+                MODEL,
+                3 * result.num_model_requests,
+                5 * result.num_model_requests,
+            )
+        assert sums == {"file:alice": 2, "file:bob": 1}
+        costs = await usage.costs(
+            start_time=begun - 120, api_key_ids=["file:alice"], group_by=["line_item", "api_source"]
+        )
+        paid: list[Any] = [result for bucket in costs.data for result in bucket.results]
+        assert sum(result.amount.value for result in paid) == pytest.approx(2 * 8e-6)
+        nothing = await usage.embeddings(start_time=begun - 120, models=[MODEL])
+        assert [result for bucket in nothing.data for result in bucket.results] == []
+        batches = await usage.completions(start_time=begun - 120, batch=True)
+        assert [result for bucket in batches.data for result in bucket.results] == []
+        with pytest.raises(openai.BadRequestError, match="unknown parameter 'project_ids"):
+            await usage.completions(start_time=begun, project_ids=["p"])
 
 
 async def test_a_killed_recorder_is_replaced(cortex: CortexProcess) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from cortex.accounts.caller import ANONYMOUS
+from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import CortexConfig, WaitingSettings
 from cortex.control.admission_queue import AdmissionQueue, Ticket
 from cortex.placement.inputs import WaitingRequests
@@ -118,6 +119,26 @@ async def test_a_place_that_a_served_request_does_not_need_goes_to_the_next() ->
         assert not second.notified
         served.close()
         assert second.notified
+
+
+async def test_requests_for_a_model_and_for_its_variant_take_turns_at_its_engine() -> None:
+    """A key with one request for the variant waits behind one of another key for the model, and the other way round.
+    A place of another variant is not theirs."""
+    model = ModelProfile.model_validate({"id": "m", "variants": [{"quant": "fp8"}, {"quant": "awq"}]})
+    live = LiveConfig(CortexConfig(), Catalogue(models=[model]))
+    for names in (("m", "m@awq"), ("m@awq", "m")):
+        queue = AdmissionQueue(live=live)
+        busy, quiet = (Caller(name, name) for name in ("busy", "quiet"))
+        with contextlib.ExitStack() as stack:
+            many = [stack.enter_context(queue.ticket(names[0], lambda _: 1.0, busy)) for _ in range(9)]
+            one = stack.enter_context(queue.ticket(names[1], lambda _: 1.0, quiet))
+            queue.notify_first("m@fp8")
+            assert not one.notified
+            queue.notify_first("m", "m@awq")
+            queue.notify_first("m", "m@awq")
+            assert [ticket.notified for ticket in (*many[:2], one)] == [True, False, True]
+            queue.set_in_line(one, False)  # it leaves its place to the others, whatever their name
+            assert [ticket.notified for ticket in many[:3]] == [True, True, False]
 
 
 async def test_a_request_outside_the_line() -> None:

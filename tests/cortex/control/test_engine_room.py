@@ -173,6 +173,6 @@ def test_the_key_with_one_request_gets_the_next_place() -> None:
     engine = Engine(4, A, B)
     many = engine.wait(A, 30)
     (one,) = engine.wait(B)
-    engine.queue.notify_first("m", 2)
+    engine.queue.notify_first("m", count=2)
     assert one.notified
     assert sum(ticket.notified for ticket in many) == 1

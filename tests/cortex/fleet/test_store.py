@@ -178,6 +178,22 @@ async def test_an_invalid_file_is_renamed(tmp_path: Path, caplog: pytest.LogCapt
     assert StateFile(tmp_path).drained == {"beast"}
 
 
+def test_an_invalid_file_that_cannot_be_renamed_is_not_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.json").write_bytes(b"{")
+    (tmp_path / "state.json.bad").mkdir()
+    StateFile(tmp_path)
+    assert f"{tmp_path}/state.json is invalid and cannot be renamed (Is a directory)" in caplog.text
+
+
+def test_a_directory_that_is_a_file_has_no_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing there is invalid; the command line warns that no state can be kept."""
+    (tmp_path / "state").touch()
+    assert StateFile(tmp_path / "state").drained == set()
+    assert caplog.text == ""
+
+
 async def test_unknown_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     """Known fields keep their meaning as long as the file's version is the same."""
     (tmp_path / "state.json").write_text(json.dumps({"version": 1, "drained": ["a"], "more": 1}), encoding="utf-8")

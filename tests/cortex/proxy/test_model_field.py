@@ -13,7 +13,7 @@ import pytest
 from cortex.fleet.engine_url import reachable_url
 from cortex.proxy.body.form_scan import MAX_PARTS
 from cortex.proxy.body.json_scan import MAX_STEPS
-from cortex.proxy.body.model_field import find_model
+from cortex.proxy.body.model_field import find_model, replaced
 from shared.errors import InvalidRequest
 
 JSON = "application/json"
@@ -50,13 +50,13 @@ def test_model_is_found_and_replaced_in_place(body: str, model: str) -> None:
     raw = body.encode()
     found = find_model(raw, JSON)
     assert found.model == model
-    replaced = found.replaced(raw, "new/ü")
+    other = replaced(found, raw, "new/ü")
     # Compared as text: NaN is not equal to itself.
-    assert repr(json.loads(replaced)) == repr({**json.loads(raw), "model": "new/ü"})
-    same = next(at for at, (old, new) in enumerate(zip(raw, replaced, strict=False)) if old != new)
+    assert repr(json.loads(other)) == repr({**json.loads(raw), "model": "new/ü"})
+    same = next(at for at, (old, new) in enumerate(zip(raw, other, strict=False)) if old != new)
     written = json.dumps("new/ü").encode()
     assert any(
-        replaced == raw[:start] + written + raw[end:]
+        other == raw[:start] + written + raw[end:]
         for start in range(max(0, same - 1), same + 1)
         for end in range(start, len(raw))
     )
@@ -158,9 +158,9 @@ def test_every_document_is_read_as_an_engine_reads_it(seed: int) -> None:
             assert expected is None, raw
             continue
         assert found.model == expected, raw
-        replaced = found.replaced(raw, "new")
-        assert repr(json.loads(replaced)) == repr({**json.loads(raw), "model": "new"}), raw
-        assert len(replaced) <= len(raw) + len('"new"'), raw
+        other = replaced(found, raw, "new")
+        assert repr(json.loads(other)) == repr({**json.loads(raw), "model": "new"}), raw
+        assert len(other) <= len(raw) + len('"new"'), raw
         models += 1
     assert models > 250  # both branches are covered
 
@@ -193,14 +193,14 @@ def test_ten_megabytes_are_neither_built_nor_copied(body: bytes, content_type: s
     found = find_model(body, content_type)
     assert found.model == "a"
     assert _peak(lambda: find_model(body, content_type)) < 100_000
-    assert _peak(lambda: found.replaced(body, "b")) < len(body) + 100_000
-    assert find_model(found.replaced(body, "b"), content_type).model == "b"
+    assert _peak(lambda: replaced(found, body, "b")) < len(body) + 100_000
+    assert find_model(replaced(found, body, "b"), content_type).model == "b"
 
 
 def test_a_body_too_intricate_to_search_gets_a_second_model() -> None:
     """The last one counts, so the engine sees the right one, and the event loop is not blocked."""
     body = b'{"model": "a", "x": [1' + b",[]" * MAX_STEPS + b"]} "
-    assert find_model(body, JSON).replaced(body, "b") == body[:-2] + b',"model":"b"} '
+    assert replaced(find_model(body, JSON), body, "b") == body[:-2] + b',"model":"b"} '
 
 
 def _form(*fields: tuple[str, str]) -> bytes:
@@ -213,7 +213,7 @@ def test_the_model_of_a_form_is_found_and_replaced() -> None:
     body = _form(("file", 'name="model"'), ("model", "first"), ("model", " a "), ("x", "y"))
     found = find_model(body, FORM)
     assert found.model == "a"
-    assert found.replaced(body, "ö") == _form(("file", 'name="model"'), ("model", "first"), ("model", "ö"), ("x", "y"))
+    assert replaced(found, body, "ö") == _form(("file", 'name="model"'), ("model", "first"), ("model", "ö"), ("x", "y"))
 
 
 @pytest.mark.parametrize(

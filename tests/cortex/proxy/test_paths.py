@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cortex.api.routes import CONTROL_ROUTES
-from cortex.proxy.paths import INFERENCE, is_own, meant_path, recorded_path
+from cortex.proxy.paths import INFERENCE, START_PAGE, is_own, meant_path, recorded_path
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, answering, plain
@@ -211,10 +211,11 @@ async def test_own_paths_never_go_to_an_engine(client: RawClient, engine: RawEng
 
 
 def test_own_paths_are_complete() -> None:
-    """Each route of the control app is either for engines or counts as cortex's own."""
+    """Each route of the control app is either for engines or counts as cortex's own, as the start page does for
+    browsers."""
     for route in CONTROL_ROUTES:
         path = route.path.replace("{model_id:.+}", "x").replace("{name}", "x").encode()
-        assert (path in INFERENCE) is not is_own(path), path
+        assert (path in INFERENCE) is not (is_own(path) or path == START_PAGE), path
         assert meant_path(path, reads=route.method == "GET") == path
 
 

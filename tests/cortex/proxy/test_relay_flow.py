@@ -7,12 +7,18 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shared.serve import bind
 from tests.certificates import pair
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
@@ -34,22 +40,71 @@ async def process(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> AsyncIt
         yield process
 
 
+@pytest.fixture(scope="module")
+def engine_socket() -> Iterator[socket.socket]:
+    """Where the engine of each test listens, so that a cortex finds the next one at the same address."""
+    with bind("127.0.0.1", 0) as sock:
+        yield sock
+
+
+@pytest.fixture
+async def engine(benjy: V1Neuron, engine_socket: socket.socket) -> AsyncIterator[RawEngine]:
+    async with RawEngine().running(engine_socket.dup()) as engine:
+        benjy.models[MODEL] = "loaded"
+        benjy.engine_url = engine.url
+        yield engine
+
+
+async def run_cortexes(
+    directory: Path, engine_url: str, started: Future[dict[str, str]], ended: threading.Event
+) -> None:
+    """Runs a neuron and cortexes in front of it until `ended`; `started` gets the address of each kind of cortex."""
+    kinds: dict[str, dict[str, Any]] = {
+        "process": {},
+        "process-tls": pair(directory).gateway,
+        "two-workers": {"workers": 2},
+    }
+    async with V1Neuron("benjy", 24000).running() as neuron, contextlib.AsyncExitStack() as stack:
+        neuron.models[MODEL] = "loaded"
+        neuron.engine_url = engine_url
+        urls = {}
+        for kind, gateway in kinds.items():
+            (directory / kind).mkdir()
+            cortex = cortex_process(directory / kind, [neuron], [{"id": MODEL}], **gateway)
+            urls[kind] = (await stack.enter_async_context(cortex)).url
+        started.set_result(urls)
+        await asyncio.to_thread(ended.wait)
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory, engine_socket: socket.socket) -> Iterator[dict[str, str]]:
+    """The addresses of cortexes that the tests of this module share, by their kind: a start takes longer than most of
+    these tests. They and their neuron have a loop in a thread of its own, because each test has another."""
+    host, port = engine_socket.getsockname()
+    started: Future[Any] = Future()
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        directory = tmp_path_factory.mktemp("cortexes")
+        running: Future[Any] = executor.submit(
+            asyncio.run, run_cortexes(directory, f"http://{host}:{port}", started, ended)
+        )
+        try:
+            futures.wait((started, running), return_when=futures.FIRST_COMPLETED)
+            if running.done():
+                running.result()  # raises
+            yield started.result()
+        finally:
+            ended.set()
+        running.result()
+
+
 @pytest.fixture(params=["in-loop", "process", "process-tls", "two-workers"])
-async def url(
-    request: pytest.FixtureRequest,
-    start_cortex: StartCortex,
-    tmp_path: Path,
-    benjy: V1Neuron,
-    engine: RawEngine,
-) -> AsyncIterator[str]:
+async def url(request: pytest.FixtureRequest, start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine) -> str:
     """The address of a cortex on asyncio's loop, of one on uvloop, of one with TLS, and of one with two workers."""
     if request.param == "in-loop":
-        yield (await start_cortex([benjy], [{"id": MODEL}])).url
-    else:
-        tls = pair(tmp_path).gateway if request.param.endswith("-tls") else {}
-        workers = 2 if request.param == "two-workers" else 1
-        async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=workers, **tls) as process:
-            yield process.url
+        return (await start_cortex([benjy], [{"id": MODEL}])).url
+    address: str = request.getfixturevalue("urls")[request.param]
+    return address
 
 
 async def answers(url: str) -> None:

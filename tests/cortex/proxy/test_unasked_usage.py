@@ -12,6 +12,7 @@ from cortex.http.heads import request_reader
 from cortex.http.request import Request
 from cortex.proxy.answers.usage_event import UsageEventFilter
 from cortex.proxy.body.alias_edit import spliced
+from cortex.proxy.body.model_field import read_fields
 from cortex.proxy.body.usage_option import usage_splice
 from cortex.proxy.progress.usage_request import usage_request
 from cortex.routing.stream_usage import StreamUsage
@@ -63,7 +64,7 @@ UNASKED = b"".join([*TOKENS, event([choice("", "stop")], system_fingerprint=FING
 )
 def test_streams_ask_for_usage(given: bytes) -> None:
     """Also where `stream_options` is there, and nothing but that member changes."""
-    place = usage_splice(given)
+    place = usage_splice(given, read_fields(given))
     assert place is not None
     start, end, value = place
     before, after = json.loads(given), json.loads(spliced(given, [place]))
@@ -87,7 +88,7 @@ def test_streams_ask_for_usage(given: bytes) -> None:
 )
 def test_other_requests_stay_as_they_are(given: bytes) -> None:
     """What the client asks for itself, or got wrong, is between it and the engine."""
-    assert usage_splice(given) is None
+    assert usage_splice(given, read_fields(given)) is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 300, 10_000])
@@ -186,7 +187,7 @@ def test_a_refusal_is_only_that_engines() -> None:
     retried = Request(head, peer="", received=0)
     retried.body = BODY
     first, second = StreamUsage(), StreamUsage()
-    asking = usage_request(retried)
+    asking = usage_request(retried, read_fields(retried.body))
     assert asking is not None
     asking.prepare(first)
     assert asking.give_up()

@@ -27,7 +27,7 @@ QUIET_KEYS = [f"quiet{number}" for number in range(9)]
 KEYS = [{"name": name, "key": f"secret-{name}"} for name in ("noisy", *QUIET_KEYS)]
 NOISY_REQUESTS = 500
 PATIENCE_SECS = 4.0
-TURNS = 3
+TURNS = 2
 LOG_SECS = 0.5
 """How long after a load its requests may be admitted."""
 _LOAD = re.compile(r"^(\S+ \S+) INFO +cortex\.control\.loads\.loader: (loading|loaded) (\w) on ", re.MULTILINE)

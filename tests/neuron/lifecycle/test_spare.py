@@ -32,6 +32,7 @@ from tests.neuron.neurons import (
     toml_config,
     until,
 )
+from tests.processes import alive
 
 SPARE = {"spare": True}
 
@@ -244,7 +245,7 @@ async def test_spare_ends_with_a_killed_neuron(mark: str, tmp_path: Path) -> Non
         await first.unload("a")
         spare = await spare_of(first)
         await first.stop(signal.SIGKILL)
-        await until(lambda: not psutil.pid_exists(spare["pid"]))
+        await until(lambda: not alive([spare["pid"]]))
         async with neuron_process(config) as second:
             assert (await second.until_status("b", "loaded"))["pid"] == engine["pid"]
             await second.unload("b")
@@ -275,7 +276,7 @@ async def test_spare_that_still_imports_ends_with_a_killed_neuron(mark: str, tmp
         assert spare["state"] == "importing"
         await until(lambda: _imports(spare["pid"]))
         await first.stop(signal.SIGKILL)
-        await until(lambda: not psutil.pid_exists(spare["pid"]), timeout_secs=3)
+        await until(lambda: not alive([spare["pid"]]), timeout_secs=3)
     async with neuron_process(config) as second:
         await second.until_status("a", "loaded")
         await second.unload("a")

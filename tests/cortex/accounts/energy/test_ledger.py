@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseSource, database_source
 from cortex.accounts.database.tables import ENERGY, ENERGY_METERS, ENERGY_SLICES, USAGE, USAGE_DAYS
-from cortex.accounts.energy.attribution import InstanceCount, MeterReading
+from cortex.accounts.energy.attribution import InstanceCount, MeterReading, hour_of
 from cortex.accounts.energy.ledger import EnergyLedger
 
 START = 1_800_000_000.0  # a full hour
@@ -152,6 +152,19 @@ async def test_a_neuron_that_restarts(database: Database) -> None:
     await books.read_meters([reading(30, 4, m=(1, 2), epoch="f")])
     await settle_all(database)
     assert sum((await booked(database)).values()) == pytest.approx(4)
+
+
+async def test_a_clock_that_was_ahead(database: Database) -> None:
+    """What is counted after it was set back is booked, in the hour that it is now."""
+    books = ledger(database)
+    await books.read_meters([reading(1e8, 0, m=(0, 0))])
+    await books.read_meters([reading(600, 4, m=(1, 1))])
+    await books.read_meters([reading(610, 8, m=(2, 2))])
+    await settle_all(database)
+    assert sum((await booked(database)).values()) == pytest.approx(8)
+    async with database.reading() as connection:
+        hours = set(await connection.scalars(select(ENERGY.c.hour)))
+    assert hours == {hour_of(START)}
 
 
 async def test_an_instance_that_its_neuron_no_longer_counts_is_forgotten(database: Database) -> None:

@@ -5,6 +5,7 @@ The person in front of the browser agrees to everything at once.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -33,7 +34,7 @@ def new_key(name: str) -> RSAKey:
 @dataclass
 class SmallIssuer:
     """`person`: the claims about the person. `refusal`: what `/authorize` answers instead of a code. `approved`:
-    whether device codes are."""
+    whether device codes are; `asked`: set once a device has asked for its tokens."""
 
     url: str = ""
     person: dict[str, Any] = field(
@@ -49,7 +50,7 @@ class SmallIssuer:
     codes: dict[str, dict[str, str]] = field(default_factory=dict)
     device_codes: set[str] = field(default_factory=set)
     refresh_tokens: set[str] = field(default_factory=set)
-    device_asked: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
     token_secs: float = 300.0
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class SmallIssuer:
             "authorization_endpoint": f"{self.url}/authorize",
             "token_endpoint": f"{self.url}/token",
             "jwks_uri": f"{self.url}/keys",
+            "revocation_endpoint": f"{self.url}/revoke",
         }
         if self.offers_device:
             offer["device_authorization_endpoint"] = f"{self.url}/device"
@@ -107,7 +109,7 @@ class SmallIssuer:
             self.refresh_tokens.discard(str(form["refresh_token"]))
             return self._answer()
         if grant == "urn:ietf:params:oauth:grant-type:device_code" and form["device_code"] in self.device_codes:
-            self.device_asked += 1
+            self.asked.set()
             if not self.approved:
                 return web.json_response({"error": "authorization_pending"}, status=400)
             self.device_codes.discard(str(form["device_code"]))
@@ -138,6 +140,10 @@ class SmallIssuer:
         answer = {"device_code": code, "user_code": "ABCD-EFGH", "verification_uri": f"{self.url}/activate"}
         return web.json_response({**answer, "expires_in": 60, "interval": 0.05})
 
+    async def revoke(self, request: web.Request) -> web.Response:
+        self.refresh_tokens.discard(str((await request.post())["token"]))
+        return web.Response()
+
     @contextlib.asynccontextmanager
     async def running(self, port: int = 0) -> AsyncIterator[SmallIssuer]:
         """Serves inside the body. May run again on the same port."""
@@ -149,6 +155,7 @@ class SmallIssuer:
                 web.get("/authorize", self.authorize),
                 web.post("/token", self.tokens),
                 web.post("/device", self.device),
+                web.post("/revoke", self.revoke),
             ]
         )
         sock = bind("127.0.0.1", port)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from cortex.accounts.caller import Caller
 from cortex.accounts.database.database import Database
-from cortex.accounts.database.tables import API_KEYS, ENERGY, ENERGY_SLICES
+from cortex.accounts.database.tables import API_KEYS, ENERGY, ENERGY_SLICES, USAGE
 from cortex.accounts.usage.database_reports import DatabaseReports
 from cortex.accounts.usage.query import ENERGY_GROUPS, EnergyQuery, parse_energy_query, seen_by
 from shared.errors import InvalidRequest
+from tests.cortex.accounts.usage.records import usage_record
 
 HOUR = 1_795_996_800.0  # 2026-11-30T00:00:00Z
 EVERYTHING = EnergyQuery(0, 2_000_000_000)
@@ -68,6 +70,20 @@ async def test_only_what_is_asked_for_counts(reports: DatabaseReports) -> None:
         assert await sums(reports, keys=keys) == {(): 5.5}
     assert await sums(reports, key_id="file:bob") == {(): 0.5}
     assert await sums(reports, key_id="stranger") == {(): 0}
+
+
+async def test_people_have_their_names(reports: DatabaseReports, database: Database) -> None:
+    """A person's energy is booked under the issuer's id; the report has the name of their last request."""
+    requests = [
+        msgspec.structs.asdict(usage_record(key_id="oidc:7", key=name, ended_at=at))
+        for name, at in (("oidc:zoe", HOUR), ("oidc:carol", HOUR + 1))
+    ]
+    async with database.writing() as connection:
+        await connection.execute(ENERGY.insert().values((HOUR, "n1", "0", "a", "oidc:7", "request", 4.0)))
+        await connection.execute(USAGE.insert(), requests)
+    assert (await sums(reports, "key"))["oidc:carol",] == 4
+    for name in ("oidc:carol", "oidc:7"):
+        assert await sums(reports, keys=(name,)) == {(): 4}
 
 
 def test_the_query_of_a_url() -> None:

@@ -18,9 +18,10 @@ from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage import database_reports
 from cortex.accounts.usage.database_reports import DatabaseReports
 from cortex.accounts.usage.journal_file import JournalWriter
-from cortex.accounts.usage.query import GROUPS, UsageQuery
+from cortex.accounts.usage.query import GROUPS, UsageQuery, parse_query
 from cortex.accounts.usage.record import UsageRecord
 from cortex.accounts.usage.recorder import Recorder
+from cortex.accounts.usage.usage_sums import TimeSpan, times_of
 from shared.errors import InvalidRequest, Unavailable
 from tests.cortex.accounts.usage.records import usage_record
 
@@ -65,7 +66,7 @@ async def report(
 ) -> list[dict[str, Any]]:
     """From the records, or else from daily sums where there are whole days."""
     monkeypatch.setattr(database_reports, "EXACT_REQUESTS", 1_000_000 if exact else -1)
-    return (await DatabaseReports(database, lambda: NOW).reports([query], "EUR"))[0]
+    return (await DatabaseReports(database).reports([query], "EUR"))[0]
 
 
 def without_percentiles(rows: list[dict[str, Any]]) -> list[Any]:
@@ -86,9 +87,14 @@ async def test_daily_sums_say_what_records_say(
     dice = random.Random(1)
     await recorded(database, tmp_path, *random_records(dice, 300))
     await recorded(database, tmp_path, *random_records(dice, 100), currency="USD")
-    whole = UsageQuery(FIRST, NOW)
+    whole = UsageQuery(FIRST, NOW, is_open=True)
     queries = [replace(whole, group_by=(group,)) for group in GROUPS if group != "hour"]
-    queries += [whole, replace(whole, group_by=("key", "model", "day")), replace(whole, bucket_secs=int(DAY))]
+    queries += [
+        whole,
+        UsageQuery(FIRST, NOW),
+        replace(whole, group_by=("key", "model", "day")),
+        replace(whole, bucket_secs=int(DAY)),
+    ]
     queries += [replace(whole, keys=("x",)), replace(whole, key_id="id-y"), replace(whole, models=("b",))]
     queries += [replace(whole, paths=("/v1/messages",)), UsageQuery(FIRST + 1e4, FIRST + 5.5 * DAY, ("model",))]
     queries += [UsageQuery(FIRST + 100, FIRST + 2000), UsageQuery(FIRST + 0.5 * DAY, FIRST + 1.5 * DAY, ("key",))]
@@ -187,3 +193,17 @@ def test_percentiles_of_classes() -> None:
         found = percentile(counts, 95)
         assert found is not None
         assert class_of(found) == class_of(secs)
+
+
+def test_what_is_read_from_records() -> None:
+    """Only parts of days, and of today nothing if the report goes on until now."""
+    begin, end = FIRST + 100, FIRST + 3 * DAY + 100
+    query, days = UsageQuery(begin, end), TimeSpan(FIRST + DAY, FIRST + 3 * DAY)
+    first = TimeSpan(begin, FIRST + DAY)
+    assert times_of(query, 0.0) == ((first, TimeSpan(FIRST + 3 * DAY, end)), days)
+    today = days._replace(until=FIRST + 4 * DAY)
+    assert times_of(replace(query, is_open=True), 0.0) == ((first,), today)
+    assert times_of(query, FIRST + DAY) == ((TimeSpan(FIRST + 3 * DAY, end),), days._replace(since=FIRST))
+    assert times_of(replace(query, until=FIRST + 200), 0.0) == ((TimeSpan(begin, FIRST + 200),), TimeSpan(0, 0))
+    assert parse_query([], NOW).is_open
+    assert not parse_query([("to", "1h")], NOW).is_open

@@ -28,16 +28,20 @@ export function rowsOf(spans, nodes) {
   return [...rows.values()].map(withLanes).sort((one, two) => one.label.localeCompare(two.label));
 }
 
-// Models that share a GPU stand below each other.
+// Models that share a GPU stand below each other. The clocks of cortex and of a host differ a little: what follows on a
+// span of the same model stays behind it.
+const SAME_SECS = 3;
+
 function withLanes({ label, spans }) {
-  const ends = [];
+  const last = [];
+  const fits = (before, span) => (before.until ?? Infinity) <= span.since + (before.model === span.model ? SAME_SECS : 0);
   const placed = [...spans].sort((one, two) => one.since - two.since).map((span) => {
-    const free = ends.findIndex((end) => end <= span.since);
-    const lane = free < 0 ? ends.length : free;
-    ends[lane] = span.until ?? Infinity;
+    const free = last.findIndex((before) => fits(before, span));
+    const lane = free < 0 ? last.length : free;
+    last[lane] = span;
     return { span, lane };
   });
-  return { label, placed, lanes: Math.max(1, ends.length) };
+  return { label, placed, lanes: Math.max(1, last.length) };
 }
 
 function told(span, now) {
