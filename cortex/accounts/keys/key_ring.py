@@ -119,6 +119,8 @@ class KeyRing:
         """Notices changes of the file. Never returns. A file with an error changes nothing."""
         while True:
             await asyncio.sleep(LOOK_SECS)
+            if self._file is None and not self._read:
+                continue  # none is configured, and none was
             stamp = await asyncio.to_thread(_stamp, self._file)
             if stamp == self._read:
                 continue
