@@ -21,6 +21,7 @@ from cortex.accounts.usage.journal import UsageJournal
 from cortex.accounts.usage.reports import usage_reports
 from cortex.api.app_keys import (
     ADAPTERS,
+    CLIENTS,
     COUNTS,
     CREATED,
     FLEET,
@@ -37,8 +38,8 @@ from cortex.api.app_keys import (
 )
 from cortex.api.authorization import authorize
 from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
-from cortex.api.fleet_changes import FLEET_CHANGES, FleetChanges
-from cortex.api.fleet_view import FLEET_VIEW, FleetView
+from cortex.api.fleet.changes import FLEET_CHANGES, FleetChanges
+from cortex.api.fleet.view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
@@ -70,6 +71,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app.on_response_prepare.append(hide_server)
     app[LIVE] = parts.live
     app[FLEET] = parts.fleet
+    app[CLIENTS] = parts.clients
     app[STATE] = parts.state
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
@@ -12,6 +14,7 @@ from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.timeline import Timeline
@@ -19,6 +22,8 @@ from cortex.metrics.exporter import Metrics
 from cortex.metrics.worker_counts import CountTotals
 
 LIVE = web.AppKey("live", LiveConfig)
+CLIENTS: web.AppKey[Mapping[str, NeuronClient]] = web.AppKey("clients")
+"""By the name of the neuron."""
 FLEET = web.AppKey("fleet", Fleet)
 STATE = web.AppKey("state", StateFile)
 SCHEDULER = web.AppKey("scheduler", Scheduler)

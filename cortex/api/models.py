@@ -13,7 +13,7 @@ from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.authorization import caller_of
 from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
-from cortex.api.fleet_view import place
+from cortex.api.fleet.view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.profile import ModelLimit, ModelProfile

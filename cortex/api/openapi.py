@@ -181,6 +181,18 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "fleet",
         query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
     ),
+    ("GET", "/fleet/logs"): Operation(
+        "What the engines of a model write, last or as it comes.",
+        "fleet",
+        query={
+            "model": "A model id or an alias.",
+            "node": "Only on this neuron.",
+            "instance": "Only this engine of the neuron.",
+            "tail": "How many of the last lines of each neuron. Default: 200.",
+            "follow": "`true` sends server-sent events, a line in each, until the engines are gone.",
+        },
+        required_query=frozenset({"model"}),
+    ),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
         "operator",

@@ -11,7 +11,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from cortex.api.app_keys import ADAPTERS, COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
-from cortex.api.fleet_view import place
+from cortex.api.fleet.view import place
 from cortex.config.durations import MAX_SECS
 from cortex.control.decision import Refuse, Serve, attachable, decide, without_adapters_error
 from cortex.control.explain import after_unload

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import fleet, keys, models, openapi, operator, sign_in, usage
+from cortex.api import keys, models, openapi, operator, sign_in, usage
 from cortex.api.app_keys import COUNTS, METRICS
 from cortex.api.dashboard import pages
+from cortex.api.fleet import handlers as fleet
+from cortex.api.fleet import logs
 from cortex.proxy.paths import INFERENCE_PATHS
 
 
@@ -31,6 +33,7 @@ CONTROL_ROUTES = (
     web.get("/fleet/events", fleet.fleet_events),
     web.get("/fleet/explain", fleet.explain_model),
     web.get("/fleet/timeline", fleet.show_timeline),
+    web.get("/fleet/logs", logs.show_logs),
     web.post("/fleet/load", operator.load_model),
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),

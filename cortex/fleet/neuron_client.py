@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from cortex.config.settings import NeuronEntry
 from cortex.fleet.answer_reader import AnswerReader, KnownHealth
 from cortex.fleet.engine_url import reachable
-from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow
+from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow, follow_bytes
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
@@ -29,6 +30,7 @@ from shared.protocol import (
     ListenReply,
     LoadCommand,
     LoadReply,
+    LogsReply,
     ModelStatus,
     ModelView,
     NeuronHealth,
@@ -44,6 +46,7 @@ from shared.tasks import timeout
 
 ENDPOINT_TIMEOUT_SECS = 5.0
 GROUP_TIMEOUT_SECS = 10.0
+LOGS_TIMEOUT_SECS = 10.0
 EVENT_SILENCE_SECS = 30.0
 """A neuron sends a comment every 15 s on `/events`: after two to four times that without data, the connection is
 dead."""
@@ -230,12 +233,38 @@ class NeuronClient:
             NeuronUnreachable: the connection failed.
         """
         head = self._head("GET", "/events", b"accept: text/event-stream")
-        try:
+        with self._streaming("events"):
             await follow(self._pool, self._address, head, on_event, silence_secs=EVENT_SILENCE_SECS)
+
+    async def log_lines(self, model_id: str, instance: str, tail: int) -> list[str]:
+        """The last `tail` lines that the engine has written."""
+        reply = await self._call("GET", _logs_path(model_id, instance, tail), timeout_secs=LOGS_TIMEOUT_SECS)
+        return self._valid("/models/{model_id}/logs", LogsReply, reply).lines
+
+    async def follow_log(self, model_id: str, instance: str, tail: int, on_line: Callable[[str], None]) -> None:
+        """Calls `on_line` with the last `tail` lines and each that follows, until the engine is gone. Raises as
+        `listen`."""
+        head = self._head("GET", _logs_path(model_id, instance, tail) + "&follow=true", b"accept: text/event-stream")
+        rest = b""
+
+        def take(data: bytes) -> None:
+            nonlocal rest
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: "):
+                    on_line(line[6:].decode("utf-8", "replace"))
+
+        with self._streaming("log"):
+            await follow_bytes(self._pool, self._address, head, take, silence_secs=EVENT_SILENCE_SECS)
+
+    @contextlib.contextmanager
+    def _streaming(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except NoEventStream as error:
-            raise NeuronRefused(error.status, f"{self.name}: no event stream") from error
+            raise NeuronRefused(error.status, f"{self.name}: no {what}") from error
         except (NoConnection, OSError, asyncio.TimeoutError, ValueError) as error:
-            raise NeuronUnreachable(f"{self.name}: events: {_reason(error)}") from error
+            raise NeuronUnreachable(f"{self.name}: {what}: {_reason(error)}") from error
 
     def _valid(self, path: str, wanted: type[Wanted], data: Any) -> Wanted:
         try:
@@ -325,6 +354,11 @@ class NeuronClient:
         except (ValueError, RecursionError) as error:
             reason = f"the answer of {path} is not JSON"
             raise NeuronRefused(200, f"{self.name}: {reason}", reason=reason) from error
+
+
+def _logs_path(model_id: str, instance: str, tail: int) -> str:
+    path = f"/models/{quote(model_id, safe='')}/logs?tail={tail}"
+    return f"{path}&instance={quote(instance, safe='')}" if instance else path
 
 
 def _header_value(text: str) -> bytes:

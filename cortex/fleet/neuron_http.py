@@ -141,11 +141,10 @@ class _Whole(_Exchange):
             raise ConnectionError(f"the answer's {error.message}") from error
 
 
-class _Events(_Exchange):
-    def __init__(self, head: bytes, on_event: OnEvent) -> None:
+class _Stream(_Exchange):
+    def __init__(self, head: bytes, on_data: Callable[[bytes], None]) -> None:
         super().__init__(head, b"")
-        self._on_event = on_event
-        self._reader = EventReader()
+        self._on_data = on_data
         self.heard = False
 
     def began(self, head: ResponseHead, body: Body, first: bytes) -> None:
@@ -159,8 +158,7 @@ class _Events(_Exchange):
             return
         self.heard = True
         try:
-            for name, event in self._reader.feed(data):
-                self._on_event(name, event)
+            self._on_data(data)
         except Exception as error:  # noqa: BLE001 - raised in the waiting caller
             self._fail(error)
 
@@ -199,7 +197,20 @@ async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEv
         asyncio.TimeoutError: nothing arrived for `silence_secs`; raised within twice that time.
         ValueError: the answer is not an event stream.
     """
-    exchange = _Events(head, on_event)
+    reader = EventReader()
+
+    def take(data: bytes) -> None:
+        for name, event in reader.feed(data):
+            on_event(name, event)
+
+    await follow_bytes(pool, address, head, take, silence_secs=silence_secs)
+
+
+async def follow_bytes(
+    pool: EnginePool, address: Address, head: bytes, on_data: Callable[[bytes], None], *, silence_secs: float
+) -> None:
+    """As `follow`, with the bytes of the stream as they come."""
+    exchange = _Stream(head, on_data)
     try:
         await exchange.begin(pool, address, None)
         while not exchange.outcome.done():

@@ -153,6 +153,12 @@ class LeaseReply(WireModel):
     nodes: list[str] = Field(default_factory=list)
 
 
+class LogsReply(WireModel):
+    """Answer of `GET /models/{model_id}/logs`: the last lines of its engines."""
+
+    lines: list[str] = Field(default_factory=list)
+
+
 class EndpointReply(WireModel):
     """Reply to `GET /models/{id}/endpoint`: the engine's base URL, and its bearer token."""
 

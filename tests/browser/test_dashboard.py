@@ -20,7 +20,7 @@ from tests.services import NODE, running_fleet
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 MODEL, LARGE = "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
-PAGES = ("fleet", "models", "timeline", "usage", "playground")
+PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground")
 
 
 def opened(page: Page, dev: Dev, name: str) -> None:
@@ -46,6 +46,9 @@ def test_a_load_from_click_to_answer(page: Page, dev: Dev) -> None:
     expect(page.get_by_role("article", name="Model")).to_contain_text("first token after", timeout=30_000)
     opened(page, dev, "timeline")
     expect(page.get_by_role("button", name=re.compile("Qwen3-8B loaded"))).not_to_have_count(0)
+    opened(page, dev, "logs")
+    page.get_by_role("combobox", name="Model").select_option(MODEL)
+    expect(page.get_by_role("log")).to_contain_text("Application startup complete", timeout=30_000)
     opened(page, dev, "usage")
     expect(page.get_by_role("rowheader", name=MODEL)).to_be_visible(timeout=30_000)
 

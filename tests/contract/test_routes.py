@@ -66,6 +66,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet/events"),
     ("GET", "/fleet/explain"),
     ("GET", "/fleet/timeline"),
+    ("GET", "/fleet/logs"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),

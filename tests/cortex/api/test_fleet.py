@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 
 from cortex.api import models
-from cortex.api.fleet_changes import KEPT_CHANGES, FleetChanges, merge_patch
-from cortex.api.fleet_view import MIN_INTERVAL_SECS, FleetView
+from cortex.api.fleet.changes import KEPT_CHANGES, FleetChanges, merge_patch
+from cortex.api.fleet.view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
 from cortex.config.catalogue import Catalogue
 from cortex.control.wiring import Parts
@@ -236,7 +236,7 @@ class Follower:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cortex.api.fleet_changes.TICK_SECS", 0.02)
+    monkeypatch.setattr("cortex.api.fleet.changes.TICK_SECS", 0.02)
 
 
 @pytest.mark.usefixtures("quick")

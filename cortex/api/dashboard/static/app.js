@@ -6,6 +6,7 @@ import { secs } from "./format.js";
 import { Dialog, Problem } from "./parts.js";
 import { Store } from "./store.js";
 import { FleetPage } from "./pages/fleet.js";
+import { LogsPage } from "./pages/logs.js";
 import { ModelsPage } from "./pages/models.js";
 import { PlaygroundPage } from "./pages/playground.js";
 import { TimelinePage } from "./pages/timeline.js";
@@ -16,6 +17,7 @@ const PAGES = {
   models: ["Models", ModelsPage],
   timeline: ["Timeline", TimelinePage],
   usage: ["Usage", UsagePage],
+  logs: ["Logs", LogsPage],
   playground: ["Playground", PlaygroundPage],
 };
 const STALE_SECS = 30;

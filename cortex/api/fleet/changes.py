@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from cortex.api.fleet_view import FleetView
+from cortex.api.fleet.view import FleetView
 from shared.tasks import TaskSet
 
 TICK_SECS = 1.0

@@ -13,8 +13,8 @@ import msgspec
 from aiohttp import web
 
 from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN, TIMELINE
-from cortex.api.fleet_changes import FLEET_CHANGES
-from cortex.api.fleet_view import FLEET_VIEW, MIN_INTERVAL_SECS
+from cortex.api.fleet.changes import FLEET_CHANGES
+from cortex.api.fleet.view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
 from cortex.fleet.timeline.timeline import HOURS
 from shared.errors import InvalidRequest

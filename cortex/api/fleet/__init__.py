@@ -1,0 +1,1 @@
+"""`/fleet` and below it: what operators see of the fleet."""
