@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from cortex.api.fleet.view import FleetView
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, keep_running
 
 TICK_SECS = 1.0
 """Between two looks at the fleet: 200 neurons change a hundred times a second, and people read numbers once."""
@@ -42,7 +42,7 @@ class FleetChanges:
         """Around all other calls of a listener."""
         if not self._listeners:
             self._look()
-            self._ticking = self._tasks.spawn(self._tick(), name="fleet changes")
+            self._ticking = self._tasks.spawn(keep_running("fleet changes", self._tick), name="fleet changes")
         self._listeners += 1
         try:
             yield
@@ -69,6 +69,7 @@ class FleetChanges:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECS)
+            await self._view.count()
             self._look()
 
     def _look(self) -> None:

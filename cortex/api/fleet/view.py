@@ -16,6 +16,7 @@ from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet
+from cortex.metrics.rates import Rates
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import ANY_NODE, ReplicaKey
 
@@ -48,6 +49,7 @@ class FleetView:
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
         self._event: tuple[int, float, bytes] | None = None  # fleet version, time, event
+        self._rates = Rates()
         self._keyed_nodes: dict[str, tuple[NodeSnapshot, dict[str, Any]]] = {}
         self._keyed_catalogue: tuple[Catalogue, dict[str, Any]] | None = None
 
@@ -66,6 +68,11 @@ class FleetView:
             "configuration": self._configuration(),
         }
         return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(self._live.catalogue)})
+
+    async def count(self) -> None:
+        """Brings the rates of the models up to now."""
+        await self._counts.refresh()
+        self._rates.look(self._counts.counters(), time.monotonic())
 
     def keyed(self) -> dict[str, Any]:
         """The current view with objects in the place of lists, so that a merge patch can name what changed: nodes,
@@ -88,6 +95,7 @@ class FleetView:
             "loads": _by_place(self._loads()),
             "in_flight": _by_place(self._in_flight()),
             "waiting": {each["model"]: each for each in self._waiting()},
+            "rates": {model: rate._asdict() for model, rate in self._rates.rates().items()},
             "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
             "configuration": self._configuration(),
             "models": self._keyed_catalogue[1],

@@ -8,7 +8,7 @@ import { Confirm, Problem, Status, modelClass, useRead } from "../parts.js";
 export function modelsOf(fleet) {
   const rows = new Map();
   const row = (id) => {
-    if (!rows.has(id)) rows.set(id, { id, profile: fleet.models[id] ?? null, engines: [], loads: [], inFlight: 0, waiting: null, held: [] });
+    if (!rows.has(id)) rows.set(id, { id, profile: fleet.models[id] ?? null, engines: [], loads: [], inFlight: 0, waiting: null, held: [], rate: fleet.rates?.[id] ?? null });
     return rows.get(id);
   };
   Object.keys(fleet.models).forEach(row);
@@ -20,6 +20,13 @@ export function modelsOf(fleet) {
   Object.values(fleet.waiting).forEach((each) => (row(each.model).waiting = each));
   Object.values(fleet.held).forEach((each) => row(each.model).held.push(each));
   return [...rows.values()].sort((one, two) => one.id.localeCompare(two.id));
+}
+
+function rateText(rate) {
+  const parts = [`${rate.requests_per_sec.toFixed(1)} requests/s`, `${Math.round(rate.completion_tokens_per_sec)} tokens/s`];
+  if (rate.first_byte_secs) parts.push(`first byte after ${secs(rate.first_byte_secs)}`);
+  if (rate.errors_per_sec) parts.push(`${rate.errors_per_sec.toFixed(1)} errors/s`);
+  return parts.join(", ");
 }
 
 function Progress({ node, view }) {
@@ -55,7 +62,7 @@ function Model({ row, aliases, mayAct, ask }) {
       ${mayAct && html`<button class="quiet" onClick=${() => ask({ verb: "Load", row })}>Load</button>`}
       ${mayAct && isThere && html`<button class="quiet" onClick=${() => ask({ verb: "Unload", row })}>Unload</button>`}
     </div>
-    <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}</p>
+    <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}${row.rate ? html`. ${rateText(row.rate)}` : ""}</p>
     <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} />`)}</ul>
     ${row.loads.map((load) => html`<p class="small">Loading on ${load.node}, begun ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
     ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${new Date(held.until * 1000).toLocaleTimeString()}.</p>`)}
