@@ -1,4 +1,4 @@
-"""One HTTP call to a running cortex."""
+"""HTTP calls to a running cortex."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 LOAD_TIMEOUT_SECS = 2 * 3600.0
@@ -23,6 +25,14 @@ class CallFailed(Exception):
     """The call failed; the message is for the person at the terminal."""
 
 
+class StreamEvent(NamedTuple):
+    """A server-sent event, or a comment, which has no data."""
+
+    name: str
+    data: str
+    comment: str = ""
+
+
 def call(
     url: str, method: str, path: str, *, api_key: str | None, timeout_secs: float, body: dict[str, Any] | None = None
 ) -> Any:
@@ -31,6 +41,33 @@ def call(
     Raises:
         CallFailed: cortex is unreachable or answered with an error.
     """
+    with _answer(url, method, path, api_key=api_key, timeout_secs=timeout_secs, body=body) as response:
+        return json.loads(response.read())
+
+
+def stream(
+    url: str, method: str, path: str, *, api_key: str | None, timeout_secs: float, body: dict[str, Any] | None = None
+) -> Iterator[StreamEvent]:
+    """The events of an answer as they come. `timeout_secs`: of silence. Raises as `call`."""
+    with _answer(url, method, path, api_key=api_key, timeout_secs=timeout_secs, body=body) as response:
+        name, data = "message", list[str]()
+        for raw in response:
+            line = raw.decode("utf-8", "replace").rstrip("\r\n")
+            if line.startswith(":"):
+                yield StreamEvent("", "", line[1:].strip())
+            elif line.startswith("event:"):
+                name = line[6:].strip()
+            elif line.startswith("data:"):
+                data.append(line[5:].removeprefix(" "))
+            elif not line and data:
+                yield StreamEvent(name, "\n".join(data))
+                name, data = "message", []
+
+
+@contextmanager
+def _answer(
+    url: str, method: str, path: str, *, api_key: str | None, timeout_secs: float, body: dict[str, Any] | None
+) -> Iterator[http.client.HTTPResponse]:
     url = base_url(url)
     if not _is_web_address(url):
         raise CallFailed(f"--url {url!r} must start with http:// or https://")
@@ -42,7 +79,7 @@ def call(
     try:
         context = _trusted() if url.startswith("https://") else None
         with urllib.request.urlopen(request, timeout=timeout_secs, context=context) as response:  # noqa: S310 - the scheme is checked above
-            return json.loads(response.read())
+            yield response
     except urllib.error.HTTPError as error:
         hint = _NEEDS_KEY if error.code == HTTPStatus.UNAUTHORIZED else ""
         raise CallFailed(_message(error.read(), error.code) + hint) from error

@@ -3,7 +3,6 @@ completion are fast."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,53 +11,31 @@ from urllib.parse import quote, urlencode
 import typer
 
 from cortex.cli.key_commands import keys_app
-from cortex.cli.options import DEFAULT_URL, ConfigFile, Json, Url, ask, credential_for, print_answer
+from cortex.cli.live.live_commands import live_app
+from cortex.cli.options import (
+    DEFAULT_URL,
+    ConfigFile,
+    Json,
+    Model,
+    Node,
+    On,
+    Url,
+    ask,
+    complete_node,
+    print_answer,
+)
 from shared.terminal.command_line import command_line
 
 DEFAULT_FLEET = "beast=2xRTX5090,benjy=1xRTX4090,quadbrat=1xRTX3060"
-_COMPLETION_TIMEOUT_SECS = 0.5
 
 app = command_line("One address in front of a fleet of GPU hosts.")
 app.add_typer(keys_app)
+app.add_typer(live_app)
 
 
-def _fetch(ctx: typer.Context, path: str) -> Any:
-    """GET for shell completion, None on any failure."""
-    from cortex.cli.client import CallFailed, call
-
-    url = str(ctx.params.get("url") or os.environ.get("CORTEX_URL") or DEFAULT_URL)
-    try:
-        key = credential_for(url)
-        return call(url, "GET", path, api_key=key, timeout_secs=_COMPLETION_TIMEOUT_SECS)
-    except CallFailed:
-        return None
-
-
-def _complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
-    try:
-        names = [str(entry["id"]) for entry in _fetch(ctx, "/v1/models")["data"]]
-    except (LookupError, TypeError):
-        return []
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def _complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
-    try:
-        names = [str(node["name"]) for node in _fetch(ctx, "/fleet")["nodes"]]
-    except (LookupError, TypeError):
-        return []
-    return [name for name in names if name.startswith(incomplete)]
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id or an alias.", autocompletion=_complete_model)]
-Node = Annotated[str, typer.Argument(metavar="NODE", help="A neuron's name.", autocompletion=_complete_node)]
-On = Annotated[
-    str | None,
-    typer.Option("--on", metavar="NODE", help="The neuron. Default: cortex chooses.", autocompletion=_complete_node),
-]
 UnloadFrom = Annotated[
     str | None,
-    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=_complete_node),
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=complete_node),
 ]
 Instance = Annotated[
     str | None,

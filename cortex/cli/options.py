@@ -13,10 +13,47 @@ import typer
 from shared.terminal.command_line import fail
 
 DEFAULT_URL = "http://127.0.0.1:31313"
+_COMPLETION_TIMEOUT_SECS = 0.5
 
 ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
 Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def _fetch(ctx: typer.Context, path: str) -> Any:
+    """GET for shell completion, None on any failure."""
+    from cortex.cli.client import CallFailed, call
+
+    url = str(ctx.params.get("url") or os.environ.get("CORTEX_URL") or DEFAULT_URL)
+    try:
+        key = credential_for(url)
+        return call(url, "GET", path, api_key=key, timeout_secs=_COMPLETION_TIMEOUT_SECS)
+    except CallFailed:
+        return None
+
+
+def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
+    try:
+        names = [str(entry["id"]) for entry in _fetch(ctx, "/v1/models")["data"]]
+    except (LookupError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
+    try:
+        names = [str(node["name"]) for node in _fetch(ctx, "/fleet")["nodes"]]
+    except (LookupError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id or an alias.", autocompletion=complete_model)]
+Node = Annotated[str, typer.Argument(metavar="NODE", help="A neuron's name.", autocompletion=complete_node)]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: cortex chooses.", autocompletion=complete_node),
+]
 
 
 def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
