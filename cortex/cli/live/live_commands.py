@@ -1,0 +1,54 @@
+"""The commands of `cortex` that show what happens while it happens, and their options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from cortex.cli.options import DEFAULT_URL, Json, Model, On, Url
+
+live_app = typer.Typer()
+
+
+@live_app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    order: Annotated[
+        Literal["name", "running", "waiting", "tokens"], typer.Option("--sort", help="How models are sorted.")
+    ] = "name",
+) -> int:
+    """Show the fleet on the whole screen as it changes: hosts, GPUs, models, loads, tokens per second."""
+    from cortex.cli.live.top import run_top
+
+    return run_top(url, order)
+
+
+@live_app.command()
+def logs(
+    model: Model,
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with each line that comes.")] = False,
+    tail: Annotated[int, typer.Option(metavar="N", min=0, max=10_000, help="Lines from the end.")] = 100,
+    node: On = None,
+    instance: Annotated[str | None, typer.Option(metavar="NAME", help="Only this engine of the neuron.")] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Print what the engines of a model write, wherever they run."""
+    from cortex.cli.live.logs import run_logs
+
+    return run_logs(url, model, node=node, instance=instance, tail=tail, follow=follow, as_json=as_json)
+
+
+@live_app.command()
+def chat(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Ask this and end. Default: a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """Try a model. It is loaded first if need be, and the line below says how far that is."""
+    from cortex.cli.live.chat import run_chat
+
+    return run_chat(url, model, prompt, system)
