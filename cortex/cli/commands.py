@@ -20,9 +20,11 @@ from cortex.cli.options import (
     Node,
     On,
     Url,
+    Watch,
     ask,
     complete_node,
     print_answer,
+    repeated,
 )
 from shared.terminal.command_line import command_line
 
@@ -173,21 +175,19 @@ def logout(url: Url = DEFAULT_URL) -> int:
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+def status(url: Url = DEFAULT_URL, as_json: Json = False, watch: Watch = False) -> int:
     """Show the neurons, their GPUs and their models."""
     from cortex.cli.tables import status_table
 
-    print_answer(url, ask(url, "GET", "/fleet"), as_json, status_table)
-    return 0
+    return repeated(lambda: print_answer(url, ask(url, "GET", "/fleet"), as_json, status_table), watch)
 
 
 @app.command()
-def models(url: Url = DEFAULT_URL, as_json: Json = False) -> int:
+def models(url: Url = DEFAULT_URL, as_json: Json = False, watch: Watch = False) -> int:
     """List the models that clients can request."""
     from cortex.cli.tables import models_table
 
-    print_answer(url, ask(url, "GET", "/v1/models"), as_json, models_table)
-    return 0
+    return repeated(lambda: print_answer(url, ask(url, "GET", "/v1/models"), as_json, models_table), watch)
 
 
 @app.command()
@@ -244,10 +244,13 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 def load(
     model: Model, node: On = None, instance: Instance = None, url: Url = DEFAULT_URL, as_json: Json = False
 ) -> int:
-    """Load a model and wait until it is ready."""
+    """Load a model and wait until it is ready. A bar shows how far it is."""
+    from cortex.cli.live.loading import load_with_progress
     from cortex.cli.tables import loaded_line
 
-    return _act(url, "/fleet/load", {"model": model, "node": node, "instance": instance}, as_json, loaded_line)
+    answer = load_with_progress(url, {"model": model, "node": node, "instance": instance})
+    print_answer(url, answer, as_json, loaded_line)
+    return 0
 
 
 @app.command()

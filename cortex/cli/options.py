@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ _COMPLETION_TIMEOUT_SECS = 0.5
 ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
 Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Print it again every two seconds, until Ctrl-C.")]
+_WATCH_SECS = 2.0
 
 
 def _fetch(ctx: typer.Context, path: str) -> Any:
@@ -82,3 +85,15 @@ def print_answer(url: str, answer: Any, as_json: bool, show: Callable[[Any], str
     except (LookupError, TypeError, AttributeError):
         fail("cortex", f"{url} does not answer like a cortex, check --url")
     sys.stdout.write(f"{text}\n")
+
+
+def repeated(show: Callable[[], None], watch: bool) -> int:
+    """Calls `show` once, or every two seconds on an empty screen; in a pipe one print follows the other."""
+    show()
+    while watch:
+        sys.stdout.flush()
+        time.sleep(_WATCH_SECS)
+        if sys.stdout.isatty():
+            sys.stdout.write("\033[H\033[2J\033[3J")
+        show()
+    return 0
