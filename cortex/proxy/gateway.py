@@ -118,7 +118,7 @@ class Gateway:
             self._admit_page(request)
             if _is_preflight(request):  # a browser sends it without the key
                 return OwnAnswer(client, request, preflight_answer(request))
-            if is_of_other_page(request):  # it may use cortex, but not as the person who has signed in
+            if is_of_other_page(request):  # it may use cortex, but not as a person with a session
                 request.drop_cookie()
         try:
             caller = self._authentication.caller_of(request)
