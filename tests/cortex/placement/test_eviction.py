@@ -408,7 +408,7 @@ def test_many_keys_whose_models_would_go_together_count_like_many_of_one_model()
 
 
 @pytest.mark.parametrize("users", [1, 4])
-def test_idle_models_of_a_lower_priority_go_at_once_whoever_uses_them(users: int) -> None:
+def test_idle_models_of_a_lower_priority_go_at_once_with_users_too(users: int) -> None:
     assert _swap_for_many(users, each_its_own=True, priority=50) <= 0
 
 
