@@ -164,6 +164,35 @@ def test_a_closed_cortex(page: Page, tmp_path: Path) -> None:
     expect(page.get_by_role("alert")).to_contain_text("what you see is", timeout=60_000)
 
 
+def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
+    """The failure is shown. In the playground a question without an answer comes back, or the next request would have
+    two in a row, and another kind of request stops the one that waits: its answer would have other fields."""
+    faults = {"org/broken": "oom-at-load", "org/stuck": "never-ready"}
+    models = [{"id": name, "harness": "sim", "vram_mb": 1000, "args": ["--fault", faults[name]]} for name in faults]
+    neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
+    with running_fleet(tmp_path, neuron, {}, {"models": models}) as fleet:
+        page.goto(f"{fleet.cortex.url}/#/models")
+        broken = page.get_by_role("region", name="Model org/broken")
+        broken.get_by_role("button", name="Load", exact=True).click()
+        page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()
+        expect(broken.get_by_role("listitem")).to_contain_text(f"failed on {NODE}; for", timeout=30_000)
+        expect(broken).to_contain_text("CUDA out of memory")
+        page.goto(f"{fleet.cortex.url}/#/playground")
+        page.get_by_role("combobox", name="Model").select_option("org/stuck")
+        message, stop = page.get_by_label("Message"), page.get_by_role("button", name="Stop")
+        message.fill("Hello")
+        message.press("Enter")
+        expect(page.get_by_role("article", name="You")).to_have_text("Hello")
+        stop.click()
+        expect(page.get_by_role("article", name="You")).to_have_count(0)
+        expect(message).to_have_value("Hello")
+        page.get_by_role("button", name="embeddings").click()
+        page.get_by_label("Text").press("Enter")
+        expect(stop).to_be_visible()
+        page.get_by_role("button", name="rerank").click()
+        expect(stop).to_have_count(0)
+
+
 def post(dev: Dev, path: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         dev.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
