@@ -86,6 +86,14 @@ def refused_sender(sender: Sender, policy: CrossSitePolicy) -> ServiceError | No
     return _refused_host(sender.host, policy) or _refused_site(sender, policy)
 
 
+def is_other_page(sender: Sender) -> bool:
+    """Whether a page of another origin than the service's own sent the request. A proxy in front may have changed the
+    Host: browsers also say by Sec-Fetch-Site that a page is the service's own."""
+    if sender.origin is None or (sender.fetch_site or "").lower() == "same-origin":
+        return False
+    return not _same_origin(sender.origin, sender.host)
+
+
 def refused_media_type(method: str, content_type: str | None) -> ServiceError | None:
     """Why a request that changes state is refused for its media type; None if it is not, or changes nothing."""
     if method not in _STATE_CHANGING:

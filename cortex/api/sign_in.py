@@ -113,10 +113,10 @@ async def login_settings(request: web.Request) -> web.Response:
 async def logout(request: web.Request) -> web.Response:
     """Ends the browser's session, here and at every cortex of the same database. The issuer's own session goes on."""
     sign_in, secret = _sign_in(request), _session_of(request)
+    answer = web.json_response({"signed_out": secret is not None})
     if secret is not None:
         await sign_in.leave(secret)
-    answer = web.json_response({"signed_out": secret is not None})
-    answer.del_cookie(_SESSION, path="/")
+        answer.del_cookie(_SESSION, path="/")
     return answer
 
 

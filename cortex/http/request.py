@@ -159,6 +159,10 @@ class Request:
     def cookie(self) -> bytes | None:
         return self._named.get(names.COOKIE)
 
+    def drop_cookie(self) -> None:
+        """Goes on as if the client had sent none."""
+        self._named.pop(names.COOKIE, None)
+
     @property
     def fetch_site(self) -> bytes | None:
         """The browser's Sec-Fetch-Site."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from cortex.http.request import Request
 from cortex.proxy.paths import SIGN_IN_PAGES
-from shared.cross_site import CrossSitePolicy, Sender, refused_sender
+from shared.cross_site import CrossSitePolicy, Sender, is_other_page, refused_sender
 from shared.errors import ServiceError
 
 _MAX_ACCEPTED: Final = 1024
@@ -49,6 +49,11 @@ class CrossSiteCheck:
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
+
+
+def is_of_other_page(request: Request) -> bool:
+    """True for a request of a page that is not cortex's own."""
+    return is_other_page(Sender(*map(_text, (request.host, request.origin, request.fetch_site))))
 
 
 def allowed_page(origin: bytes, origins: frozenset[str]) -> bytes:

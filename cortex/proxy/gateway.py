@@ -20,7 +20,7 @@ from cortex.proxy.authentication import Authentication, Unidentified
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.model_field import model_at_start
 from cortex.proxy.context import ProxyContext
-from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, preflight_answer
+from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, is_of_other_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
     REALTIME,
@@ -118,6 +118,8 @@ class Gateway:
             self._admit_page(request)
             if _is_preflight(request):  # a browser sends it without the key
                 return OwnAnswer(client, request, preflight_answer(request))
+            if is_of_other_page(request):  # it may use cortex, but not as a person with a session
+                request.drop_cookie()
         try:
             caller = self._authentication.caller_of(request)
         except Unidentified as unknown:

@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
+from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.e2e.dev import Dev
 from tests.services import NODE, running_fleet
 
@@ -165,6 +166,47 @@ def test_a_closed_cortex(page: Page, tmp_path: Path) -> None:
         fleet.neuron.kill_and_restart()
         expect(host).to_contain_text("healthy", timeout=60_000)
     expect(page.get_by_role("alert")).to_contain_text("what you see is", timeout=60_000)
+
+
+def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
+    """The failure is shown. In the playground a question without an answer comes back, or the next request would have
+    two in a row, and another kind of request stops the one that waits: its answer would have other fields."""
+    faults = {"org/broken": "oom-at-load", "org/stuck": "never-ready"}
+    models = [{"id": name, "harness": "sim", "vram_mb": 1000, "args": ["--fault", faults[name]]} for name in faults]
+    neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
+    with running_fleet(tmp_path, neuron, {}, {"models": models}) as fleet:
+        page.goto(f"{fleet.cortex.url}/#/models")
+        broken = page.get_by_role("region", name="Model org/broken")
+        broken.get_by_role("button", name="Load", exact=True).click()
+        page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()
+        expect(broken.get_by_role("listitem")).to_contain_text(f"failed on {NODE}; for", timeout=30_000)
+        expect(broken).to_contain_text("CUDA out of memory")
+        page.goto(f"{fleet.cortex.url}/#/playground")
+        page.get_by_role("combobox", name="Model").select_option("org/stuck")
+        message, stop = page.get_by_label("Message"), page.get_by_role("button", name="Stop")
+        message.fill("Hello")
+        message.press("Enter")
+        expect(page.get_by_role("article", name="You")).to_have_text("Hello")
+        stop.click()
+        expect(page.get_by_role("article", name="You")).to_have_count(0)
+        expect(message).to_have_value("Hello")
+        page.get_by_role("button", name="embeddings").click()
+        page.get_by_label("Text").press("Enter")
+        expect(stop).to_be_visible()
+        page.get_by_role("button", name="rerank").click()
+        expect(stop).to_have_count(0)
+
+
+def test_a_sign_out(page: Page, tmp_path: Path, issuer: SmallIssuer) -> None:
+    """It stays signed out, although the issuer would sign the browser in again at once."""
+    neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
+    with running_fleet(tmp_path, neuron, {"auth": {"oidc": issuer.settings()}}, {}) as fleet:
+        page.goto(f"{fleet.cortex.url}/")
+        expect(page.get_by_text("oidc:alice (viewer)")).to_be_visible()
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("link", name="Sign in")).to_be_visible()
+        page.get_by_role("link", name="Sign in").click()
+        expect(page.get_by_text("oidc:alice (viewer)")).to_be_visible()
 
 
 def post(dev: Dev, path: str, body: dict[str, Any]) -> Any:

@@ -112,6 +112,28 @@ async def test_the_life_of_a_session(cortex: CortexProcess, tmp_path: Path, issu
             await thief.until_refused(url, session.value)
 
 
+async def test_pages_of_allowed_origins(
+    tmp_path: Path, benjy: V1Neuron, engine: RawEngine, issuer: SmallIssuer
+) -> None:
+    """A browser sends the cookie for them, too, if they are of the same site, such as another port of this host. They
+    do not act as the person. cortex's own page does, also behind a proxy that changes the Host."""
+    page, own = "http://127.0.0.1:1", "https://ai.example.com"
+    auth = {"oidc": issuer.settings(roles={"admin": ["team"]})}
+    async with (
+        browser() as alice,
+        cortex_process(
+            tmp_path, [benjy], [{"id": MODEL}], state_dir="state", auth=auth, allowed_origins=[page, own]
+        ) as cortex,
+    ):
+        url = cortex.url
+        await alice.sign_in(url)
+        assert (await alice.post(f"{url}/fleet/nodes/{benjy.name}/drain", {}, Origin=page))[0] == 401
+        assert (await alice.post(f"{url}/v1/chat/completions", BODY, Origin=page))[0] == 401
+        assert (await alice.post(f"{url}/logout", Origin=page))[1] == {"signed_out": False}
+        for headers in ({"Origin": url}, {"Origin": own, "Sec-Fetch-Site": "same-origin"}):
+            assert (await alice.post(f"{url}/fleet/nodes/{benjy.name}/drain", {}, **headers))[0] == 200
+
+
 async def test_sign_ins_that_fail(cortex: CortexProcess, issuer: SmallIssuer) -> None:
     """Each shows a page that says why, and gives no session."""
     url = cortex.url

@@ -43,7 +43,7 @@ function Engine({ node, view }) {
   return html`<li>
     <${Status} status=${view.status} title=${view.reason} /> on ${node.name}
     <span class="small">
-      ${view.devices?.length ? ` ${view.devices.length > 1 ? "GPUs" : "GPU"} ${view.devices.join(" and ")}` : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `; ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `; for ${ago(view.since).replace(" ago", "")}` : ""}
+      ${view.devices?.length ? ` ${view.devices.length > 1 ? "GPUs" : "GPU"} ${view.devices.join(" and ")}` : view.status === "failed" ? "" : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `; ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `; for ${ago(view.since).replace(" ago", "")}` : ""}
     </span>
     <${Progress} node=${node} view=${view} />
     ${view.error && html`<p class="problem"><span aria-hidden="true">✕ </span>${view.error.split("\n")[0]}</p>`}

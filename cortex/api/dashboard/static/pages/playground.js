@@ -1,6 +1,6 @@
 // A quick try: a chat with a picked model, streamed, with what a cold start is doing meanwhile; embeddings and rerank.
 
-import { html, useRef, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { CallError, events, post } from "../api.js";
 import { secs } from "../format.js";
 import { Problem } from "../parts.js";
@@ -32,7 +32,6 @@ async function chat(model, messages, signal, show) {
   const took = (performance.now() - began) / 1000;
   const speed = usage && first !== null && took > first ? `, ${(usage.completion_tokens / (took - first)).toFixed(0)} tokens/s` : "";
   show({ text, reasoning, note: null, facts: `first token after ${secs(first)}, whole answer after ${secs(took)}${speed}` });
-  return text;
 }
 
 function Message({ role, text, reasoning, note, facts }) {
@@ -55,22 +54,40 @@ export function PlaygroundPage({ fleet }) {
   const [running, setRunning] = useState(null);
   const input = useRef(null);
   const documents = useRef(null);
+  const request = useRef(null);
+  useEffect(() => () => request.current?.abort(), []);
+
+  // A question without an answer goes back into the field: many chat templates refuse two questions in a row.
+  async function converse(text, signal) {
+    const asked = [...messages, { role: "user", content: text }];
+    let last = null;
+    const keep = () => setMessages([...asked, { role: "assistant", content: last.text, reasoning: last.reasoning, facts: last.facts }]);
+    setMessages(asked);
+    input.current.value = "";
+    try {
+      await chat(model, asked.map(({ role, content }) => ({ role, content })), signal, (now) => setAnswer((last = now)));
+      keep();
+    } catch (failed) {
+      if (last?.text) keep();
+      else {
+        setMessages(messages);
+        if (input.current) input.current.value ||= text;
+      }
+      throw failed;
+    }
+  }
 
   async function run(event) {
     event.preventDefault();
     const text = input.current.value.trim();
     if (!text || running) return;
     const abort = new AbortController();
+    request.current = abort;
     setRunning(abort);
     setError(null);
     try {
       if (kind === "chat") {
-        const asked = [...messages, { role: "user", content: text }];
-        setMessages(asked);
-        input.current.value = "";
-        let last = null;
-        const told = await chat(model, asked.map(({ role, content }) => ({ role, content })), abort.signal, (now) => setAnswer((last = now)));
-        setMessages([...asked, { role: "assistant", content: told, ...last }]);
+        await converse(text, abort.signal);
       } else if (kind === "embeddings") {
         setResult(await post("/v1/embeddings", { model, input: text }, abort.signal));
       } else {
@@ -86,7 +103,9 @@ export function PlaygroundPage({ fleet }) {
   }
 
   const isSending = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  // The answer to the old kind would have other fields.
   const pick = (name) => {
+    running?.abort();
     setKind(name);
     setResult(null);
     setError(null);
