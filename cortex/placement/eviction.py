@@ -105,8 +105,8 @@ class Patience:
 @dataclass(frozen=True)
 class Eviction:
     """A resident to evict. `ready_at` is the earliest time for it, on the view's clock. `undeserved`: its users deserve
-    the memory more than the callers of the newcomer. `patience` is that of the
-    newcomer's callers; None where the memory is theirs already."""
+    the memory more than the callers of the newcomer. `patience` is that of the newcomer's callers, None if they need
+    not wait for the users."""
 
     resident: ResidentModel
     eviction_class: EvictionClass
@@ -261,8 +261,9 @@ def assess_eviction(
     elif view.now < resident.last_used + pause and not resident.asleep:
         kind, ready_at = EvictionClass.BUSY, patient_until
     else:
-        kind = EvictionClass.IDLE
-        ready_at = view.now if resident.priority < priority else patient_until
+        kind, ready_at = EvictionClass.IDLE, patient_until
+        if resident.priority < priority:
+            return Eviction(resident, kind, view.now, undeserved=favour < 0)
     return Eviction(resident, kind, ready_at, undeserved=favour < 0, patience=patience)
 
 

@@ -66,7 +66,7 @@ class Timeline:
         self._minutes: deque[Minute] = deque(kept.minutes, maxlen=int(HOURS * 60))
         self._interrupted = {span.key: span for span in kept.interrupted}
         self._most_waiting: dict[str, int] = {}
-        self._counted: ModelCounts | None = None
+        self._counted = ModelCounts({}, {})
         self._minute_ends = clock() + MINUTE_SECS
 
     def between(self, since: float, until: float) -> dict[str, Any]:
@@ -116,14 +116,15 @@ class Timeline:
         for key in found.keys() & self._interrupted.keys() - before.keys():
             interrupted = self._interrupted.pop(key)
             if continues(interrupted, found[key]):
-                del self._ended[interrupted.id]
+                self._ended.pop(interrupted.id, None)  # it is gone after a day
                 before[key] = msgspec.structs.replace(interrupted, until=None)
         ended, still = follow(before, found, now, self._causes)
         self._open[node.name] = still
         self._end(ended)
-        if self._file is not None:
-            for key, span in still.items():
-                if span is not before.get(key):
+        for key, span in still.items():
+            if span is not before.get(key):
+                self._ended.pop(span.id, None)  # it ended only as far as was known while its node was down
+                if self._file is not None:
                     self._file.add(span)
 
     def _end(self, spans: Iterable[StatusSpan]) -> None:
@@ -133,7 +134,7 @@ class Timeline:
                 self._file.add(span)
 
     def _end_minute(self, counts: ModelCounts) -> None:
-        now, before = self._clock(), self._counted or counts
+        now, before = self._clock(), self._counted
         minute = Minute(
             at=now,
             waiting=self._most_waiting,

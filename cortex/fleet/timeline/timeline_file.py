@@ -58,13 +58,16 @@ class TimelineFile:
         """What has ended since this Unix time, or not at all. Lines that do not read, as the last after a crash, are
         left out. Blocks."""
         try:
-            lines = self._path.read_bytes().splitlines()
+            content = self._path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return Kept()
         except OSError as error:
             log.warning("%s cannot be read, the timeline begins now: %s", self._path, error.strerror)
             return Kept()
+        lines = content.splitlines()
         self._lines = len(lines)
+        if lines and not content.endswith(b"\n"):
+            self._new.append(b"\n")  # the next line must not continue one that a crash has cut
         spans: dict[StatusSpanId, StatusSpan] = {}
         minutes: list[Minute] = []
         last = 0.0

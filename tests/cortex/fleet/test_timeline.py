@@ -110,6 +110,18 @@ async def test_a_node_that_is_down() -> None:
     assert (down.model, down.status, down.until, down.error) == ("", "down", AT + 10, "connection refused")
 
 
+async def test_an_engine_that_stays_loaded_while_its_node_is_down_is_shown_once() -> None:
+    bench = Bench()
+    bench.poll(view("loaded", since=AT - 50))
+    await bench.look()
+    bench.now += 5
+    bench.fleet.record_miss("n", "connection refused")
+    await bench.look()
+    bench.now += 5
+    bench.poll(view("loaded", since=AT - 50))
+    assert short(span for span in await bench.look() if span.model) == [("m", "loaded", -50, None)]
+
+
 async def test_a_drain_and_a_removed_node() -> None:
     bench = Bench()
     bench.poll(view("loaded"))
@@ -153,7 +165,7 @@ async def test_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     bench.now += 60
     await until(lambda: len(bench.timeline.between(0, float("inf"))["minutes"]) == 2)
     first, second = bench.timeline.between(0, float("inf"))["minutes"]
-    assert (first.at, first.waiting) == (AT + 60, {"m": 7})
+    assert (first.at, first.waiting, first.requests) == (AT + 60, {"m": 7}, {"m": 5})
     assert (second.at, second.requests, second.errors) == (AT + 120, {"m": 4, "k": 1}, {"k": 1})
     bench.now += 24 * 3600
     await until(lambda: len(bench.timeline.between(0, float("inf"))["minutes"]) == 3)
@@ -205,6 +217,29 @@ async def test_a_restart_continues_the_spans(tmp_path: Path) -> None:
     await bench.timeline.flush()
     assert {span.model for span in Bench(tmp_path, now=AT + 200).spans()} == {"m", "gone", "again"}
     assert Bench(tmp_path, now=AT + 48 * 3600).spans() == []
+
+
+async def test_an_engine_that_is_seen_again_a_day_after_a_restart(tmp_path: Path) -> None:
+    """The span before the restart is forgotten by then."""
+    bench = Bench(tmp_path)
+    bench.poll(view("loaded", since=AT - 9))
+    await bench.look()
+    await bench.timeline.flush()
+    bench = Bench(tmp_path, now=AT + 100)
+    bench.now += 25 * 3600
+    await bench.look()
+    assert bench.spans() == []
+    bench.poll(view("loaded", since=AT - 9))
+    assert short(await bench.look()) == [("m", "loaded", -9, None)]
+
+
+async def test_the_first_line_after_a_crash_that_cut_one(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b'{"span": {"node": "n", "sta')
+    bench = Bench(tmp_path)
+    bench.poll(view("loaded"))
+    await bench.look()
+    await bench.timeline.flush()
+    assert [span.model for span in Bench(tmp_path, now=AT + 10).spans()] == ["m"]
 
 
 async def test_a_long_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,9 +373,11 @@ def test_the_requests_of_one_caller_count_as_one_against_another() -> None:
 PEERS = [f"a{number}" for number in range(4)]
 
 
-def _swap_for_many(users: int, *, each_its_own: bool = False, since: float = 2.0, served: float = 1e9) -> float:
+def _swap_for_many(
+    users: int, *, each_its_own: bool = False, since: float = 2.0, served: float = 1e9, priority: int = 100
+) -> float:
     """In how many seconds a model of these other users, or one of each, is evicted for one that a key has waited for
-    since then. It was served that long ago, by another model."""
+    since then. It was served that long ago, by another model. `priority`: of the model of those others."""
     names = PEERS[:users] if each_its_own else ["a"]
     keys = [Caller(name, name) for name in PEERS[:users]]
     owners = {name: frozenset({key} if each_its_own else keys) for name, key in zip(names, keys, strict=False)}
@@ -384,6 +386,7 @@ def _swap_for_many(users: int, *, each_its_own: bool = False, since: float = 2.0
     moment = view(
         box,
         profile(vram_mb=24000),
+        *(profile(id=name, vram_mb=24000 // len(names), residency_priority=priority) for name in names),
         usages={(name, "box"): replace(used(idle=20, age=600), callers=owner) for name, owner in owners.items()},
         arrivals={name: asked(*range(56, 19, -4)) for name in names},
         load_secs={name: {"box": 40.0} for name in ("m", *names)},
@@ -402,6 +405,11 @@ def test_many_keys_whose_models_would_go_together_count_like_many_of_one_model()
     """Although each of their models alone could be evicted sooner."""
     one, four = _swap_for_many(1, each_its_own=True), _swap_for_many(4, each_its_own=True)
     assert four + 42 == pytest.approx(4 * 16 * (one + 42))
+
+
+@pytest.mark.parametrize("users", [1, 4])
+def test_idle_models_of_a_lower_priority_go_at_once_with_users_too(users: int) -> None:
+    assert _swap_for_many(users, each_its_own=True, priority=50) <= 0
 
 
 def test_a_key_waits_from_its_last_turn_on() -> None:
