@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from cortex.config.settings import NeuronEntry
 from cortex.fleet.answer_reader import AnswerReader, KnownHealth
 from cortex.fleet.engine_url import reachable
-from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow, follow_bytes
+from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow, follow_lines
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
 from shared.protocol import (
@@ -245,17 +245,8 @@ class NeuronClient:
         """Calls `on_line` with the last `tail` lines and each that follows, until the engine is gone. Raises as
         `listen`."""
         head = self._head("GET", _logs_path(model_id, instance, tail) + "&follow=true", b"accept: text/event-stream")
-        rest = b""
-
-        def take(data: bytes) -> None:
-            nonlocal rest
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                if line.startswith(b"data: "):
-                    on_line(line[6:].decode("utf-8", "replace"))
-
         with self._streaming("log"):
-            await follow_bytes(self._pool, self._address, head, take, silence_secs=EVENT_SILENCE_SECS)
+            await follow_lines(self._pool, self._address, head, on_line, silence_secs=EVENT_SILENCE_SECS)
 
     @contextlib.contextmanager
     def _streaming(self, what: str) -> Iterator[None]:

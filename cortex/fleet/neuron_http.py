@@ -203,13 +203,28 @@ async def follow(pool: EnginePool, address: Address, head: bytes, on_event: OnEv
         for name, event in reader.feed(data):
             on_event(name, event)
 
-    await follow_bytes(pool, address, head, take, silence_secs=silence_secs)
+    await _follow(pool, address, head, take, silence_secs=silence_secs)
 
 
-async def follow_bytes(
+async def follow_lines(
+    pool: EnginePool, address: Address, head: bytes, on_line: Callable[[str], None], *, silence_secs: float
+) -> None:
+    """As `follow`, for events whose data is a line of text."""
+    rest = b""
+
+    def take(data: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: "):
+                on_line(line[6:].decode("utf-8", "replace"))
+
+    await _follow(pool, address, head, take, silence_secs=silence_secs)
+
+
+async def _follow(
     pool: EnginePool, address: Address, head: bytes, on_data: Callable[[bytes], None], *, silence_secs: float
 ) -> None:
-    """As `follow`, with the bytes of the stream as they come."""
     exchange = _Stream(head, on_data)
     try:
         await exchange.begin(pool, address, None)

@@ -22,7 +22,7 @@ LOOK_SECS = 0.25
 
 
 def run_top(url: str, order: Order) -> int:
-    """Until q or Ctrl-C. Fails if cortex is not there from the beginning."""
+    """Until q or Ctrl-C. Fails if cortex does not answer at first."""
     console = Console()
     if not console.is_terminal or not sys.stdin.isatty():
         fail("cortex", "top needs a terminal; `cortex status --watch` or `--json` print to files and pipes")
