@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.e2e.dev import Dev, running_dev
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,6 +38,25 @@ def browser() -> Iterator[Browser]:
 def dev() -> Iterator[Dev]:
     with running_dev("--fleet", "one=1xRTX4090,two=2xRTX5090") as dev:
         yield dev
+
+
+@pytest.fixture
+def issuer() -> Iterator[SmallIssuer]:
+    """In a thread: this one cannot run an event loop besides playwright's."""
+    issuer, runs, loop, end = SmallIssuer(), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        async with issuer.running():
+            runs.set()
+            await end.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert runs.wait(30)
+    yield issuer
+    loop.call_soon_threadsafe(end.set)
+    thread.join()
+    loop.close()
 
 
 @pytest.fixture

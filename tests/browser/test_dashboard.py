@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
+from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.e2e.dev import Dev
 from tests.services import NODE, running_fleet
 
@@ -191,6 +192,18 @@ def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
         expect(stop).to_be_visible()
         page.get_by_role("button", name="rerank").click()
         expect(stop).to_have_count(0)
+
+
+def test_a_sign_out(page: Page, tmp_path: Path, issuer: SmallIssuer) -> None:
+    """It stays signed out, although the issuer would sign the browser in again at once."""
+    neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
+    with running_fleet(tmp_path, neuron, {"auth": {"oidc": issuer.settings()}}, {}) as fleet:
+        page.goto(f"{fleet.cortex.url}/")
+        expect(page.get_by_text("oidc:alice (viewer)")).to_be_visible()
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("link", name="Sign in")).to_be_visible()
+        page.get_by_role("link", name="Sign in").click()
+        expect(page.get_by_text("oidc:alice (viewer)")).to_be_visible()
 
 
 def post(dev: Dev, path: str, body: dict[str, Any]) -> Any:

@@ -140,10 +140,11 @@ function App() {
 
   const { fleet, problem } = store;
   if (problem && (problem.status === 401 || problem.status === 403)) return html`<${SignIn} problem=${problem} start=${start} />`;
+  // Not a reload: cortex would send the browser to the issuer, whose session signs it in again.
   const leave = async () => {
     useKey(null);
     await post("/logout").catch(() => null);
-    location.reload();
+    start();
   };
   return html`<a class="skip" href="#main" onClick=${(event) => {
       event.preventDefault();
