@@ -78,7 +78,7 @@ async def login_callback(request: web.Request) -> web.Response:
     """The browser comes back from the issuer: it gets a session."""
     sign_in, query = _sign_in(request), request.query
     kept = request.cookies.get(_JOURNEY, "").split(".", 3)
-    if len(kept) != 4 or not hmac.compare_digest(kept[0].encode(), query.get("state", "").encode()):
+    if len(kept) != 4 or not hmac.compare_digest(_bytes(kept[0]), _bytes(query.get("state", ""))):
         raise InvalidRequest(
             "this is not the end of a sign-in that this browser has begun, or that was too long ago; begin at /login"
         )
@@ -133,8 +133,13 @@ def _sign_in(request: web.Request) -> SignIn:
 
 
 def _session_of(request: web.Request) -> bytes | None:
-    secret = request.cookies.get(_SESSION, "").encode()
+    secret = _bytes(request.cookies.get(_SESSION, ""))
     return secret if secret.startswith(SESSION_PREFIX) else None
+
+
+def _bytes(sent: str) -> bytes:
+    """What a client sent is not always UTF-8: aiohttp then has surrogates in it."""
+    return sent.encode("utf-8", "surrogatepass")
 
 
 def _wants_page(request: web.Request) -> bool:

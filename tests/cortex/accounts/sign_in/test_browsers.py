@@ -18,6 +18,7 @@ from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
+from tests.cortex.raw_http import connected, request
 
 MODEL = "org/small"
 PAGE = {"Accept": "text/html,application/xhtml+xml"}
@@ -167,6 +168,17 @@ async def test_sign_ins_that_fail(cortex: CortexProcess, issuer: SmallIssuer) ->
             await fails(back, 400, "not the end of a sign-in", at=again)
             found, text, _ = await again.get(back, Cookie=f"cortex_login={journey}")
             assert (found, "unknown code" in text) == (400, True)
+
+
+async def test_cookies_that_are_not_text(cortex: CortexProcess) -> None:
+    """They are those of no session and no sign-in."""
+    for method, target, cookie, status in (
+        ("GET", "/login/callback?state=x&code=x", b"cortex_login=\xff.a.b.c", 400),
+        ("POST", "/logout", b"cortex_session=cortex-session-\xff", 200),
+    ):
+        async with connected(cortex.url) as client:
+            sent = request(b"", "Cookie: COOKIE", method=method, target=target).replace(b"COOKIE", cookie)
+            assert (await client.ask(sent, method)).status == status
 
 
 def _state(url: str) -> str:
