@@ -61,7 +61,7 @@ class ResponseOwners:
         return _listed(self._owners.items())
 
     def newest(self, count: int) -> OwnerList:
-        """The engines of the newest without URLs and API keys, for a file: these may change until it is read."""
+        """The makers of the newest, for a file: without URLs and secrets of engines, which may change meanwhile."""
         latest = list(self._owners.items())[-count:]
         return _listed((made, ResponseMaker(_without_endpoint(maker.engine), maker.key_id)) for made, maker in latest)
 

@@ -263,9 +263,10 @@ async def _add_to_usage(
     added = func.coalesce(USAGE.c.energy_wh, 0.0) + bindparam("_wh")
     rows = [{"_id": name, "_ended_at": ended_at, "_wh": more} for (name, ended_at), more in wh.items()]
     await connection.execute(update(USAGE).where(*same).values(energy_wh=added), rows)
+    changed: list[tuple[dict[str, Any], float]] = []
     ids = list({name for name, _ in wh})
     for start in range(0, len(ids), _LOOKED_UP_AT_ONCE):
         asked = select(USAGE).where(USAGE.c.request_id.in_(ids[start : start + _LOOKED_UP_AT_ONCE]))
         found: list[dict[str, Any]] = [dict(row) for row in (await connection.execute(asked)).mappings()]
-        changed = [(row, wh[at]) for row in found if (at := (row["request_id"], row["ended_at"])) in wh]
-        await add_energy_to_days(connection, changed, is_postgresql=is_postgresql)
+        changed += [(row, wh[at]) for row in found if (at := (row["request_id"], row["ended_at"])) in wh]
+    await add_energy_to_days(connection, changed, is_postgresql=is_postgresql)  # all at once, which it sorts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import Engine, event, func, select
 
 from cortex.accounts.database.database import Database, open_database
 from cortex.accounts.database.source import DatabaseSource, database_source
@@ -108,6 +108,27 @@ async def test_requests_residents_and_idle(database: Database) -> None:
         }
     )
     assert await energy_of(database) == pytest.approx({"a": 1.25, "b": 1.25})
+
+
+async def test_daily_sums_are_changed_in_one_order(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests are booked: two cortexes would otherwise wait for each other in a circle."""
+    monkeypatch.setattr("cortex.accounts.energy.ledger._LOOKED_UP_AT_ONCE", 1)
+    changes: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "INSERT INTO usage_days" in statement:
+            changes.append(statement)
+
+    await ledger(database).read_meters([reading(0, 0.0, m=(0.0, 0.0))])
+    for key in "dcba":
+        await add_usage(database, key, 0, 10, key_id=key)
+    await ledger(database).read_meters([reading(10, 4.0, m=(4.0, 0.0))])
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        await settle_all(database)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert len(changes) == 1
 
 
 async def test_it_waits_for_the_requests(database: Database) -> None:

@@ -19,7 +19,7 @@ export function modelsOf(fleet) {
   Object.values(fleet.in_flight).forEach((each) => (row(each.model).inFlight += each.count));
   Object.values(fleet.waiting).forEach((each) => (row(each.model).waiting = each));
   Object.values(fleet.held).forEach((each) => row(each.model).held.push(each));
-  return [...rows.values()].sort((one, two) => one.id.localeCompare(two.id));
+  return [...rows.values()].sort((one, two) => one.id.localeCompare(two.id, undefined, { numeric: true }));
 }
 
 function rateText(rate) {

@@ -10,6 +10,7 @@ const RANGES = { "15 min": 900, "1 h": 3600, "6 h": 21600, "24 h": 86400 };
 const REFRESH_MS = 5000;
 const WIDTH = 1000;
 const ROW = 22;
+const HEIGHT = 180;
 
 // Rows of the picture: node and GPU, each with its spans. Spans without a GPU stand in the node's own row.
 export function rowsOf(spans, nodes) {
@@ -25,7 +26,7 @@ export function rowsOf(spans, nodes) {
       rows.get(label).spans.push(span);
     }
   }
-  return [...rows.values()].map(withLanes).sort((one, two) => one.label.localeCompare(two.label));
+  return [...rows.values()].map(withLanes).sort((one, two) => one.label.localeCompare(two.label, undefined, { numeric: true }));
 }
 
 // Models that share a GPU stand below each other. The clocks of cortex and of a host differ a little: what follows on a
@@ -93,11 +94,16 @@ function Chart({ minutes, what, title }) {
     const colours = getComputedStyle(document.documentElement);
     const series = models.map((model) => ({ label: model, stroke: colours.getPropertyValue(`--${modelClass(model)}`), width: 2 }));
     const axis = { stroke: colours.getPropertyValue("--text"), grid: { stroke: colours.getPropertyValue("--line"), width: 1 } };
-    const chart = new uPlot({ width: box.current.clientWidth || 600, height: 180, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
-    return () => chart.destroy();
+    const chart = new uPlot({ width: box.current.clientWidth || 600, height: HEIGHT, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
+    const resized = new ResizeObserver(() => chart.setSize({ width: box.current.clientWidth, height: HEIGHT }));
+    resized.observe(box.current);
+    return () => {
+      resized.disconnect();
+      chart.destroy();
+    };
   }, [minutes, models, what]);
   if (!models.length) return null;
-  return html`<h2>${title}</h2><div ref=${box} role="img" aria-label=${`${title}: ${models.join(", ")}`}></div>`;
+  return html`<h2>${title}</h2><div class="chart" ref=${box} role="img" aria-label=${`${title}: ${models.join(", ")}`}></div>`;
 }
 
 export function TimelinePage({ fleet }) {
