@@ -48,7 +48,7 @@ CONTROL_ROUTES = (
     web.get("/v1/organization/usage/embeddings", usage.organization_embeddings),
     web.get("/v1/organization/costs", usage.organization_costs),
     web.get("/openapi.json", openapi.show_openapi),
-    web.get("/", sign_in.start_page),
+    web.get("/", pages.show_page),
     web.get("/dashboard/me", pages.show_viewer),
     web.get("/dashboard/{path:.+}", pages.show_file),
     web.get("/login", sign_in.login),

@@ -12,14 +12,11 @@ from urllib.parse import quote, unquote
 
 from aiohttp import web
 
-from cortex.accounts.caller import GUEST
 from cortex.accounts.sign_in.person import SESSION_PREFIX
 from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import LIVE, SIGN_IN
-from cortex.api.authorization import caller_of
-from cortex.api.dashboard.pages import page
 from cortex.proxy.authentication import SESSION_COOKIE
-from shared.errors import InvalidRequest, NotFound, ServiceError, Unauthorized, render, shortened
+from shared.errors import InvalidRequest, NotFound, ServiceError, render, shortened
 from shared.http import request_id_of
 
 _SESSION = SESSION_COOKIE.decode()
@@ -49,17 +46,6 @@ def _as_page(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
             return page
 
     return shown
-
-
-async def start_page(request: web.Request) -> web.Response:
-    """The dashboard. Where people sign in, a browser that has not is sent to `/login`."""
-    try:
-        caller = caller_of(request)
-    except Unauthorized:
-        caller = GUEST
-    if caller is GUEST and request.app[SIGN_IN] is not None:
-        return web.Response(status=303, headers={"Location": "/login", "Cache-Control": "no-store"})
-    return page(request)
 
 
 @_as_page

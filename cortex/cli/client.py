@@ -78,7 +78,8 @@ def _answer(
     request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers, method=method)  # noqa: S310 - the scheme is checked above
     try:
         context = _trusted() if url.startswith("https://") else None
-        with urllib.request.urlopen(request, timeout=timeout_secs, context=context) as response:  # noqa: S310 - the scheme is checked above
+        opener = urllib.request.build_opener(_SameOrigin, urllib.request.HTTPSHandler(context=context))
+        with opener.open(request, timeout=timeout_secs) as response:
             yield response
     except urllib.error.HTTPError as error:
         hint = _NEEDS_KEY if error.code == HTTPStatus.UNAUTHORIZED else ""
@@ -90,6 +91,17 @@ def _answer(
         if isinstance(reason, ssl.SSLError):
             reason = f"TLS fails ({reason.reason}): does the address need http:// instead of https://?"
         raise CallFailed(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
+
+
+class _SameOrigin(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to the same host and port only: another must not get the key."""
+
+    def redirect_request(  # noqa: PLR0917 - as urllib calls it
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
+            raise CallFailed(f"{req.full_url} redirects to {newurl}: if that is cortex, set --url to it")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def base_url(url: str) -> str:

@@ -47,8 +47,8 @@ def _read(path: Path) -> _File:
 _FILES = {path.relative_to(_STATIC).as_posix(): _read(path) for path in _STATIC.rglob("*") if path.is_file()}
 
 
-def page(request: web.Request) -> web.Response:
-    """The dashboard's page."""
+async def show_page(request: web.Request) -> web.Response:
+    """The dashboard's page. It asks for a key or a sign-in itself where one is needed."""
     return _answer(request, _FILES["index.html"])
 
 

@@ -41,8 +41,9 @@ class IssuerClient:
         self.client_id = client_id
 
     def endpoint(self, name: str) -> str | None:
+        """Its address; None if the issuer does not offer it. Only a web address: a browser would open any other too."""
         value = self.offer.get(name)
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, str) and urlsplit(value).scheme in ("http", "https") else None
 
     def ask_for_tokens(self, form: dict[str, str]) -> Tokens | dict[str, Any]:
         """The tokens for this grant, or the issuer's error, as a dict with `error`.

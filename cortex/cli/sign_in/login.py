@@ -75,7 +75,8 @@ def _with_device_code(issuer: IssuerClient, endpoint: str, scopes: str) -> Token
         deadline = time.monotonic() + float(given["expires_in"])
     except (LookupError, TypeError, ValueError) as error:
         raise CallFailed(f"{endpoint} answers {status}: {reason_of(given)}; try --browser") from error
-    print(f"Open {address} and enter the code {user_code}", flush=True)
+    shown = "".join(each for each in f"Open {address} and enter the code {user_code}" if each.isprintable())
+    print(shown, flush=True)
     while time.monotonic() < deadline:
         time.sleep(interval)
         found = issuer.ask_for_tokens({"grant_type": _DEVICE_GRANT, "device_code": code})
@@ -104,7 +105,9 @@ def _with_browser(issuer: IssuerClient, scopes: str) -> Tokens:
             "code_challenge": challenge,
             "code_challenge_method": "S256",
         }
-        endpoint = issuer.endpoint("authorization_endpoint") or ""
+        endpoint = issuer.endpoint("authorization_endpoint")
+        if endpoint is None:
+            raise CallFailed("the issuer offers no authorization_endpoint to open in a browser")
         address = f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}"
         print(f"Open {address}", flush=True)
         webbrowser.open(address)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -42,3 +47,42 @@ async def test_https(
     assert "TLS fails" in await ask(cortex.metrics_url.replace("http", "https"))
     monkeypatch.setenv("CORTEX_CA", str(tmp_path / "key.pem"))
     assert "CORTEX_CA: " in await ask(cortex.url)
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """Sends each request to `target`, or answers with the key that it got."""
+
+    target = ""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"key": self.headers.get("Authorization")}).encode()
+        self.send_response(302 if self.path == "/fleet" else 200)
+        if self.path == "/fleet":
+            self.send_header("Location", self.target or "/elsewhere")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to the output of the tests."""
+
+
+@contextlib.contextmanager
+def redirecting(target: str = "") -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("To", (Redirecting,), {"target": target}))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_redirect_does_not_take_the_key_to_another_server() -> None:
+    """One on the same server is followed."""
+    with redirecting() as near:
+        found = call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)
+        assert found == {"key": "Bearer secret"}
+    with redirecting() as other, redirecting(f"{other}/stolen") as near:
+        with pytest.raises(CallFailed, match="redirects to .*/stolen: if that is cortex, set --url to it"):
+            call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)

@@ -59,7 +59,7 @@ function SignIn({ problem, start }) {
     <h1>cortex</h1>
     ${problem.status === 403 ? html`<${Problem} error=${problem} />` : null}
     ${problem.status === 401 && storedKey() ? html`<${Problem} error=${problem} />` : null}
-    ${signsIn && html`<p><a class="button" href="/login">Sign in</a></p>`}
+    ${signsIn && html`<p><a class="button" href=${`/login?next=${encodeURIComponent(`/?page=${pageOf(location.hash)}`)}`}>Sign in</a></p><p>or</p>`}
     <form onSubmit=${submit}>
       <label for="key">API key</label>
       <input id="key" type="password" autocomplete="off" ref=${input} required />
@@ -169,6 +169,10 @@ function App() {
     </main>
     ${help && html`<${Shortcuts} onClose=${() => setHelp(false)} />`}`;
 }
+
+// Back from a sign-in: the address of the page was kept in the query, since a fragment does not reach the server.
+const asked = new URLSearchParams(location.search).get("page");
+if (asked) history.replaceState(null, "", `/#/${pageOf(`#/${asked}`)}`);
 
 const root = document.getElementById("app");
 root.textContent = "";

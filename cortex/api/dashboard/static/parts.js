@@ -108,21 +108,3 @@ export function Confirm({ title, consequence, verb, act, onClose }) {
     </form>
   <//>`;
 }
-
-// Draws only the rows that can be seen once there are many.
-const ALL_BELOW = 60;
-
-export function Rows({ items, height, row, label }) {
-  const box = useRef(null);
-  const [top, setTop] = useState(0);
-  if (items.length <= ALL_BELOW) return html`<div class="rows" role="list" aria-label=${label}>${items.map(row)}</div>`;
-  const visible = Math.ceil((box.current?.clientHeight ?? 800) / height) + 6;
-  const first = Math.max(0, Math.floor(top / height) - 3);
-  const shown = items.slice(first, first + visible);
-  const scrolled = () => setTop(box.current.scrollTop);
-  return html`<div class="rows scroll" role="list" aria-label=${label} ref=${box} onScroll=${scrolled} tabindex="0">
-    <div style=${{ height: `${items.length * height}px` }}>
-      <div style=${{ transform: `translateY(${first * height}px)` }}>${shown.map(row)}</div>
-    </div>
-  </div>`;
-}

@@ -3,9 +3,7 @@
 import { html, useState } from "../html.js";
 import { post } from "../api.js";
 import { ago, mib, percent, plural } from "../format.js";
-import { Bar, Confirm, Rows, Status, modelClass } from "../parts.js";
-
-const ROW_PX = 132;
+import { Bar, Confirm, Status, modelClass } from "../parts.js";
 
 // The parts of a device's memory, largest owner first.
 export function memoryOf(node, device) {
@@ -59,7 +57,7 @@ function Node({ node, mayAct, ask }) {
     <div class="row">
       <h2>${node.name}</h2>
       <${Status} status=${status} title=${node.last_error} />
-      <span class="small">${node.healthy ? `up ${ago(node.up_since).replace(" ago", "")}, neuron ${node.version ?? "?"}${node.simulated ? ", simulated" : ""}` : `silent ${ago(node.silent_since)}`}</span>
+      <span class="small">${node.healthy ? `up ${ago(node.up_since).replace(" ago", "")}, neuron ${node.version ?? "?"}${node.simulated ? ", simulated" : ""}` : `silent for ${ago(node.silent_since).replace(" ago", "")}`}</span>
       <span class="grow"></span>
       ${mayAct && (node.draining ? html`<button class="quiet" onClick=${() => ask({ verb: "Resume", node })}>Resume</button>` : html`<button class="quiet" onClick=${() => ask({ verb: "Drain", node })}>Drain</button>`)}
     </div>
@@ -69,7 +67,7 @@ function Node({ node, mayAct, ask }) {
     ${node.host && html`<p class="small">RAM ${mib(node.host.ram_used_mb)} of ${mib(node.host.ram_total_mb)}</p>`}
     ${links(node)}
     <ul class="engines">
-      ${engines.map((view) => html`<li><${Status} status=${view.status} title=${view.error ?? view.reason} /> ${view.id}${view.variant ? ` (${view.variant})` : ""}${view.progress ? ` – ${view.progress.phase} ${percent((view.progress.overall ?? view.progress.fraction ?? 0) * 100)}` : ""}</li>`)}
+      ${engines.map((view) => html`<li><${Status} status=${node.healthy ? view.status : "unknown"} title=${view.error ?? view.reason} /> ${view.id}${view.variant ? ` (${view.variant})` : ""}${view.progress ? ` – ${view.progress.phase} ${percent((view.progress.overall ?? view.progress.fraction ?? 0) * 100)}` : ""}</li>`)}
     </ul>
   </section>`;
 }
@@ -86,6 +84,6 @@ export function FleetPage({ fleet, mayAct, search }) {
   const healthy = nodes.filter((node) => node.healthy).length;
   return html`<h1>Fleet</h1>
     <p class="small">${plural(nodes.length, "host")}, ${healthy} healthy</p>
-    <${Rows} label="Hosts" items=${nodes} height=${ROW_PX} row=${(node) => html`<${Node} key=${node.name} node=${node} mayAct=${mayAct} ask=${ask} />`} />
+    <div role="list" aria-label="Hosts">${nodes.map((node) => html`<${Node} key=${node.name} node=${node} mayAct=${mayAct} ask=${ask} />`)}</div>
     ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.node.name}?`} verb=${asked.verb} consequence=${CONSEQUENCES[asked.verb](asked.node)} act=${() => post(`/fleet/nodes/${encodeURIComponent(asked.node.name)}/${asked.verb.toLowerCase()}`)} onClose=${() => ask(null)} />`}`;
 }

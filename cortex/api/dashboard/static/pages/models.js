@@ -41,7 +41,7 @@ function Progress({ node, view }) {
 
 function Engine({ node, view }) {
   return html`<li>
-    <${Status} status=${view.status} title=${view.reason} /> on ${node.name}
+    <${Status} status=${node.healthy ? view.status : "unknown"} title=${node.healthy ? view.reason : "its host does not answer"} /> on ${node.name}
     <span class="small">
       ${view.devices?.length ? ` ${view.devices.length > 1 ? "GPUs" : "GPU"} ${view.devices.join(" and ")}` : view.status === "failed" ? "" : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `; ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `; for ${ago(view.since).replace(" ago", "")}` : ""}
     </span>
