@@ -198,11 +198,14 @@ def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
 
 
 def test_a_sign_out(page: Page, tmp_path: Path, issuer: SmallIssuer) -> None:
-    """It stays signed out, although the issuer would sign the browser in again at once."""
+    """A sign-in comes back to the page that was asked for. After it has ended the browser stays signed out, although the
+    issuer would sign it in again at once."""
     neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
     with running_fleet(tmp_path, neuron, {"auth": {"oidc": issuer.settings()}}, {}) as fleet:
-        page.goto(f"{fleet.cortex.url}/")
+        page.goto(f"{fleet.cortex.url}/#/models")
+        page.get_by_role("link", name="Sign in").click()
         expect(page.get_by_text("oidc:alice (viewer)")).to_be_visible()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Models")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("link", name="Sign in")).to_be_visible()
         page.get_by_role("link", name="Sign in").click()

@@ -83,6 +83,6 @@ def test_a_redirect_does_not_take_the_key_to_another_server() -> None:
     with redirecting() as near:
         found = call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)
         assert found == {"key": "Bearer secret"}
-    with redirecting() as other, redirecting(f"{other}/stolen") as near:
-        with pytest.raises(CallFailed, match="redirects to .*/stolen: if that is cortex, set --url to it"):
-            call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)
+    refused = pytest.raises(CallFailed, match=r"redirects to .*/stolen: if that is cortex, set --url to it")
+    with redirecting() as other, redirecting(f"{other}/stolen") as near, refused:
+        call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)
