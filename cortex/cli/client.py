@@ -100,6 +100,7 @@ class _SameOrigin(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
+            fp.close()
             raise CallFailed(f"{req.full_url} redirects to {newurl}: if that is cortex, set --url to it")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -198,7 +198,7 @@ def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
 
 
 def test_a_sign_out(page: Page, tmp_path: Path, issuer: SmallIssuer) -> None:
-    """A sign-in comes back to the page that was asked for. After it has ended the browser stays signed out, although the
+    """A sign-in comes back to the page that was asked for. After a sign-out the browser stays signed out, although the
     issuer would sign it in again at once."""
     neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
     with running_fleet(tmp_path, neuron, {"auth": {"oidc": issuer.settings()}}, {}) as fleet:
