@@ -44,6 +44,11 @@ async def test_memory_of_another_load_is_not_foreign(neuron: Neuron) -> None:
     assert (await slow).status == 200
 
 
+async def _holds(neuron: Neuron, vram_mb: int) -> bool:
+    """True once that was measured: the last measurement may be of the time when it loaded."""
+    return bool((await neuron.model(MODEL))["vram_used_mb"] == vram_mb)
+
+
 async def _begun(neuron: Neuron, model_id: str) -> bool:
     """True once it was measured while it loads."""
     entry = await neuron.model(model_id)
@@ -64,7 +69,8 @@ async def test_killed_engine_comes_back(neuron: Neuron, mark: str, options: tupl
     assert (await neuron.endpoint(MODEL)).status == 404
     after = await loaded_again(neuron, before["pid"])
     assert set(marked_processes(mark)).isdisjoint(family)
-    assert (after["failures"], after["vram_used_mb"], after["error"]) == (1, 9000, None)
+    assert (after["failures"], after["error"]) == (1, None)
+    await until(lambda: _holds(neuron, 9000))
     assert [step["state"] for step in reversed(after["transitions"])][-3:] == ["loaded", "recovering", "loaded"]
     assert "killed by signal 9" in (await neuron.model(MODEL))["transitions"][1]["reason"] or view["reason"]
     assert len(neuron.reserved_ports) == 1
