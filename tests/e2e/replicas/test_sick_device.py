@@ -55,7 +55,7 @@ async def test_an_engine_in_use_moves_without_a_cut(mark: str, tmp_path: Path) -
         begun = asyncio.Event()
         answer = asyncio.create_task(stream(hosts, MODEL, begun))
         await begun.wait()
-        assert await only_on(hosts, MODEL, [0])
+        await until(lambda: only_on(hosts, MODEL, [0]))
         make_sick(hosts, 0)
         await until(lambda: _loaded_on(hosts, 1), 30)
         [node] = (await hosts.get("/fleet"))["nodes"]
