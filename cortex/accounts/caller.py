@@ -14,7 +14,7 @@ also manages keys. Each may do what those before it may."""
 
 
 PERSON_PREFIX: Final = "oidc:"
-"""Begins the name and the id of a person. No key's name has a colon, and no key's id begins so."""
+"""Begins the name and the id of a person. No key's name has a colon, and no key's id begins with this."""
 
 
 class Caller(msgspec.Struct, frozen=True, gc=False):

@@ -43,7 +43,7 @@ async def add_energy_to_days(
 
 
 async def delete_days(connection: AsyncConnection, before: float) -> None:
-    """Deletes the sums of earlier days, but none of which there is a record."""
+    """Deletes the sums of earlier days, except of those that still have records."""
     oldest = (await connection.execute(select(func.min(USAGE.c.ended_at)))).scalar()
     first = before if oldest is None else min(before, day_of(oldest))
     await connection.execute(delete(USAGE_DAYS).where(USAGE_DAYS.c.day < first))

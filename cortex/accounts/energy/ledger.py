@@ -28,7 +28,7 @@ from cortex.accounts.energy.attribution import (
 
 SLICES_AT_ONCE: Final = 200
 SET_BACK_SECS: Final = 5.0
-"""For which time a reading counts if the clock was set back since the last one."""
+"""The time that a reading covers if the clock was set back since the last one."""
 _LOOKED_UP_AT_ONCE: Final = 500
 _LOCK: Final = 0x656E6572  # any number, the same in every cortex
 _SLICE_KEY: Final = ("node", "device", "model", "instance", "started_at")

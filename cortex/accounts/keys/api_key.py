@@ -17,7 +17,9 @@ from cortex.accounts.limits.terms import KeyLimits
 SECRET_PREFIX: Final = "sk-cortex-"  # noqa: S105 - the start of every key that cortex makes
 SECRET_BYTES: Final = 32
 SHOWN_CHARS: Final = 4
-PROVISIONED_PREFIXES: Final = ("file:", "env:")
+FILE_PREFIX: Final = "file:"
+ENVIRONMENT_PREFIX: Final = "env:"
+PROVISIONED_PREFIXES: Final = (FILE_PREFIX, ENVIRONMENT_PREFIX)
 """What the id of a key that is not in the database has before its name."""
 NO_KEY_LIMITS: Final = KeyLimits()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cortex.accounts.keys.api_key import PROVISIONED_PREFIXES, ApiKey, digest_of, prefix_of
+from cortex.accounts.keys.api_key import ENVIRONMENT_PREFIX, FILE_PREFIX, ApiKey, digest_of, prefix_of
 from cortex.accounts.keys.key_terms import KeyTerms, foreign_budget, parse_moment
 from cortex.config.files import KEYS_VARIABLE
 from shared.protocol import plain_reason
@@ -64,7 +64,7 @@ class ProvisionedKey(KeyTerms):
         """
         digest = bytes.fromhex(self.sha256 or "") if self.key is None else digest_of(self.key)
         return ApiKey(
-            PROVISIONED_PREFIXES[source == ENVIRONMENT] + self.name,
+            (ENVIRONMENT_PREFIX if source == ENVIRONMENT else FILE_PREFIX) + self.name,
             self.name,
             digest,
             prefix_of(self.key or ""),

@@ -12,8 +12,8 @@ from cortex.accounts.limits.budget_window import TOLERANCE, BudgetWindow
 from cortex.accounts.limits.terms import Budget, Limits
 
 SET_BACK_SECS: Final = 60.0
-"""A clock that is set back by no more than this is waited for, so that no time is refilled twice. If it is set back by
-more, at most a minute's amount is."""
+"""If the clock is set back by no more than this, nothing is refilled until it has caught up, so no time counts twice.
+If it is set back by more, at most a minute's amount is refilled twice."""
 
 Reserved = list[tuple[BudgetWindow, float]]
 

@@ -1,4 +1,4 @@
-"""Makes what lets people in, as the configuration says."""
+"""Creates the sign-in that the configuration describes."""
 
 from __future__ import annotations
 

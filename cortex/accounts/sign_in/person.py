@@ -16,7 +16,6 @@ from shared.errors import Forbidden, Unauthorized, shortened
 SESSION_PREFIX: Final = b"cortex-session-"
 """Of the secret in a browser's cookie."""
 
-_ROLES_DOWN: Final[tuple[Role, ...]] = ("admin", "operator", "viewer", "user")
 _NAME_CLAIMS: Final = ("preferred_username", "email", "name")
 _UNUSUAL: Final = re.compile(r"[^A-Za-z0-9._@+-]")
 _SUBJECT: Final = re.compile(r"[A-Za-z0-9._@+|:=/-]{1,255}")
@@ -88,15 +87,19 @@ def caller_of(person: Person, settings: OidcSettings) -> Caller:
     Raises:
         Forbidden: they have none.
     """
-    every: Mapping[Role, list[str]] = {
+    highest_first: Mapping[Role, list[str]] = {
         "admin": settings.roles.admin,
         "operator": settings.roles.operator,
         "viewer": settings.roles.viewer,
         "user": settings.roles.user,
     }
     groups = set(person.groups)
-    found = (role for role in _ROLES_DOWN if role == settings.default_role or not groups.isdisjoint(every[role]))
-    role = next(found, None)
+    own = (
+        role
+        for role, allowed in highest_first.items()
+        if role == settings.default_role or not groups.isdisjoint(allowed)
+    )
+    role = next(own, None)
     if role is None:
         shown = shortened(", ".join(person.groups)) or "none"
         raise Forbidden(

@@ -1,4 +1,4 @@
-"""Lets people in: checks tokens and sessions, and takes browsers to the issuer and back."""
+"""Signs people in: checks tokens and sessions, and takes browsers to the issuer and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 from cortex.accounts.database.source import DatabaseError
-from cortex.accounts.sign_in.issuer import Issuer, Offer
+from cortex.accounts.sign_in.issuer import Issuer
 from cortex.accounts.sign_in.person import SESSION_PREFIX, Identified, Person, caller_of, person_of
 from cortex.config.sign_in import OidcSettings
 from shared.errors import InvalidRequest, Unauthorized, Unavailable
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cortex.accounts.sign_in.sessions import Sessions
 
 TOKEN_KEPT_SECS: Final = 60.0
-"""How long a worker remembers a token before it asks again: so soon a key that the issuer withdraws counts no more."""
+"""How long a worker remembers a token before it asks again. Until then a key that the issuer withdraws still counts."""
 SESSION_KEPT_SECS: Final = 1.0
-"""Likewise a session: so soon a logout takes effect everywhere."""
+"""Likewise a session: a logout takes effect everywhere after this time."""
 _RETRY_SECS: Final = 5.0
 _RANDOM_BYTES: Final = 32
 
@@ -53,10 +53,6 @@ class SignIn:
     def settings(self) -> OidcSettings:
         return self._settings()
 
-    async def offer(self) -> Offer:
-        """What the issuer offers. Raises Unavailable."""
-        return await self._issuer.offer()
-
     async def identify(self, credential: bytes) -> Identified:
         """See `person.People`."""
         if credential.startswith(SESSION_PREFIX):
@@ -67,7 +63,7 @@ class SignIn:
         return Identified(caller_of(person, self.settings), min(float(claims["exp"]), now + TOKEN_KEPT_SECS))
 
     async def depart(self, redirect_url: str) -> Departure:
-        """Begins to sign a browser in; it comes back to `redirect_url`. Raises Unavailable."""
+        """Starts the sign-in of a browser, which comes back to `redirect_url`. Raises Unavailable."""
         self._writable()
         offer = await self._issuer.offer()
         state, nonce, verifier = (secrets.token_urlsafe(_RANDOM_BYTES) for _ in range(3))
@@ -86,10 +82,10 @@ class SignIn:
         return Departure(f"{offer.authorization_endpoint}{joined}{urlencode(query)}", state, nonce, verifier)
 
     async def arrive(self, code: str, *, nonce: str, verifier: str, redirect_url: str) -> str:
-        """Signs a browser in that comes back with a code. Returns the secret of its session.
+        """Signs in a browser that comes back with a code. Returns the secret of its session.
 
         Raises:
-            ServiceError: the issuer refuses the code, the person has no role, or one of what is needed is down.
+            ServiceError: the issuer refuses the code, the person has no role, or the issuer or the database is down.
         """
         sessions = self._writable()
         token = await self._issuer.id_token(code, verifier, redirect_url)

@@ -1,4 +1,4 @@
-"""Sums over the records of usage of each day, with those of the records that there are."""
+"""Sums over the records of usage of each day, filled from the existing records."""
 
 from __future__ import annotations
 
