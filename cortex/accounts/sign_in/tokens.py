@@ -38,7 +38,7 @@ def public_keys(document: Any) -> list[PublicKey]:
     """
     entries = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        raise ValueError("it has no list `keys`")
+        raise ValueError("it has no list `keys`")  # noqa: TRY004 - of a document, not of an argument
     found: list[PublicKey] = []
     for entry in entries:
         if not isinstance(entry, dict) or entry.get("kty") == "oct" or entry.get("use", "sig") != "sig":
