@@ -37,8 +37,8 @@ def test_every_document_is_a_page(site: Path) -> None:
         name = path.relative_to(TOP / "docs").with_suffix("")
         page = name.parent if name.name == "README" else name
         assert (site / page / "index.html").is_file(), path
-    for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
-        assert (site / "project" / name / "index.html").is_file()
+    for title in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
+        assert (site / "project" / title / "index.html").is_file()
 
 
 def test_pages_load_nothing_from_outside(site: Path) -> None:
