@@ -149,7 +149,8 @@ def build(
     `clock`: monotonic seconds. Without `leases` it asks no other cortexes. `caller_of` finds the caller by key id."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = _demand(fleet, counts, clock, _device_time(live, state, caller_of))
-    metrics, queue = Metrics(fleet, counts.all_in_flight, counts.counters), AdmissionQueue(live=live, clock=clock)
+    queue = AdmissionQueue(live=live, clock=clock)
+    metrics = Metrics(fleet, counts.all_in_flight, counts.counters, waiting=queue.counts, state_dir=state.directory)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
