@@ -170,7 +170,8 @@ class RawEngine:
             yield self
         finally:
             server.close()
-            await asyncio.sleep(0)  # a connection just accepted is in the list then
+            for _ in range(3):  # turns of the loop from the acceptance of a connection to its place in the list
+                await asyncio.sleep(0)
             tasks = [wire.serving for wire in self.connections if wire.serving is not None]
             for wire in self.connections:
                 wire.transport.abort()
