@@ -119,9 +119,11 @@ class RawEngine:
         """Connections that neither side has ended."""
         return [wire for wire in self.connections if not wire.gone.is_set() and not wire.transport.is_closing()]
 
-    async def _serve(self, wire: Wire) -> None:
-        number = len(self.connections)
+    def _accepted(self, wire: Wire) -> Awaitable[None]:
         self.connections.append(wire)
+        return self._serve(wire, len(self.connections) - 1)
+
+    async def _serve(self, wire: Wire, number: int) -> None:
         try:
             if not self.reads:
                 wire.stop_reading()
@@ -163,7 +165,7 @@ class RawEngine:
         """
         loop = asyncio.get_running_loop()
         at: dict[str, Any] = {"host": self.host, "port": self.port} if sock is None else {"sock": sock}
-        server = await loop.create_server(lambda: Wire(self._serve), **at)
+        server = await loop.create_server(lambda: Wire(self._accepted), **at)
         self.host, self.port = server.sockets[0].getsockname()
         self.url = f"http://{self.host}:{self.port}"
         try:
