@@ -84,7 +84,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
-    app[USAGE_REPORTS] = usage_reports(parts.database)
+    app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
