@@ -2,88 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from cortex.config.gateway import GatewaySettings
+from cortex.config.neurons import HostNetwork, NeuronEntry, NeuronTlsSettings
 from cortex.config.sign_in import AuthSettings
 from cortex.http.headers import OF_REQUESTS, PASS
-from shared.cross_site import checked_hosts, checked_origins
 from shared.settings import SettingsModel
-from shared.tls import TlsFiles
-
-_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-def parse_listen(value: str) -> tuple[str, int]:
-    """Splits `host:port` or `[v6]:port`.
-
-    Raises:
-        ValueError: the value is neither.
-    """
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise ValueError("must be HOST:PORT, for example 127.0.0.1:31313")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-class GatewaySettings(SettingsModel):
-    """`[gateway]`: the HTTP server."""
-
-    listen: str = "127.0.0.1:31313"
-    metrics_listen: str = "127.0.0.1:31314"
-    workers: int = Field(default=1, ge=1, le=256)
-    max_body_mib: int = Field(default=32, ge=1, le=4096)
-    drain_timeout_secs: float = Field(default=30, ge=0)
-    keepalive_secs: float = Field(default=15, gt=0)
-    default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
-    allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
-    allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
-    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
-    metrics_token: str | None = Field(default=None, min_length=1)
-    metrics_token_env: str | None = None
-    tls_cert: Path | None = None  # PEM, with its chain; relative to cortex.toml
-    tls_key: Path | None = None
-
-    _origins = field_validator("allowed_origins")(checked_origins)
-    _hosts = field_validator("allowed_hosts")(checked_hosts)
-
-    @model_validator(mode="after")
-    def _metrics_token_is_there(self) -> GatewaySettings:
-        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
-            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
-        return self
-
-    @property
-    def metrics_bearer_token(self) -> str | None:
-        """What Prometheus has to send; None if it needs none."""
-        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
-
-    @field_validator("listen", "metrics_listen")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        parse_listen(value)
-        return value
-
-    @model_validator(mode="after")
-    def _certificate_has_its_key(self) -> GatewaySettings:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key: set both, or neither")
-        return self
-
-    @property
-    def tls_files(self) -> TlsFiles | None:
-        """What clients see of this server; None for HTTP without TLS."""
-        return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
-
-    def url(self, host: str, port: int) -> str:
-        """Where clients reach cortex when it listens on this address."""
-        return f"{'http' if self.tls_cert is None else 'https'}://{host}:{port}"
 
 
 class KeysSettings(SettingsModel):
@@ -186,76 +115,6 @@ class EnergySettings(SettingsModel):
     """`[energy]`: what the GPUs' energy costs."""
 
     price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # in `[usage] currency`
-
-
-@dataclass(frozen=True)
-class HostNetwork:
-    """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
-    one. `gbps` is the speed of the host's own link in Gbit/s, None if unknown."""
-
-    name: str | None = None
-    gbps: float | None = None
-
-
-class NeuronEntry(SettingsModel):
-    """`[[neurons]]`: one GPU host."""
-
-    name: str
-    endpoint: str
-    token: str | None = Field(default=None, min_length=1)
-    token_env: str | None = None
-    network: str | None = None  # neurons that name the same one are next to each other
-    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: as the neuron reports it
-
-    @field_validator("name", "network")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NODE_NAME.fullmatch(value):
-            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
-        return value
-
-    @field_validator("endpoint")
-    @classmethod
-    def _url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        _ = parts.port  # raises ValueError for an invalid port
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("must be a URL such as http://host:13131")
-        return value.rstrip("/")
-
-    @model_validator(mode="after")
-    def _token_is_there(self) -> NeuronEntry:
-        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
-            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
-        return self
-
-    @property
-    def bearer_token(self) -> str | None:
-        """The token to send to this neuron; None when it needs none."""
-        return self.token or (os.environ[self.token_env] if self.token_env else None)
-
-    @property
-    def access(self) -> tuple[str, str | None]:
-        """How it is reached: the endpoint and the token."""
-        return self.endpoint, self.bearer_token
-
-
-class NeuronTlsSettings(SettingsModel):
-    """`[neuron_tls]`: TLS to neurons with an https endpoint. Paths are relative to cortex.toml."""
-
-    ca: Path | None = None  # PEM with the authorities that sign neurons' certificates; None: the system's
-    cert: Path | None = None  # PEM with the certificate, and its chain, that neurons see of cortex
-    key: Path | None = None
-
-    @model_validator(mode="after")
-    def _certificate_has_its_key(self) -> NeuronTlsSettings:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("cert and key: set both, or neither")
-        return self
-
-    @property
-    def files(self) -> TlsFiles:
-        return TlsFiles(self.cert, self.key, self.ca)
 
 
 class CortexConfig(SettingsModel):

@@ -1,0 +1,78 @@
+"""`[gateway]` of cortex.toml: where clients and Prometheus reach cortex."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.cross_site import checked_hosts, checked_origins
+from shared.settings import SettingsModel
+from shared.tls import TlsFiles
+
+
+def parse_listen(value: str) -> tuple[str, int]:
+    """Splits `host:port` or `[v6]:port`.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, for example 127.0.0.1:31313")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class GatewaySettings(SettingsModel):
+    """`[gateway]`: the HTTP server."""
+
+    listen: str = "127.0.0.1:31313"
+    metrics_listen: str = "127.0.0.1:31314"
+    workers: int = Field(default=1, ge=1, le=256)
+    max_body_mib: int = Field(default=32, ge=1, le=4096)
+    drain_timeout_secs: float = Field(default=30, ge=0)
+    keepalive_secs: float = Field(default=15, gt=0)
+    default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
+    allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
+    allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
+    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
+    metrics_token: str | None = Field(default=None, min_length=1)
+    metrics_token_env: str | None = None
+    tls_cert: Path | None = None  # PEM, with its chain; relative to cortex.toml
+    tls_key: Path | None = None
+
+    _origins = field_validator("allowed_origins")(checked_origins)
+    _hosts = field_validator("allowed_hosts")(checked_hosts)
+
+    @model_validator(mode="after")
+    def _metrics_token_is_there(self) -> GatewaySettings:
+        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
+            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
+        return self
+
+    @property
+    def metrics_bearer_token(self) -> str | None:
+        """What Prometheus has to send; None if it needs none."""
+        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        parse_listen(value)
+        return value
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> GatewaySettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: set both, or neither")
+        return self
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """What clients see of this server; None for HTTP without TLS."""
+        return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
+
+    def url(self, host: str, port: int) -> str:
+        """Where clients reach cortex when it listens on this address."""
+        return f"{'http' if self.tls_cert is None else 'https'}://{host}:{port}"

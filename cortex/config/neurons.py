@@ -1,0 +1,86 @@
+"""`[[neurons]]` and `[neuron_tls]` of cortex.toml: the GPU hosts and how they are reached."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.settings import SettingsModel
+from shared.tls import TlsFiles
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class HostNetwork:
+    """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
+    one. `gbps` is the speed of the host's own link in Gbit/s, None if unknown."""
+
+    name: str | None = None
+    gbps: float | None = None
+
+
+class NeuronEntry(SettingsModel):
+    """`[[neurons]]`: one GPU host."""
+
+    name: str
+    endpoint: str
+    token: str | None = Field(default=None, min_length=1)
+    token_env: str | None = None
+    network: str | None = None  # neurons that name the same one are next to each other
+    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: as the neuron reports it
+
+    @field_validator("name", "network")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and not _NODE_NAME.fullmatch(value):
+            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        _ = parts.port  # raises ValueError for an invalid port
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must be a URL such as http://host:13131")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _token_is_there(self) -> NeuronEntry:
+        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
+            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        return self
+
+    @property
+    def bearer_token(self) -> str | None:
+        """The token to send to this neuron; None when it needs none."""
+        return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+    @property
+    def access(self) -> tuple[str, str | None]:
+        """How it is reached: the endpoint and the token."""
+        return self.endpoint, self.bearer_token
+
+
+class NeuronTlsSettings(SettingsModel):
+    """`[neuron_tls]`: TLS to neurons with an https endpoint. Paths are relative to cortex.toml."""
+
+    ca: Path | None = None  # PEM with the authorities that sign neurons' certificates; None: the system's
+    cert: Path | None = None  # PEM with the certificate, and its chain, that neurons see of cortex
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> NeuronTlsSettings:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key: set both, or neither")
+        return self
+
+    @property
+    def files(self) -> TlsFiles:
+        return TlsFiles(self.cert, self.key, self.ca)
