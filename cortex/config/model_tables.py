@@ -37,10 +37,15 @@ class ModelLimit(SettingsModel):
     minute, tokens per minute, and at a time."""
 
     context: int | None = Field(default=None, gt=0)
+    """Tokens of prompt and answer together; also listed as `max_model_len`. Default: not reported."""
     output: int | None = Field(default=None, gt=0)
+    """Tokens of an answer. Default: not reported."""
     rpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    """Requests per minute. Default: not limited."""
     tpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    """Tokens per minute, prompts and answers together. Default: not limited."""
     parallel: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    """Requests at a time. Default: not limited."""
 
 
 class Replicas(SettingsModel):
@@ -48,8 +53,14 @@ class Replicas(SettingsModel):
     `per_node` on one node."""
 
     min: int = Field(default=0, ge=0, le=1000)
+    """Instances that are kept loaded wherever they fit; models of equal priority do not evict them. Default: `0`:
+    loaded on request."""
     max: int = Field(default=1, ge=1, le=1000)
+    """Instances that may be loaded while each has more requests than `replica_target`; only free memory is used for
+    them. Default: `1`, or `min`."""
     per_node: int | None = Field(default=None, ge=1, le=1000)
+    """Instances that one host may hold. No two of them share a device. Default: as many as it has devices for; one on a
+    host without devices."""
 
     @model_validator(mode="before")
     @classmethod
@@ -97,18 +108,31 @@ class Variant(SettingsModel):
     its number from 1."""
 
     name: VariantName | None = None
+    """What a request for it puts after the `@`; no white space and no `@`, unique in the model. Default: its `quant`,
+    or else its number from 1."""
     harness: str | None = None
+    """The kind of engine. Default: as the model."""
     quant: str | None = None
+    """Quantisation. Default: as the model."""
     vram_mb: int | None = Field(default=None, gt=0)
+    """Footprint of the whole model in MiB. Default: as the model."""
     devices: int | None = None
+    """`0`: it runs on the CPU. Default: as the model."""
     min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
+    """GPUs that it is split over. Default: as the model."""
     parallel: ParallelSettings | None = None
     min_device_vram_mb: int | None = Field(default=None, gt=0)
+    """Total memory that each of these GPUs must have. Default: as the model."""
     min_compute_capability: ComputeCapability | None = None
+    """Compute capability that each of them must have. Default: as the model."""
     pinned_on: tuple[str, ...] | None = None
+    """The only neurons that may hold it; `[]`: any. Default: as the model."""
     source: str | None = None
+    """What the engine loads. Default: as the model."""
     args: tuple[str, ...] | None = None
+    """Further engine arguments, instead of the model's. Default: as the model."""
     max_model_len: ContextLength = None
+    """Tokens of context that it serves, or `"auto"`. Default: as the model."""
 
     _tensor_size_of_either = model_validator(mode="before")(with_tensor_size)
     _one_tensor_size = field_validator("parallel")(same_tensor_size)

@@ -29,11 +29,19 @@ class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
     name: str
+    """Its name in answers, metrics and `pinned_on`: letters, digits, `.`, `_`, `-`; unique."""
     endpoint: str
+    """URL of its neuron, `http://` or `https://`."""
     token: str | None = Field(default=None, min_length=1)
+    """The bearer token it expects, if you may store it in the file; overrides `token_env`. Default: see `token_env`."""
     token_env: str | None = None
-    network: str | None = None  # neurons that name the same one are next to each other
-    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: as the neuron reports it
+    """The environment variable that holds the token; it must be set. Default: without `token` too, none is sent."""
+    network: str | None = None
+    """Name of the network that it shares with the neurons that give the same one, for [models that span
+    hosts](spanning.md#which-hosts): the same characters as in `name`. Default: one network with all others that give
+    none."""
+    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Speed of its link to that network in Gbit/s. Default: as the neuron reports it."""
 
     @field_validator("name", "network")
     @classmethod
@@ -71,9 +79,13 @@ class NeuronEntry(SettingsModel):
 class NeuronTlsSettings(SettingsModel):
     """`[neuron_tls]`: TLS to neurons with an https endpoint. Paths are relative to cortex.toml."""
 
-    ca: Path | None = None  # PEM with the authorities that sign neurons' certificates; None: the system's
-    cert: Path | None = None  # PEM with the certificate, and its chain, that neurons see of cortex
+    ca: Path | None = None
+    """PEM file with the authorities that sign the neurons' certificates. Default: those of the system."""
+    cert: Path | None = None
+    """PEM file with the certificate, and its chain, that cortex shows to neurons with `tls_client_ca`. Default:
+    none."""
     key: Path | None = None
+    """PEM file with its key, without a password. Default: none."""
 
     @model_validator(mode="after")
     def _certificate_has_its_key(self) -> NeuronTlsSettings:

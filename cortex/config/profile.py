@@ -76,31 +76,68 @@ class ModelProfile(SettingsModel):
     """
 
     id: ModelName
+    """What clients put into `model`; no white space; unique."""
     harness: str = "vllm"
+    """The kind of engine; only hosts that offer it are considered."""
     quant: str | None = None
+    """Quantisation, passed on as `--quantization`. Default: what the model's files say."""
     vram_mb: int | None = Field(default=None, gt=0)
+    """Footprint of the whole model in MiB, all devices together. It is reserved while the model loads, ranks hosts by
+    room, and becomes the engine's share of each GPU. It never rules a host out, but a neuron refuses a load that does
+    not fit at that moment. Default: nothing is reserved here; the neuron books what the model's files say it needs,
+    otherwise the engine's default (vLLM: 92% of each GPU)."""
     devices: int | None = None
+    """`0`: the model runs on the CPU, and `vram_mb` is the RAM it needs ([memory.md](memory.md)). Not with
+    `min_devices`, `parallel`, `span_nodes`, `min_device_vram_mb` or `min_compute_capability`. Default: it runs on
+    GPUs."""
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    """GPUs of one host that the model is split over: the tensor-parallel size, short for `parallel.tensor`."""
     parallel: ParallelSettings | None = None
     span_nodes: bool = False
+    """`true`: these GPUs may be on several hosts, if no single host has room ([spanning.md](spanning.md))."""
     min_device_vram_mb: int | None = Field(default=None, gt=0)
+    """Total memory that each of these GPUs must have, in MiB. This does rule hosts out. Default: any GPU will do."""
     min_compute_capability: ComputeCapability | None = None
+    """The compute capability that each of these GPUs must have, such as `"8.9"` for FP8 on an RTX 4090. This rules
+    hosts out too; so does a GPU that does not report one. Default: any GPU will do."""
     pinned_on: tuple[str, ...] = ()
+    """The only neurons that may hold the model; it is never evicted there. Default: any neuron."""
     residency_priority: int = DEFAULT_PRIORITY
+    """A model is evicted only for one of equal or higher priority. Default: `100`; `1000` with `pinned_on`."""
     replicas: Replicas = Replicas()
     min_residency_secs: float | None = Field(default=None, ge=0)
+    """As in `[placement]`, for this model. Default: what `[placement]` says."""
     idle_ttl_secs: float | None = Field(default=None, gt=0)
+    """Unload the model after this long without a request, down to `replicas.min`. Default: it stays until its memory is
+    needed."""
     when_idle: Literal["unload", "sleep"] = "unload"
+    """`"unload"`, or `"sleep"`: on eviction the model moves to host memory if its neuron supports it
+    ([sleep](configuration.md#sleep)), and wakes from there in a second or two; elsewhere it is unloaded."""
     source: str | None = None
+    """What the engine loads: an absolute path on the GPU host, or a hub name. Default: `id`."""
     args: tuple[str, ...] = ()
+    """Further engine arguments, with the exceptions named above. Default: none."""
     max_model_len: ContextLength = None
+    """Tokens of prompt and answer together that the engine serves, or `"auto"`: the longest context that [fits on the
+    card](configuration.md#which-context-fits). Instead of `--max-model-len` in `args`. Default: as the engine decides
+    (vLLM: the model's own context, and no start if that does not fit)."""
     tools: bool = False
+    """Whether clients may offer the model tools, as every coding agent does: neuron adds `--enable-auto-tool-choice`,
+    `--tool-call-parser` and, for families that think, `--reasoning-parser`
+    ([which?](configuration.md#which-models-can-use-tools)). Default: `false`: vLLM refuses such requests."""
     limit: ModelLimit | None = None
     prices: ModelPrices | None = None
     base: ModelName | None = None
+    """This entry is a [LoRA adapter](configuration.md#how-are-lora-adapters-served) of the model with this id. Only
+    with `id`, `lora`, `limit` and `prices`. Default: it is a model of its own."""
     lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    """The adapter's weights: an absolute path on the GPU hosts, or a hub name. Default: required with `base`."""
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)
+    """How many adapters an engine of this model can have at a time. Default: `4` if the model has adapters; otherwise
+    its engines take none."""
     max_lora_rank: int | None = Field(default=None, ge=1, le=MAX_LORA_RANK)
+    """The highest rank of an adapter, at most 512. Default: that of the adapters on the host, if none is a hub name;
+    otherwise the engine's (vLLM: 16)."""
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
     _place: int = PrivateAttr(default=0)

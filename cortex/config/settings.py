@@ -18,21 +18,29 @@ from shared.settings import SettingsModel
 class KeysSettings(SettingsModel):
     """`[keys]`: API keys that are provisioned from outside."""
 
-    file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
+    file: Path | None = None
+    """TOML file with [API keys](keys.md#how-do-i-provision-keys-from-a-file-or-the-environment), relative to
+    cortex.toml. Default: none."""
 
 
 class PollSettings(SettingsModel):
     """`[poll]`: how neurons are polled."""
 
     interval_secs: float = Field(default=2.0, gt=0)
+    """Seconds between two polls of a neuron. Neurons with `/events` push changes within milliseconds, so cortex then
+    polls only `/health`, and everything every 15th time. For protocol v1 neurons this is the delay until cortex sees a
+    change."""
     timeout_secs: float = Field(default=5.0, gt=0)
-    unhealthy_after: int = Field(default=3, ge=1)  # consecutive misses
+    """How long one poll may take."""
+    unhealthy_after: int = Field(default=3, ge=1)
+    """Consecutive missed polls after which a neuron gets no requests; one answer makes it healthy again."""
 
 
 class ColdLoadSettings(SettingsModel):
     """`[cold_load]`: loading a model on request."""
 
     timeout_secs: float = Field(default=1800, gt=0)
+    """How long a load may take, and how long a request waits for it."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,32 @@ class PlacementSettings(SettingsModel):
     """`[placement]`: which model is evicted for which, and when. Times in seconds."""
 
     min_residency_secs: float = Field(default=Rules.min_residency_secs, ge=0)
+    """A freshly loaded model stays at least this long unless nothing else frees the memory; models.toml can set it per
+    model."""
     patience_secs: float = Field(default=Rules.patience_secs, ge=0)
+    """Once requests have waited as long as [evicting a busy model will cost its
+    own](placement.md#which-models-are-evicted), or one of them this long, it may be evicted, after its residency: it
+    gets no new requests and finishes those it has."""
     starvation_secs: float = Field(default=Rules.starvation_secs, ge=0)
+    """A request that has waited this long goes first, whatever the priorities of the others; at least
+    `patience_secs`."""
     pause_secs: float = Field(default=Rules.pause_secs, ge=0)
-    replica_target: int = Field(default=Rules.replica_target, ge=1)  # requests at a time
+    """A model counts as busy after its last request for a twentieth of what an exchange takes, and at most this
+    long."""
+    replica_target: int = Field(default=Rules.replica_target, ge=1)
+    """Running and waiting requests per replica above which another replica is loaded, if the model's `replicas.max`
+    allows it."""
     scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
+    """The load must exceed `replica_target` for this long."""
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
+    """A replica beyond `replicas.min` is unloaded after this long without a request."""
     load_ahead: bool = Rules.load_ahead
-    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)  # 0: keys have no device time
+    """Whether a model that was evicted for another [comes back before it is
+    requested](placement.md#when-does-a-model-come-back-before-it-is-requested), when it is used more than what is idle
+    then."""
+    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)
+    """[the device time that API keys have used](fairness.md) fades to half within this time; `0`: it does not decide
+    whose model is loaded."""
 
     def rules(self) -> Rules:
         """These settings as rules for the planner."""
@@ -81,9 +107,15 @@ class PlacementSettings(SettingsModel):
 class RoutingSettings(SettingsModel):
     """`[routing]`: which of several replicas gets a request."""
 
-    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
-    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are ignored
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")
+    """Requests with the same value in this header go to the same engine, whatever their prompts; the header is
+    forwarded. `""` turns it off. Names that cortex itself reads (`authorization`, `x-request-id`, …) are refused."""
+    prefix_chars: int = Field(default=256, ge=0, le=65536)
+    """Without that header, requests whose prompts share this many first characters go to the same engine, for its
+    prefix cache; 0 to 65536, 0 ignores prompts."""
     load_factor: float = Field(default=1.25, ge=1, le=100)
+    """How far above the average load an engine may be and still be preferred for that, 1 to 100; beyond it the next
+    engine gets the request."""
 
     @field_validator("session_header")
     @classmethod
@@ -97,34 +129,57 @@ class WaitingSettings(SettingsModel):
     """`[waiting]`: limits on requests that wait for a model, and how often they get progress comments."""
 
     per_model: int = Field(default=1024, ge=1)
+    """Requests that may wait for one model."""
     total: int = Field(default=4096, ge=1)
+    """Requests that may wait in total."""
     first_comment_secs: float = Field(default=1.0, gt=0)
+    """An event stream that has waited this long is answered with 200 and a first comment, see
+    [api.md](api.md#what-does-a-stream-get-while-it-waits)."""
     comment_interval_secs: float = Field(default=2.0, gt=0)
+    """Time between two comments of one stream."""
     plain_keepalive: Literal["off", "whitespace"] = "off"
+    """`"whitespace"`: a plain JSON answer begins early as well, at a price, see
+    [api.md](api.md#what-does-a-plain-request-get-while-it-waits)."""
 
 
 class UsageSettings(SettingsModel):
     """`[usage]`: the records of what was used."""
 
-    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
-    retention_days: int = Field(default=400, ge=0)  # 0: no limit
-    daily_retention_days: int = Field(default=3650, ge=0)  # of the daily sums; 0: no limit
+    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")
+    """ISO 4217 code of the currency of the catalogue's [prices](configuration.md#modelsprices). A reload is refused
+    while a key has a [budget](limits.md) in another currency."""
+    retention_days: int = Field(default=400, ge=0)
+    """Records of requests are deleted after so many days; `0`: never."""
+    daily_retention_days: int = Field(default=3650, ge=0)
+    """Their daily sums are deleted after so many days, but not before the records; `0`: never."""
 
 
 class EnergySettings(SettingsModel):
     """`[energy]`: what the GPUs' energy costs."""
 
-    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # in `[usage] currency`
+    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Price of a kWh, in `[usage] currency`, for usage reports."""
 
 
 class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
     models_config: Path = Path("models.toml")
-    state_dir: Path | None = None  # None: see cortex.config.files.state_directory
-    database: str | None = None  # None: SQLite in the state directory
+    """Path of the catalogue, relative to cortex.toml. Default: `"models.toml"`."""
+    state_dir: Path | None = None
+    """Directory for state that survives restarts (drained neurons, models held back, load times, context lengths,
+    makers of responses), relative to cortex.toml; used by one cortex at a time. Default: systemd's `STATE_DIRECTORY`;
+    otherwise a directory under `$XDG_STATE_HOME/cortex` (`~/.local/state/cortex`) that belongs to this cortex.toml,
+    created when needed."""
+    database: str | None = None
+    """`postgresql://USER:PASSWORD@HOST/NAME`, for several cortexes that share keys, limits and usage. libpq's
+    parameters work: `?host=/run/postgresql`, `?sslmode=verify-full`. Default: SQLite in `cortex.db` in the state
+    directory."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """`debug`, `info`, `warning` or `error`; the log goes to standard error."""
     log_format: Literal["text", "json"] = "text"
+    """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
+    `exception`."""
     gateway: GatewaySettings = GatewaySettings()
     keys: KeysSettings = KeysSettings()
     auth: AuthSettings = AuthSettings()

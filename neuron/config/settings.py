@@ -37,22 +37,51 @@ class DefaultModel(WantedModel):
 class NeuronConfig(SettingsModel):
     """neuron.toml. Load it as `neuron.harness.checks.CheckedConfig`, which knows the harnesses."""
 
-    name: str | None = None  # None: the host's name
+    name: str | None = None
+    """Name of this host. Default: the host name."""
     host: str = "127.0.0.1"
+    """Address that neuron and its engines bind; cortex must be able to reach it. Default: `"127.0.0.1"`: a cortex on
+    the same host only."""
     port: int = Field(default=13131, ge=0, le=65535)
+    """Neuron's port; with 0 the system chooses."""
     token: str | None = Field(default=None, min_length=1)
+    """The bearer token that callers must send; overrides `token_env`. Default: see `token_env`."""
     token_env: str | None = None
-    tls_cert: Path | None = None  # PEM, with its chain; relative to neuron.toml
+    """The environment variable that holds the token; it must be set. Default: without `token` too, callers on this host
+    need none, and neuron refuses to listen on the network
+    ([security.md](security.md#what-may-listen-on-the-network))."""
+    tls_cert: Path | None = None
+    """PEM file with the certificate that callers see, and its chain; relative to neuron.toml. neuron then speaks HTTPS,
+    and cortex's `endpoint` starts with `https://`. It reads the files again when they change. Default: none: HTTP
+    without TLS."""
     tls_key: Path | None = None
-    tls_client_ca: Path | None = None  # PEM: callers need a certificate that one of these authorities has signed
-    allow_anonymous: bool = False  # True: it may listen on the network without a token
-    allowed_hosts: list[str] = Field(default_factory=list)  # public names that callers without a token may use
-    engine_keys: KeyMode = "auto"  # which engines get a key
-    state_dir: Path | None = None  # None: a directory of this user and port below the system's temporary directory
+    """PEM file with its key, without a password. Default: none."""
+    tls_client_ca: Path | None = None
+    """PEM file with authorities: callers need a certificate that one of them has signed, which cortex has in
+    [`[neuron_tls]`](reference/cortex.md#neuron_tls). Default: none: callers need no certificate."""
+    allow_anonymous: bool = False
+    """`true`: listen on the network without a token; anyone who can reach the port may then run code on this host."""
+    allowed_hosts: list[str] = Field(default_factory=list)
+    """Public names that callers without a token may use, such as `"gpu1.example.com"` or `"*.example.com"`; `"*"`
+    allows all. Addresses and private names need no entry ([security.md](security.md#which-names-can-a-client-use)).
+    Default: none."""
+    engine_keys: KeyMode = "auto"
+    """Which engines get a key: `"auto"`, `"always"` or `"never"`
+    ([security.md](security.md#which-engines-get-a-key))."""
+    state_dir: Path | None = None
+    """Directory for engines' run records, logs and temporary files, and for load history; used by one neuron at a time.
+    A new neuron finds there what an earlier one left. Default: a directory of this user and port under the system's
+    temporary directory, removed at the end."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """`debug`, `info`, `warning` or `error`."""
     log_format: Literal["text", "json"] = "text"
+    """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
+    `exception`."""
     drain_timeout_secs: float = Field(default=30, ge=0)
-    on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"  # the next neuron adopts engines that are left
+    """How long running requests may continue after SIGTERM before engines are stopped."""
+    on_stop: Literal["stop_engines", "leave_engines"] = "stop_engines"
+    """`stop_engines`: stopping neuron drains and stops its engines. `leave_engines`: they keep running and serving, and
+    the next neuron with this `state_dir` adopts them."""
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     harness: Mapping[str, HarnessSettings] = Field(default_factory=dict)
     harnesses: list[HarnessEntry] | None = None  # None: see `harness_names`
@@ -61,7 +90,8 @@ class NeuronConfig(SettingsModel):
     sleep: SleepSettings = Field(default_factory=SleepSettings)
     accelerators: list[AcceleratorEntry] = Field(default_factory=list)  # not empty: no driver is asked
     simulate: SimulateSettings | None = None
-    model_roots: list[Path] = Field(default_factory=list)  # not empty: local models must be below one of these
+    model_roots: list[Path] = Field(default_factory=list)
+    """Absolute directories; a model given as a path must be below one of them. Default: any path."""
     default_models: list[DefaultModel] = Field(default_factory=list)
 
     _hosts = field_validator("allowed_hosts")(checked_hosts)
