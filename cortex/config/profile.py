@@ -116,7 +116,7 @@ class ModelProfile(SettingsModel):
     source: str | None = None
     """What the engine loads: an absolute path on the GPU host, or a hub name. Default: `id`."""
     args: tuple[str, ...] = ()
-    """Further engine arguments, with the exceptions named above. Default: none."""
+    """Further engine arguments, except those that neuron [sets itself](configuration.md#harnessname). Default: none."""
     max_model_len: ContextLength = None
     """Tokens of prompt and answer together that the engine serves, or `"auto"`: the longest context that [fits on the
     card](configuration.md#which-context-fits). Instead of `--max-model-len` in `args`. Default: as the engine decides
