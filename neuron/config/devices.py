@@ -58,7 +58,8 @@ class SimulateSettings(SettingsModel):
     """`[simulate]`: when present, it replaces the topology that NVML reports."""
 
     devices: list[str | SimulatedDevice] = Field(default_factory=list)
-    """Presets by name, or tables of `[[simulate.devices]]`, in the order of their indices. Default: none: a host without GPUs."""
+    """Presets by name, or tables of `[[simulate.devices]]`, in the order of their indices. Default: none: a host
+    without GPUs."""
     nvlink: bool = False
     """True: all devices are NVLink peers; false: they share a PCIe host bridge."""
     ram_mb: int | None = Field(default=None, gt=0)
