@@ -301,12 +301,15 @@ async def told_to_stop(
     lifeline: int | None,
     grace_secs: float,
     on_hangup: Callable[[], None] | None = None,
+    on_restart: Callable[[], None] | None = None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[asyncio.Event]:
     """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets. A second signal exits at once with status
     130.
 
     `on_hangup` is called on SIGHUP instead of stopping, unless the kernel sent it because the terminal was closed.
+    `on_restart` is called before the event is set on SIGUSR2, which means the same as SIGTERM, except that another
+    process takes over at once.
 
     `lifeline` is the read end of a pipe whose other end the parent process holds: end of file means that the parent
     has died. `on_forced_exit` is called right before a forced exit.
@@ -344,6 +347,13 @@ async def told_to_stop(
         loop.add_signal_handler(signal.SIGHUP, on_sighup, on_hangup)
     elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+
+    def on_sigusr2(restart: Callable[[], None]) -> None:
+        restart()
+        on_signal("SIGUSR2")
+
+    if on_restart is not None:
+        loop.add_signal_handler(signal.SIGUSR2, on_sigusr2, on_restart)
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number.name)
     if lifeline is not None:
@@ -351,7 +361,7 @@ async def told_to_stop(
     try:
         yield stop
     finally:
-        for number in (*numbers, signal.SIGHUP):
+        for number in (*numbers, signal.SIGHUP, signal.SIGUSR2):
             loop.remove_signal_handler(number)
 
 
