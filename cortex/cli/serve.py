@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.usage.journal_file import USAGE_DIRECTORY
 from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
     build_control_app,
@@ -48,9 +49,6 @@ from shared.tasks import running
 from shared.terminal.command_line import fail
 
 log = logging.getLogger(__name__)
-
-USAGE_DIRECTORY = "usage"
-"""In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
     "{listen} can be reached from the network, and there is no API key: create one with `{directory}cortex keys create "
