@@ -162,11 +162,16 @@ async def serve(
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
-                notify_ready()
-                await stop.wait()
-                if not restarting.is_set():
-                    give_up_sockets()
+                await _until_stopped(stop, restarting)
                 closing.set()  # first: event streams are requests in flight, too
+
+
+async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event) -> None:
+    """From here on cortex serves. When it is told to stop for good, systemd closes its copies of the sockets, too."""
+    notify_ready()
+    await stop.wait()
+    if not restarting.is_set():
+        give_up_sockets()
 
 
 def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
