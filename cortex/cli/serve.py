@@ -128,7 +128,7 @@ async def serve(
         if workers is not None:
             workers.kill()
 
-    host, port = socks[0].getsockname()[:2]
+    url = settings.url(*socks[0].getsockname()[:2])
     reload_asked, restarting = asyncio.Event(), asyncio.Event()
     directory = _state_directory(config, files)
     state = StateFile(directory)
@@ -161,13 +161,13 @@ async def serve(
             reloader = _reloader(parts, files, reload_asked)
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
-                log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
-                await _until_stopped(stop, restarting)
+                await _until_stopped(stop, restarting, url, config)
                 closing.set()  # first: event streams are requests in flight, too
 
 
-async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event) -> None:
+async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, config: CortexConfig) -> None:
     """From here on cortex serves. When it is told to stop for good, systemd closes its copies of the sockets, too."""
+    log.info("cortex listening on %s, %s", url, _count(config.neurons, "neuron"))
     notify_ready()
     await stop.wait()
     if not restarting.is_set():
