@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import gc
 import ipaddress
 import logging
@@ -316,16 +317,7 @@ async def told_to_stop(
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    signals: list[str] = []
-
-    def on_signal(name: str) -> None:
-        signals.append(name)
-        if len(signals) > 1:
-            log.warning("%s again: exiting immediately", name)
-            on_forced_exit()
-            os._exit(130)
-        log.info("%s: stopping, requests in flight have %g s to finish", name, grace_secs)
-        stop.set()
+    on_signal = functools.partial(_told, [], stop, grace_secs, on_forced_exit)
 
     # Closing the terminal stops the service too, except under nohup.
     terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
@@ -363,6 +355,19 @@ async def told_to_stop(
     finally:
         for number in (*numbers, signal.SIGHUP, signal.SIGUSR2):
             loop.remove_signal_handler(number)
+
+
+def _told(
+    signals: list[str], stop: asyncio.Event, grace_secs: float, on_forced_exit: Callable[[], None], name: str
+) -> None:
+    """A signal has come, after `signals`."""
+    signals.append(name)
+    if len(signals) > 1:
+        log.warning("%s again: exiting immediately", name)
+        on_forced_exit()
+        os._exit(130)
+    log.info("%s: stopping, requests in flight have %g s to finish", name, grace_secs)
+    stop.set()
 
 
 def _has_terminal() -> bool:
