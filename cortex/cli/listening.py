@@ -6,7 +6,7 @@ import contextlib
 import socket
 from collections.abc import Sequence
 
-from cortex.config.settings import GatewaySettings, parse_listen
+from cortex.config.gateway import GatewaySettings, parse_listen
 from shared.serve import ListenError, bind, detect_vanished_clients
 from shared.system.service_manager import drop_sockets, keep_sockets, passed_sockets
 
