@@ -33,7 +33,8 @@ from cortex.config.files import (
     state_directory,
     tls_warnings,
 )
-from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
+from cortex.config.gateway import GatewaySettings, parse_listen
+from cortex.config.settings import CortexConfig
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
