@@ -11,8 +11,8 @@ from aiohttp import web
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.request_counts import RequestCounts
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -164,11 +164,11 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
-    fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {replica_key("m", "beast", "1"): 1}, lambda: [counters])
-    counters.request("m", "beast", 200, 1.0, 0.1)
-    counters.error("m", "beast", "code")
-    counters.tokens("m", "beast", prompt=1, completion=1, cached=0)
+    fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestCounts()
+    metrics = Metrics(fleet, lambda: {replica_key("m", "beast", "1"): 1}, lambda: [counts.collect()])
+    counts.request("m", "beast", 200, 1.0, 0.1)
+    counts.error("m", "beast", "code")
+    counts.tokens("m", "beast", prompt=1, completion=1, cached=0)
     metrics.cold_start("m", "beast", 1.0)
     metrics.energy.wh["m", "request"] = 1.0
     page = metrics.exposition()
