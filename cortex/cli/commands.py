@@ -71,6 +71,29 @@ def check(config: ConfigFile) -> int:
     return run_check(config)
 
 
+@app.command(name="import")
+def import_models(
+    program: Annotated[Literal["llama-swap", "litellm", "ollama"], typer.Argument(help="Whose configuration it is.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Its config.yaml; of Ollama its directory of models, or what `ollama list` prints. - is the pipe.",
+        ),
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write; - prints it.")
+    ] = Path("models.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Write a models.toml from the configuration of another program, and say what it could not carry over."""
+    from cortex.cli.importing.command import run_import
+
+    return run_import(program, source, output, force=force, as_json=as_json)
+
+
 @app.command()
 def dev(
     *,
