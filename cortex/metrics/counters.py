@@ -1,6 +1,6 @@
 """What workers have counted, for each model and neuron. No I/O.
 
-Each worker counts its requests (`cortex.metrics.request_counts`) and sends the counts to the control process, which
+Each worker counts its requests (`cortex.metrics.request_tally`) and sends the counts to the control process, which
 renders their sum for Prometheus (`cortex.metrics.exporter`). A new metric of the request path needs a field here, its
 sum in `add`, and a family there. Not compiled: mypyc does not know msgspec's structs.
 """

@@ -17,7 +17,7 @@ from cortex.http.access_log import AccessLog
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.metrics.in_flight import InFlight
-from cortex.metrics.request_counts import RequestCounts
+from cortex.metrics.request_tally import RequestTally
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy, KeepAliveStream
 from cortex.proxy.paths import INFERENCE
 from cortex.proxy.prompt.expected_tokens import ExpectedTokens
@@ -62,7 +62,7 @@ class ProxyContext:
         self.missing_paths = MissingPaths()
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
-        self.counters = RequestCounts()
+        self.counters = RequestTally()
         self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()

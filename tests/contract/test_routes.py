@@ -13,7 +13,7 @@ from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
 from cortex.metrics.exporter import Metrics
-from cortex.metrics.request_counts import RequestCounts
+from cortex.metrics.request_tally import RequestTally
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -172,7 +172,7 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_match_the_contract_and_are_documented(tmp_path: Path) -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
-    fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestCounts()
+    fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestTally()
     in_flight = {replica_key("m", "beast", "1"): 1}
     metrics = Metrics(
         fleet, lambda: in_flight, lambda: [counts.collect()], waiting=lambda: {"m": 1}, state_dir=tmp_path

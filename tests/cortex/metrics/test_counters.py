@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Series, merged
-from cortex.metrics.request_counts import RequestCounts
+from cortex.metrics.request_tally import RequestTally
 
 
 def counted(times: int = 1) -> Counters:
     """Counters of everything that is counted, each `times` times."""
-    counts = RequestCounts()
+    counts = RequestTally()
     for _ in range(times):
         counts.request("m", "beast", 200, 0.25, 0.004)
         counts.request("m", "beast", 502, 0.5, None)
@@ -35,7 +35,7 @@ def test_everything_is_counted_once() -> None:
 
 
 def test_what_was_collected_changes_no_more() -> None:
-    counts = RequestCounts()
+    counts = RequestTally()
     counts.request("m", "beast", 200, 0.25, 0.004)
     before = counts.collect()
     counts.request("m", "beast", 200, 0.25, 0.004)
@@ -48,7 +48,7 @@ def test_what_was_collected_changes_no_more() -> None:
 
 
 def test_an_answer_without_cached_tokens_counts_none() -> None:
-    counts = RequestCounts()
+    counts = RequestTally()
     counts.tokens("m", "beast", 3, 0, 0)
     (series,) = (series for _, series in counts.collect().items())
     assert series.tokens == {"prompt": 3, "completion": 0}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from cortex.metrics.rates import WINDOW_SECS, ModelRate, Rates
-from cortex.metrics.request_counts import RequestCounts
+from cortex.metrics.request_tally import RequestTally
 
 
 def test_rates_of_the_last_seconds() -> None:
-    counts, rates = RequestCounts(), Rates()
+    counts, rates = RequestTally(), Rates()
     assert rates.rates() == {}
     rates.look([counts.collect()], 100.0)
     assert rates.rates() == {}
@@ -22,7 +22,7 @@ def test_rates_of_the_last_seconds() -> None:
 
 
 def test_a_worker_that_has_exited_makes_no_negative_rate() -> None:
-    counts, rates = RequestCounts(), Rates()
+    counts, rates = RequestTally(), Rates()
     counts.request("m", "a", 200, 1.0, 0.2)
     rates.look([counts.collect(), counts.collect()], 1.0)
     rates.look([counts.collect()], 2.0)

@@ -53,7 +53,7 @@ class _Counts:
         )
 
 
-class RequestCounts:
+class RequestTally:
     """Everything counted since the worker began. Numbers only grow. Callers bound the labels: models and neurons that
     exist, and UNKNOWN."""
 
