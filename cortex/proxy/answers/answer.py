@@ -19,7 +19,7 @@ from shared.errors import ServiceError, is_anthropic_path
 STRAIGHT_END: Final = b"\r\n"
 """How every whole chunk ends."""
 NEVER_STRAIGHT: Final = b"\n\n"
-"""No chunk ends so."""
+"""No chunk ends like this."""
 
 
 class Answer:
