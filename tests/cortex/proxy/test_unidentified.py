@@ -10,17 +10,11 @@ import pytest
 from cortex.http.connection import ClientConnection
 from cortex.http.handler import Handler
 from cortex.http.request import Request
-from cortex.proxy.authentication import Authentication
-from cortex.proxy.request_handler import RequestHandler
+from cortex.http.server import accepting
 from cortex.proxy.request_kinds.unidentified import UnidentifiedRequest
-from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
-from tests.cortex.conftest import StartCortex
-from tests.cortex.protocol_v1_neuron import V1Neuron
-from tests.cortex.raw_engine import RawEngine
+from shared.errors import ServiceError
+from shared.serve import bind
 from tests.cortex.raw_http import Truncated, connected, request
-
-MODEL = "org/small"
-BODY = b'{"model": "org/small", "messages": []}'
 
 
 async def test_a_client_that_leaves_at_once() -> None:
@@ -40,23 +34,59 @@ async def test_a_client_that_leaves_at_once() -> None:
     assert (waiting._task.cancelled(), begun) == (True, False)
 
 
-@pytest.mark.parametrize("step", ["identify", "begin"])
-async def test_a_bug_leaves_no_client_without_an_end(
-    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    """An error while nothing is answered yet, otherwise a reset connection, as for requests with a key."""
+class BuggyDispatcher:
+    """Finds no handler or, as a handler itself, fails to begin."""
 
-    def fail(*_: object) -> None:
+    max_body_bytes = 1000
+    draining = False
+
+    def __init__(self, *, finds: bool) -> None:
+        self._finds = finds
+        self.abandoned = asyncio.Event()
+
+    def rejected(self, request: Request | None, error: ServiceError) -> str:
+        raise AssertionError(error)
+
+    def spool(self, request: Request) -> None:
+        return None
+
+    def can_begin(self, request: Request, start: bytes) -> bool:
+        return False
+
+    def handle(self, client: ClientConnection, request: Request) -> Handler:
+        return UnidentifiedRequest(client, request, self._find)
+
+    async def _find(self) -> Handler:
+        if self._finds:
+            return self
         raise RuntimeError("a bug")
 
-    async with SmallIssuer().running() as issuer:
-        cortex = await start_cortex([benjy], [{"id": MODEL}], auth={"oidc": issuer.settings()})
-        owner: type = Authentication if step == "identify" else RequestHandler
-        monkeypatch.setattr(owner, step, fail)
-        async with connected(cortex.url) as client:
-            sent = request(BODY, f"Authorization: Bearer {issuer.token()}")
-            if step == "identify":
-                assert (await client.ask(sent)).status == 500
-            else:
-                with pytest.raises((Truncated, ConnectionResetError)):
-                    await client.ask(sent)
+    def begin(self) -> None:
+        raise RuntimeError("a bug")
+
+    def abandon(self) -> None:
+        self.abandoned.set()
+
+    def stop(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def tick(self, now: float) -> None: ...
+
+
+@pytest.mark.parametrize("finds", [False, True])
+async def test_a_bug_leaves_no_client_without_an_end(finds: bool) -> None:
+    """An error while nothing can be answered yet, otherwise a reset connection, as for requests with a key."""
+    dispatcher, sock = BuggyDispatcher(finds=finds), bind("127.0.0.1", 0)
+    async with (
+        accepting(dispatcher, [sock], drain_timeout_secs=0),
+        connected(f"http://127.0.0.1:{sock.getsockname()[1]}") as client,
+    ):
+        if finds:
+            with pytest.raises((Truncated, ConnectionResetError)):
+                await client.ask(request(b"{}"))
+            await dispatcher.abandoned.wait()
+        else:
+            assert (await client.ask(request(b"{}"))).status == 500
