@@ -71,6 +71,27 @@ def check(config: ConfigFile) -> int:
     return run_check(config)
 
 
+@app.command()
+def doctor(
+    config: ConfigFile,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Ask this model for an answer, and load it if need be. Default: a loaded one."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex. Default: from the file.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Check a deployment: files, disk, database, neurons, the running cortex, an answer. Exit 1 for a fault."""
+    from cortex.cli.doctor.command import run_doctor
+
+    return run_doctor(config, url=url, model=model, json_wanted=as_json)
+
+
 @app.command(name="import")
 def import_models(
     program: Annotated[Literal["llama-swap", "litellm", "ollama"], typer.Argument(help="Whose configuration it is.")],

@@ -215,7 +215,7 @@ class Gateway:
         return request_id
 
     def collect(self) -> Counters:
-        return self._context.counters
+        return self._context.counters.collect()
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.here

@@ -50,6 +50,13 @@ def test_a_restart_keeps_the_listening_sockets() -> None:
     assert int(service("cortex")["FileDescriptorStoreMax"]) >= 64  # a worker each
 
 
+def test_the_recorder_of_usage_may_be_nice() -> None:
+    """systemd counts setpriority among @resources, which cortex may not use otherwise."""
+    lines = (UNITS / "cortex.service").read_text(encoding="utf-8").splitlines()
+    filters = [line.partition("=")[2] for line in lines if line.startswith("SystemCallFilter=")]
+    assert filters[-2:] == ["~@privileged @resources", "setpriority"]
+
+
 def test_nothing_of_a_neuron_that_stops_is_taken_from_its_engines() -> None:
     """They continue in its mount namespace, and share memory."""
     assert not {"PrivateTmp", "RuntimeDirectory", "RemoveIPC", "DynamicUser"} & set(service("neuron"))

@@ -251,3 +251,18 @@ def _begin(connection: Connection) -> None:
     # A transaction that begins by reading fails if another process writes before it does.
     writes = connection.get_execution_options().get("writing", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+async def tables_of(source: DatabaseSource) -> str | None:
+    """The last migration of a database that exists, which is not changed; None for an empty one.
+
+    Raises:
+        DatabaseError: it cannot be read.
+    """
+    engine = _postgresql(source.url) if source.path is None else _sqlite(_read_only(source.path))
+    database = Database(engine, source, read_only=source.path is not None)
+    try:
+        async with database.reading() as connection:
+            return await connection.run_sync(version_of)
+    finally:
+        await database.close()

@@ -78,7 +78,7 @@ class NewResponse(TranslatableRequest):
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         relay = super()._new_relay(replica, address, head, answer)
         if self._translation is None:
-            maker = ResponseMaker(replica, self._account.caller.key_id)
+            maker = ResponseMaker(replica, self._account.key_id)
             relay.on_start = partial(self._context.learn_owner, maker)
         return relay
 
