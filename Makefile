@@ -97,6 +97,7 @@ types: $(DEV_STAMP)
 fmt: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tests.contract.reference
 	$(BIN)/python -m tests.contract.prose
 
 install: $(DEV_STAMP)

@@ -44,7 +44,8 @@ from cortex.api.fleet.changes import FLEET_CHANGES, FleetChanges
 from cortex.api.fleet.view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
+from cortex.config.gateway import GatewaySettings, parse_listen
+from cortex.config.settings import CortexConfig
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting

@@ -16,7 +16,8 @@ from cortex.api.engines.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, Know
 from cortex.api.fleet.view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import ModelLimit, ModelProfile
+from cortex.config.model_tables import ModelLimit
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error

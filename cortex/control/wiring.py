@@ -310,7 +310,7 @@ def _timeline(core: ControlCore) -> Timeline:
         causes=causes,
         waiting=lambda: {model: waiting.count for model, waiting in core.queue.waiting().items()},
         counts=counts,
-        file=None if directory is None else TimelineFile(directory),
+        file=None if directory is None else TimelineFile(directory, core.state.acquire_lock),
     )
 
 

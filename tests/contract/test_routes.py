@@ -12,8 +12,8 @@ from aiohttp import web
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.request_tally import RequestTally
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -172,12 +172,14 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
 
 async def test_cortex_metrics_match_the_contract_and_are_documented(tmp_path: Path) -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
-    fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
+    fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestTally()
     in_flight = {replica_key("m", "beast", "1"): 1}
-    metrics = Metrics(fleet, lambda: in_flight, lambda: [counters], waiting=lambda: {"m": 1}, state_dir=tmp_path)
-    counters.request("m", "beast", 200, 1.0, 0.1)
-    counters.error("m", "beast", "code")
-    counters.tokens("m", "beast", prompt=1, completion=1, cached=0)
+    metrics = Metrics(
+        fleet, lambda: in_flight, lambda: [counts.collect()], waiting=lambda: {"m": 1}, state_dir=tmp_path
+    )
+    counts.request("m", "beast", 200, 1.0, 0.1)
+    counts.error("m", "beast", "code")
+    counts.tokens("m", "beast", prompt=1, completion=1, cached=0)
     metrics.cold_start("m", "beast", 1.0)
     metrics.energy.wh["m", "request"] = 1.0
     metrics.load_failed("m", "beast")

@@ -232,6 +232,27 @@ async def test_a_report_that_takes_too_long_is_stopped(database: Database, monke
         await reports.reports([UsageQuery(0, NOW)], "EUR")
 
 
+SLOW = text(
+    "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000) SELECT x FROM c) AS slow"
+)
+
+
+async def test_the_time_of_a_report_is_that_of_all_its_queries(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the thousand takes as long alone. The database has stopped the last one afterwards, too."""
+    reports = DatabaseReports(database, lambda: 0)
+    monkeypatch.setattr(database_reports, "REPORT_SECS", 1.0)
+    monkeypatch.setattr(database_reports, "totals", lambda *_, **__: select(func.count()).select_from(SLOW))
+    with pytest.raises(InvalidRequest, match="takes longer than 1 s"):
+        await reports.reports([UsageQuery(0, NOW)] * 1000, "EUR")
+    if database.is_postgresql:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%AS slow%'"
+        own = " AND pid <> pg_backend_pid() AND datname = current_database()"
+        while await database.number(asked + own):
+            pass
+
+
 def test_percentiles_of_classes() -> None:
     """Within the class of the true one; none without durations, and the last class has no end."""
     assert percentile([0] * CLASSES, 95) is None
