@@ -192,14 +192,15 @@ class PlanningView:
 
     @cached_property
     def _callers_of_loads(self) -> frozenset[Caller]:
-        """Those with a request for a model that is being loaded."""
-        fleet = self.fleet
-        return frozenset(
-            caller
-            for name, requests in self.waiting.items()
-            if fleet.reservation_of(name) is not None or fleet.loading_on(name) is not None
-            for caller in requests.callers
-        )
+        """Those with a request for a model that is being loaded, or has been since and has not served it yet."""
+        waits = (requests.callers for name, requests in self.waiting.items() if self._comes(name, requests))
+        return frozenset(chain.from_iterable(waits))
+
+    def _comes(self, name: str, requests: WaitingRequests) -> bool:
+        if self.fleet.reservation_of(name) is not None or self.fleet.loading_on(name) is not None:
+            return True
+        since = max(requests.since, requests.admitted_at)
+        return any(self.usage(each.key).loaded_at > since for each in self.fleet.serving(name))
 
     def displacer_of(self, model_id: str) -> ReplicaKey | None:
         """The engine that the model was evicted for, while other keys than those that wait for the model have it."""

@@ -79,11 +79,16 @@ def test_a_key_that_has_used_clearly_less_keeps_what_it_displaced() -> None:
 
 
 def test_a_key_has_one_turn_at_a_time() -> None:
-    """While one of its models loads, none of its others starves or loses patience."""
+    """While one of its models loads, or has just been loaded, none of its others starves or loses patience."""
     patient = WaitingRequests(9, NOW - 400, frozenset({NOISY}))
-    for status, starves in (("loading", False), ("unloaded", True)):
+    for status, age, starves in (
+        ("loading", 600, False),
+        ("loaded", 0.1, False),
+        ("loaded", 600, True),
+        ("unloaded", 600, True),
+    ):
         there = fleet(host("box", 24000, models={"noisy": On(12000, status=status), "other": On(12000)}))
-        moment = _displaced(there)
+        moment = _displaced(there, age=age)
         moment = replace(moment, waiting={"noisy": patient, "m": patient})
         assert is_starving(moment, "m") is starves
 
