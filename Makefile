@@ -9,6 +9,7 @@
 #   make test-compiled       the tests of the request path, compiled
 #   make audit               known vulnerabilities of what is installed (pip-audit)
 #   make wheel               a compiled wheel in dist/
+#   make docs                the documentation as a site in build/site (ARGS=serve shows it while you edit)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -30,7 +31,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev test test-compiled test-gpu audit wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev docs test test-compiled test-gpu audit wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -68,6 +69,10 @@ audit: $(DEV_STAMP)
 wheel: $(RUN_STAMP)
 	CORTEX_COMPILE=yes $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+# Material announces its successor on every build.
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build --strict)
+
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
@@ -92,6 +97,7 @@ types: $(DEV_STAMP)
 fmt: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tests.contract.reference
 	$(BIN)/python -m tests.contract.prose
 
 install: $(DEV_STAMP)

@@ -37,12 +37,15 @@ from cortex.api.app_keys import (
     USAGE_REPORTS,
 )
 from cortex.api.authorization import authorize
-from cortex.api.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
+from cortex.api.engines.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
+from cortex.api.engines.engine_questions import EngineQuestions
+from cortex.api.engines.scraping import ENGINE_QUESTIONS, asking_engines
 from cortex.api.fleet.changes import FLEET_CHANGES, FleetChanges
 from cortex.api.fleet.view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
-from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
+from cortex.config.gateway import GatewaySettings, parse_listen
+from cortex.config.settings import CortexConfig
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
@@ -82,7 +85,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
-    app[USAGE_REPORTS] = usage_reports(parts.database)
+    app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
     app.cleanup_ctx.append(following)
@@ -112,6 +115,9 @@ def build_metrics_app(parts: Parts) -> web.Application:
     app.on_response_prepare.append(hide_server)
     app[COUNTS] = parts.counts
     app[METRICS] = parts.metrics
+    app[FLEET] = parts.fleet
+    app[ENGINE_QUESTIONS] = EngineQuestions(parts.clients)
+    app.cleanup_ctx.append(asking_engines)
     app.add_routes(METRICS_ROUTES)
     return app
 

@@ -33,6 +33,7 @@ from shared.logs import configure_logging
 from shared.protocol import Discovery, EstimateReply
 from shared.serve import ListenError, Site, bind, reaches_network, serve_until_stopped
 from shared.settings import SettingsError, load_settings
+from shared.system.service_manager import notify_ready
 from shared.terminal.command_line import fail
 from shared.tls import RenewedContext, TlsError, certificate_warning, server_context
 
@@ -158,11 +159,15 @@ async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> 
         if SERVICES in site.app:
             site.app[SERVICES].registry.kill_all_now()
 
+    def on_ready() -> None:
+        log.info("neuron %s listening on %s://%s:%d", name, scheme, host, site.port)
+        notify_ready()
+
     await serve_until_stopped(
         [site],
         drain_timeout_secs=config.drain_timeout_secs,
         lifeline=lifeline,
-        on_ready=lambda: log.info("neuron %s listening on %s://%s:%d", name, scheme, host, site.port),
+        on_ready=on_ready,
         on_forced_exit=kill_engines,
     )
 

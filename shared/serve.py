@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import gc
 import ipaddress
 import logging
@@ -301,28 +302,22 @@ async def told_to_stop(
     lifeline: int | None,
     grace_secs: float,
     on_hangup: Callable[[], None] | None = None,
+    on_restart: Callable[[], None] | None = None,
     on_forced_exit: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[asyncio.Event]:
     """An event that SIGTERM, SIGINT, SIGHUP or the end of the lifeline sets. A second signal exits at once with status
     130.
 
     `on_hangup` is called on SIGHUP instead of stopping, unless the kernel sent it because the terminal was closed.
+    `on_restart` is called before the event is set on SIGUSR2, which means the same as SIGTERM, except that another
+    process takes over at once.
 
     `lifeline` is the read end of a pipe whose other end the parent process holds: end of file means that the parent
     has died. `on_forced_exit` is called right before a forced exit.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    signals: list[str] = []
-
-    def on_signal(name: str) -> None:
-        signals.append(name)
-        if len(signals) > 1:
-            log.warning("%s again: exiting immediately", name)
-            on_forced_exit()
-            os._exit(130)
-        log.info("%s: stopping, requests in flight have %g s to finish", name, grace_secs)
-        stop.set()
+    on_signal = functools.partial(_told, [], stop, grace_secs, on_forced_exit)
 
     # Closing the terminal stops the service too, except under nohup.
     terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
@@ -344,6 +339,13 @@ async def told_to_stop(
         loop.add_signal_handler(signal.SIGHUP, on_sighup, on_hangup)
     elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+
+    def on_sigusr2(restart: Callable[[], None]) -> None:
+        restart()
+        on_signal("SIGUSR2")
+
+    if on_restart is not None:
+        loop.add_signal_handler(signal.SIGUSR2, on_sigusr2, on_restart)
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number.name)
     if lifeline is not None:
@@ -351,8 +353,21 @@ async def told_to_stop(
     try:
         yield stop
     finally:
-        for number in (*numbers, signal.SIGHUP):
+        for number in (*numbers, signal.SIGHUP, signal.SIGUSR2):
             loop.remove_signal_handler(number)
+
+
+def _told(
+    signals: list[str], stop: asyncio.Event, grace_secs: float, on_forced_exit: Callable[[], None], name: str
+) -> None:
+    """A signal has come, after `signals`."""
+    signals.append(name)
+    if len(signals) > 1:
+        log.warning("%s again: exiting immediately", name)
+        on_forced_exit()
+        os._exit(130)
+    log.info("%s: stopping, requests in flight have %g s to finish", name, grace_secs)
+    stop.set()
 
 
 def _has_terminal() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 import tomli_w
 
+from tests.ports import free_port
 from tests.processes import Process, engines_of, eventually, of_session
 
 NODE = "cpuhost"
@@ -133,7 +133,7 @@ def running_fleet(directory: Path, neuron: Config, cortex: Config, catalogue: Co
 
     `neuron` and `cortex` are the contents of neuron.toml and cortex.toml without addresses, tokens and directories.
     """
-    ports = _free_ports(3)
+    ports = [free_port() for _ in range(3)]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     _write(
         directory / "neuron.toml",
@@ -179,11 +179,3 @@ def _lower(headers: Any) -> dict[str, str]:
 
 def _write(file: Path, config: Config) -> None:
     file.write_text(tomli_w.dumps(config), encoding="utf-8")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports

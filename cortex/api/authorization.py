@@ -78,6 +78,23 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
     return await handler(request)
 
 
+class StreamAccess:
+    """Whether the caller of a request may still have its answer: one that does not end outlives the check at its
+    beginning. Only keys are checked again; people and clients without a key keep their streams until they leave."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._keys = request.app[KEYS]
+        self._needed: Role = _needed(request) or "user"
+        self._key = self._keys.valid_key(caller_of(request).key_id)
+
+    def lasts(self) -> bool:
+        """False once the key is revoked, has expired, has a new secret or no longer has the role."""
+        if self._key is None:
+            return True
+        now = self._keys.valid_key(self._key.id)
+        return now is not None and now.digest == self._key.digest and may(now.role, self._needed)
+
+
 def _needed(request: web.Request) -> Role | None:
     """The role of the route. For an unknown route any key will do, and only the 404 follows."""
     resource = request.match_info.route.resource

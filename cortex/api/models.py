@@ -12,11 +12,12 @@ from aiohttp import web
 from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.api.app_keys import CREATED, FLEET, LIVE
 from cortex.api.authorization import caller_of
-from cortex.api.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
+from cortex.api.engines.context_lengths import CONTEXT_LENGTHS, NO_LENGTHS, KnownLengths
 from cortex.api.fleet.view import place
 from cortex.api.model_shapes import anthropic_model, anthropic_page, codex_model, told_facts
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import ModelLimit, ModelProfile
+from cortex.config.model_tables import ModelLimit
+from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.placement.feasibility import FeasibilityCache
 from cortex.placement.refusal import no_such_model_error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.api import keys, models, openapi, operator, sign_in, usage
-from cortex.api.app_keys import COUNTS, METRICS
 from cortex.api.dashboard import pages
+from cortex.api.engines import scraping
 from cortex.api.fleet import handlers as fleet
 from cortex.api.fleet import logs
 from cortex.proxy.paths import INFERENCE_PATHS
@@ -16,13 +16,6 @@ async def of_workers(request: web.Request) -> web.StreamResponse:
     """Workers relay these requests to engines; the routes exist here only to answer other methods with 405."""
     raise web.HTTPNotFound
 
-
-async def expose_metrics(request: web.Request) -> web.Response:
-    await request.app[COUNTS].refresh()
-    return web.Response(body=request.app[METRICS].exposition(), headers={"Content-Type": METRICS_TYPE})
-
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 CONTROL_ROUTES = (
     *(web.post(path, of_workers) for path in INFERENCE_PATHS),
@@ -57,4 +50,8 @@ CONTROL_ROUTES = (
     web.post("/logout", sign_in.logout),
 )
 
-METRICS_ROUTES = (web.get("/metrics", expose_metrics),)
+METRICS_ROUTES = (
+    web.get("/metrics", scraping.expose_metrics),
+    web.get("/metrics/engines", scraping.expose_engine_metrics),
+    web.get("/metrics/targets", scraping.show_targets),
+)

@@ -15,6 +15,7 @@ from aiohttp import web
 from cortex.accounts.sign_in.person import SESSION_PREFIX
 from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import LIVE, SIGN_IN
+from cortex.http.headers import forwarded_https
 from cortex.proxy.authentication import SESSION_COOKIE
 from shared.errors import InvalidRequest, NotFound, ServiceError, render, shortened
 from shared.http import request_id_of
@@ -139,9 +140,8 @@ def _local(path: str) -> str:
 
 def _secure(request: web.Request) -> bool:
     """Whether the browser reaches cortex over TLS, here or at a proxy in front."""
-    return request.app[LIVE].config.gateway.tls_files is not None or (
-        request.headers.get("X-Forwarded-Proto", "").lower() == "https"
-    )
+    forwarded = request.headers.get("X-Forwarded-Proto", "").encode("utf-8", "surrogateescape")
+    return request.app[LIVE].config.gateway.tls_files is not None or forwarded_https(forwarded)
 
 
 def _redirect_url(request: web.Request) -> str:

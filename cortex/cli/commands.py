@@ -72,6 +72,50 @@ def check(config: ConfigFile) -> int:
 
 
 @app.command()
+def doctor(
+    config: ConfigFile,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Ask this model for an answer, and load it if need be. Default: a loaded one."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex. Default: from the file.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Check a deployment: files, disk, database, neurons, the running cortex, an answer. Exit 1 for a fault."""
+    from cortex.cli.doctor.command import run_doctor
+
+    return run_doctor(config, url=url, model=model, json_wanted=as_json)
+
+
+@app.command(name="import")
+def import_models(
+    program: Annotated[Literal["llama-swap", "litellm", "ollama"], typer.Argument(help="Whose configuration it is.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Its config.yaml; of Ollama its directory of models, or what `ollama list` prints. - is the pipe.",
+        ),
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write; - prints it.")
+    ] = Path("models.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Write a models.toml from the configuration of another program, and say what it could not carry over."""
+    from cortex.cli.importing.command import run_import
+
+    return run_import(program, source, output, force=force, as_json=as_json)
+
+
+@app.command()
 def dev(
     *,
     fleet: Annotated[str, typer.Option(help="The hosts, as NAME=COUNTxDEVICE,...")] = DEFAULT_FLEET,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.usage.journal_file import USAGE_DIRECTORY
 from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
     build_control_app,
@@ -23,6 +24,7 @@ from cortex.app import (
     serving_here,
 )
 from cortex.cli.accounts import key_problems, opened_accounts
+from cortex.cli.listening import client_sockets, give_up_sockets, metrics_socket
 from cortex.config.catalogue import Catalogue
 from cortex.config.files import (
     ConfigurationFiles,
@@ -32,23 +34,21 @@ from cortex.config.files import (
     state_directory,
     tls_warnings,
 )
-from cortex.config.settings import CortexConfig, GatewaySettings, parse_listen
+from cortex.config.settings import CortexConfig
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
 from shared.logs import configure_logging
-from shared.serve import ListenError, Site, bind, reaches_network, run, serving, settle, told_to_stop
+from shared.serve import ListenError, Site, reaches_network, run, serving, settle, told_to_stop
 from shared.settings import SettingsError
 from shared.system.files import is_writable
+from shared.system.service_manager import notify_ready
 from shared.tasks import running
 from shared.terminal.command_line import fail
 
 log = logging.getLogger(__name__)
-
-USAGE_DIRECTORY = "usage"
-"""In the state directory: what is on its way to the database."""
 
 _OPEN_TO_NETWORK = (
     "{listen} can be reached from the network, and there is no API key: create one with `{directory}cortex keys create "
@@ -120,16 +120,16 @@ async def serve(
         SettingsError: a key is wrong, or there is none and the network can reach cortex.
     """
     settings = config.gateway
-    socks = _listening(settings, sock)
-    metrics = _metrics_listening(settings, socks)
+    socks = client_sockets(settings, sock)
+    metrics = metrics_socket(settings, socks)
     workers: Supervisor | None = None
 
     def kill_workers() -> None:
         if workers is not None:
             workers.kill()
 
-    host, port = socks[0].getsockname()[:2]
-    reload_asked = asyncio.Event()
+    url = settings.url(*socks[0].getsockname()[:2])
+    reload_asked, restarting = asyncio.Event(), asyncio.Event()
     directory = _state_directory(config, files)
     state = StateFile(directory)
     async with (
@@ -137,6 +137,7 @@ async def serve(
             lifeline=lifeline,
             grace_secs=settings.drain_timeout_secs,
             on_hangup=reload_asked.set,
+            on_restart=restarting.set,
             on_forced_exit=kill_workers,
         ) as stop,
         opened_accounts(config, files.path, directory) as (database, keys),
@@ -160,9 +161,17 @@ async def serve(
             reloader = _reloader(parts, files, reload_asked)
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
-                log.info("cortex listening on %s, %s", settings.url(host, port), _count(config.neurons, "neuron"))
-                await stop.wait()
+                await _until_stopped(stop, restarting, url, config)
                 closing.set()  # first: event streams are requests in flight, too
+
+
+async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, config: CortexConfig) -> None:
+    """From here on cortex serves. When it is told to stop for good, systemd closes its copies of the sockets, too."""
+    log.info("cortex listening on %s, %s", url, _count(config.neurons, "neuron"))
+    notify_ready()
+    await stop.wait()
+    if not restarting.is_set():
+        give_up_sockets()
 
 
 def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: Path) -> None:
@@ -218,30 +227,6 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
 
 def _count(things: Sized, name: str) -> str:
     return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
-
-
-def _listening(settings: GatewaySettings, sock: socket.socket | None) -> list[socket.socket]:
-    """A socket for each worker, all on one port."""
-    if sock is not None:
-        return [sock, *(sock.dup() for _ in range(settings.workers - 1))]
-    host, port = parse_listen(settings.listen)
-    first = bind(host, port)
-    if settings.workers == 1:
-        return [first]
-    # Binding the port alone proves that it is free; a shared bind would succeed next to another cortex.
-    port = first.getsockname()[1]
-    first.close()
-    return [bind(host, port, shared=True) for _ in range(settings.workers)]
-
-
-def _metrics_listening(settings: GatewaySettings, others: Sequence[socket.socket]) -> socket.socket:
-    """Closes the other sockets if it fails."""
-    try:
-        return bind(*parse_listen(settings.metrics_listen))
-    except ListenError as error:
-        for other in others:
-            other.close()
-        raise ListenError(f"{error} ([gateway] metrics_listen)") from error
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

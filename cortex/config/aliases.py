@@ -53,9 +53,15 @@ class Alias(SettingsModel):
     """
 
     model: str
+    """The id or `id@variant` that it stands for."""
     set: dict[str, Any] = Field(default_factory=dict)
+    """What each request for the alias gets, whatever the client sent. Of a table only the keys named here are replaced:
+    above, other keys of `chat_template_kwargs` stay. Default: nothing."""
     default: dict[str, Any] = Field(default_factory=dict)
+    """What a request gets if the client did not send that key; in tables too, key by key. `null` counts as sent.
+    Default: nothing."""
     drop: tuple[str, ...] = ()
+    """Keys that are removed; `"a.b"` is the key `b` of the table `a`. Default: nothing."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from cortex.config.aliases import Alias, Rewrite
-from cortex.config.profile import ModelName, ModelProfile, RequestedModel
+from cortex.config.model_tables import ModelName
+from cortex.config.profile import ModelProfile, RequestedModel
 from shared.settings import SettingsModel, load_settings
 
 DEFAULT_MAX_LORAS = 4

@@ -11,7 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import Variant
+from cortex.config.model_tables import Variant
 from cortex.config.settings import CortexConfig
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from cortex.config.catalogue import Catalogue, load_catalogue
+from cortex.config.gateway import GatewaySettings
 from cortex.config.profile import ModelProfile
-from cortex.config.settings import CortexConfig, GatewaySettings
+from cortex.config.settings import CortexConfig
 from shared.protocol import first_problem
 from shared.protocol.reserved_arguments import refused_argument
 from shared.settings import SettingsError, load_settings

@@ -12,5 +12,8 @@ class ModelPrices(SettingsModel):
     its cache; None: as the others of the prompt."""
 
     input: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Tokens of the prompt."""
     cached_input: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Those of them that the engine had in its cache. Default: as `input`."""
     output: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Tokens of the answer, reasoning included."""

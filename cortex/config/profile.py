@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationInfo, field_validator, model_validator
+
+from cortex.config.model_tables import (
+    ComputeCapability,
+    ModelLimit,
+    ModelName,
+    Replicas,
+    Variant,
+    no_devices,
+    same_tensor_size,
+    with_tensor_size,
 )
-
 from cortex.config.prices import ModelPrices
-from shared.protocol import MAX_MODEL_ID_CHARS, Parallelism
+from shared.protocol import Parallelism
 from shared.protocol.commands import MAX_LORA_RANK, MAX_LORAS
 from shared.protocol.context_length import ContextLength
 from shared.protocol.parallel import MAX_DEVICES, ParallelSettings
@@ -26,33 +28,12 @@ from shared.settings import SettingsModel
 
 DEFAULT_PRIORITY = 100
 DEFAULT_PINNED_PRIORITY = 1000
-
 AUTO_TOOL_CHOICE = b"--enable-auto-tool-choice"
 """In vLLM's refusal of a request with tools, and in the arguments that prevent it."""
-
 TOOLS_HINT = (
     "set tools = true for this model in models.toml and load it again (or put --enable-auto-tool-choice "
     "--tool-call-parser NAME into its args)"
 )
-
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_ID_CHARS, pattern=r"^[^\s\x00-\x1f]+$")]
-
-
-MAX_VARIANT_NAME_CHARS = 64
-VariantName = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_VARIANT_NAME_CHARS, pattern=r"^[^\s\x00-\x1f@]+$")
-]
-
-
-def _as_capability(value: Any) -> Any:
-    """8.9, 9 and "9" are written as "8.9" and "9.0"."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    return f"{value}.0" if isinstance(value, str) and value.isdecimal() else value
-
-
-ComputeCapability = Annotated[str, BeforeValidator(_as_capability), StringConstraints(pattern=r"^\d{1,3}\.\d{1,3}$")]
-"""NVIDIA's name for what a GPU can do, such as "8.6" (RTX 3060), "8.9" (RTX 4090), "12.0" (RTX 5090)."""
 
 
 class RequestedModel(NamedTuple):
@@ -72,74 +53,8 @@ class RequestedModel(NamedTuple):
         return (self.model_id,) if self.variant is None else (self.model_id, self.name)
 
 
-MAX_COUNT = 10**15
-"""Of requests, tokens and money. Beyond it sums of floats are no longer exact, and messages cannot hold it."""
-
-
-class ModelLimit(SettingsModel):
-    """`context`, `output`: reported to clients, in tokens. The others limit the requests of all callers together: per
-    minute, tokens per minute, and at a time."""
-
-    context: int | None = Field(default=None, gt=0)
-    output: int | None = Field(default=None, gt=0)
-    rpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
-    tpm: int | None = Field(default=None, gt=0, le=MAX_COUNT)
-    parallel: int | None = Field(default=None, gt=0, le=MAX_COUNT)
-
-
-class Replicas(SettingsModel):
-    """How many instances of a model to run: at least `min` stay loaded, up to `max` are added under load; at most
-    `per_node` on one node."""
-
-    min: int = Field(default=0, ge=0, le=1000)
-    max: int = Field(default=1, ge=1, le=1000)
-    per_node: int | None = Field(default=None, ge=1, le=1000)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _at_least_the_minimum(cls, data: object) -> object:
-        if isinstance(data, Mapping) and "max" not in data and isinstance(data.get("min"), int):
-            return {**data, "max": max(1, data["min"])}
-        return data
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Replicas:
-        if self.max < self.min:
-            raise ValueError(f"max ({self.max}) is below min ({self.min})")
-        return self
-
-
-def _with_tensor_size(data: object) -> object:
-    """`min_devices` and `parallel.tensor` are the same: each is what the other says."""
-    if not isinstance(data, Mapping) or not isinstance(data.get("parallel"), Mapping):
-        return data
-    short, parallel = data.get("min_devices"), data["parallel"]
-    if isinstance(short, int) and "tensor" not in parallel:
-        return {**data, "parallel": {**parallel, "tensor": short}}
-    if "min_devices" not in data and isinstance(parallel.get("tensor"), int):
-        return {**data, "min_devices": parallel["tensor"]}
-    return data
-
-
-def _same_tensor_size(value: ParallelSettings | None, info: ValidationInfo) -> ParallelSettings | None:
-    short = info.data.get("min_devices")
-    if value is not None and short is not None and short != value.tensor:
-        raise ValueError(f"tensor is {value.tensor}, but min_devices is {short}: remove one, or make them equal")
-    return value
-
-
 _OF_DEVICES = ("min_devices", "parallel", "span_nodes", "min_device_vram_mb", "min_compute_capability")
 """Keys that only mean something for a model that runs on devices."""
-
-
-def _without_devices(value: int | None) -> int | None:
-    if value not in (None, 0):
-        raise ValueError(
-            "must be 0, for a model that runs on the CPU; min_devices or parallel say how many GPUs it gets"
-        )
-    return value
-
-
 _OF_AN_ADAPTER = frozenset({"id", "base", "lora", "limit", "prices"})
 
 
@@ -153,29 +68,6 @@ _OF_A_VARIANT: Final = {"variant": True}
 """Context of the validation of a variant's profile: what was checked of the whole model holds for it."""
 
 
-class Variant(SettingsModel):
-    """One of several ways to run a model. None: as the model's own entry says. `name` defaults to `quant`, or else to
-    its number from 1."""
-
-    name: VariantName | None = None
-    harness: str | None = None
-    quant: str | None = None
-    vram_mb: int | None = Field(default=None, gt=0)
-    devices: int | None = None
-    min_devices: int | None = Field(default=None, ge=1, le=MAX_DEVICES)
-    parallel: ParallelSettings | None = None
-    min_device_vram_mb: int | None = Field(default=None, gt=0)
-    min_compute_capability: ComputeCapability | None = None
-    pinned_on: tuple[str, ...] | None = None
-    source: str | None = None
-    args: tuple[str, ...] | None = None
-    max_model_len: ContextLength = None
-
-    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
-    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
-    _no_devices = field_validator("devices")(_without_devices)
-
-
 class ModelProfile(SettingsModel):
     """One model of the catalogue. Memory in MiB; models.example.toml documents the defaults.
 
@@ -184,39 +76,76 @@ class ModelProfile(SettingsModel):
     """
 
     id: ModelName
+    """What clients put into `model`; no white space; unique."""
     harness: str = "vllm"
+    """The kind of engine; only hosts that offer it are considered."""
     quant: str | None = None
+    """Quantisation, passed on as `--quantization`. Default: what the model's files say."""
     vram_mb: int | None = Field(default=None, gt=0)
+    """Footprint of the whole model in MiB, all devices together. It is reserved while the model loads, ranks hosts by
+    room, and becomes the engine's share of each GPU. It never rules a host out, but a neuron refuses a load that does
+    not fit at that moment. Default: nothing is reserved here; the neuron books what the model's files say it needs,
+    otherwise the engine's default (vLLM: 92% of each GPU)."""
     devices: int | None = None
+    """`0`: the model runs on the CPU, and `vram_mb` is the RAM it needs ([memory.md](memory.md)). Not with
+    `min_devices`, `parallel`, `span_nodes`, `min_device_vram_mb` or `min_compute_capability`. Default: it runs on
+    GPUs."""
     min_devices: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    """GPUs of one host that the model is split over: the tensor-parallel size, short for `parallel.tensor`."""
     parallel: ParallelSettings | None = None
     span_nodes: bool = False
+    """`true`: these GPUs may be on several hosts, if no single host has room ([spanning.md](spanning.md))."""
     min_device_vram_mb: int | None = Field(default=None, gt=0)
+    """Total memory that each of these GPUs must have, in MiB. This does rule hosts out. Default: any GPU will do."""
     min_compute_capability: ComputeCapability | None = None
+    """The compute capability that each of these GPUs must have, such as `"8.9"` for FP8 on an RTX 4090. This rules
+    hosts out too; so does a GPU that does not report one. Default: any GPU will do."""
     pinned_on: tuple[str, ...] = ()
+    """The only neurons that may hold the model; it is never evicted there. Default: any neuron."""
     residency_priority: int = DEFAULT_PRIORITY
+    """A model is evicted only for one of equal or higher priority. Default: `100`; `1000` with `pinned_on`."""
     replicas: Replicas = Replicas()
     min_residency_secs: float | None = Field(default=None, ge=0)
+    """As in `[placement]`, for this model. Default: what `[placement]` says."""
     idle_ttl_secs: float | None = Field(default=None, gt=0)
+    """Unload the model after this long without a request, down to `replicas.min`. Default: it stays until its memory is
+    needed."""
     when_idle: Literal["unload", "sleep"] = "unload"
+    """`"unload"`, or `"sleep"`: on eviction the model moves to host memory if its neuron supports it
+    ([sleep](configuration.md#sleep)), and wakes from there in a second or two; elsewhere it is unloaded."""
     source: str | None = None
+    """What the engine loads: an absolute path on the GPU host, or a hub name. Default: `id`."""
     args: tuple[str, ...] = ()
+    """Further engine arguments, except those that neuron [sets itself](configuration.md#harnessname). Default: none."""
     max_model_len: ContextLength = None
+    """Tokens of prompt and answer together that the engine serves, or `"auto"`: the longest context that [fits on the
+    card](configuration.md#which-context-fits). Instead of `--max-model-len` in `args`. Default: as the engine decides
+    (vLLM: the model's own context, and no start if that does not fit)."""
     tools: bool = False
+    """Whether clients may offer the model tools, as every coding agent does: neuron adds `--enable-auto-tool-choice`,
+    `--tool-call-parser` and, for families that think, `--reasoning-parser`
+    ([which?](configuration.md#which-models-can-use-tools)). Default: `false`: vLLM refuses such requests."""
     limit: ModelLimit | None = None
     prices: ModelPrices | None = None
     base: ModelName | None = None
+    """This entry is a [LoRA adapter](configuration.md#how-are-lora-adapters-served) of the model with this id. Only
+    with `id`, `lora`, `limit` and `prices`. Default: it is a model of its own."""
     lora: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    """The adapter's weights: an absolute path on the GPU hosts, or a hub name. Default: required with `base`."""
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)
+    """How many adapters an engine of this model can have at a time. Default: `4` if the model has adapters; otherwise
+    its engines take none."""
     max_lora_rank: int | None = Field(default=None, ge=1, le=MAX_LORA_RANK)
+    """The highest rank of an adapter, at most 512. Default: that of the adapters on the host, if none is a hub name;
+    otherwise the engine's (vLLM: 16)."""
     variants: tuple[Variant, ...] = ()
     _variant: str | None = PrivateAttr(default=None)
     _place: int = PrivateAttr(default=0)
     _part: bool = PrivateAttr(default=False)
 
-    _tensor_size_of_either = model_validator(mode="before")(_with_tensor_size)
-    _one_tensor_size = field_validator("parallel")(_same_tensor_size)
-    _no_devices = field_validator("devices")(_without_devices)
+    _tensor_size_of_either = model_validator(mode="before")(with_tensor_size)
+    _one_tensor_size = field_validator("parallel")(same_tensor_size)
+    _no_devices = field_validator("devices")(no_devices)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,108 +2,45 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from cortex.config.gateway import GatewaySettings
+from cortex.config.neurons import HostNetwork, NeuronEntry, NeuronTlsSettings
 from cortex.config.sign_in import AuthSettings
 from cortex.http.headers import OF_REQUESTS, PASS
-from shared.cross_site import checked_hosts, checked_origins
 from shared.settings import SettingsModel
-from shared.tls import TlsFiles
-
-_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-def parse_listen(value: str) -> tuple[str, int]:
-    """Splits `host:port` or `[v6]:port`.
-
-    Raises:
-        ValueError: the value is neither.
-    """
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise ValueError("must be HOST:PORT, for example 127.0.0.1:31313")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-class GatewaySettings(SettingsModel):
-    """`[gateway]`: the HTTP server."""
-
-    listen: str = "127.0.0.1:31313"
-    metrics_listen: str = "127.0.0.1:31314"
-    workers: int = Field(default=1, ge=1, le=256)
-    max_body_mib: int = Field(default=32, ge=1, le=4096)
-    drain_timeout_secs: float = Field(default=30, ge=0)
-    keepalive_secs: float = Field(default=15, gt=0)
-    default_model: str | None = Field(default=None, min_length=1)  # id or alias, for requests that name no model
-    allowed_origins: list[str] = Field(default_factory=list)  # of web pages; cortex's own is always allowed
-    allowed_hosts: list[str] = Field(default_factory=list)  # public names that clients reach cortex under
-    allow_anonymous: bool = False  # True: clients need no key, but those with one go first
-    metrics_token: str | None = Field(default=None, min_length=1)
-    metrics_token_env: str | None = None
-    tls_cert: Path | None = None  # PEM, with its chain; relative to cortex.toml
-    tls_key: Path | None = None
-
-    _origins = field_validator("allowed_origins")(checked_origins)
-    _hosts = field_validator("allowed_hosts")(checked_hosts)
-
-    @model_validator(mode="after")
-    def _metrics_token_is_there(self) -> GatewaySettings:
-        if self.metrics_token is None and self.metrics_token_env and not os.environ.get(self.metrics_token_env):
-            raise ValueError(f"metrics_token_env: the environment variable {self.metrics_token_env} is not set")
-        return self
-
-    @property
-    def metrics_bearer_token(self) -> str | None:
-        """What Prometheus has to send; None if it needs none."""
-        return self.metrics_token or (os.environ[self.metrics_token_env] if self.metrics_token_env else None)
-
-    @field_validator("listen", "metrics_listen")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        parse_listen(value)
-        return value
-
-    @model_validator(mode="after")
-    def _certificate_has_its_key(self) -> GatewaySettings:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key: set both, or neither")
-        return self
-
-    @property
-    def tls_files(self) -> TlsFiles | None:
-        """What clients see of this server; None for HTTP without TLS."""
-        return None if self.tls_cert is None else TlsFiles(self.tls_cert, self.tls_key)
-
-    def url(self, host: str, port: int) -> str:
-        """Where clients reach cortex when it listens on this address."""
-        return f"{'http' if self.tls_cert is None else 'https'}://{host}:{port}"
 
 
 class KeysSettings(SettingsModel):
     """`[keys]`: API keys that are provisioned from outside."""
 
-    file: Path | None = None  # TOML with [[keys]], relative to cortex.toml
+    file: Path | None = None
+    """TOML file with [API keys](keys.md#how-do-i-provision-keys-from-a-file-or-the-environment), relative to
+    cortex.toml. Default: none."""
 
 
 class PollSettings(SettingsModel):
     """`[poll]`: how neurons are polled."""
 
     interval_secs: float = Field(default=2.0, gt=0)
+    """Seconds between two polls of a neuron. Neurons with `/events` push changes within milliseconds, so cortex then
+    polls only `/health`, and everything every 15th time. For protocol v1 neurons this is the delay until cortex sees a
+    change."""
     timeout_secs: float = Field(default=5.0, gt=0)
-    unhealthy_after: int = Field(default=3, ge=1)  # consecutive misses
+    """How long one poll may take."""
+    unhealthy_after: int = Field(default=3, ge=1)
+    """Consecutive missed polls after which a neuron gets no requests; one answer makes it healthy again."""
 
 
 class ColdLoadSettings(SettingsModel):
     """`[cold_load]`: loading a model on request."""
 
     timeout_secs: float = Field(default=1800, gt=0)
+    """How long a load may take, and how long a request waits for it."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +70,32 @@ class PlacementSettings(SettingsModel):
     """`[placement]`: which model is evicted for which, and when. Times in seconds."""
 
     min_residency_secs: float = Field(default=Rules.min_residency_secs, ge=0)
+    """A freshly loaded model stays at least this long unless nothing else frees the memory; models.toml can set it per
+    model."""
     patience_secs: float = Field(default=Rules.patience_secs, ge=0)
+    """Once requests have waited as long as [evicting a busy model will cost its
+    own](placement.md#which-models-are-evicted), or one of them this long, it may be evicted, after its residency: it
+    gets no new requests and finishes those it has."""
     starvation_secs: float = Field(default=Rules.starvation_secs, ge=0)
+    """A request that has waited this long goes first, whatever the priorities of the others; at least
+    `patience_secs`."""
     pause_secs: float = Field(default=Rules.pause_secs, ge=0)
-    replica_target: int = Field(default=Rules.replica_target, ge=1)  # requests at a time
+    """A model counts as busy after its last request for a twentieth of what an exchange takes, and at most this
+    long."""
+    replica_target: int = Field(default=Rules.replica_target, ge=1)
+    """Running and waiting requests per replica above which another replica is loaded, if the model's `replicas.max`
+    allows it."""
     scale_up_secs: float = Field(default=Rules.scale_up_secs, ge=0)
+    """The load must exceed `replica_target` for this long."""
     scale_down_secs: float = Field(default=Rules.scale_down_secs, gt=0)
+    """A replica beyond `replicas.min` is unloaded after this long without a request."""
     load_ahead: bool = Rules.load_ahead
-    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)  # 0: keys have no device time
+    """Whether a model that was evicted for another [comes back before it is
+    requested](placement.md#when-does-a-model-come-back-before-it-is-requested), when it is used more than what is idle
+    then."""
+    fairness_half_life_secs: float = Field(default=900.0, ge=0, allow_inf_nan=False)
+    """[the device time that API keys have used](fairness.md) fades to half within this time; `0`: it does not decide
+    whose model is loaded."""
 
     def rules(self) -> Rules:
         """These settings as rules for the planner."""
@@ -152,9 +107,15 @@ class PlacementSettings(SettingsModel):
 class RoutingSettings(SettingsModel):
     """`[routing]`: which of several replicas gets a request."""
 
-    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")  # empty: none
-    prefix_chars: int = Field(default=256, ge=0, le=65536)  # 0: prompts are ignored
+    session_header: str = Field(default="x-session-id", pattern=r"^[A-Za-z0-9-]*$")
+    """Requests with the same value in this header go to the same engine, whatever their prompts; the header is
+    forwarded. `""` turns it off. Names that cortex itself reads (`authorization`, `x-request-id`, …) are refused."""
+    prefix_chars: int = Field(default=256, ge=0, le=65536)
+    """Without that header, requests whose prompts share this many first characters go to the same engine, for its
+    prefix cache; 0 to 65536, 0 ignores prompts."""
     load_factor: float = Field(default=1.25, ge=1, le=100)
+    """How far above the average load an engine may be and still be preferred for that, 1 to 100; beyond it the next
+    engine gets the request."""
 
     @field_validator("session_header")
     @classmethod
@@ -168,104 +129,57 @@ class WaitingSettings(SettingsModel):
     """`[waiting]`: limits on requests that wait for a model, and how often they get progress comments."""
 
     per_model: int = Field(default=1024, ge=1)
+    """Requests that may wait for one model."""
     total: int = Field(default=4096, ge=1)
+    """Requests that may wait in total."""
     first_comment_secs: float = Field(default=1.0, gt=0)
+    """An event stream that has waited this long is answered with 200 and a first comment, see
+    [api.md](api.md#what-does-a-stream-get-while-it-waits)."""
     comment_interval_secs: float = Field(default=2.0, gt=0)
+    """Time between two comments of one stream."""
     plain_keepalive: Literal["off", "whitespace"] = "off"
+    """`"whitespace"`: a plain JSON answer begins early as well, at a price, see
+    [api.md](api.md#what-does-a-plain-request-get-while-it-waits)."""
 
 
 class UsageSettings(SettingsModel):
     """`[usage]`: the records of what was used."""
 
-    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")  # of the catalogue's prices
-    retention_days: int = Field(default=400, ge=0)  # 0: no limit
-    daily_retention_days: int = Field(default=3650, ge=0)  # of the daily sums; 0: no limit
+    currency: str = Field(default="EUR", pattern=r"^[A-Z]{3}$")
+    """ISO 4217 code of the currency of the catalogue's [prices](configuration.md#modelsprices). A reload is refused
+    while a key has a [budget](limits.md) in another currency."""
+    retention_days: int = Field(default=400, ge=0)
+    """Records of requests are deleted after so many days; `0`: never."""
+    daily_retention_days: int = Field(default=3650, ge=0)
+    """Their daily sums are deleted after so many days, but not before the records; `0`: never."""
 
 
 class EnergySettings(SettingsModel):
     """`[energy]`: what the GPUs' energy costs."""
 
-    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # in `[usage] currency`
-
-
-@dataclass(frozen=True)
-class HostNetwork:
-    """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
-    one. `gbps` is the speed of the host's own link in Gbit/s, None if unknown."""
-
-    name: str | None = None
-    gbps: float | None = None
-
-
-class NeuronEntry(SettingsModel):
-    """`[[neurons]]`: one GPU host."""
-
-    name: str
-    endpoint: str
-    token: str | None = Field(default=None, min_length=1)
-    token_env: str | None = None
-    network: str | None = None  # neurons that name the same one are next to each other
-    network_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: as the neuron reports it
-
-    @field_validator("name", "network")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NODE_NAME.fullmatch(value):
-            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
-        return value
-
-    @field_validator("endpoint")
-    @classmethod
-    def _url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        _ = parts.port  # raises ValueError for an invalid port
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("must be a URL such as http://host:13131")
-        return value.rstrip("/")
-
-    @model_validator(mode="after")
-    def _token_is_there(self) -> NeuronEntry:
-        if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
-            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
-        return self
-
-    @property
-    def bearer_token(self) -> str | None:
-        """The token to send to this neuron; None when it needs none."""
-        return self.token or (os.environ[self.token_env] if self.token_env else None)
-
-    @property
-    def access(self) -> tuple[str, str | None]:
-        """How it is reached: the endpoint and the token."""
-        return self.endpoint, self.bearer_token
-
-
-class NeuronTlsSettings(SettingsModel):
-    """`[neuron_tls]`: TLS to neurons with an https endpoint. Paths are relative to cortex.toml."""
-
-    ca: Path | None = None  # PEM with the authorities that sign neurons' certificates; None: the system's
-    cert: Path | None = None  # PEM with the certificate, and its chain, that neurons see of cortex
-    key: Path | None = None
-
-    @model_validator(mode="after")
-    def _certificate_has_its_key(self) -> NeuronTlsSettings:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("cert and key: set both, or neither")
-        return self
-
-    @property
-    def files(self) -> TlsFiles:
-        return TlsFiles(self.cert, self.key, self.ca)
+    price_per_kwh: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Price of a kWh, in `[usage] currency`, for usage reports."""
 
 
 class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
     models_config: Path = Path("models.toml")
-    state_dir: Path | None = None  # None: see cortex.config.files.state_directory
-    database: str | None = None  # None: SQLite in the state directory
+    """Path of the catalogue, relative to cortex.toml. Default: `"models.toml"`."""
+    state_dir: Path | None = None
+    """Directory for state that survives restarts (drained neurons, models held back, load times, context lengths,
+    makers of responses), relative to cortex.toml; used by one cortex at a time. Default: systemd's `STATE_DIRECTORY`;
+    otherwise a directory under `$XDG_STATE_HOME/cortex` (`~/.local/state/cortex`) that belongs to this cortex.toml,
+    created when needed."""
+    database: str | None = None
+    """`postgresql://USER:PASSWORD@HOST/NAME`, for several cortexes that share keys, limits and usage. libpq's
+    parameters work: `?host=/run/postgresql`, `?sslmode=verify-full`. Default: SQLite in `cortex.db` in the state
+    directory."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """`debug`, `info`, `warning` or `error`; the log goes to standard error."""
     log_format: Literal["text", "json"] = "text"
+    """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
+    `exception`."""
     gateway: GatewaySettings = GatewaySettings()
     keys: KeysSettings = KeysSettings()
     auth: AuthSettings = AuthSettings()

@@ -27,27 +27,47 @@ class OidcRoles(SettingsModel):
     """`[auth.oidc.roles]`: the issuer's groups that have each role. A person in several has the highest."""
 
     user: list[str] = Field(default_factory=list)
+    """The groups that have this [role](keys.md#what-may-a-key-do), as the issuer writes them; a person in several
+    groups has the highest role. Default: `[]`."""
     viewer: list[str] = Field(default_factory=list)
+    """The groups that have this role. Default: `[]`."""
     operator: list[str] = Field(default_factory=list)
+    """The groups that have this role. Default: `[]`."""
     admin: list[str] = Field(default_factory=list)
+    """The groups that have this role. Default: `[]`."""
 
 
 class OidcSettings(SettingsModel):
     """`[auth.oidc]`: people sign in at an issuer of OpenID Connect. Without `issuer` they cannot."""
 
     issuer: str | None = None
+    """URL of the issuer, without `/.well-known/openid-configuration`. With it, clients on the same host need a key or a
+    sign-in like all others. Default: none: people cannot sign in."""
     client_id: str | None = Field(default=None, min_length=1)
+    """The client that the issuer has for cortex. Default: required with `issuer`."""
     client_secret: str | None = Field(default=None, min_length=1)
+    """Its secret, if the issuer has given it one. `cortex login` does not have it. Default: none: a public client."""
     client_secret_env: str | None = None
-    client_secret_file: Path | None = None  # relative to cortex.toml
-    cli_client_id: str | None = Field(default=None, min_length=1)  # of `cortex login`; None: client_id
-    audiences: list[str] = Field(default_factory=list)  # that tokens may be for, besides the client ids
+    """Instead: the environment variable that has it. Default: none."""
+    client_secret_file: Path | None = None
+    """Instead: the file that has it, relative to cortex.toml. Default: none."""
+    cli_client_id: str | None = Field(default=None, min_length=1)
+    """A public client for `cortex login`, where the other one has a secret. Default: `client_id`."""
+    audiences: list[str] = Field(default_factory=list)
+    """Values of `aud` that tokens may have besides the client ids. Default: `[]`."""
     scopes: list[str] = Field(default_factory=lambda: ["openid", "profile", "email"])
-    groups_claim: str = Field(default="groups", min_length=1)  # a.b: the claim b in the claim a
+    """What cortex asks for; `openid` must be one of them. Default: `["openid", "profile", "email"]`."""
+    groups_claim: str = Field(default="groups", min_length=1)
+    """The claim with a person's groups: a list, or words in a text. `realm_access.roles` is the claim `roles` in the
+    claim `realm_access`."""
     roles: OidcRoles = OidcRoles()
-    default_role: Literal["user", "viewer", "operator", "admin"] | None = None  # of people in none of those groups
-    redirect_url: str | None = None  # None: /login/callback at the address that the browser uses
+    default_role: Literal["user", "viewer", "operator", "admin"] | None = None
+    """Role of people in no group of `[auth.oidc.roles]`: `"user"`, `"viewer"`, `"operator"` or `"admin"`. Default:
+    none: they are refused."""
+    redirect_url: str | None = None
+    """Where the issuer sends browsers back to. Default: `/login/callback` at the address that the browser uses."""
     session_hours: float = Field(default=12.0, gt=0, le=24 * 365, allow_inf_nan=False)
+    """How long a browser stays signed in."""
 
     _issuer_url = field_validator("issuer", "redirect_url")(_checked_url)
 
@@ -106,5 +126,7 @@ class OidcSettings(SettingsModel):
 class AuthSettings(SettingsModel):
     """`[auth]`: who may do what without a key."""
 
-    trust_loopback: bool = False  # True: clients on this host need no key, although others do
+    trust_loopback: bool = False
+    """`true`: where there are API keys, clients on the same host need none and may do everything. Not behind a proxy on
+    that host that sends no `X-Forwarded-For`."""
     oidc: OidcSettings = OidcSettings()

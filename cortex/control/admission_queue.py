@@ -130,6 +130,10 @@ class AdmissionQueue:
         """How many requests wait for these models."""
         return sum(len(queue.tickets) for model in models if (queue := self._queues.get(model)) is not None)
 
+    def counts(self) -> dict[str, int]:
+        """How many requests wait, by the name that they give their model."""
+        return {model: len(queue.tickets) for model, queue in self._queues.items()}
+
     def has_line(self, *models: str) -> bool:
         """Whether requests that wait for one of these models come before one that arrives now."""
         queues = map(self._queues.get, models)

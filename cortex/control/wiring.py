@@ -149,14 +149,14 @@ def build(
     `clock`: monotonic seconds. Without `leases` it asks no other cortexes. `caller_of` finds the caller by key id."""
     shutdown, counts, backoffs = Shutdown(), CountTotals(), Backoffs(clock)
     demand = _demand(fleet, counts, clock, _device_time(live, state, caller_of))
-    metrics, queue = Metrics(fleet, counts.all_in_flight, counts.counters), AdmissionQueue(live=live, clock=clock)
+    queue = AdmissionQueue(live=live, clock=clock)
     shutdown.beginning.subscribe(queue.notify_all)
     endpoints = Endpoints(fleet=fleet, clients=clients, pollers=pollers, clock=clock)
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
-    routes = _routes(live, fleet, endpoints, counts, room)
-    neurons = NeuronAccess(fleet, clients, pollers)
+    routes, neurons = _routes(live, fleet, endpoints, counts, room), NeuronAccess(fleet, clients, pollers)
     evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
+    metrics = Metrics(fleet, counts.all_in_flight, counts.counters, waiting=queue.counts, state_dir=state.directory)
     loader = Loader(
         neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
@@ -310,7 +310,7 @@ def _timeline(core: ControlCore) -> Timeline:
         causes=causes,
         waiting=lambda: {model: waiting.count for model, waiting in core.queue.waiting().items()},
         counts=counts,
-        file=None if directory is None else TimelineFile(directory),
+        file=None if directory is None else TimelineFile(directory, core.state.acquire_lock),
     )
 
 

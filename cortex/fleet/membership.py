@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol
 
-from cortex.config.settings import NeuronEntry, PollSettings
+from cortex.config.neurons import NeuronEntry
+from cortex.config.settings import PollSettings
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet

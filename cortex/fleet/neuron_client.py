@@ -13,7 +13,7 @@ from urllib.parse import quote
 import msgspec
 from pydantic import BaseModel, ValidationError
 
-from cortex.config.settings import NeuronEntry
+from cortex.config.neurons import NeuronEntry
 from cortex.fleet.answer_reader import AnswerReader, KnownHealth
 from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_http import AnswerTooLarge, NeuronAnswer, NoEventStream, OnEvent, fetch, follow, follow_lines

@@ -17,7 +17,7 @@ from cortex.upstream.pool import EnginePool
 from shared.errors import InvalidRequest, RequestTooLarge
 
 MAX_ANSWER_BYTES = 16 << 20
-"""Limit for one answer. An entry of `/models` takes about half a KiB."""
+"""Limit for one answer of a neuron. An entry of `/models` takes about half a KiB."""
 
 OnEvent = Callable[[str, Any], None]
 
@@ -30,10 +30,10 @@ class NeuronAnswer(NamedTuple):
 
 
 class AnswerTooLarge(Exception):
-    """The answer exceeds MAX_ANSWER_BYTES; `status` is its HTTP status."""
+    """The answer exceeds the limit of `max_bytes`; `status` is its HTTP status."""
 
-    def __init__(self, status: int) -> None:
-        super().__init__(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+    def __init__(self, status: int, max_bytes: int) -> None:
+        super().__init__(f"the answer is larger than {max_bytes / (1 << 20):g} MiB")
         self.status = status
 
 
@@ -116,15 +116,16 @@ class _Exchange:
 
 
 class _Whole(_Exchange):
-    def __init__(self, head: bytes, body: bytes) -> None:
+    def __init__(self, head: bytes, body: bytes, max_bytes: int) -> None:
         super().__init__(head, body)
         self.pieces: list[bytes] = []
         self._size = 0
+        self._max_bytes = max_bytes
 
     def _take(self, data: bytes) -> None:
         self._size += len(data)
-        if self._size > MAX_ANSWER_BYTES:
-            self._fail(AnswerTooLarge(self.status))
+        if self._size > self._max_bytes:
+            self._fail(AnswerTooLarge(self.status, self._max_bytes))
         else:
             self.pieces.append(data)
 
@@ -134,9 +135,9 @@ class _Whole(_Exchange):
         if not self.encoding or self.encoding.strip().lower() == b"identity":
             return body
         try:
-            return unpack(body, self.encoding, MAX_ANSWER_BYTES)
+            return unpack(body, self.encoding, self._max_bytes)
         except RequestTooLarge as error:
-            raise AnswerTooLarge(self.status) from error
+            raise AnswerTooLarge(self.status, self._max_bytes) from error
         except InvalidRequest as error:
             raise ConnectionError(f"the answer's {error.message}") from error
 
@@ -163,17 +164,25 @@ class _Stream(_Exchange):
             self._fail(error)
 
 
-async def fetch(pool: EnginePool, address: Address, head: bytes, body: bytes = b"", *, again: bool) -> NeuronAnswer:
+async def fetch(
+    pool: EnginePool,
+    address: Address,
+    head: bytes,
+    body: bytes = b"",
+    *,
+    again: bool,
+    max_bytes: int | None = None,
+) -> NeuronAnswer:
     """The answer to one request. `again` True: it may be sent twice, so a kept connection can be used.
 
     Raises:
         OSError: no answer, or one that is incomplete or cannot be decompressed. asyncio.TimeoutError: no connection
             within the pool's time.
-        AnswerTooLarge: the answer is too large.
+        AnswerTooLarge: the answer's body is larger than `max_bytes`, by default MAX_ANSWER_BYTES.
     """
     kept = pool.take(address) if again else None
     while True:
-        exchange = _Whole(head, body)
+        exchange = _Whole(head, body, MAX_ANSWER_BYTES if max_bytes is None else max_bytes)
         try:
             await exchange.begin(pool, address, kept)
             await exchange.outcome

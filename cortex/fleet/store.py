@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -84,9 +85,8 @@ class _State(BaseModel):
 
 
 class StateFile:
-    """Owns the file and its contents. A file that cannot be read is renamed; one that cannot be written causes one
-    warning. Neither stops cortex from serving.
-
+    """Owns the file and its contents, and the lock of its directory. A file that cannot be read is renamed; one that
+    cannot be written causes one warning. Neither stops cortex from serving.
 
     `problem` says why the file is out of date; None if it is current.
     """
@@ -101,6 +101,7 @@ class StateFile:
         self._device_time = _DeviceTime()
         self.response_owners = ResponseOwners()
         self._lock: int | None = None
+        self._acquiring = threading.Lock()
         self._unwritten = False
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -199,6 +200,28 @@ class StateFile:
             os.close(self._lock)
             self._lock = None
 
+    def acquire_lock(self) -> None:
+        """Makes this process the only one that writes in the directory: two would undo each other's changes. Call it
+        before each write rather than at startup, when the previous cortex may still be finishing its requests; `close`
+        ends it. From any thread. Blocks.
+
+        Raises:
+            OSError: another cortex writes there, or it cannot be written.
+        """
+        with self._acquiring:
+            if self._directory is None:
+                return
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._lock is not None:
+                return
+            lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(lock)
+                raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
+            self._lock = lock
+
     def _touch(self) -> None:
         self._unwritten = True
         self._changed.set()
@@ -259,25 +282,11 @@ class StateFile:
     def _write(self, directory: Path, data: bytes) -> str | None:
         """Replaces the file. Returns why it failed, or None."""
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._acquire_lock(directory)
+            self.acquire_lock()
             replace_file(directory / NAME, data)
         except OSError as error:
             return _reason(error)
         return None
-
-    def _acquire_lock(self, directory: Path) -> None:
-        """Takes the lock: two writers would undo each other's changes. Taken on the first write rather than at startup,
-        when the previous cortex may still be finishing its requests."""
-        if self._lock is not None:
-            return
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
-        self._lock = lock
 
 
 def _reason(error: Exception) -> str:

@@ -110,3 +110,9 @@ def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     """Removes the header lines that `Connection` names."""
     named = {token.strip().lower() for token in connection.split(b",")}
     return [line for line in lines if line.partition(b":")[0].lower() not in named]
+
+
+def forwarded_https(value: bytes) -> bool:
+    """Whether this value of X-Forwarded-Proto says that the client uses https. Of several proxies each appends its own,
+    so the client's is the first."""
+    return value.partition(b",")[0].strip().lower() == b"https"

@@ -1,21 +1,23 @@
-"""The counters of the request path: plain numbers for each model and neuron. No I/O.
+"""What workers have counted, for each model and neuron. No I/O.
 
-Each worker counts into its own Counters and sends them to the control process, which renders the sum for Prometheus
-(`cortex.metrics.exporter`). A new metric of the request path needs a field here, its sum in `add`, and a family there.
+Each worker counts its requests (`cortex.metrics.request_tally`) and sends the counts to the control process, which
+renders their sum for Prometheus (`cortex.metrics.exporter`). A new metric of the request path needs a field here, its
+sum in `add`, and a family there. Not compiled: mypyc does not know msgspec's structs.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
 from cortex.routing.replica import ModelOnNode
 
-REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+Buckets: TypeAlias = tuple[float, ...]  # of whatever length: compiled code would take one of fixed length apart
+REQUEST_BUCKETS: Buckets = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+FIRST_BYTE_BUCKETS: Buckets = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds in seconds; one more bucket holds what is above the last."""
 
 UNKNOWN: Final = "unknown"
@@ -65,46 +67,10 @@ class Series(msgspec.Struct):
 
 
 class Counters(msgspec.Struct):
-    """Everything counted since the process began, also as a message between processes. Numbers only grow. Callers bound
-    the labels: models and neurons that exist, and UNKNOWN."""
+    """Everything counted since a process began, also as a message between processes."""
 
     series: dict[str, dict[str, Series]] = {}  # by model and neuron
     dropped_usage_records: int = 0
-
-    def request(self, model: str, node: str, status: int, secs: float, first_byte_secs: float | None) -> None:
-        """Counts a request that was answered, or whose client disconnected.
-
-        Args:
-            status: the HTTP status of the answer.
-            secs: duration of the whole request.
-            first_byte_secs: from the arrival of the request to the head of its answer; None if no engine answered.
-        """
-        series = self._of(model, node)
-        statuses, duration = series.statuses, series.duration
-        statuses[status] = statuses.get(status, 0) + 1
-        duration.counts[bisect_left(REQUEST_BUCKETS, secs)] += 1
-        duration.secs += secs
-        if first_byte_secs is not None:
-            first_byte = series.first_byte
-            first_byte.counts[bisect_left(FIRST_BYTE_BUCKETS, first_byte_secs)] += 1
-            first_byte.secs += first_byte_secs
-
-    def error(self, model: str, node: str, code: str) -> None:
-        """Counts a request that ended in an error of cortex."""
-        errors = self._of(model, node).errors
-        errors[code] = errors.get(code, 0) + 1
-
-    def tokens(self, model: str, node: str, prompt: int, completion: int, cached: int) -> None:
-        """Counts the tokens that an engine reported for one request; `cached` of the prompt came from its cache."""
-        tokens = self._of(model, node).tokens
-        tokens["prompt"] = tokens.get("prompt", 0) + prompt
-        tokens["completion"] = tokens.get("completion", 0) + completion
-        if cached:
-            tokens["cached"] = tokens.get("cached", 0) + cached
-
-    def usage_records_dropped(self, count: int) -> None:
-        """Counts records of usage that could not be written and are lost."""
-        self.dropped_usage_records += count
 
     def items(self) -> Iterator[tuple[ModelOnNode, Series]]:
         """Each series with its model and neuron."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cortex.accounts.usage.journal_file import USAGE_DIRECTORY, total_bytes
 from cortex.fleet.state import Fleet
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
 from cortex.metrics.energy import EnergyTotals
@@ -30,12 +34,21 @@ class Metrics:
         fleet: Fleet,
         in_flight: Callable[[], Mapping[ReplicaKey, int]],
         counters: Callable[[], Iterable[Counters]],
+        *,
+        waiting: Callable[[], Mapping[str, int]] = dict,
+        state_dir: Path | None = None,
     ) -> None:
+        """`waiting`: how many requests wait, by the name of their model."""
         self._cold_starts: dict[ModelOnNode, Histogram] = {}
+        self._failed_loads: Counter[ModelOnNode] = Counter()
+        self._failed_scrapes: Counter[ModelOnNode] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(_Requests(counters))
-        self._registry.register(_ColdStarts(self._cold_starts))
-        self._registry.register(_FleetGauges(fleet, in_flight))
+        self._registry.register(_ColdStarts(self._cold_starts, self._failed_loads))
+        self._registry.register(_FleetGauges(fleet, in_flight, waiting))
+        self._registry.register(_EngineScrapes(self._failed_scrapes))
+        self._disk = _StateDisk(state_dir)
+        self._registry.register(self._disk)
         self.energy = EnergyTotals()
         self._registry.register(_Energy(self.energy))
 
@@ -43,6 +56,18 @@ class Metrics:
         """Counts a model that was loaded for a request."""
         started = self._cold_starts.setdefault((model, node), Histogram.of(COLD_START_BUCKETS))
         started.observe(COLD_START_BUCKETS, secs)
+
+    def load_failed(self, model: str, node: str) -> None:
+        """Counts a load that failed."""
+        self._failed_loads[model, node] += 1
+
+    def engine_scrape_failed(self, model: str, node: str) -> None:
+        """Counts an engine whose metrics could not be read."""
+        self._failed_scrapes[model, node] += 1
+
+    def measure_disk(self) -> None:
+        """Looks at the state directory, for the next scrape. Blocks."""
+        self._disk.measure()
 
     def exposition(self) -> bytes:
         """The body of a scrape."""
@@ -81,16 +106,60 @@ class _Requests(Collector):
 class _ColdStarts(Collector):
     """Counted by the control process."""
 
-    def __init__(self, cold_starts: Mapping[ModelOnNode, Histogram]) -> None:
+    def __init__(self, cold_starts: Mapping[ModelOnNode, Histogram], failed: Mapping[ModelOnNode, int]) -> None:
         self._cold_starts = cold_starts
+        self._failed = failed
 
     def collect(self) -> Iterator[Metric]:
         loads = CounterMetricFamily("cortex_cold_starts", "Models loaded on request", labels=_LABELS)
+        failures = CounterMetricFamily("cortex_load_failures", "Loads that failed", labels=_LABELS)
         took = _family("cortex_cold_start_seconds", "Loads on request")
+        for key, failed in self._failed.items():
+            failures.add_metric(key, failed)
         for key, histogram in self._cold_starts.items():
             loads.add_metric(key, sum(histogram.counts))
             _add(took, key, COLD_START_BUCKETS, histogram)
-        yield from (loads, took)
+        yield from (loads, failures, took)
+
+
+class _EngineScrapes(Collector):
+    """Counted by `/metrics/engines`."""
+
+    def __init__(self, failed: Mapping[ModelOnNode, int]) -> None:
+        self._failed = failed
+
+    def collect(self) -> Iterator[Metric]:
+        failures = CounterMetricFamily(
+            "cortex_engine_scrape_failures", "Times that an engine's metrics could not be read", labels=_LABELS
+        )
+        for key, failed in self._failed.items():
+            failures.add_metric(key, failed)
+        yield failures
+
+
+class _StateDisk(Collector):
+    """The disk that cortex writes to, as it was last measured."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._measured: dict[str, tuple[str, int]] = {}  # help text and bytes, by name
+
+    def measure(self) -> None:
+        if self._directory is None:
+            return
+        measured: dict[str, tuple[str, int]] = {}
+        with contextlib.suppress(OSError):  # the directory is made when something is first kept
+            free = shutil.disk_usage(self._directory).free
+            measured["cortex_state_disk_free_bytes"] = "Free space where cortex keeps its state", free
+        waiting = 0
+        with contextlib.suppress(OSError):
+            waiting = total_bytes(self._directory / USAGE_DIRECTORY)
+        measured["cortex_usage_journal_bytes"] = "Usage that waits for the database", waiting
+        self._measured = measured
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (text, size) in self._measured.items():
+            yield GaugeMetricFamily(name, text, size)
 
 
 class _Energy(Collector):
@@ -111,9 +180,15 @@ class _Energy(Collector):
 class _FleetGauges(Collector):
     """Gauges read from the fleet and from the workers."""
 
-    def __init__(self, fleet: Fleet, in_flight: Callable[[], Mapping[ReplicaKey, int]]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        in_flight: Callable[[], Mapping[ReplicaKey, int]],
+        waiting: Callable[[], Mapping[str, int]],
+    ) -> None:
         self._fleet = fleet
         self._in_flight = in_flight
+        self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
         healthy = GaugeMetricFamily("cortex_node_healthy", "1 when the neuron answers", labels=["node"])
@@ -133,7 +208,10 @@ class _FleetGauges(Collector):
                 engines.add_metric(key, count)
         for place, count in total.items():
             working.add_metric(place, count)
-        yield from (healthy, working, engines)
+        waiting = GaugeMetricFamily("cortex_requests_waiting", "Requests that wait for a model", labels=["model"])
+        for model, count in self._waiting().items():
+            waiting.add_metric([model], count)
+        yield from (healthy, working, engines, waiting)
 
 
 def _family(name: str, text: str) -> HistogramMetricFamily:

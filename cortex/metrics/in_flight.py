@@ -19,8 +19,6 @@ class CallerCount(NamedTuple):
 
 
 class _Count:
-    """Of one replica. One object instead of two dictionaries: a request looks its key up once at each end."""
-
     __slots__ = ("begun", "now")
 
     def __init__(self) -> None:
@@ -28,13 +26,23 @@ class _Count:
         self.begun = 0
 
 
+class _ReplicaCount(_Count):
+    """Of one replica, with those of each API key. One object instead of several dictionaries: a request looks its
+    replica up once at each end."""
+
+    __slots__ = ("callers",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: dict[str, _Count] = {}
+
+
 class InFlight:
     """One worker's exact counts: a request counts from the choice of its engine to the last byte of its answer.
     `elsewhere` are the counts that the other workers last reported."""
 
     def __init__(self) -> None:
-        self._counts: dict[ReplicaKey, _Count] = {}
-        self._callers: dict[CallerAt, _Count] = {}
+        self._counts: dict[ReplicaKey, _ReplicaCount] = {}
         self._here: dict[ReplicaKey, int] | None = None  # as last read, until a count changes
         self.elsewhere: Mapping[ReplicaKey, int] = {}
         self.on_change: Callable[[], None] | None = None
@@ -53,35 +61,38 @@ class InFlight:
 
     def take_callers(self) -> dict[CallerAt, CallerCount]:
         """The requests of each API key: in flight now, and begun since the last call."""
-        taken = {at: CallerCount(count.now, count.begun) for at, count in self._callers.items()}
-        self._callers = {at: count for at, count in self._callers.items() if count.now}
-        for count in self._callers.values():
-            count.begun = 0
+        taken: dict[CallerAt, CallerCount] = {}
+        for key, replica in self._counts.items():
+            for key_id, count in replica.callers.items():
+                taken[key, key_id] = CallerCount(count.now, count.begun)
+                count.begun = 0
+            replica.callers = {key_id: count for key_id, count in replica.callers.items() if count.now}
         return taken
 
-    def add_caller(self, key: ReplicaKey, key_id: str) -> None:
-        """Of the requests that have been added, one is this key's."""
-        count = self._callers.get((key, key_id))
-        if count is None:
-            count = self._callers[key, key_id] = _Count()
-        count.now += 1
-        count.begun += 1
-
-    def remove_caller(self, key: ReplicaKey, key_id: str) -> None:
-        self._callers[key, key_id].now -= 1
-
-    def add(self, key: ReplicaKey) -> None:
+    def add(self, key: ReplicaKey, key_id: str = "") -> None:
+        """A request begins there. `key_id`: of its client's API key, if it has one."""
         count = self._counts.get(key)
         if count is None:
-            count = self._counts[key] = _Count()
+            count = self._counts[key] = _ReplicaCount()
         count.now += 1
         count.begun += 1
-        self._here = None
-        if self.on_change is not None:
-            self.on_change()
+        if key_id:
+            caller = count.callers.get(key_id)
+            if caller is None:
+                caller = count.callers[key_id] = _Count()
+            caller.now += 1
+            caller.begun += 1
+        self._changed()
 
-    def remove(self, key: ReplicaKey) -> None:
-        self._counts[key].now -= 1
+    def remove(self, key: ReplicaKey, key_id: str = "") -> None:
+        """A request has ended, which `add` has been told of with the same arguments."""
+        count = self._counts[key]
+        count.now -= 1
+        if key_id:
+            count.callers[key_id].now -= 1
+        self._changed()
+
+    def _changed(self) -> None:
         self._here = None
         if self.on_change is not None:
             self.on_change()

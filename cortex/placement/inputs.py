@@ -12,8 +12,9 @@ from itertools import accumulate, chain, count
 from cortex.accounts.caller import Caller
 from cortex.accounts.fairness.claims import Claim, claim_of, contend
 from cortex.config.catalogue import Catalogue
+from cortex.config.neurons import HostNetwork
 from cortex.config.profile import DEFAULT_PRIORITY, ModelProfile, RequestedModel
-from cortex.config.settings import HostNetwork, Rules
+from cortex.config.settings import Rules
 from cortex.fleet.groups import serving_engine, sick_because
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from cortex.config.neurons import HostNetwork
 from cortex.config.profile import ModelProfile
-from cortex.config.settings import HostNetwork
 from cortex.placement.load_plan import LoadPlan
 from shared.protocol import Parallelism
 from shared.protocol.group import split_over

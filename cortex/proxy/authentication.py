@@ -83,15 +83,16 @@ class Authentication:
             ServiceError: the credential is not valid, or that cannot be found out now.
         """
         assert self._people is not None
+        identified = self._identified  # `configure` may put another in its place meanwhile, where this role is wrong
         try:
             found = await self._people.identify(credential)
         except ServiceError as error:
             if error.status == 401 and credential.startswith(SESSION_PREFIX):
                 return self._without_key(request)
             raise
-        if len(self._identified) >= _MAX_REMEMBERED:
-            self._identified.clear()
-        self._identified[credential] = found
+        if len(identified) >= _MAX_REMEMBERED:
+            identified.clear()
+        identified[credential] = found
         return found.caller
 
     def _find(self, api_key: bytes) -> Caller:

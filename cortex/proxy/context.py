@@ -16,8 +16,8 @@ from cortex.config.settings import CortexConfig
 from cortex.http.access_log import AccessLog
 from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
-from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import InFlight
+from cortex.metrics.request_tally import RequestTally
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy, KeepAliveStream
 from cortex.proxy.paths import INFERENCE
 from cortex.proxy.prompt.expected_tokens import ExpectedTokens
@@ -34,7 +34,7 @@ from cortex.routing.response_owners import SEARCHED_BYTES, ResponseMaker, respon
 from cortex.routing.speeds import Speeds
 from cortex.routing.stream_usage import StreamUsages
 from cortex.upstream.pool import EnginePool
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
@@ -62,7 +62,7 @@ class ProxyContext:
         self.missing_paths = MissingPaths()
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
-        self.counters = Counters()
+        self.counters = RequestTally()
         self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
@@ -120,17 +120,13 @@ class ProxyContext:
 
     def count(self, replica: Replica, key_id: str) -> None:
         """A request is about to be sent to this replica, from a client with this API key."""
-        if key_id:
-            self.in_flight.add_caller(replica.key, key_id)
-        self.in_flight.add(replica.key)
+        self.in_flight.add(replica.key, key_id)
         if replica.adapter is not None:
             self.in_flight.add(adapter_key(replica.adapter, replica.key))
 
     def uncount(self, replica: Replica, key_id: str) -> None:
         """Takes `count` back."""
-        if key_id:
-            self.in_flight.remove_caller(replica.key, key_id)
-        self.in_flight.remove(replica.key)
+        self.in_flight.remove(replica.key, key_id)
         if replica.adapter is not None:
             self.in_flight.remove(adapter_key(replica.adapter, replica.key))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from time import monotonic
 
 from cortex.accounts.caller import Caller
@@ -123,7 +124,8 @@ class Gateway:
         try:
             caller = self._authentication.caller_of(request)
         except Unidentified as unknown:
-            return UnidentifiedRequest(client, request, self._identified(client, request, unknown.credential))
+            find = partial(self._identified, client, request, unknown.credential)
+            return UnidentifiedRequest(client, request, find)
         except ServiceError as error:
             return self._handle_stranger(client, request, error)
         return self._handle_from(client, request, caller)
@@ -213,7 +215,7 @@ class Gateway:
         return request_id
 
     def collect(self) -> Counters:
-        return self._context.counters
+        return self._context.counters.collect()
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.here

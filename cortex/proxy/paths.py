@@ -6,6 +6,7 @@ import re
 from typing import Final
 from urllib.parse import unquote
 
+from cortex.http.headers import forwarded_https
 from cortex.http.request import Request
 from cortex.proxy.body.json_scan import hides_names
 from shared.errors import Forbidden, NotFound, shortened
@@ -177,7 +178,7 @@ def not_for_clients(request: Request) -> Forbidden:
 
 def no_route(request: Request) -> NotFound:
     """The error for an unknown path. It gives the base URLs, with https if a proxy in front says so."""
-    scheme = "https" if (request.passed_value(b"x-forwarded-proto") or b"").lower() == b"https" else "http"
+    scheme = "https" if forwarded_https(request.passed_value(b"x-forwarded-proto") or b"") else "http"
     base = f"{scheme}://{shortened((request.host or b'HOST').decode('latin-1'))}"
     method, path = request.method.decode("latin-1"), shortened(request.raw_path.decode("latin-1"))
     segments = request.path.decode("latin-1").split("/")

@@ -312,7 +312,7 @@ class RequestHandler:
             self._divert(replica, error, lambda each: each.served is None or self._is_able(each.served))
             return
         self._account.sent_to(replica)
-        context.count(replica, self._account.caller.key_id)
+        context.count(replica, self._account.key_id)
         if self._usage_request is not None:
             self._usage_request.prepare(context.stream_usages.of(replica))
         if self._keep_alive is None:
@@ -336,7 +336,7 @@ class RequestHandler:
         if not self._usage_request.give_up():
             return False
         self._state = None
-        self._context.uncount(state.replica, self._account.caller.key_id)  # its place at a replica with a limit is kept
+        self._context.uncount(state.replica, self._account.key_id)  # its place at a replica with a limit is kept
         self._account.attempts -= 1
         self._send(state.replica, compared=state.compared)
         return True
@@ -348,8 +348,8 @@ class RequestHandler:
     def _divert(self, replica: Replica, error: ServiceError, is_able: Callable[[Replica], bool]) -> None:
         """This replica cannot answer the request: sends it to one that is able to, else refuses it."""
         # The control counts it already, and must learn that it has ended.
-        self._context.count(replica, self._account.caller.key_id)
-        self._context.finished(replica, self._account.caller.key_id)
+        self._context.count(replica, self._account.key_id)
+        self._context.finished(replica, self._account.key_id)
         able = tuple(filter(is_able, self._context.control.table.get(self._name, ())))
         others = untried(able, self._failures, replica)
         if others and not self._diverted:  # once: with limits, the control may name this replica again and again
@@ -379,7 +379,7 @@ class RequestHandler:
         """Leaves the current state and returns it."""
         state, self._state = self._state, None
         if isinstance(state, Sent):
-            self._context.finished(state.replica, self._account.caller.key_id)
+            self._context.finished(state.replica, self._account.key_id)
             if self._keep_alive is not None:
                 self._keep_alive.sent_to = None
             if state.ending is not None:

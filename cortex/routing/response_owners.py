@@ -13,6 +13,7 @@ import msgspec
 from cortex.routing.replica import Replica, ReplicaKey
 from shared.errors import NotFound, shortened
 from shared.protocol import ErrorCode
+from shared.subscribers import Subscribers
 
 MAX_IDS: Final = 20_000
 SEARCHED_BYTES: Final = 4096
@@ -40,9 +41,11 @@ class OwnerList(msgspec.Struct, frozen=True):
 
 
 class ResponseOwners:
-    """The makers of the last MAX_IDS answers. An engine without URL is known from before cortex's restart."""
+    """The makers of the last MAX_IDS answers. An engine without URL is known from before cortex's restart. `additions`
+    announces the id of each that is added."""
 
     def __init__(self, owners: OwnerList | None = None) -> None:
+        self.additions: Subscribers[[str]] = Subscribers()
         self._owners: OrderedDict[str, ResponseMaker] = OrderedDict()
         if owners is not None:
             self._owners.update((made, owners.makers[place]) for made, place in owners.responses.items())
@@ -52,6 +55,7 @@ class ResponseOwners:
         self._owners.move_to_end(response_id)
         if len(self._owners) > MAX_IDS:
             self._owners.popitem(last=False)
+        self.additions.announce(response_id)
 
     def find(self, response_id: str) -> ResponseMaker | None:
         return self._owners.get(response_id)

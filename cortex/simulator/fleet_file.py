@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from cortex.config.aliases import Alias
 from cortex.config.catalogue import Catalogue, load_catalogue
-from cortex.config.profile import ComputeCapability, ModelName, ModelProfile
+from cortex.config.model_tables import ComputeCapability, ModelName
+from cortex.config.profile import ModelProfile
 from cortex.config.settings import PlacementSettings
 from shared.gpus import PRESETS, find_preset
 from shared.protocol import RAM, Device, Link, LinkKind

@@ -254,10 +254,8 @@ class Simulation:
         if not engine.in_flight:
             self._memory.change(request.begun, working_mb=engine.working_mb)
         engine.begin(request, request.begun)
-        for counted in self._counted(request, key):
-            self._worker.requests.add(counted)
-        if self._caller(request).key_id:
-            self._worker.requests.add_caller(key, request.key)
+        for counted, key_id in self._counted(request, key):
+            self._worker.requests.add(counted, key_id)
         self._expect_end(key)
 
     def _expect_end(self, key: ReplicaKey) -> None:
@@ -272,10 +270,8 @@ class Simulation:
     def _end(self, key: ReplicaKey) -> None:
         engine = self._engine(key)
         request = engine.end_next(self._loop.time())
-        for counted in self._counted(request, key):
-            self._worker.requests.remove(counted)
-        if self._caller(request).key_id:
-            self._worker.requests.remove_caller(key, request.key)
+        for counted, key_id in self._counted(request, key):
+            self._worker.requests.remove(counted, key_id)
         limited = self._limited.pop(request.number, None)
         if limited is not None:
             self._core.resolver.release(limited)
@@ -293,10 +289,11 @@ class Simulation:
     def _caller(self, request: SimulatedRequest) -> Caller:
         return Caller(request.key, request.key) if self._fair and request.key else ANONYMOUS
 
-    def _counted(self, request: SimulatedRequest, key: ReplicaKey) -> tuple[ReplicaKey, ...]:
-        """What the request counts for: its engine, and its adapter there."""
+    def _counted(self, request: SimulatedRequest, key: ReplicaKey) -> tuple[tuple[ReplicaKey, str], ...]:
+        """What the request counts for: its engine, there also for its API key, and its adapter there."""
         name = self._catalogue.resolve(request.model)
-        return (key, adapter_key(name, key)) if name in self._catalogue.adapters else (key,)
+        engine = key, self._caller(request).key_id
+        return (engine, (adapter_key(name, key), "")) if name in self._catalogue.adapters else (engine,)
 
     def _engine(self, key: ReplicaKey) -> SimulatedEngine:
         return self.neurons[key.node].engines[key.model_id, key.instance]

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from cortex.config.catalogue import Catalogue
-from cortex.config.profile import ModelName
+from cortex.config.model_tables import ModelName
 from cortex.simulator.trace import Ask
 from shared.settings import SettingsError, SettingsModel, load_settings
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cortex.upstream.usage import find_usage, with_prompt
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage, find_usage, with_prompt
 
 KEPT_BYTES: Final = 2048
 """Of an answer's end, at least. `usage` is in the last event of a stream, and what vLLM 0.32 appends (fields

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import astuple
 
-from cortex.upstream.usage_fields import Usage, UsageFields, decode_fields
+from cortex.upstream.usage_fields import UsageFields, decode_fields
 
 _ATTEMPTS = 8
 """Objects that are read for one answer: a hostile one could hold hundreds in its last bytes, at 20 us each."""
@@ -24,6 +24,33 @@ _BRACE: Final = 123
 _BLANKS: Final = (32, 9, 10, 13)
 _FRAMING = re.compile(rb"\r\n[0-9a-fA-F]+(?:;[^\r\n]*)?\r\n")
 _read_json = JSONDecoder().raw_decode
+
+
+class Usage:
+    """Tokens of one request. `cached` of the prompt came from the engine's prefix cache; `reasoning` of the completion
+    are not part of the text."""
+
+    __slots__ = ("cached", "completion", "prompt", "reasoning")
+
+    def __init__(self, prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> None:
+        self.prompt = prompt
+        self.completion = completion
+        self.cached = cached
+        self.reasoning = reasoning
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Usage) and self.counts == other.counts
+
+    def __hash__(self) -> int:
+        return hash(self.counts)
+
+    def __repr__(self) -> str:
+        return f"Usage{self.counts}"
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """All four, in the order of the arguments."""
+        return self.prompt, self.completion, self.cached, self.reasoning
 
 
 def find_usage(tail: bytes) -> Usage | None:

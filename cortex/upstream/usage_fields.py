@@ -1,21 +1,11 @@
-"""The token counts of one answer, as the engine writes them and as they are counted. Not compiled, unlike their
-reader: mypyc does not know msgspec's structs."""
+"""The token counts of one answer, as the engine writes them. Not compiled, unlike their reader: mypyc does not know
+msgspec's structs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached` of the prompt came from the engine's prefix cache; `reasoning` of the completion
-    are not part of the text."""
-
-    prompt: int
-    completion: int
-    cached: int = 0
-    reasoning: int = 0
 
 
 class UsageFields(msgspec.Struct, gc=False):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from cortex.accounts.sign_in.person import People
 from cortex.routing.control import Control
+from cortex.routing.response_owners import ResponseMaker
 from cortex.workers.messages import (
     AskEngine,
     AskEngineEnd,
@@ -23,12 +25,13 @@ from cortex.workers.messages import (
     error_to_wire,
 )
 from shared.errors import ServiceError
-from shared.tasks import TaskSet
+from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
 
 MAKER_TOLD_SECS = 0.2
-"""How long a worker may take to tell who made a response whose id its client already has."""
+"""How long a worker may take to tell who made a response whose id its client already has: it tells right after it has
+passed on the id. An id that no worker tells within this time is unknown."""
 
 Question: TypeAlias = AskProspect | AskEngine | AskEngineEnd | AskMaker | AskPerson
 _Answer: TypeAlias = ProspectFound | EngineFound | EngineEnd | MakerFound | PersonFound
@@ -65,11 +68,24 @@ class WorkerQuestions:
             case AskEngineEnd(number, replica):
                 return EngineEnd(number, await self._control.engine_end(replica))
             case AskMaker(number, response_id):
-                maker = await self._control.response_maker(response_id)
-                if maker is None:
-                    await asyncio.sleep(MAKER_TOLD_SECS)
-                    maker = await self._control.response_maker(response_id)
-                return MakerFound(number, maker)
+                return MakerFound(number, await self._maker(response_id))
             case AskPerson(number, credential):
                 assert self._people is not None
                 return PersonFound(number, await self._people.identify(credential))
+
+    async def _maker(self, response_id: str) -> ResponseMaker | None:
+        owners, told = self._control.response_owners, asyncio.Event()
+
+        def notice(added: str) -> None:
+            if added == response_id:
+                told.set()
+
+        unsubscribe = owners.additions.subscribe(notice)
+        try:
+            if owners.find(response_id) is None:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    async with timeout(MAKER_TOLD_SECS):
+                        await told.wait()
+            return owners.find(response_id)
+        finally:
+            unsubscribe()

@@ -33,38 +33,48 @@ InstanceName = Annotated[Text, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-
 class WantedModel(WireModel):
     """A model to load, and how: what a load command and an entry of `[[default_models]]` say.
 
-    `model_id` is the name that clients use; `source`, if given, is what the engine loads. `tensor_parallel` None means
-    one device. `parallel`, if given, says how the model is split; its `tensor` is `tensor_parallel`. `devices` None
-    lets the neuron choose, else they are in the order of the ranks. `vram_mb` (MiB, sum of all devices) is the engine's
-    limit and reservation; None leaves it to the engine. `max_model_len`: the context length that the engine serves.
-    `tools`: neuron puts the arguments that the model's family needs for tools before `args`. A body with only
-    `model_id` repeats the spec of an earlier load.
-
-    `instance` names one of several engines of the model on this neuron; None means any that has this spec. `variant`
-    labels the spec: the name of a variant in the catalogue.
-
-    `max_loras`: how many LoRA adapters the engine can have at a time; None: it takes none. `max_lora_rank`: the highest
-    rank of one; None leaves it to the neuron, which looks at `lora_sources`, the directories or hub names of those to
-    come.
+    A body with only `model_id` repeats the spec of an earlier load. `parallel`, if given, says how the model is split;
+    its `tensor` is `tensor_parallel`. `instance` None means any that has this spec. `max_lora_rank` None leaves it to
+    the neuron, which looks at `lora_sources`.
     """
 
     model_id: ModelId
+    """What clients ask for."""
     instance: InstanceName | None = None
+    """Names one of several [engines of the same model](protocol.md#what-is-an-instance) on this host: give each entry
+    of the model its own. Default: the first."""
     variant: str | None = None
+    """A label that `GET /models` shows. Default: none."""
     harness: str | None = None
+    """One of `[[harnesses]]`. Default: the first of them."""
     quant: str | None = None
+    """Passed on as `--quantization`. Default: what the model's files say."""
     tensor_parallel: int | None = Field(default=None, ge=1, le=64)
+    """Number of GPUs it is split over. Default: one, or as many as `devices` lists."""
     parallel: Parallelism | None = None
     devices: list[int] | None = None
+    """GPU indices, in the order of the ranks; `[]`: none, it runs on the CPU. Default: neuron chooses."""
     source: str | None = None
+    """What the engine loads: an absolute path, or a hub name. Default: `model_id`."""
     args: NameList = Field(default_factory=list)
+    """Further engine arguments. Default: none."""
     vram_mb: Mib | None = Field(default=None, ge=1, le=MAX_VRAM_MB)
+    """MiB on all its devices together: booked, and the engine's share of each GPU. A load that does not fit is refused.
+    Default: what the model's files say it needs; without complete files the engine's own default (vLLM: 92% of each
+    GPU)."""
     max_model_len: ContextLength = None
+    """Tokens of context, or `"auto"`, as in models.toml. Default: as the engine decides."""
     served_names: NameList = Field(default_factory=list)
+    """Names it answers to besides `model_id`. Default: none."""
     tools: bool | None = None
+    """Whether clients may offer it tools, as in models.toml. Default: `false`."""
     max_loras: int | None = Field(default=None, ge=1, le=MAX_LORAS)
+    """How many LoRA adapters its engine can have at a time. Default: none."""
     max_lora_rank: int | None = Field(default=None, ge=1, le=MAX_LORA_RANK)
+    """The highest rank of an adapter. Default: that of `lora_sources`, or else the engine's (vLLM: 16)."""
     lora_sources: NameList = Field(default_factory=list)
+    """Directories or hub names of the adapters that may come; if all are directories on this host, neuron reads their
+    ranks. Default: none."""
 
 
 class LoadCommand(WantedModel):

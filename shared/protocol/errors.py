@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class ErrorCode(str, Enum):
-    """docs/api.md and docs/protocol.md say what each means and what to do about it."""
+    """docs/troubleshooting.md says what each means and what to do about it."""
 
     ADAPTERS_FULL = "adapters_full"
     ADAPTER_FAILED = "adapter_failed"

@@ -18,9 +18,15 @@ class Parallelism(WireModel):
     """
 
     tensor: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    """GPUs that each layer is split over. They wait for each other in every layer, so they are chosen for fast paths:
+    NVLink first. Default: `1`, or what `min_devices` or `tensor_parallel` of the same table says."""
     pipeline: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    """Stages of consecutive layers, each on `tensor` GPUs. Stages exchange little, so they may be far apart."""
     data: int = Field(default=1, ge=1, le=MAX_DEVICES)
+    """Copies of the model in one engine, each on `tensor` x `pipeline` GPUs. Of a mixture of experts only the rest is
+    copied; the experts are split over all copies."""
     expert: bool = False
+    """Whether the experts of a mixture of experts are distributed over the GPUs, instead of each being split."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Parallelism:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ import pytest
 
 from tests.container.base_image import BASE_IMAGE, import_base_image
 from tests.container.podman import Podman, private_podman, why_not
+from tests.ports import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = ("cortex", "beast", "benjy", "quadbrat")
@@ -47,8 +47,7 @@ class Fleet:
     """The compose fleet as a user sees it: compose commands, and cortex's address on this host."""
 
     def __init__(self, podman: Podman) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.interfaces_before = network_interfaces()
         self._podman = podman

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -11,8 +12,8 @@ from aiohttp import web
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.request_tally import RequestTally
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -102,6 +103,11 @@ CORTEX_METRICS = {
     "cortex_tokens_total": {"model", "node", "kind"},
     "cortex_usage_records_dropped_total": set(),
     "cortex_energy_wh_total": {"model", "kind"},
+    "cortex_requests_waiting": {"model"},
+    "cortex_load_failures_total": {"model", "node"},
+    "cortex_engine_scrape_failures_total": {"model", "node"},
+    "cortex_state_disk_free_bytes": set(),
+    "cortex_usage_journal_bytes": set(),
 }
 NEURON_METRICS = {
     "neuron_device_memory_used_bytes",
@@ -139,7 +145,9 @@ def test_cortex_has_every_route() -> None:
     app = web.Application()
     app.add_routes(CONTROL_ROUTES)
     assert routes_of(app) == CORTEX_TABLE
-    assert [(route.method, route.path) for route in METRICS_ROUTES] == [("GET", "/metrics")]
+    paths = ["/metrics", "/metrics/engines", "/metrics/targets"]
+    assert [(route.method, route.path) for route in METRICS_ROUTES] == [("GET", path) for path in paths]
+    assert [path for path in paths if f"`GET {path}`" not in document("api.md")] == []
 
 
 def test_every_route_of_cortex_needs_a_role() -> None:
@@ -162,15 +170,21 @@ def test_every_route_is_documented(name: str, table: Iterable[tuple[str, str]]) 
         assert re.search(rf"`(?:{method} )?{re.escape(path)}[`?]", text), (method, path)
 
 
-async def test_cortex_metrics_match_the_contract_and_are_documented() -> None:
+async def test_cortex_metrics_match_the_contract_and_are_documented(tmp_path: Path) -> None:
     """Names and labels are those of the contract, and docs/api.md explains each with its labels."""
-    fleet, counters = Fleet([("beast", "http://beast")], unhealthy_after=3), Counters()
-    metrics = Metrics(fleet, lambda: {replica_key("m", "beast", "1"): 1}, lambda: [counters])
-    counters.request("m", "beast", 200, 1.0, 0.1)
-    counters.error("m", "beast", "code")
-    counters.tokens("m", "beast", prompt=1, completion=1, cached=0)
+    fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestTally()
+    in_flight = {replica_key("m", "beast", "1"): 1}
+    metrics = Metrics(
+        fleet, lambda: in_flight, lambda: [counts.collect()], waiting=lambda: {"m": 1}, state_dir=tmp_path
+    )
+    counts.request("m", "beast", 200, 1.0, 0.1)
+    counts.error("m", "beast", "code")
+    counts.tokens("m", "beast", prompt=1, completion=1, cached=0)
     metrics.cold_start("m", "beast", 1.0)
     metrics.energy.wh["m", "request"] = 1.0
+    metrics.load_failed("m", "beast")
+    metrics.engine_scrape_failed("m", "beast")
+    metrics.measure_disk()
     page = metrics.exposition()
     assert sample_names(page) == set(CORTEX_METRICS)
     for name, labels in CORTEX_METRICS.items():

@@ -86,7 +86,7 @@ class InstancesNeuron(V1Neuron):
         return web.json_response({"url": self.engines[instance or ""].url})
 
     @contextlib.asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[InstancesNeuron]:
+    async def running(self, port: int | None = None) -> AsyncIterator[InstancesNeuron]:
         sites: list[Site] = []
         for engine in self.engines.values():
             app = web.Application()

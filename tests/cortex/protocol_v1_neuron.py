@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from shared.serve import Site, bind, serving
+from tests.ports import free_port
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -155,13 +156,14 @@ class V1Neuron:
         return web.json_response(self.rewrite(json.loads(response.text)), status=response.status)
 
     @contextlib.asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[V1Neuron]:
-        """Serves the neuron and its engine inside the body; `port` 0 lets the system choose."""
+    async def running(self, port: int | None = None) -> AsyncIterator[V1Neuron]:
+        """Serves the neuron and its engine inside the body; the neuron at a port that stays free when it ends, so that
+        it can come back."""
         neuron_app = web.Application(middlewares=[self._observe])
         neuron_app.add_routes(self._routes())
         engine_app = web.Application(client_max_size=64 << 20)
         engine_app.router.add_route("*", "/{path:.*}", self.engine.handle)
-        sites = [Site(neuron_app, bind("127.0.0.1", port)), Site(engine_app, bind("127.0.0.1", 0))]
+        sites = [Site(neuron_app, bind("127.0.0.1", port or free_port())), Site(engine_app, bind("127.0.0.1", 0))]
         self.url, self.engine.url = (f"http://127.0.0.1:{site.port}" for site in sites)
         async with serving(sites, drain_timeout_secs=0):
             yield self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,13 +42,47 @@ def test_cortex_can_be_reloaded_and_keeps_its_state() -> None:
     assert service("cortex")["StateDirectory"] == "cortex"
 
 
+def test_a_restart_keeps_the_listening_sockets() -> None:
+    """tests/cortex/cli/test_restart.py tests what cortex does with these settings."""
+    assert service("cortex")["RestartKillSignal"] == "SIGUSR2"
+    assert "KillSignal" not in service("cortex")  # SIGTERM
+    assert service("cortex")["Type"] == "notify"
+    assert int(service("cortex")["FileDescriptorStoreMax"]) >= 64  # a worker each
+
+
+def test_the_recorder_of_usage_may_be_nice() -> None:
+    """systemd counts setpriority among @resources, which cortex may not use otherwise."""
+    lines = (UNITS / "cortex.service").read_text(encoding="utf-8").splitlines()
+    filters = [line.partition("=")[2] for line in lines if line.startswith("SystemCallFilter=")]
+    assert filters[-2:] == ["~@privileged @resources", "setpriority"]
+
+
+def test_nothing_of_a_neuron_that_stops_is_taken_from_its_engines() -> None:
+    """They continue in its mount namespace, and share memory."""
+    assert not {"PrivateTmp", "RuntimeDirectory", "RemoveIPC", "DynamicUser"} & set(service("neuron"))
+
+
+def test_engines_reach_the_gpus() -> None:
+    """ProtectClock= counts: it adds a DeviceAllow= line, and with one of these every other device is denied."""
+    assert not {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock"} & set(service("neuron"))
+    assert "MemoryDenyWriteExecute" not in service("neuron")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_cortex_can_do_little_besides_its_work() -> None:
+    """`--threshold` is ten times the exposure that the last line shows."""
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager"]
+    done = subprocess.run([*command, UNITS / "cortex.service"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("name", ["cortex", "neuron"])
 def test_systemd_understands_every_line(name: str, tmp_path: Path) -> None:
     """systemd ignores misspelt keys."""
     unit = tmp_path / f"{name}.service"
     text = (UNITS / unit.name).read_text(encoding="utf-8")
-    unit.write_text(text.replace("/opt/cortex-neuron/bin/", "/bin/echo "), encoding="utf-8")
+    unit.write_text(re.sub(r"/usr/bin/(cortex|neuron) ", r"/bin/echo \1 ", text), encoding="utf-8")
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit],
         capture_output=True,

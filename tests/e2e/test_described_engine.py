@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, marked_processes, neuron_process, until
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

@@ -15,7 +15,8 @@ import pytest
 from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
-from tests.neuron.sim_process import core_of, free_port
+from tests.neuron.sim_process import core_of
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

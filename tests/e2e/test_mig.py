@@ -14,8 +14,8 @@ import pytest
 from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
 from tests.neuron.recording_vllm import calls, vllm_config
-from tests.neuron.sim_process import free_port
 from tests.nvml.library import A100_SLICED, build_library, mig_uuid_of, write_scenario
+from tests.ports import free_port
 
 SMALL = {"harness": "vllm", "vram_mb": 8000}
 MODELS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ import pytest
 from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, neuron_process, toml_config, until
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

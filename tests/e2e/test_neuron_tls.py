@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.config.settings import NeuronEntry
+from cortex.config.neurons import NeuronEntry
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient, NeuronUnreachable
 from cortex.upstream.pool import EnginePool
 from neuron.app import build_app

@@ -14,8 +14,8 @@ from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.e2e.test_neuron_restart import MODEL, ask
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config, until
-from tests.neuron.sim_process import free_port
 from tests.neuron.v1_cortex import v1_cortex
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

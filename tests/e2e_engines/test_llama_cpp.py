@@ -58,9 +58,9 @@ def test_a_load_tells_its_progress_and_an_unload_leaves_nothing(fleet: Fleet) ->
 def test_a_damaged_file_is_the_fault_of_the_model(fleet: Fleet) -> None:
     """The refusal has llama.cpp's own words, and is not repeated for each request."""
     answer = fleet.cortex.request("/v1/chat/completions", {"model": BROKEN_GGUF, **MESSAGES})
-    assert answer.status >= 500
-    assert "failed to read key-value pairs" in answer.body["error"]["message"]
     entry = fleet.status_of(BROKEN_GGUF)
+    assert answer.status >= 500, (answer, entry)
+    assert "failed to read key-value pairs" in answer.body["error"]["message"], (entry, fleet.neuron.log_tail())
     assert entry is not None
     assert (entry["status"], entry["cause"], entry["permanent"]) == ("failed", "model", True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from neuron.harness.environment import inheritable
 from neuron.harness.registry import HARNESSES
 from neuron.spec import EngineSpec
 from shared.protocol import Device
+from tests.ports import free_port
 from tests.processes import eventually, of_session
 
 MODEL, API_KEY, CONTROL_KEY = "test/tiny", "an api key", "the control key of the tests"
@@ -41,8 +41,7 @@ def running_engine(
     directory: Path, model: Path, settings: HarnessSettings, *, devices: tuple[Device, ...] = ()
 ) -> Iterator[RunningEngine]:
     """Loads a model on these devices or on the CPU. Afterwards no process of its session is left."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     plan = LaunchPlan(
         spec=EngineSpec(model_id=MODEL, harness="vllm", source=str(model), args=("--max-model-len", "512")),
         settings=settings,

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -16,18 +15,12 @@ import aiohttp
 
 from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-8B"
 FAST = ("--load-secs", "0", "--ttft-ms", "0", "--tokens-per-sec", "inf")
 """Arguments for an engine without delays."""
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], *, timeout_secs: float = 10) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from cortex.accounts.database.migrate import HEAD, NewerDatabase, migrate, version_of
 from cortex.accounts.database.source import ConstraintViolated, DatabaseError, DatabaseSource
-from shared.tasks import cancel_all
+from shared.tasks import cancel_all, timeout
 
 CONNECT_SECS = 5.0
 COMMAND_SECS = 30.0
@@ -106,10 +106,13 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def stopping_after(self, secs: float, connection: AsyncConnection) -> AsyncIterator[None]:
-        """A command in the body that runs after this time fails, in the database too."""
+        """A command in the body that runs after this time fails, in the database too. The time is that of the whole
+        body."""
         if self.is_postgresql:
+            # For each command; the other one is for all, and has the driver cancel the command that runs.
             await connection.execute(text(f"SET LOCAL statement_timeout = {int(secs * 1000)}"))
-            yield
+            async with timeout(secs):
+                yield
             return
         driver: Any = (await connection.get_raw_connection()).driver_connection
 
@@ -248,3 +251,18 @@ def _begin(connection: Connection) -> None:
     # A transaction that begins by reading fails if another process writes before it does.
     writes = connection.get_execution_options().get("writing", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+async def tables_of(source: DatabaseSource) -> str | None:
+    """The last migration of a database that exists, which is not changed; None for an empty one.
+
+    Raises:
+        DatabaseError: it cannot be read.
+    """
+    engine = _postgresql(source.url) if source.path is None else _sqlite(_read_only(source.path))
+    database = Database(engine, source, read_only=source.path is not None)
+    try:
+        async with database.reading() as connection:
+            return await connection.run_sync(version_of)
+    finally:
+        await database.close()

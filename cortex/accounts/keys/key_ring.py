@@ -60,6 +60,7 @@ class KeyRing:
         self._refreshing = asyncio.Lock()
         self._known: Sequence[ApiKey] = ()
         self.table = NO_KEYS
+        self._by_id: dict[str, ApiKey] = {}
         self._callers: dict[str, Caller] = {}
         self._renew()
 
@@ -108,6 +109,12 @@ class KeyRing:
     def caller(self, key_id: str) -> Caller | None:
         """The key with this id as requests see it; None if it is gone."""
         return self._callers.get(key_id)
+
+    def valid_key(self, key_id: str) -> ApiKey | None:
+        """The key with this id; None if it is gone or has expired."""
+        key = self._by_id.get(key_id)
+        expired = key is not None and key.expires_at is not None and key.expires_at <= time.time()
+        return None if expired else key
 
     async def database_loop(self) -> None:
         """Notices what other processes change. Never returns. While the database cannot be read the last keys stay."""
@@ -251,6 +258,7 @@ class KeyRing:
         if keys != self._known or configured != self.table.configured:
             self._known = keys
             self.table = key_table(keys, configured=configured)
+            self._by_id = {key.id: key for key in keys}
             self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
 

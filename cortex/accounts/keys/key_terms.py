@@ -13,7 +13,7 @@ from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.budget_window import CALENDAR
 from cortex.accounts.limits.terms import Budget, KeyLimits, Limits
 from cortex.config.durations import parse_duration
-from cortex.config.profile import MAX_COUNT
+from cortex.config.model_tables import MAX_COUNT
 from shared.settings import SettingsModel
 
 MAX_PRIORITY = 1000

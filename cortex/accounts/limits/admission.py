@@ -52,8 +52,10 @@ class RequestTerms:
 
     def most(self, bound: TokenBound) -> tuple[int, float]:
         """The tokens that a request may use at most, and their cost."""
-        written: tuple[int, int | None, int, int] = astuple(bound)
-        context, (prompt, output, answers, prompts) = self._context, written
+        # Compiled, reading each field by itself, or both tuples in one assignment, takes several times as long.
+        fields: tuple[int, int | None, int, int] = astuple(bound)
+        prompt, output, answers, prompts = fields
+        context = self._context
         if prompts == 1 and prompt > context:
             prompt = context
         if output is None:

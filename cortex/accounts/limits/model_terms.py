@@ -8,7 +8,8 @@ from cortex.accounts.limits.terms import Limits, ModelTerms
 from cortex.accounts.prices import FREE, prices_of
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
-from cortex.config.profile import ModelLimit, ModelProfile
+from cortex.config.model_tables import ModelLimit
+from cortex.config.profile import ModelProfile
 
 _NOTHING = ModelLimit()
 

@@ -72,13 +72,12 @@ class Issuer:
         await self._current()
         return self.keys
 
-    async def newer_keys(self) -> bool:
-        """Fetches the keys again, unless that was done just now. Whether it was."""
+    async def newer_keys(self) -> None:
+        """Fetches the keys again, unless that was done just now. Raises Unavailable if it fails or failed just now: the
+        keys may then be out of date."""
         async with self._fetching:
-            if time.monotonic() - self._tried < PAUSE_SECS:
-                return False
-            await self._fetch()
-            return True
+            if not self._fetched_just_now():
+                await self._fetch()
 
     async def id_token(self, code: str, verifier: str, redirect_url: str) -> str:
         """The ID token for a code that the issuer has given a browser.
@@ -142,10 +141,17 @@ class Issuer:
         async with self._fetching:
             if self._offer is not None:
                 return
-            failure = self._failure
-            if failure is not None and time.monotonic() - self._tried < PAUSE_SECS:  # many may be waiting here
-                raise Unavailable(failure.message, code=failure.code, retry_after=RETRY_SECS)
-            await self._fetch()
+            if not self._fetched_just_now():
+                await self._fetch()
+
+    def _fetched_just_now(self) -> bool:
+        """Raises Unavailable if it failed: many may have waited for the same fetch."""
+        if time.monotonic() - self._tried >= PAUSE_SECS:
+            return False
+        failure = self._failure
+        if failure is not None:
+            raise Unavailable(failure.message, code=failure.code, retry_after=RETRY_SECS)
+        return True
 
     async def _renew(self) -> None:
         try:

@@ -37,10 +37,10 @@ def public_keys(document: Any) -> list[PublicKey]:
         ValueError: it is another document.
     """
     entries = document.get("keys") if isinstance(document, dict) else None
-    if entries is None:
-        raise ValueError("it has no list `keys`")
+    if not isinstance(entries, list):
+        raise ValueError("it has no list `keys`")  # noqa: TRY004 - of a document, not of an argument
     found: list[PublicKey] = []
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in entries:
         if not isinstance(entry, dict) or entry.get("kty") == "oct" or entry.get("use", "sig") != "sig":
             continue
         try:
@@ -110,4 +110,4 @@ def _check(claims: dict[str, Any], issuer: str, audiences: Sequence[str], now: i
         given = f"{claim} is {shortened(repr(claims[claim]))}" if claim in claims else f"it has no {claim}"
         raise Unauthorized(f"invalid token: {given}{hint}") from error
     if "events" in claims:
-        raise Unauthorized("invalid token: it tells of an event")
+        raise Unauthorized("invalid token: it reports an event (claim `events`)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -47,8 +47,14 @@ _ROWS_AT_ONCE: Final = 100  # between two turns of other tasks
 class DatabaseReports:
     """Implements UsageReports."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, retention_days: Callable[[], int], clock: Callable[[], float] = time.time
+    ) -> None:
+        """`retention_days`: how long records are kept now, 0: always; earlier days are read from the daily sums, also
+        those whose records are being deleted. `clock`: seconds since 1970."""
         self._database = database
+        self._retention_days = retention_days
+        self._clock = clock
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
@@ -62,7 +68,8 @@ class DatabaseReports:
             Unavailable: the database cannot be read now, or is busy with other reports.
         """
         async with self._reading() as connection:
-            return [await self._report(connection, query, currency) for query in queries]
+            kept_since = await self._kept_since(connection)
+            return [await self._report(connection, query, currency, kept_since) for query in queries]
 
     async def energy(self, queries: Sequence[EnergyQuery]) -> list[list[dict[str, Any]]]:
         """For each query, all at one moment, the energy of each group, ordered by the groups: their values, and
@@ -100,9 +107,11 @@ class DatabaseReports:
         finally:
             self._places.release()
 
-    async def _report(self, connection: AsyncConnection, query: UsageQuery, currency: str) -> list[dict[str, Any]]:
+    async def _report(
+        self, connection: AsyncConnection, query: UsageQuery, currency: str, kept_since: float
+    ) -> list[dict[str, Any]]:
         postgresql = self._database.is_postgresql
-        times = await self._times(connection, query)
+        times = await _times(connection, query, kept_since)
         rows = await _rows(connection, totals(query, times, currency, is_postgresql=postgresql))
         if times.days:
             await _estimate_p95(rows)
@@ -110,23 +119,30 @@ class DatabaseReports:
             await _add_p95(connection, query, times, rows, is_postgresql=postgresql)
         return rows
 
-    async def _times(self, connection: AsyncConnection, query: UsageQuery) -> ReportTimes:
-        kept_since = await _kept_since(connection)
-        if query.since >= kept_since:
-            if needs_records(query):
-                return of_records_alone(query)
-            if (await connection.execute(requests_of_days(query))).scalar_one() <= EXACT_REQUESTS:
-                return of_records_alone(query)
-        elif needs_records(query):
-            day = time.strftime("%Y-%m-%d", time.gmtime(kept_since))
-            raise InvalidRequest(
-                f"requests before {day} are known by day only: group by day, or begin there", param="from"
-            )
-        return times_of(query, kept_since)
+    async def _kept_since(self, connection: AsyncConnection) -> float:
+        """The first second from which on all records are there; 0 if none are deleted."""
+        deleted_until = await _deleted_until(connection)
+        retention_days = self._retention_days()
+        if not retention_days:
+            return deleted_until
+        # By a clock that is read after the transaction's first query: it does not see what is deleted from then on.
+        return max(deleted_until, day_of(self._clock() - retention_days * DAY_SECS))
 
 
-async def _kept_since(connection: AsyncConnection) -> float:
-    """The first second of the day after the last one of which the records are deleted; 0 if none are."""
+async def _times(connection: AsyncConnection, query: UsageQuery, kept_since: float) -> ReportTimes:
+    if query.since >= kept_since:
+        if needs_records(query):
+            return of_records_alone(query)
+        if (await connection.execute(requests_of_days(query))).scalar_one() <= EXACT_REQUESTS:
+            return of_records_alone(query)
+    elif needs_records(query):
+        day = time.strftime("%Y-%m-%d", time.gmtime(kept_since))
+        raise InvalidRequest(f"requests before {day} are known by day only: group by day, or begin there", param="from")
+    return times_of(query, kept_since)
+
+
+async def _deleted_until(connection: AsyncConnection) -> float:
+    """The first second of the day after the last one of which all records are deleted; 0 if there is none."""
     oldest = (await connection.execute(select(func.min(USAGE.c.ended_at)))).scalar()
     asked = select(func.max(USAGE_DAYS.c.day))
     if oldest is not None:

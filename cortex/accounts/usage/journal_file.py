@@ -20,6 +20,8 @@ import msgspec
 from cortex.accounts.prices import PriceList
 from cortex.accounts.usage.record import UsageRecord
 
+USAGE_DIRECTORY: Final = "usage"
+"""In the state directory: what is on its way to the database."""
 SUFFIX: Final = ".jsonl"
 UNNAMED_SUFFIX: Final = ".new"
 MAX_FILE_BYTES: Final = 4 << 20

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cortex.accounts.usage.query import EnergyQuery, UsageQuery
+from cortex.config.live import LiveConfig
 from shared.errors import NotFound
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ class NoUsageReports:
         raise NotFound(_NO_USAGE)
 
 
-def usage_reports(database: Database | None) -> UsageReports:
+def usage_reports(database: Database | None, live: LiveConfig) -> UsageReports:
     """Those of the database, if there is one."""
     if database is None:
         return NoUsageReports()
     from cortex.accounts.usage.database_reports import DatabaseReports  # noqa: PLC0415 - imports SQLAlchemy
 
-    return DatabaseReports(database)
+    return DatabaseReports(database, lambda: live.config.usage.retention_days)

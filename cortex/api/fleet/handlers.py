@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from cortex.api.app_keys import COUNTS, FLEET, SCHEDULER, SHUTDOWN, TIMELINE
+from cortex.api.authorization import StreamAccess
 from cortex.api.fleet.changes import FLEET_CHANGES
 from cortex.api.fleet.view import FLEET_VIEW, MIN_INTERVAL_SECS
 from cortex.control.explain import explain
@@ -35,28 +36,28 @@ async def fleet_events(request: web.Request) -> web.StreamResponse:
     changes = request.query.get("changes", "false")
     if changes not in ("true", "false"):
         raise InvalidRequest(f"'changes' is {changes!r}; it can be true or false", param="changes")
-    response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
+    response, access = web.StreamResponse(headers=EVENT_STREAM_HEADERS), StreamAccess(request)
     await response.prepare(request)
-    await (_send_changes if changes == "true" else _send_views)(request.app, response)
+    await (_send_changes if changes == "true" else _send_views)(request.app, response, access)
     return response
 
 
-async def _send_views(app: web.Application, response: web.StreamResponse) -> None:
+async def _send_views(app: web.Application, response: web.StreamResponse, access: StreamAccess) -> None:
     fleet, view, closing = app[FLEET], app[FLEET_VIEW], app[CLOSING]
-    while not closing.is_set():
+    while access.lasts() and not closing.is_set():
         version, event = view.event()
         await response.write(event)
         await _closing_within(MIN_INTERVAL_SECS, closing)
-        while fleet.version == version and not closing.is_set():
+        while fleet.version == version and access.lasts() and not closing.is_set():
             if not await _change_or_closing(fleet.changed_since(version), closing):
                 await response.write(KEEP_ALIVE_COMMENT)
 
 
-async def _send_changes(app: web.Application, response: web.StreamResponse) -> None:
+async def _send_changes(app: web.Application, response: web.StreamResponse, access: StreamAccess) -> None:
     changes, closing = app[FLEET_CHANGES], app[CLOSING]
     with changes.listening():
         place, events = changes.since(None)
-        while not closing.is_set():
+        while access.lasts() and not closing.is_set():
             await response.write(events)
             if await _change_or_closing(changes.beyond(place), closing):
                 place, events = changes.since(place)

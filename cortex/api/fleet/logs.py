@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from cortex.api.app_keys import CLIENTS, FLEET, LIVE
+from cortex.api.authorization import StreamAccess
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.placement.refusal import no_such_model_error
 from cortex.routing.replica import ReplicaKey
@@ -71,13 +72,13 @@ async def _last_lines(client: NeuronClient, key: ReplicaKey, tail: int) -> dict[
 
 
 async def _follow(request: web.Request, engines: list[ReplicaKey], tail: int) -> web.StreamResponse:
-    response = web.StreamResponse(headers=EVENT_STREAM_HEADERS)
+    response, access = web.StreamResponse(headers=EVENT_STREAM_HEADERS), StreamAccess(request)
     await response.prepare(request)
     closing, followed, tasks = request.app[CLOSING], _Followed(len(engines)), TaskSet()
     try:
         for key in engines:
             _ = tasks.spawn(followed.follow(request.app[CLIENTS][key.node], key, tail), name=f"follow {key.name}")
-        while not closing.is_set() and followed.goes_on:
+        while access.lasts() and followed.goes_on and not closing.is_set():
             waits = {"came": followed.came.wait(), "closing": closing.wait()}
             came = await first_of(waits, timeout_secs=KEEP_ALIVE_SECS)
             await response.write(KEEP_ALIVE_COMMENT if came is None else followed.take())

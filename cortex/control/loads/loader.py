@@ -181,6 +181,8 @@ class Loader:
             for reservation in job.plan.reservations:
                 self._fleet.release(reservation)
             del self._jobs[job.plan.key]
+        if failure is not None:
+            self._metrics.load_failed(job.model_id, failure.node or job.node)
         done(job, failure)
         return failure
 

@@ -43,8 +43,11 @@ class Kept(NamedTuple):
 class TimelineFile:
     """Owns the file. One that cannot be read or written costs a warning, and nothing else. `failed`: the last write."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, acquire_lock: Callable[[], None]) -> None:
+        """`acquire_lock` raises OSError while another cortex writes in the directory; it is called before each write,
+        in a thread."""
         self._path = directory / NAME
+        self._acquire_lock = acquire_lock
         self._new: list[bytes] = []
         self._lines = 0
         self.failed = False
@@ -112,21 +115,23 @@ class TimelineFile:
             await asyncio.to_thread(write, lines)
         except OSError as error:
             if not self.failed:
-                log.warning("the timeline cannot be kept in %s: %s", self._path, error.strerror)
+                log.warning("the timeline cannot be kept in %s: %s", self._path, error.strerror or error)
             self.failed = True
             self._lines = LONG_LINES + 1  # what is missing is written with the whole
         else:
+            if self.failed:
+                log.info("the timeline is kept in %s again", self._path)
             self.failed = False
 
     def _append(self, lines: list[bytes]) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._acquire_lock()
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "ab") as file:  # noqa: PTH123 - by descriptor
             file.write(b"".join(lines))
         self._lines += len(lines)
 
     def _write_whole(self, lines: list[bytes]) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._acquire_lock()
         replace_file(self._path, b"".join(lines), durable=False)
         self._lines = len(lines)
 

@@ -13,13 +13,13 @@ from cortex.http.request import Request
 from cortex.proxy.answers.error_event import error_event
 from cortex.upstream.connection import Body
 from cortex.upstream.tail import UsageTail
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage
 from shared.errors import ServiceError, is_anthropic_path
 
 STRAIGHT_END: Final = b"\r\n"
 """How every whole chunk ends."""
 NEVER_STRAIGHT: Final = b"\n\n"
-"""No chunk ends so."""
+"""No chunk ends like this."""
 
 
 class Answer:

@@ -14,8 +14,7 @@ from cortex.http.heads import ResponseHead
 from cortex.proxy.answers.answer import NEVER_STRAIGHT, Answer
 from cortex.routing.stream_usage import StreamUsage
 from cortex.upstream.connection import Body
-from cortex.upstream.usage import find_usage
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage, find_usage
 from shared.errors import ServiceError
 
 MAX_HELD_BYTES: Final = 65536

@@ -78,7 +78,7 @@ class NewResponse(TranslatableRequest):
     def _new_relay(self, replica: Replica, address: Address, head: bytes, answer: Answer) -> Relay:
         relay = super()._new_relay(replica, address, head, answer)
         if self._translation is None:
-            maker = ResponseMaker(replica, self._account.caller.key_id)
+            maker = ResponseMaker(replica, self._account.key_id)
             relay.on_start = partial(self._context.learn_owner, maker)
         return relay
 
@@ -120,8 +120,10 @@ class TranslatableRelatedResponse(TranslatableRequest):
 
 
 def _to_be_checked(context: ProxyContext, caller: Caller, body: bytes) -> str | None:
-    """The previous response that the body names, if this caller may not use all."""
-    return None if context.may_use_all_responses(caller) else previous_response_id(body)
+    """The previous response that the body names, if this caller may not use all. An id that cortex made for a chat's
+    answer needs no check: no engine has it."""
+    previous = None if context.may_use_all_responses(caller) else previous_response_id(body)
+    return None if previous is None or previous.startswith(UNSTORED) else previous
 
 
 async def _check_previous(context: ProxyContext, caller: Caller, previous: str) -> None:
@@ -132,6 +134,6 @@ async def _check_previous(context: ProxyContext, caller: Caller, previous: str) 
 
 def _not_its_id() -> InvalidRequest:
     return InvalidRequest(
-        "'request_id' would choose the id of the response, which could be that of another client's: leave it out",
+        "'request_id' would choose the id of the response, which could be another client's: leave it out",
         param="request_id",
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
@@ -21,11 +20,11 @@ class UnidentifiedRequest:
     """Waits for the handler of the request, which depends on the sender, and then stands for it. Implements
     `http.connection.Handler`."""
 
-    def __init__(self, client: ClientConnection, request: Request, found: Coroutine[Any, Any, Handler]) -> None:
-        """`found` returns the handler."""
+    def __init__(self, client: ClientConnection, request: Request, find: Callable[[], Awaitable[Handler]]) -> None:
+        """`find` returns the handler."""
         self._client = client
         self._request = request
-        self._found = found
+        self._find = find
         self._handler: Handler | None = None
 
     def begin(self) -> None:
@@ -33,12 +32,17 @@ class UnidentifiedRequest:
 
     async def _go_on(self) -> None:
         try:
-            self._handler = await self._found
-            self._handler.begin()
+            handler = await self._find()
         except Exception:
             log.exception("the sender of a request is not found")
-            if self._handler is None:
-                self._refuse(ServiceError("internal error, see the service's log"))
+            self._refuse(ServiceError("internal error, see the service's log"))
+            return
+        self._handler = handler
+        try:
+            handler.begin()
+        except Exception:
+            log.exception("a request cannot begin")
+            self._client.cut()  # as for any other request: part of an answer may have been written
 
     def abandon(self) -> None:
         if self._handler is None:

@@ -43,7 +43,7 @@ class TranslatableRequest(RequestHandler):
         assert isinstance(state, Sent)
         replica, path = state.replica, self._request.path
         # Its place at a replica with a limit is kept: the same engine gets the request again.
-        self._context.uncount(replica, self._account.caller.key_id)
+        self._context.uncount(replica, self._account.key_id)
         self._held = held
         self._context.missing_paths.add(replica, path, monotonic())
         with request_scope(self._account.request_id):

@@ -7,19 +7,23 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from cortex.api import models
 from cortex.api.fleet.changes import KEPT_CHANGES, FleetChanges, merge_patch
 from cortex.api.fleet.view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
+from cortex.cli.live.followed import applied
 from cortex.config.catalogue import Catalogue
 from cortex.control.wiring import Parts
 from cortex.fleet.state import Fleet
 from shared.protocol import Device, Discovery, ModelView, NeuronHealth
+from shared.tasks import timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import until
@@ -174,19 +178,6 @@ async def test_long_list_is_one_answer(start_cortex: StartCortex, benjy: V1Neuro
         assert int(response.headers["Content-Length"]) == length
 
 
-def applied(state: Any, patch: Any) -> Any:
-    """RFC 7396, section 2."""
-    if not isinstance(patch, dict):
-        return patch
-    merged = dict(state) if isinstance(state, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            merged.pop(name, None)
-        else:
-            merged[name] = applied(merged.get(name), value)
-    return merged
-
-
 @pytest.mark.parametrize(
     ("old", "new", "patch"),
     [
@@ -298,3 +289,60 @@ async def test_odd_query_of_events(start_cortex: StartCortex, benjy: V1Neuron) -
     async with cortex.http.get(f"{cortex.url}/fleet/events?changes=maybe") as response:
         assert response.status == 400
         assert "can be true or false" in (await response.json())["error"]["message"]
+
+
+class LoggingNeuron(V1Neuron):
+    """Has an engine of `m` that writes a line and nothing more."""
+
+    def _routes(self) -> list[web.RouteDef]:
+        return [*super()._routes(), web.get("/models/m/logs", self._log)]
+
+    async def _log(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: starting\n\n")
+        await asyncio.Event().wait()
+        return response
+
+
+def key_entry(name: str, role: str, **fields: str) -> str:
+    given = {"name": name, "key": f"sk-{name}", "role": role, **fields}
+    return "\n".join(["[[keys]]", *(f"{field} = {value!r}" for field, value in given.items())]) + "\n"
+
+
+ALICE = {
+    "revoked": "",
+    "lower role": key_entry("alice", "user"),
+    "new secret": key_entry("alice", "operator", key="sk-other"),
+    "expired": key_entry("alice", "operator", expires="2026-01-01T00:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("fate", ALICE)
+@pytest.mark.parametrize("query", ["events", "events?changes=true", "logs?model=m&follow=true"])
+async def test_a_stream_ends_with_its_key(
+    start_cortex: StartCortex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str, fate: str
+) -> None:
+    """At the next sign of life. The streams of other keys go on."""
+    for name in ("handlers.KEEPALIVE_SECS", "logs.KEEP_ALIVE_SECS"):
+        monkeypatch.setattr(f"cortex.api.fleet.{name}", 0.05)
+    file, bob = tmp_path / "keys.toml", key_entry("bob", "operator")
+    async with LoggingNeuron("benjy", 24000).running() as benjy, timeout(60):
+        benjy.models["m"] = "loaded"
+        cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
+        keys, url = cortex.parts.keys, f"{cortex.url}/fleet/{query}"
+        file.write_text(bob + key_entry("alice", "operator"), encoding="utf-8")
+        await keys.load(file)
+        async with (
+            cortex.http.get(url, headers={"Authorization": "Bearer sk-alice"}) as hers,
+            cortex.http.get(url, headers={"Authorization": "Bearer sk-bob"}) as his,
+        ):
+            for events in (hers, his):
+                while await events.content.readline() != b": keep-alive\n":
+                    assert not events.content.at_eof()
+            file.write_text(bob + ALICE[fate], encoding="utf-8")
+            await keys.load(file)
+            await hers.content.read()
+            his.content.read_nowait()
+            while await his.content.readline() != b": keep-alive\n":
+                assert not his.content.at_eof()

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.contract.documents import TOP
+from tests.ports import free_port
 
 STOCK_NGINX = "server { listen 127.0.0.1:PORT; location / { proxy_pass http://CORTEX; } }"
 STOCK_CADDY = "http://127.0.0.1:PORT {\n\treverse_proxy CORTEX\n}\n"
@@ -37,12 +37,6 @@ def documented_caddy() -> str:
     """The snippet, on a port without TLS."""
     text = snippet("caddyfile").replace("127.0.0.1:31313", "CORTEX")
     return text.replace("llm.example.com {", "http://127.0.0.1:PORT {")
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

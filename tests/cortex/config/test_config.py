@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cortex.config.settings import CortexConfig, parse_listen
+from cortex.config.gateway import parse_listen
+from cortex.config.settings import CortexConfig
 from shared.settings import SettingsError, load_settings
 
 TOP = Path(__file__).parents[3]

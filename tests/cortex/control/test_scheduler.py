@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from cortex.config.settings import NeuronEntry
+from cortex.config.neurons import NeuronEntry
 from cortex.control import scheduler
 from cortex.control.loads.evictor import DRAIN_POLL_SECS
 from cortex.control.scheduler import PLANNER, Policy

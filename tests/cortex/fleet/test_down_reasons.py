@@ -9,18 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.serve import bind
 from tests.cortex.conftest import StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Script, answering, closing, plain
+from tests.ports import free_port
 
 TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
 UNAUTHORIZED = plain(b'{"error": {"message": "a valid bearer token is required"}}', status="401 Unauthorized")
-
-
-def free_port() -> int:
-    with bind("127.0.0.1", 0) as sock:
-        return int(sock.getsockname()[1])
 
 
 @dataclass

@@ -14,11 +14,11 @@ import aiohttp
 import openai
 import pytest
 
-from shared.serve import bind
 from shared.tasks import timeout
 from tests.cortex.cortex_process import TOP, cortex_process
 from tests.cortex.fleet.helexa_neuron import LIMITS
 from tests.cortex.raw_http import bounded, connected, request
+from tests.ports import free_port
 
 ID = "org/small"
 MODELS: list[dict[str, Any]] = [
@@ -35,8 +35,7 @@ class Neuron:
     name = "helexa"
 
     def __init__(self) -> None:
-        with bind("127.0.0.1", 0) as sock:
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: asyncio.subprocess.Process | None = None
 

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from cortex.config.settings import NeuronEntry
+from cortex.config.neurons import NeuronEntry
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.upstream.pool import EnginePool
 from shared.protocol import DeviceFigures, LoadCommand

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cortex.config.settings import NeuronEntry
+from cortex.config.neurons import NeuronEntry
 from cortex.fleet import neuron_http, poller
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.snapshot import NodeSnapshot

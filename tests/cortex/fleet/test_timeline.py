@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
 from cortex.fleet.timeline import timeline as module
 from cortex.fleet.timeline.spans import Cause, StatusSpan, seen
 from cortex.fleet.timeline.timeline import ModelCounts, Timeline
@@ -29,13 +30,14 @@ class Bench:
         self.causes: list[Cause] = []
         self.waiting: dict[str, int] = {}
         self.counts = ModelCounts({}, {})
+        self.state = StateFile(directory)
         self.fleet = Fleet([("n", "http://n")], unhealthy_after=1)
         self.timeline = Timeline(
             self.fleet,
             causes=lambda: self.causes,
             waiting=lambda: self.waiting,
             counts=self._counts,
-            file=None if directory is None else TimelineFile(directory),
+            file=None if directory is None else TimelineFile(directory, self.state.acquire_lock),
             clock=lambda: self.now,
         )
 
@@ -205,6 +207,7 @@ async def test_a_restart_continues_the_spans(tmp_path: Path) -> None:
     bench.poll(view("loaded", since=AT - 9), view("loaded", "gone", since=AT - 9), view("sleeping", "again"))
     await bench.look()
     await bench.timeline.flush()
+    await bench.state.close()
     with (tmp_path / NAME).open("ab") as file:
         file.write(b'{"span": {"node": "n", "sta')  # killed meanwhile
     bench = Bench(tmp_path, now=AT + 100)
@@ -217,6 +220,31 @@ async def test_a_restart_continues_the_spans(tmp_path: Path) -> None:
     await bench.timeline.flush()
     assert {span.model for span in Bench(tmp_path, now=AT + 200).spans()} == {"m", "gone", "again"}
     assert Bench(tmp_path, now=AT + 48 * 3600).spans() == []
+
+
+async def test_one_cortex_writes_at_a_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that share a directory. The second keeps its timeline in memory, and writes it when the first is gone."""
+    monkeypatch.setattr("cortex.fleet.timeline.timeline_file.LONG_LINES", 0)  # the second flush writes it all again
+    first, second = Bench(tmp_path), Bench(tmp_path)
+
+    async def spans_after(*benches: Bench) -> list[str]:
+        for bench in benches:
+            await bench.look()
+            await bench.timeline.flush()
+        return sorted(span.model for span in Bench(tmp_path).spans())
+
+    first.poll(view("loaded", "a"))
+    second.poll(view("loaded", "b"))
+    assert await spans_after(first, second, second) == ["a"]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"the timeline cannot be kept in {tmp_path / NAME}: in use by another cortex (Resource temporarily "
+        "unavailable), which counts limits for itself"
+    ]
+    await first.state.close()
+    assert await spans_after(second) == ["b"]
+    await second.state.close()
 
 
 async def test_an_engine_that_is_seen_again_a_day_after_a_restart(tmp_path: Path) -> None:

@@ -6,18 +6,20 @@ import msgspec
 import pytest
 
 from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Series, merged
+from cortex.metrics.request_tally import RequestTally
 
 
 def counted(times: int = 1) -> Counters:
     """Counters of everything that is counted, each `times` times."""
-    counters = Counters()
+    counts = RequestTally()
     for _ in range(times):
-        counters.request("m", "beast", 200, 0.25, 0.004)
-        counters.request("m", "beast", 502, 0.5, None)
-        counters.error("m", "beast", "upstream_unreachable")
-        counters.tokens("m", "beast", 3, 5, 2)
-        counters.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
-    return counters
+        counts.request("m", "beast", 200, 0.25, 0.004)
+        counts.request("m", "beast", 502, 0.5, None)
+        counts.error("m", "beast", "upstream_unreachable")
+        counts.tokens("m", "beast", 3, 5, 2)
+        counts.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
+        counts.usage_records_dropped(1)
+    return counts.collect()
 
 
 def test_everything_is_counted_once() -> None:
@@ -29,6 +31,27 @@ def test_everything_is_counted_once() -> None:
     assert here.tokens == {"prompt": 3, "completion": 5, "cached": 2}
     assert (sum(here.duration.counts), here.duration.secs) == (2, 0.75)
     assert (sum(here.first_byte.counts), here.first_byte.secs) == (1, 0.004)
+    assert counted(2).dropped_usage_records == 2
+
+
+def test_what_was_collected_changes_no_more() -> None:
+    counts = RequestTally()
+    counts.request("m", "beast", 200, 0.25, 0.004)
+    before = counts.collect()
+    counts.request("m", "beast", 200, 0.25, 0.004)
+    counts.tokens("m", "beast", 3, 5, 0)
+    counts.error("m", "beast", "upstream_unreachable")
+    (series,) = (series for _, series in before.items())
+    assert (series.statuses, series.tokens, series.errors) == ({200: 1}, {}, {})
+    assert (sum(series.duration.counts), sum(series.first_byte.counts)) == (1, 1)
+    assert before != counts.collect()
+
+
+def test_an_answer_without_cached_tokens_counts_none() -> None:
+    counts = RequestTally()
+    counts.tokens("m", "beast", 3, 0, 0)
+    (series,) = (series for _, series in counts.collect().items())
+    assert series.tokens == {"prompt": 3, "completion": 0}
 
 
 @pytest.mark.parametrize("buckets", [REQUEST_BUCKETS, FIRST_BYTE_BUCKETS])
@@ -42,12 +65,11 @@ def test_a_duration_falls_into_the_bucket_that_ends_with_it(buckets: tuple[float
 
 
 def test_counters_travel_between_processes() -> None:
-    """Counters survive both of msgspec's encodings and can be increased afterwards."""
+    """Counters survive both of msgspec's encodings, and others can be added to them afterwards."""
     there = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(3)), type=Counters)
     assert there == counted(3) == msgspec.json.decode(msgspec.json.encode(counted(3)), type=Counters)
-    there.request("m", "beast", 200, 1.0, None)
-    there.request("new", "beast", 200, 1.0, None)
-    assert len(dict(there.items())) == 3
+    there.add(counted())
+    assert there == counted(4)
 
 
 @pytest.mark.parametrize("field", Series.__struct_fields__)
@@ -71,8 +93,7 @@ def test_counters_add_up_and_stay_unchanged() -> None:
     one, two = counted(), counted(2)
     total = merged([one, two, Counters()])
     assert total == counted(3)
-    total.request("m", "beast", 200, 1.0, 1.0)
-    total.error("m", "beast", "new")
+    total.add(counted())
     assert (one, two) == (counted(), counted(2))
     assert merged([]) == Counters()
 

@@ -12,13 +12,13 @@ def test_callers_are_forgotten_once_their_requests_have_ended_and_were_taken() -
     """Or the counts of every key at every engine that there ever was would remain."""
     counts = InFlight()
     for key_id in ("a", "a", "b"):
-        counts.add_caller(KEY, key_id)
-    counts.remove_caller(KEY, "b")
+        counts.add(KEY, key_id)
+    counts.remove(KEY, "b")
     assert counts.take_callers() == {(KEY, "a"): CallerCount(2, 2), (KEY, "b"): CallerCount(0, 1)}
-    counts.remove_caller(KEY, "a")
-    counts.add_caller(KEY, "b")
+    counts.remove(KEY, "a")
+    counts.add(KEY, "b")
     assert counts.take_callers() == {(KEY, "a"): CallerCount(1, 0), (KEY, "b"): CallerCount(1, 1)}
     for key_id in ("a", "b"):
-        counts.remove_caller(KEY, key_id)
+        counts.remove(KEY, key_id)
     assert set(counts.take_callers().values()) == {CallerCount(0, 0)}
     assert counts.take_callers() == {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import Counters
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.request_tally import RequestTally
 from tests.cortex.fleets import replica_key
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -18,9 +18,9 @@ def samples(metrics: Metrics) -> Samples:
     return {(sample.name, frozenset(sample.labels.items())): sample.value for f in families for sample in f.samples}
 
 
-def made(*counted: Counters) -> Metrics:
+def made(*counted: RequestTally) -> Metrics:
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
-    return Metrics(fleet, lambda: {replica_key("m", "beast"): 2}, lambda: counted)
+    return Metrics(fleet, lambda: {replica_key("m", "beast"): 2}, lambda: [each.collect() for each in counted])
 
 
 def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
@@ -29,7 +29,7 @@ def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tupl
 
 def test_the_page_is_the_sum_of_the_workers() -> None:
     """The page includes what workers count between two scrapes."""
-    one, two = Counters(), Counters()
+    one, two = RequestTally(), RequestTally()
     metrics = made(one, two)
     one.request("m", "beast", 200, 0.3, 0.02)
     two.request("m", "beast", 200, 40.0, None)
@@ -47,7 +47,7 @@ def test_the_page_is_the_sum_of_the_workers() -> None:
 
 def test_buckets_add_up() -> None:
     """Each holds those below it, the last all of them, as Prometheus wants it."""
-    counters = Counters()
+    counters = RequestTally()
     for secs in (0.05, 0.2, 0.25, 1e6):
         counters.request("m", "beast", 200, secs, None)
     page = samples(made(counters))
@@ -69,7 +69,7 @@ def test_cold_starts_are_counted_where_models_are_loaded() -> None:
 
 def test_any_name_of_a_model_survives_the_page() -> None:
     """Escaped, so that it breaks no line; and no series but the documented ones is made."""
-    counters, name = Counters(), 'we"ird\\\n{ü}'
+    counters, name = RequestTally(), 'we"ird\\\n{ü}'
     counters.request(name, "beast", 200, 1.0, 1.0)
     page = made(counters).exposition()
     assert samples(made(counters))[key("cortex_requests_total", model=name, status="200")] == 1

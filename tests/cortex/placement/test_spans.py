@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cortex.config.neurons import HostNetwork
 from cortex.config.profile import ModelProfile
-from cortex.config.settings import HostNetwork
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.fair_queue import after_start, schedule_loads
 from cortex.placement.feasibility import FeasibilityCache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from hashlib import sha256
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 
 from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
 from cortex.accounts.keys.key_table import KeyTable
+from cortex.accounts.sign_in.person import Identified
 from cortex.config.settings import CortexConfig
 from cortex.http.heads import request_reader
 from cortex.http.request import Request
-from cortex.proxy.authentication import Authentication
+from cortex.proxy.authentication import Authentication, Unidentified
 from shared.errors import Unauthorized
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -174,6 +177,38 @@ def test_trust_follows_a_reload() -> None:
     authentication = Authentication(SOME_KEY, CortexConfig())
     authentication.configure(CortexConfig.model_validate({"auth": {"trust_loopback": True}}))
     assert authentication.caller_of(request_from("127.0.0.1")) is LOOPBACK
+
+
+class SlowPeople:
+    """Implements `person.People`: answers what was true when it was asked, once `answering` is set."""
+
+    def __init__(self) -> None:
+        self.caller = Caller("oidc:1", "oidc:alice", "admin")
+        self.asked = asyncio.Event()
+        self.answering = asyncio.Event()
+
+    async def identify(self, credential: bytes) -> Identified:
+        found = Identified(self.caller, time.time() + 60)
+        self.asked.set()
+        await self.answering.wait()
+        return found
+
+
+async def test_a_reload_while_a_person_is_looked_up() -> None:
+    """The role from before it is not remembered."""
+    people = SlowPeople()
+    authentication = Authentication(KeyTable(), CortexConfig(), people)
+    asked, token = request_from("192.0.2.1", "Authorization: Bearer ey.a.b"), b"ey.a.b"
+    looking_up = asyncio.create_task(authentication.identify(asked, token))
+    await people.asked.wait()
+    people.caller = Caller("oidc:1", "oidc:alice", "user")
+    authentication.configure(CortexConfig())
+    people.answering.set()
+    await looking_up
+    with pytest.raises(Unidentified):
+        authentication.caller_of(asked)
+    assert (await authentication.identify(asked, token)).role == "user"
+    assert authentication.caller_of(asked).role == "user"
 
 
 @pytest.mark.parametrize(

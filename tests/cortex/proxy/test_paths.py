@@ -138,10 +138,14 @@ async def test_refused_head_request_gets_no_body(client: RawClient) -> None:
     assert (await client.ask(request(method="GET", target="/health"), "GET")).status == 200
 
 
-async def test_base_url_has_the_scheme_of_the_proxy(client: RawClient) -> None:
-    """A proxy that ends TLS says so in X-Forwarded-Proto."""
-    answer = await client.ask(request(b"", "X-Forwarded-Proto: https", method="GET", target="/v1"), "GET")
-    assert "https://cortex/v1" in message(answer, 404, "not_found")
+@pytest.mark.parametrize(
+    ("value", "scheme"),
+    [("https", "https"), ("HTTPS, https", "https"), ("https,http", "https"), ("http, https", "http")],
+)
+async def test_base_url_has_the_scheme_of_the_proxy(client: RawClient, value: str, scheme: str) -> None:
+    """A proxy that ends TLS says so in X-Forwarded-Proto; of several proxies the first is the client's."""
+    answer = await client.ask(request(b"", f"X-Forwarded-Proto: {value}", method="GET", target="/v1"), "GET")
+    assert f" {scheme}://cortex/v1" in message(answer, 404, "not_found")
 
 
 @pytest.mark.parametrize("target", ["/" + "x" * 60_000, "/%0a" + "y" * 1000, "/a\x7f"[:2] + "?q=" + "z" * 60_000])

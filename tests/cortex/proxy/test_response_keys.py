@@ -9,6 +9,7 @@ import pytest
 
 from cortex.proxy.body.model_field import chooses_response_id
 from cortex.proxy.paths import is_misspelt_response
+from cortex.routing.response_owners import UNSTORED
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -95,6 +96,15 @@ async def test_another_key_gets_what_it_gets_for_an_unknown_response(
         assert refused.body.replace(b"resp_1", UNKNOWN.encode()) == expected.body
         assert json.loads(refused.body)["error"]["code"] == "not_found"
     assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("target", ["/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens"])
+async def test_an_id_that_no_engine_has_needs_no_check(
+    cortex: RunningCortex, client: RawClient, engine: RawEngine, target: str
+) -> None:
+    """cortex made it for a chat's answer, so the engine says what becomes of it."""
+    answer = await client.ask(making("bob", target, previous_response_id=f"{UNSTORED}0123"))
+    assert (answer.status, [each.target for each in engine.requests]) == (200, [target])
 
 
 @pytest.mark.parametrize("key", ["alice", "operator", "admin"])

@@ -7,8 +7,7 @@ import tracemalloc
 import pytest
 
 from cortex.upstream.tail import UsageTail
-from cortex.upstream.usage import find_usage
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage, find_usage
 
 CHUNK = (
     b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1795545739,"model":"m",'

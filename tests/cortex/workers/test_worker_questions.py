@@ -10,7 +10,8 @@ import pytest
 from cortex.accounts.sign_in.person import People
 from cortex.routing.control import Control
 from cortex.routing.replica import ReplicaKey
-from cortex.routing.response_owners import ResponseMaker
+from cortex.routing.response_owners import ResponseMaker, ResponseOwners
+from cortex.workers import worker_questions
 from cortex.workers.messages import AskEngine, AskMaker, AskPerson, MakerFound, Refused
 from cortex.workers.worker_questions import Question, WorkerQuestions
 from shared.errors import Unauthorized
@@ -20,15 +21,10 @@ from tests.cortex.fleets import replica
 
 class _Control:
     def __init__(self) -> None:
-        self.makers: dict[str, ResponseMaker] = {}
-        self.asked = asyncio.Event()
+        self.response_owners = ResponseOwners()
 
     async def engine(self, key: ReplicaKey) -> None:
         raise RuntimeError(f"no {key}")
-
-    async def response_maker(self, response_id: str) -> ResponseMaker | None:
-        self.asked.set()
-        return self.makers.get(response_id)
 
 
 class _People:
@@ -55,14 +51,21 @@ async def test_no_question_is_left_without_an_answer(question: Question, status:
     assert (answer.number, answer.status) == (7, status)
 
 
-async def test_a_worker_that_is_slow_to_tell_is_waited_for() -> None:
-    """Its client may ask for the response at another worker at once."""
+async def test_a_worker_that_is_slow_to_tell_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client may ask for the response at another worker at once. What is told is answered at once, and an id that
+    is not told is unknown after a time."""
+    monkeypatch.setattr(worker_questions, "MAKER_TOLD_SECS", 3600.0)
     control, answers, tasks = _Control(), asyncio.Queue[Any](), TaskSet()
     questions = WorkerQuestions(cast("Control", control), None, answers.put_nowait, tasks)
     questions.receive(AskMaker(7, "resp_1"))
-    await control.asked.wait()
-    control.makers["resp_1"] = maker = ResponseMaker(replica("m", "n", "http://e"), "key")
+    await asyncio.sleep(0)
+    maker = ResponseMaker(replica("m", "n", "http://e"), "key")
+    control.response_owners.add("resp_2", maker)
+    await asyncio.sleep(0)
+    assert answers.empty()
+    control.response_owners.add("resp_1", maker)
     assert await answers.get() == MakerFound(7, maker)
-    questions.receive(AskMaker(8, "resp_2"))
+    monkeypatch.setattr(worker_questions, "MAKER_TOLD_SECS", 0.01)
+    questions.receive(AskMaker(8, "resp_3"))
     assert await answers.get() == MakerFound(8, None)
     await tasks.close()

@@ -10,7 +10,7 @@ import aiohttp
 from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import neuron_process, toml_config, until
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

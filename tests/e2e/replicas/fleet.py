@@ -14,7 +14,7 @@ import aiohttp
 
 from tests.cortex.cortex_process import CortexProcess, cortex_process, neuron_at
 from tests.neuron.neurons import NeuronProcess, neuron_process, until
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 CONFIG = """
 name = "{name}"

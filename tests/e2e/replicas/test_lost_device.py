@@ -16,8 +16,8 @@ from tests.cortex.cortex_process import cortex_process, neuron_at
 from tests.e2e.replicas.fleet import Hosts
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import REPOSITORY, neuron_process, until
-from tests.neuron.sim_process import free_port
 from tests.nvml.library import GPU_IS_LOST, Gpu, build_library, write_scenario
+from tests.ports import free_port
 
 __all__ = ["mark"]
 

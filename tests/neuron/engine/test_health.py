@@ -17,7 +17,8 @@ from aiohttp import web
 from neuron.config import HealthSettings
 from neuron.engine.health import HealthMonitor
 from neuron.harness.vllm.activity import EngineSample, VllmActivity
-from tests.neuron.sim_process import FAST, SimProcess, core_of, free_port, ready_engine, until
+from tests.neuron.sim_process import FAST, SimProcess, core_of, ready_engine, until
+from tests.ports import free_port
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30000, "ignore_eos": True}
 QUICK = {"interval_secs": 0.1, "unresponsive_secs": 1, "hang_grace_secs": 0.6, "prefill_grace_secs": 2.5}

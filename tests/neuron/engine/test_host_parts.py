@@ -13,6 +13,7 @@ from neuron.engine.log import EngineLog, LogFollower
 from neuron.engine.ports import PortPool, lingering_ports
 from neuron.engine.state_dir import StateDir, StateDirError
 from shared.errors import Unavailable
+from tests.ports import free_port
 
 # --- log files
 
@@ -62,8 +63,8 @@ def test_ports_in_use_are_skipped() -> None:
     """Reserved and bound ports are skipped, listening or not; a released one is free again."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", 0))
-        taken = other.getsockname()[1]
+        taken = free_port()
+        other.bind(("127.0.0.1", taken))
         pool = PortPool("127.0.0.1")
         with pytest.raises(Unavailable) as none_left:
             pool.reserve((taken, taken))

@@ -22,7 +22,7 @@ from neuron.gpu import simulated_vram as vram
 from neuron.sim.process.core import TITLE
 from neuron.spec import InstanceKey
 from tests.neuron.neurons import OF_A_CORTEX, REPOSITORY, marked_processes
-from tests.neuron.sim_process import free_port
+from tests.ports import free_port
 
 DEVICES, DEVICE_MB = 3, 8000
 START_SECS = 20.0

@@ -18,7 +18,8 @@ from neuron.harness.vllm.guard.neuron_guard import CONTROL_HEADER, DIGEST_VARIAB
 from shared.errors import Conflict
 from tests.neuron.neurons import until
 from tests.neuron.sim.test_sim_life import HELLO
-from tests.neuron.sim_process import FAST, SimProcess, core_of, free_port, memory_environment, ready_engine
+from tests.neuron.sim_process import FAST, SimProcess, core_of, memory_environment, ready_engine
+from tests.ports import free_port
 
 KEY = "a control key"
 SLEEPER = {"VLLM_SERVER_DEV_MODE": "1", DIGEST_VARIABLE: digest_of(KEY)}

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from tests.neuron.sim_process import FAST, SimProcess, free_port, started_engine
+from tests.neuron.sim_process import FAST, SimProcess, started_engine
+from tests.ports import free_port
 
 
 @contextlib.asynccontextmanager

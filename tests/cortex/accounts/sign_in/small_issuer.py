@@ -34,7 +34,8 @@ def new_key(name: str) -> RSAKey:
 @dataclass
 class SmallIssuer:
     """`person`: the claims about the person. `refusal`: what `/authorize` answers instead of a code. `approved`:
-    whether device codes are; `asked`: set once a device has asked for its tokens."""
+    whether device codes are; `asked`: set once a device has asked for its tokens. `document`: what `/keys` answers
+    instead of the keys."""
 
     url: str = ""
     person: dict[str, Any] = field(
@@ -42,6 +43,7 @@ class SmallIssuer:
     )
     key: RSAKey | ECKey = field(default_factory=lambda: new_key("first"))
     published: list[Any] = field(default_factory=list)
+    document: Any = None
     refusal: str | None = None
     approved: bool = False
     offers_device: bool = True
@@ -86,7 +88,8 @@ class SmallIssuer:
 
     async def keys(self, request: web.Request) -> web.Response:
         self.fetches += 1
-        return web.json_response({"keys": [key.as_dict(private=False) for key in self.published]})
+        keys = {"keys": [key.as_dict(private=False) for key in self.published]}
+        return web.json_response(keys if self.document is None else self.document)
 
     async def authorize(self, request: web.Request) -> web.Response:
         query = dict(request.query)

@@ -266,9 +266,11 @@ async def test_behind_a_proxy(tmp_path: Path, benjy: V1Neuron, issuer: SmallIssu
         browser() as alice,
         cortex_process(tmp_path, [benjy], [], state_dir="state", auth=auth, allowed_hosts=["ai.example.com"]) as cortex,
     ):
-        headers = {"Host": "ai.example.com", "X-Forwarded-Proto": "https"}
-        _, _, there = await alice.get(f"{cortex.url}/login", **headers)
-        assert parse_qs(urlsplit(there).query)["redirect_uri"] == ["https://ai.example.com/login/callback"]
+        headers = {"Host": "ai.example.com"}
+        for said, scheme in (("http", "http"), ("https", "https"), ("https, https", "https")):
+            headers["X-Forwarded-Proto"] = said
+            _, _, there = await alice.get(f"{cortex.url}/login", **headers)
+            assert parse_qs(urlsplit(there).query)["redirect_uri"] == [f"{scheme}://ai.example.com/login/callback"]
         async with (
             aiohttp.ClientSession() as http,
             http.get(f"{cortex.url}/login", headers=headers, allow_redirects=False) as answer,

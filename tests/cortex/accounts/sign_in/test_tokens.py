@@ -99,7 +99,7 @@ def forged(issuer: SmallIssuer) -> dict[str, tuple[str, str]]:
         "other key": (issuer.token(key=new_key("first")), "none of the issuer's keys has signed it"),
         "unknown key": (issuer.token(key=new_key("other")), "none of the issuer's keys has signed it"),
         "logout token": (issuer.token(header={"typ": "logout+jwt"}), "the type 'logout+jwt' is not accepted"),
-        "event": (issuer.token(events={}), "it tells of an event"),
+        "event": (issuer.token(events={}), "it reports an event"),
         "expired": (issuer.token(exp=now - 120), "the token has expired"),
         "without an end": (issuer.token(exp=None), "it has no exp"),
         "not yet": (issuer.token(nbf=now + 120), "nbf is"),
@@ -179,6 +179,39 @@ async def test_an_issuer_that_is_down(
         assert "http://127.0.0.1:9 cannot be used" in message_of(answer)
     assert (await ask(cortex.url, CHAT, "sk-bot")).status == 200
     assert (await ask(cortex.url, "/health", token)).status == 200
+
+
+async def test_unknown_keys_of_an_issuer_that_is_down(
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of a key that the issuer may have published meanwhile is not called invalid, also while cortex does not
+    ask the issuer again. Tokens of known keys go on."""
+    issuer = SmallIssuer()
+    monkeypatch.setattr("cortex.accounts.sign_in.issuer.PAUSE_SECS", 0.0)
+    async with issuer.running():
+        cortex = await start_cortex([benjy], [{"id": MODEL}], auth={"oidc": issuer.settings()})
+        assert (await ask(cortex.url, CHAT, issuer.token())).status == 200
+    new = issuer.token(key=new_key("new"))
+    for pause in (0.0, 3600.0):  # the second finds that it was asked just now
+        monkeypatch.setattr("cortex.accounts.sign_in.issuer.PAUSE_SECS", pause)
+        answer = await ask(cortex.url, CHAT, new)
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "issuer_unavailable")
+        assert f"{issuer.url} cannot be used" in message_of(answer)
+    assert (await ask(cortex.url, CHAT, issuer.token(sub="another"))).status == 200
+
+
+@pytest.mark.parametrize("document", [{"keys": "none"}, {"keys": {}}, {"keys": None}, {}, [], "nonsense"])
+async def test_keys_that_are_nonsense(
+    cortex: RunningCortex, issuer: SmallIssuer, monkeypatch: pytest.MonkeyPatch, document: Any
+) -> None:
+    """The keys that are known stay."""
+    assert (await ask(cortex.url, CHAT, issuer.token())).status == 200
+    issuer.document = document
+    monkeypatch.setattr("cortex.accounts.sign_in.issuer.PAUSE_SECS", 0.0)
+    answer = await ask(cortex.url, CHAT, issuer.token(key=new_key("new")))
+    assert answer.status == 503
+    assert f"{issuer.url}/keys answers 200: it has no list `keys`" in message_of(answer)
+    assert (await ask(cortex.url, CHAT, issuer.token(sub="another"))).status == 200
 
 
 async def test_in_every_worker_and_in_usage(

@@ -32,7 +32,7 @@ async def record(database: Database, directory: Path, *records: UsageRecord) -> 
     writer.write(records, PRICES)
     writer.close()
     await Recorder(database, directory).move()
-    return DatabaseReports(database)
+    return DatabaseReports(database, lambda: 0)
 
 
 def some_records() -> list[UsageRecord]:

@@ -39,7 +39,7 @@ async def reports(database: Database) -> DatabaseReports:
         await connection.execute(API_KEYS.insert(), [KEY])
         await connection.execute(ENERGY.insert(), [dict(zip(names, row, strict=True)) for row in BOOKED])
         await connection.execute(ENERGY_SLICES.insert().values(waiting))
-    return DatabaseReports(database)
+    return DatabaseReports(database, lambda: 0)
 
 
 async def sums(reports: DatabaseReports, *groups: str, **fields: Any) -> dict[Any, Any]:

@@ -62,11 +62,12 @@ def random_records(dice: random.Random, count: int) -> list[UsageRecord]:
 
 
 async def report(
-    database: Database, query: UsageQuery, monkeypatch: pytest.MonkeyPatch, *, exact: bool
+    database: Database, query: UsageQuery, monkeypatch: pytest.MonkeyPatch, *, exact: bool, retention_days: int = 0
 ) -> list[dict[str, Any]]:
     """From the records, or else from daily sums where there are whole days."""
     monkeypatch.setattr(database_reports, "EXACT_REQUESTS", 1_000_000 if exact else -1)
-    return (await DatabaseReports(database).reports([query], "EUR"))[0]
+    reports = DatabaseReports(database, lambda: retention_days, lambda: NOW)
+    return (await reports.reports([query], "EUR"))[0]
 
 
 def without_percentiles(rows: list[dict[str, Any]]) -> list[Any]:
@@ -134,6 +135,53 @@ async def test_days_stay_when_their_records_are_deleted(
     assert first == kept
 
 
+async def test_reports_while_records_are_deleted(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are deleted in small batches, so for some time a day has some of its records. Its sums count, before and
+    after; also when an old record comes late, from the journal of a cortex that was away."""
+    records = random_records(random.Random(4), 200)
+    recorder = await recorded(database, tmp_path, *records)
+    queries = [
+        UsageQuery(FIRST, NOW),
+        UsageQuery(FIRST, NOW, ("day",)),
+        UsageQuery(FIRST + 1.5 * DAY, FIRST + 2.2 * DAY, ("model",)),
+        UsageQuery(FIRST + 2.2 * DAY, FIRST + 2.4 * DAY),
+        UsageQuery(FIRST + 2.6 * DAY, FIRST + 7.5 * DAY, ("key",)),
+        UsageQuery(FIRST, FIRST + 2.6 * DAY, bucket_secs=int(DAY)),
+        UsageQuery(FIRST + 6.5 * DAY, FIRST + 7.5 * DAY, ("hour",)),
+    ]
+
+    async def counts() -> list[Any]:
+        """Of each query."""
+        found = [
+            await report(database, query, monkeypatch, exact=exact, retention_days=4)
+            for query in queries
+            for exact in (True, False)
+        ]
+        for query in (UsageQuery(FIRST, NOW, ("hour",)), UsageQuery(FIRST + 5.9 * DAY, NOW, bucket_secs=3600)):
+            with pytest.raises(InvalidRequest, match="before 2026-12-05 are known by day only"):
+                await report(database, query, monkeypatch, exact=True, retention_days=4)
+        return [without_percentiles(rows) for rows in found]
+
+    before = await counts()
+    assert before[0][0]["requests"] == 200
+    batch = sum(record.ended_at <= FIRST + 2.5 * DAY for record in records)
+    monkeypatch.setattr("cortex.accounts.usage.recorder.DELETED_AT_ONCE", batch)
+    assert await recorder.delete_old(4)
+    async with database.reading() as connection:
+        oldest = (await connection.execute(select(func.min(USAGE.c.ended_at)))).scalar_one()
+    assert FIRST + 2.5 * DAY < oldest < FIRST + 3 * DAY
+    assert await counts() == before
+    while await recorder.delete_old(4):
+        pass
+    assert await counts() == before
+    await recorded(database, tmp_path, usage_record(ended_at=FIRST + 0.1 * DAY))
+    for exact in (True, False):
+        (total,) = await report(database, UsageQuery(FIRST, NOW), monkeypatch, exact=exact, retention_days=4)
+        assert total["requests"] == 201
+
+
 async def test_a_record_that_comes_twice_counts_once(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +217,7 @@ ENDLESS = text("(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT (x + 1) % 100
 async def test_a_report_that_takes_too_long_is_stopped(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the database too: the next one finds it idle. While others run, a report waits as long at most."""
     monkeypatch.setattr(database_reports, "REPORT_SECS", 0.05)
-    reports = DatabaseReports(database)
+    reports = DatabaseReports(database, lambda: 0)
     with monkeypatch.context() as patched:
         patched.setattr(database_reports, "totals", lambda *_, **__: select(func.count()).select_from(ENDLESS))
         for _ in range(database_reports.AT_ONCE + 1):
@@ -182,6 +230,27 @@ async def test_a_report_that_takes_too_long_is_stopped(database: Database, monke
         await reports._places.acquire()
     with pytest.raises(Unavailable, match="other reports"):
         await reports.reports([UsageQuery(0, NOW)], "EUR")
+
+
+SLOW = text(
+    "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000) SELECT x FROM c) AS slow"
+)
+
+
+async def test_the_time_of_a_report_is_that_of_all_its_queries(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the thousand takes as long alone. The database has stopped the last one afterwards, too."""
+    reports = DatabaseReports(database, lambda: 0)
+    monkeypatch.setattr(database_reports, "REPORT_SECS", 1.0)
+    monkeypatch.setattr(database_reports, "totals", lambda *_, **__: select(func.count()).select_from(SLOW))
+    with pytest.raises(InvalidRequest, match="takes longer than 1 s"):
+        await reports.reports([UsageQuery(0, NOW)] * 1000, "EUR")
+    if database.is_postgresql:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%AS slow%'"
+        own = " AND pid <> pg_backend_pid() AND datname = current_database()"
+        while await database.number(asked + own):
+            pass
 
 
 def test_percentiles_of_classes() -> None:

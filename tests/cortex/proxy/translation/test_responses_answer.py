@@ -14,8 +14,7 @@ from cortex.proxy.answers.error_event import error_event
 from cortex.proxy.translation.responses.translation import ResponsesTranslation
 from cortex.routing.response_owners import UNSTORED
 from cortex.upstream.tail import HEAD_BYTES, KEPT_BYTES
-from cortex.upstream.usage import find_usage
-from cortex.upstream.usage_fields import Usage
+from cortex.upstream.usage import Usage, find_usage
 from shared.errors import UpstreamError
 from tests.cortex.proxy.translation.chat_engine import stream_of
 

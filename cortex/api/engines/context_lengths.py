@@ -12,17 +12,13 @@ from typing import Final, NamedTuple
 
 from aiohttp import web
 
+from cortex.api.engines.engine_questions import EngineQuestions, NoAnswer
 from cortex.config.profile import RequestedModel
-from cortex.fleet.engine_url import reachable
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
-from cortex.fleet.neuron_http import AnswerTooLarge, fetch
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.store import StateFile
 from cortex.routing.replica import ReplicaKey
-from cortex.upstream.address import parse_url
-from cortex.upstream.pool import EnginePool, NoConnection
-from shared.protocol import EndpointReply
 from shared.protocol.context_length import length_in
 from shared.tasks import TaskSet, running, timeout
 
@@ -66,11 +62,10 @@ class ContextLengths:
     ) -> None:
         self._fleet = fleet
         self._state = state
-        self._clients = clients
         self._clock = clock
         self._asked: dict[ReplicaKey, tuple[object, float]] = {}  # the load that was asked about, when to ask again
         self._seen: FleetSnapshot | None = None
-        self._pool = EnginePool()
+        self._questions = EngineQuestions(clients)
         self._tasks = TaskSet()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
         self.known = KnownLengths({}, dict(state.max_model_len))
@@ -94,7 +89,7 @@ class ContextLengths:
 
     async def close(self) -> None:
         await self._tasks.close()
-        self._pool.close()
+        self._questions.close()
 
     def _ask(self, models: Iterable[str], *, told_only: bool) -> list[asyncio.Task[None]]:
         fleet, now = self._fleet.snapshot(), self._clock()
@@ -125,8 +120,8 @@ class ContextLengths:
         key, model_id = engine.key, engine.key.model_id
         try:
             async with self._slots, timeout(ANSWER_SECS):
-                length = await self._told_by_engine(model_id, await self._endpoint(engine))
-        except (OSError, ValueError, asyncio.TimeoutError, NoConnection, AnswerTooLarge) as error:
+                length = length_in(model_id, json.loads(await self._questions.ask(engine, b"/v1/models")))
+        except (NoAnswer, ValueError, asyncio.TimeoutError) as error:
             log.debug("context length of %s on %s: %r", model_id, key.name, error)
             return
         except (NeuronRefused, NeuronUnreachable) as error:
@@ -162,31 +157,6 @@ class ContextLengths:
                     remembered[name] = length
                     self._state.set_max_model_len(name, length)
         self.known = KnownLengths(of_engines, remembered)
-
-    async def _endpoint(self, engine: EngineSnapshot) -> EndpointReply:
-        model_id, node, instance = engine.key
-        if engine.view.endpoint is not None:
-            return reachable(engine.view.endpoint, engine.node.endpoint)
-        client = self._clients.get(node)
-        if client is None:
-            raise ValueError("the neuron was removed from the configuration")
-        return await client.endpoint(model_id, instance)
-
-    async def _told_by_engine(self, model_id: str, endpoint: EndpointReply) -> int:
-        """Raises ValueError if the engine gives no length."""
-        address, prefix = parse_url(endpoint.url)
-        head = b"GET %b/v1/models HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\n" % (prefix, address.authority)
-        if endpoint.api_key is not None:
-            head += b"authorization: Bearer %b\r\n" % endpoint.api_key.encode()
-        try:
-            answer = await fetch(self._pool, address, head + b"\r\n", again=False)
-        finally:
-            # A kept connection would make an engine without request figures look busy, and not every engine honours
-            # `connection: close`.
-            self._pool.retire(address)
-        if answer.status != 200:
-            raise ValueError(f"status {answer.status}")
-        return length_in(model_id, json.loads(answer.body))
 
 
 CONTEXT_LENGTHS = web.AppKey("context_lengths", ContextLengths)

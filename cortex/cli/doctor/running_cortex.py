@@ -1,0 +1,107 @@
+"""Checks the running cortex: that it answers, what it knows of its neurons, and that a model answers through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from cortex.cli.client import CallFailed, call
+from cortex.cli.doctor.findings import Finding, fault, ok, warning
+from cortex.cli.doctor.this_host import DeploymentFiles, check_port
+
+ANSWER_SECS: Final = 10.0
+COMPLETION_SECS: Final = 1800.0
+"""A cold load included."""
+
+
+def check_cortex(url: str, files: DeploymentFiles, model: str | None, api_key: str | None) -> list[Finding]:
+    """Also a completion: of `model`, or of one that is loaded. Blocks."""
+    try:
+        health = _ask(url, "/health", None)
+    except CallFailed as error:
+        return _not_running(url, files, model, str(error))
+    if not isinstance(health, dict) or not isinstance(health.get("nodes"), dict):
+        return [
+            fault("cortex", f"{url} answers, but not like a cortex", "end that program, or change [gateway] listen")
+        ]
+    healthy, total = health["nodes"].get("healthy"), health["nodes"].get("total")
+    found = [_of_health(url, healthy, total)]
+    try:
+        fleet = _ask(url, "/fleet", api_key)
+    except CallFailed as error:
+        return [*found, warning("cortex", f"/fleet: {error}", "the checks that need a key are left out")]
+    if not isinstance(fleet, dict):
+        return [*found, fault("cortex", f"{url}/fleet answers, but not like a cortex", "is a proxy in between?")]
+    return [*found, *_of_fleet(fleet, files), *check_completion(url, fleet, model, api_key)]
+
+
+def _not_running(url: str, files: DeploymentFiles, model: str | None, reason: str) -> list[Finding]:
+    ports = [check_port(files, key) for key in ("listen", "metrics_listen")]
+    found = [warning("cortex", f"does not run: {reason.partition(';')[0]}", "start it: systemctl start cortex"), *ports]
+    if model is not None:
+        found.append(fault("completion", f"{model} cannot be asked: cortex does not run"))
+    return found
+
+
+def _of_health(url: str, healthy: object, total: object) -> Finding:
+    text = f"{url} answers; it reaches {healthy} of {total} neurons"
+    if healthy == total and total:
+        return ok("cortex", text)
+    return (warning if healthy else fault)("cortex", text, "see the lines of the neurons, and `cortex status`")
+
+
+def _of_fleet(fleet: Any, files: DeploymentFiles) -> list[Finding]:
+    """What the running cortex says of its configuration, and of neurons that it reaches and this host does too."""
+    found = []
+    config = fleet.get("configuration")
+    error = config.get("error") if isinstance(config, dict) else None
+    if error:
+        found.append(
+            fault("cortex", f"the files are not in effect: {error}", "correct them; the old ones stay in effect")
+        )
+    names = {node.get("name") for node in fleet.get("nodes", [])}
+    for missing in [entry.name for entry in files.config.neurons if entry.name not in names]:
+        text = f"the running cortex does not know {missing}"
+        found.append(warning("cortex", text, "does it run with this file? `systemctl reload cortex` reads it again"))
+    for node in fleet.get("nodes", []):
+        if not node.get("healthy", True):
+            error = node.get("last_error") or "no answer"
+            found.append(fault("cortex", f"it does not reach {node.get('name')}: {error}", "see the neuron's own line"))
+        if node.get("draining"):
+            name = node.get("name")
+            found.append(warning("cortex", f"{name} is drained: it gets no loads", f"`cortex resume {name}` ends that"))
+    return found
+
+
+def check_completion(url: str, fleet: Any, model: str | None, api_key: str | None) -> list[Finding]:
+    """A chat of one token."""
+    chosen = model or loaded_model(fleet)
+    if chosen is None:
+        return [warning("completion", "not tried: no model is loaded", "name one with --model")]
+    body = {"model": chosen, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+    began = time.monotonic()
+    try:
+        answer = call(url, "POST", "/v1/chat/completions", api_key=api_key, timeout_secs=COMPLETION_SECS, body=body)
+    except CallFailed as error:
+        # A model that the user did not name may be one for embeddings.
+        report = warning if model is None else fault
+        return [report("completion", f"{chosen}: {error}", f"`cortex explain {chosen}`, docs/troubleshooting.md")]
+    if not isinstance(answer, dict) or not answer.get("choices"):
+        return [fault("completion", f"{chosen}: the answer has no choices", f"`cortex logs {chosen}`")]
+    return [ok("completion", f"{chosen} answers after {time.monotonic() - began:.1f} s")]
+
+
+def loaded_model(fleet: Any) -> str | None:
+    """A model that is loaded somewhere, by /fleet. Pure."""
+    for node in fleet.get("nodes", []):
+        models = node.get("models", [])
+        entries = models if isinstance(models, list) else []
+        for entry in entries:
+            if isinstance(entry, Mapping) and entry.get("status") == "loaded":
+                return str(entry.get("id"))
+    return None
+
+
+def _ask(url: str, path: str, api_key: str | None) -> Any:
+    return call(url, "GET", path, api_key=api_key, timeout_secs=ANSWER_SECS)

@@ -1,0 +1,1 @@
+"""`cortex doctor`: real deployments, with one real fault each."""

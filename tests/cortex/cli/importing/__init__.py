@@ -1,0 +1,1 @@
+"""`cortex import`: files as their programs' users have them."""

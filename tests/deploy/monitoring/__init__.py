@@ -1,0 +1,1 @@
+"""deploy/prometheus and deploy/grafana: only metrics and labels that exist, and alerts that fire."""
