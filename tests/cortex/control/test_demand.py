@@ -266,8 +266,7 @@ def test_engines_on_one_device_share_what_they_pay(counts: CountTotals, clock: M
     device_time = DeviceTime(lambda: 1e12)
     demand, worker = Demand(counts, clock, device_time=device_time), attached(counts)
     for key_id, key in (("a", KEY), ("b", replica_key("other", "a")), ("c", replica_key("m", "b"))):
-        worker.in_flight.add(key)
-        worker.in_flight.add_caller(key, key_id)
+        worker.in_flight.add(key, key_id)
     there = fleet(
         host("a", 24000, models={"m": On(15000), "other": On(5000)}), host("b", 24000, models={"m": On(5000)})
     )
