@@ -44,7 +44,7 @@ def built_packages(directory: Path, *versions: str) -> list[Path]:
     run([*wheel, "--wheel-dir", directory, TOP], timeout=120, env={**os.environ, "CORTEX_COMPILE": "no"})
     install(environment, "--no-deps", str(next(directory.glob("*.whl"))))
     first, *others = versions
-    builder = [sys.executable, BUILDER, "--environment", environment, "--output", directory]
+    builder: list[str | Path] = [sys.executable, BUILDER, "--environment", environment, "--output", directory]
     run([*builder, "--version", first], timeout=300)
     for package in sorted(directory.glob("*.deb")):
         root = directory / package.stem
