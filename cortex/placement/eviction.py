@@ -54,7 +54,9 @@ class Patience:
     """How long the callers of a newcomer leave the memory to the `users` of loaded models. `waiting` are its requests,
     `unserved_since` says since when none of theirs was served, and `load_secs` how long it loads. `ends_at` is when
     their patience ends at the latest. `cost` is how long others would wait if these models were evicted, and
-    `reload_secs` how long these load again. Times on the view's clock."""
+    `reload_secs` how long these load again. `neighbours` use any model on their devices, `displaced` wait for what had
+    to go for this one, and `spared` says that the callers take memory back from another one. Times on the view's
+    clock."""
 
     waiting: WaitingRequests
     unserved_since: float
@@ -251,23 +253,8 @@ def assess_eviction(
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
     requested = own_waiting is not None
-    unserved_since = view.unserved_since(waiting)
     users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
-    takes_back = displacer is not None and resident.key == displacer
-    patience = Patience(
-        waiting=waiting,
-        unserved_since=unserved_since,
-        users=users,
-        neighbours=resident.neighbours,
-        displaced=view.displaced_callers(resident.key.node, resident.key) if takes_back else frozenset(),
-        spared=displacer is not None and not takes_back and bool(users),
-        accounts=view.accounts,
-        now=view.now,
-        ends_at=unserved_since + rules.patience_secs,
-        load_secs=load_secs,
-        reload_secs=resident.reload_secs,
-        cost=BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost,
-    )
+    patience = _patience(view, resident, users, waiting, load_secs, displacer)
     favour, patient_until = patience.favour, patience.until
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
@@ -295,6 +282,31 @@ def assess_eviction(
         if resident.priority < priority:
             return Eviction(resident, kind, view.now, undeserved=favour < 0)
     return Eviction(resident, kind, ready_at, undeserved=favour < 0, patience=patience)
+
+
+def _patience(
+    view: PlanningView,
+    resident: ResidentModel,
+    users: frozenset[Caller],
+    waiting: WaitingRequests,
+    load_secs: float,
+    displacer: ReplicaKey | None,
+) -> Patience:
+    unserved_since, takes_back = view.unserved_since(waiting), resident.key == displacer
+    return Patience(
+        waiting=waiting,
+        unserved_since=unserved_since,
+        users=users,
+        neighbours=resident.neighbours,
+        displaced=view.displaced_callers(resident.key.node, resident.key) if takes_back else frozenset(),
+        spared=displacer is not None and not takes_back and bool(users),
+        accounts=view.accounts,
+        now=view.now,
+        ends_at=unserved_since + view.rules.patience_secs,
+        load_secs=load_secs,
+        reload_secs=resident.reload_secs,
+        cost=BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost,
+    )
 
 
 def plan_evictions_each(
