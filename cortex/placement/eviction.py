@@ -254,7 +254,7 @@ def assess_eviction(
     own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
     requested = own_waiting is not None
     users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
-    patience = _patience(view, resident, users, waiting, load_secs, displacer)
+    patience = _patience(view, resident, users, waiting=waiting, load_secs=load_secs, displacer=displacer)
     favour, patient_until = patience.favour, patience.until
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
@@ -288,6 +288,7 @@ def _patience(
     view: PlanningView,
     resident: ResidentModel,
     users: frozenset[Caller],
+    *,
     waiting: WaitingRequests,
     load_secs: float,
     displacer: ReplicaKey | None,
