@@ -9,6 +9,8 @@
 #   make test-compiled       the tests of the request path, compiled
 #   make audit               known vulnerabilities of what is installed (pip-audit)
 #   make wheel               a compiled wheel in dist/
+#   make wheels              one for each CPython 3.10 to 3.13 on this machine; says which it skips
+#   make deb                 a Debian package each for cortex and neuron in dist/ (docs/install.md)
 #   make docs                the documentation as a site in build/site (ARGS=serve shows it while you edit)
 
 PYTHON ?= python3
@@ -31,7 +33,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev docs test test-compiled test-gpu audit wheel bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev docs test test-compiled test-gpu audit wheel wheels deb bench bench-cold bench-fleet bench-instructions check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +74,24 @@ wheel: $(RUN_STAMP)
 # Material announces its successor on every build.
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build --strict)
+
+# Those on the PATH and pyenv's. A compiled wheel needs the headers of its Python (Debian: python3.X-dev).
+HEADER := import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))
+
+wheels: $(RUN_STAMP)
+	@for version in 3.10 3.11 3.12 3.13; do \
+		found=; \
+		for python in $$(command -v python$$version) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python$$version; do \
+			if "$$python" -c '$(HEADER)' >/dev/null 2>&1; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then echo "skipped CPython $$version: not on this machine, or without its headers"; continue; fi; \
+		CORTEX_COMPILE=$(or $(CORTEX_COMPILE),yes) $(BIN)/python -m pip --python "$$found" wheel --quiet --no-deps \
+			--wheel-dir dist . || exit 1; \
+		echo "built a wheel for CPython $$version ($$found) in dist"; \
+	done
+
+deb: $(RUN_STAMP)
+	CORTEX_COMPILE=$(or $(CORTEX_COMPILE),yes) $(BIN)/python deploy/debian/build.py $(ARGS)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)

@@ -12,7 +12,7 @@ from cortex.accounts.caller import ANONYMOUS, Caller
 from cortex.accounts.fairness.device_time import DeviceTime, EngineUse
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.groups import serving_engine
-from cortex.fleet.snapshot import FleetSnapshot, instance_of
+from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, instance_of
 from cortex.metrics.in_flight import CallerCount
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.inputs import MAX_ARRIVALS, Arrivals, ReplicaUsage, WaitingRequests
@@ -107,7 +107,7 @@ class Demand:
         self._arrivals: dict[str, deque[float]] = {}  # by model
         self._sessions: defaultdict[str, _Sessions] = defaultdict(_Sessions)
         self._since = clock()
-        self._displaced: set[str] = set()
+        self._displaced: dict[str, ReplicaKey] = {}
         self._load_ahead_at = 0.0
         self._admitted: Counter[str] = Counter()  # recorded when they began to wait, and not begun yet
         self._overloaded_since: dict[str, float] = {}
@@ -155,17 +155,21 @@ class Demand:
             if loaded:
                 self._loaded_at[model_id] = {key: before.get(key, now) for key in loaded}
             if any(key not in before for key in loaded):
-                self._displaced.discard(model_id)
+                self._displaced.pop(model_id, None)
 
-    def record_displaced(self, models: Iterable[str], waiting: Iterable[WaitingRequests] = ()) -> None:
-        """Engines of these models are evicted for another model, which these requests wait for."""
+    def record_displaced(
+        self, models: Iterable[str], newcomer: ReplicaKey, waiting: Iterable[WaitingRequests] = ()
+    ) -> None:
+        """Engines of these models are evicted for another engine, which these requests wait for. If that one was itself
+        displaced, its displacer is theirs."""
         displaced = list(models)
-        self._displaced.update(displaced)
+        displacer = self._displaced.get(newcomer.model_id, newcomer)
+        self._displaced.update((model_id, displacer) for model_id in displaced)
         self._device_time.evicted(displaced, [caller for each in waiting for caller in each.callers])
 
     def record_removed(self, model_id: str) -> None:
         """An engine of the model is removed for its own sake, by an operator or because it was idle for too long."""
-        self._displaced.discard(model_id)
+        self._displaced.pop(model_id, None)
 
     def displaced_if_due(self, catalogue: Catalogue) -> frozenset[str]:
         """Models of the catalogue that were evicted for others and have not been loaded since, every `LOAD_AHEAD_SECS`.
@@ -173,8 +177,13 @@ class Demand:
         if self._clock() < self._load_ahead_at:
             return frozenset()
         self._load_ahead_at = self._clock() + LOAD_AHEAD_SECS
-        self._displaced = {model_id for model_id in self._displaced if catalogue.profile(model_id) is not None}
+        self._displaced = {name: key for name, key in self._displaced.items() if catalogue.profile(name) is not None}
         return frozenset(self._displaced)
+
+    @property
+    def displaced_by(self) -> Mapping[str, ReplicaKey]:
+        """The engines that models were evicted for that have not been loaded since, by model."""
+        return dict(self._displaced)
 
     def record_use(self, key: ReplicaKey) -> None:
         """A request will be sent there in a moment."""
@@ -208,6 +217,7 @@ class Demand:
             return
         engines: list[EngineUse] = []
         for node in fleet.healthy:
+            held = _devices_held(node)
             for engine in node.every_engine():
                 if engine.view.loaded or engine.view.coming:
                     serving = serving_engine(fleet, engine).key
@@ -215,8 +225,8 @@ class Demand:
                     now = {key_id: count.now for key_id, count in callers.items()}
                     now[ANONYMOUS.key_id] = total - sum(now.values())
                     begun = {key_id: count.begun for key_id, count in callers.items()}
-                    devices, loading = max(1, len(engine.view.devices)), not engine.view.loaded
-                    engines.append(EngineUse(engine.key, serving.model_id, devices, loading, now, begun))
+                    loading = not engine.view.loaded
+                    engines.append(EngineUse(engine.key, serving.model_id, held[engine.key], loading, now, begun))
         self._device_time.sample(engines, queued, self._clock())
 
     def usages(self) -> dict[ReplicaKey, ReplicaUsage]:
@@ -278,6 +288,23 @@ class Demand:
                 self._overloaded_since.setdefault(model_id, now)
             else:
                 self._overloaded_since.pop(model_id, None)
+
+
+def _devices_held(node: NodeSnapshot) -> dict[ReplicaKey, float]:
+    """How many devices each engine on the node holds. Those on one device share it by what they have booked there,
+    equally if one of them has booked nothing; the host's RAM counts as one device for each engine."""
+    engines = [each for each in node.every_engine() if each.view.loaded or each.view.coming]
+    on_device: defaultdict[int, dict[ReplicaKey, float]] = defaultdict(dict)
+    for each in engines:
+        devices = each.view.devices
+        for index in devices:
+            on_device[index][each.key] = (each.view.vram_booked_mb or 0) / len(devices)
+    held = {each.key: 0.0 if each.view.devices else 1.0 for each in engines}
+    for booked in on_device.values():
+        counted, whole = all(booked.values()), sum(booked.values())
+        for key, mb in booked.items():
+            held[key] += mb / whole if counted else 1 / len(booked)
+    return held
 
 
 def _has_key(callers: Iterable[Caller]) -> bool:

@@ -111,6 +111,7 @@ class Scheduler:
             holds=self._holds(),
             networks=self._live.networks,
             accounts=self._demand.accounts,
+            displaced_by=self._demand.displaced_by,
         )
 
     def ensure_scheduled(self, model_id: str) -> None:
@@ -268,8 +269,7 @@ class Scheduler:
 
         job = self._loader.start(plan, why, still_needed=still_needed, done=self._done, leased=leased)
         job.needed |= not for_waiters
-        displaced = [each.resident.key.model_id for each in plan.eviction_plan.evictions]
-        self._demand.record_displaced(displaced, self._queue.waiting_for(*plan.requested.names))
+        self._demand.record_displaced(plan.displaces, plan.key, self._queue.waiting_for(*plan.requested.names))
         return job
 
     def _holds(self) -> dict[ModelOnNode, float]:

@@ -3,9 +3,10 @@ MiB; RAM has the index `RAM`."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 
 from cortex.accounts.caller import Caller
@@ -92,6 +93,8 @@ class ResidentModel:
     ram_mb: int = 0
     callers: frozenset[Caller] = frozenset()
     """Those that use it now, or did a moment ago."""
+    neighbours: frozenset[Caller] = frozenset()
+    """Those that use it or another model on its devices."""
 
     def frees_on(self, index: int) -> int:
         """MiB that evicting it frees there."""
@@ -237,10 +240,23 @@ def _booked_share_mb(entry: ModelView) -> int:
 
 def resident_models(view: PlanningView, node: NodeSnapshot) -> list[ResidentModel]:
     """Every model on the node that holds memory and is neither being loaded nor being evicted."""
-    return [
+    found = [
         _resident(view, engine)
         for engine in node.every_engine()
         if engine.view.known_status in _HOLDING and engine.key not in view.fleet.evicting
+    ]
+    return _with_neighbours(found, view.displaced_callers(node.name)) if any(each.callers for each in found) else found
+
+
+def _with_neighbours(residents: Sequence[ResidentModel], displaced: frozenset[Caller]) -> list[ResidentModel]:
+    """`displaced` wait for models that were evicted there."""
+    users: defaultdict[int, set[Caller]] = defaultdict(set)
+    for each in residents:
+        for index in each.devices:
+            users[index] |= each.callers
+    return [
+        replace(each, neighbours=frozenset(chain(displaced, each.callers, *(users[index] for index in each.devices))))
+        for each in residents
     ]
 
 

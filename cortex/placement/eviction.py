@@ -21,7 +21,7 @@ from enum import IntEnum
 from functools import cached_property
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.fairness.claims import advantage, contend
+from cortex.accounts.fairness.claims import advantage, contend, others_each
 from cortex.placement.capacity import ResidentModel
 from cortex.placement.inputs import PlanningView, WaitingRequests
 from cortex.routing.replica import ReplicaKey
@@ -54,11 +54,16 @@ class Patience:
     """How long the callers of a newcomer leave the memory to the `users` of loaded models. `waiting` are its requests,
     `unserved_since` says since when none of theirs was served, and `load_secs` how long it loads. `ends_at` is when
     their patience ends at the latest. `cost` is how long others would wait if these models were evicted, and
-    `reload_secs` how long these load again. Times on the view's clock."""
+    `reload_secs` how long these load again. `neighbours` use any model on their devices, `displaced` wait for what had
+    to go for this one, and `spared` says that the callers take memory back from another one. Times on the view's
+    clock."""
 
     waiting: WaitingRequests
     unserved_since: float
     users: frozenset[Caller]
+    neighbours: frozenset[Caller]
+    displaced: frozenset[Caller]
+    spared: bool
     accounts: Mapping[str, float]
     now: float
     ends_at: float
@@ -74,7 +79,14 @@ class Patience:
     @property
     def favour(self) -> int:
         """See `advantage`."""
-        return advantage(self.waiting.callers, self.users, self.accounts, self.load_secs + self.reload_secs)
+        swap_secs = self.load_secs + self.reload_secs
+        found = advantage(self.waiting.callers, self.users, self.accounts, swap_secs, self.neighbours)
+        return -1 if self.spared and not found else found
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether the models are used by fewer keys than wait for those that had to go for them."""
+        return len(self.displaced) > len(self.users)
 
     @property
     def until(self) -> float:
@@ -85,9 +97,11 @@ class Patience:
         if favour := self.favour:
             return self.now if favour > 0 else self.ends_at
         waiting, cost = self.waiting, self.cost
+        if self.takes_back:
+            return self.now
         if self.contended:
             waiting = replace(waiting, count=len(waiting.callers), since=self.unserved_since)
-            cost *= max(1.0, len(self.users) / len(waiting.callers)) ** 2
+            cost *= max(1.0, others_each(waiting.callers, self.users, self.neighbours)) ** 2
         worth = cost - self.load_secs - waiting.waited_secs(self.now)
         return min(self.ends_at, self.now + max(0.0, worth) / waiting.count)
 
@@ -97,7 +111,10 @@ class Patience:
         return replace(
             self,
             users=frozenset[Caller]().union(*(each.users for each in every)),
+            neighbours=frozenset[Caller]().union(*(each.neighbours for each in every)),
             reload_secs=sum(each.reload_secs for each in every),
+            displaced=frozenset[Caller]().union(*(each.displaced for each in every)),
+            spared=any(each.spared for each in every),
             cost=sum(each.cost for each in every),
         )
 
@@ -211,10 +228,16 @@ def evictable_residents(residents: Iterable[ResidentModel], priority: int) -> li
 
 
 def assess_eviction(
-    view: PlanningView, resident: ResidentModel, *, waiting: WaitingRequests, priority: int, load_secs: float
+    view: PlanningView,
+    resident: ResidentModel,
+    *,
+    waiting: WaitingRequests,
+    priority: int,
+    load_secs: float,
+    displacer: ReplicaKey | None = None,
 ) -> Eviction:
     """What evicting this resident takes, for a model of this priority with these waiting requests that loads in
-    `load_secs`.
+    `load_secs`. `displacer`: see `PlanningView.displacer_of`.
 
     It waits until its callers' `Patience` ends, at most `patience_secs`. So a request that comes alone does not stop a
     model that many use, and many requests soon get the memory of one that few use. An idle model of a lower priority
@@ -222,28 +245,22 @@ def assess_eviction(
 
     Against users with other keys: where the newcomer's callers have an advantage they wait for requests under way, and
     for a short residency; where the users have it, for all of `patience_secs`.
+
+    A model that was displaced takes the memory back from its displacer, rather than displace others in its turn: where
+    neither has an advantage, others are spared for all of `patience_secs`, and the displacer, if fewer use it than wait
+    for what it displaced, stays for a short residency.
     """
     rules, swap_secs = view.rules, load_secs + resident.reload_secs
     own_waiting = view.waiting_for(view.catalogue.running(resident.key.model_id, resident.variant))
     requested = own_waiting is not None
-    unserved_since = view.unserved_since(waiting)
-    patience = Patience(
-        waiting=waiting,
-        unserved_since=unserved_since,
-        users=resident.callers if own_waiting is None else resident.callers | own_waiting.callers,
-        accounts=view.accounts,
-        now=view.now,
-        ends_at=unserved_since + rules.patience_secs,
-        load_secs=load_secs,
-        reload_secs=resident.reload_secs,
-        cost=BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost,
-    )
+    users = resident.callers if own_waiting is None else resident.callers | own_waiting.callers
+    patience = _patience(view, resident, users, waiting=waiting, load_secs=load_secs, displacer=displacer)
     favour, patient_until = patience.favour, patience.until
     pause = min(rules.pause_secs, PAUSE_SWAPS * swap_secs)
     profile = view.catalogue.profile(resident.key.model_id)
     own = None if profile is None else profile.min_residency_secs
     residency_ends_at = resident.loaded_at + (rules.min_residency_secs if own is None else own)
-    if favour > 0:
+    if favour > 0 or (favour == 0 and patience.takes_back):
         residency_ends_at = min(residency_ends_at, resident.loaded_at + TURN_SWAPS * swap_secs)
     recently_loaded = view.now < residency_ends_at and not resident.asleep
     if resident.in_flight or requested:
@@ -265,6 +282,32 @@ def assess_eviction(
         if resident.priority < priority:
             return Eviction(resident, kind, view.now, undeserved=favour < 0)
     return Eviction(resident, kind, ready_at, undeserved=favour < 0, patience=patience)
+
+
+def _patience(
+    view: PlanningView,
+    resident: ResidentModel,
+    users: frozenset[Caller],
+    *,
+    waiting: WaitingRequests,
+    load_secs: float,
+    displacer: ReplicaKey | None,
+) -> Patience:
+    unserved_since, takes_back = view.unserved_since(waiting), resident.key == displacer
+    return Patience(
+        waiting=waiting,
+        unserved_since=unserved_since,
+        users=users,
+        neighbours=resident.neighbours,
+        displaced=view.displaced_callers(resident.key.node, resident.key) if takes_back else frozenset(),
+        spared=displacer is not None and not takes_back and bool(users),
+        accounts=view.accounts,
+        now=view.now,
+        ends_at=unserved_since + view.rules.patience_secs,
+        load_secs=load_secs,
+        reload_secs=resident.reload_secs,
+        cost=BUSY_FACTOR * resident.cost if resident.in_flight else resident.cost,
+    )
 
 
 def plan_evictions_each(

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.fairness.claims import Claim, claim_of
+from cortex.accounts.fairness.claims import Claim, claim_of, contend
 from cortex.config.catalogue import Catalogue
 from cortex.config.neurons import HostNetwork
 from cortex.config.profile import DEFAULT_PRIORITY, ModelProfile, RequestedModel
@@ -146,6 +146,8 @@ class PlanningView:
     named_instances: Mapping[ModelOnNode, str] = field(default_factory=dict)
     """The instances that an operator has named for the next load."""
     displaced: frozenset[str] = frozenset()
+    displaced_by: Mapping[str, ReplicaKey] = field(default_factory=dict)
+    """The engines that models were evicted for that have not been loaded since, by model."""
     networks: Mapping[str, HostNetwork] = field(default_factory=dict)
     """Of the nodes for which something is configured."""
     accounts: Mapping[str, float] = field(default_factory=dict)
@@ -181,9 +183,57 @@ class PlanningView:
         return waiting.waited_secs(self.now)
 
     def unserved_since(self, waiting: WaitingRequests) -> float:
-        """Since when these requests wait; among several callers not while theirs for other models were served. One that
-        keeps several models busy does not starve for another."""
-        return max(waiting.since, waiting.served_at) if self._several_callers else waiting.since
+        """Since when these requests wait; among several callers not while theirs for other models were served, or while
+        one of those loads. One that keeps several models busy does not starve for another."""
+        if not self._several_callers:
+            return waiting.since
+        if waiting.callers and waiting.callers <= self._callers_of_loads:
+            return self.now
+        return max(waiting.since, waiting.served_at)
+
+    @cached_property
+    def _callers_of_loads(self) -> frozenset[Caller]:
+        """Those with a request for a model that is being loaded, or has been since and has not served it yet."""
+        waits = (requests.callers for name, requests in self.waiting.items() if self._comes(name, requests))
+        return frozenset(chain.from_iterable(waits))
+
+    def _comes(self, name: str, requests: WaitingRequests) -> bool:
+        if self.fleet.reservation_of(name) is not None or self.fleet.loading_on(name) is not None:
+            return True
+        since = max(requests.since, requests.admitted_at)
+        return any(self.usage(each.key).loaded_at > since for each in self.fleet.serving(name))
+
+    def displacer_of(self, model_id: str) -> ReplicaKey | None:
+        """The engine that the model was evicted for, while other keys than those that wait for the model have it."""
+        key = self.displaced_by.get(model_id)
+        if key is None or key.model_id == model_id or not self._holds_memory(key):
+            return None
+        return key if contend(self._callers_waiting_for(model_id), self.users_of(key)) else None
+
+    def displaced_callers(self, node: str, displacer: ReplicaKey | None = None) -> frozenset[Caller]:
+        """Those that wait for models that were evicted for an engine on this node; with `displacer` for that one."""
+        waits = (
+            self._callers_waiting_for(model_id)
+            for model_id, key in self.displaced_by.items()
+            if key.node == node and displacer in (None, key)
+        )
+        return frozenset(chain.from_iterable(waits))
+
+    def users_of(self, key: ReplicaKey) -> frozenset[Caller]:
+        """Those that use the engine, or wait for its model."""
+        return self.usage(key).callers | self._callers_waiting_for(key.model_id)
+
+    def _callers_waiting_for(self, model_id: str) -> frozenset[Caller]:
+        names = self.catalogue.names_of(model_id)
+        found = (self.waiting[name].callers for name in names if name in self.waiting)
+        return frozenset(chain.from_iterable(found))
+
+    def _holds_memory(self, key: ReplicaKey) -> bool:
+        """Whether the engine is on its node, or on its way there or away."""
+        fleet, engine = self.fleet, self.fleet.engine(key)
+        if key in fleet.evicting or any(each.key == key for each in fleet.reservations):
+            return True
+        return engine is not None and (engine.view.loaded or engine.view.coming or engine.view.drains)
 
     @cached_property
     def _several_callers(self) -> bool:

@@ -78,6 +78,11 @@ class LoadPlan:
         return ReplicaKey(self.model_id, self.node, self.instance)
 
     @property
+    def displaces(self) -> list[str]:
+        """The models that it evicts."""
+        return [each.resident.key.model_id for each in self.eviction_plan.evictions]
+
+    @property
     def reason(self) -> str:
         over = f" over {self.network}" if self.network else ""
         span = "" if self.whole is None else f"spans {len(self.nodes)} neurons ({self.whole}){over}, "
@@ -99,7 +104,7 @@ class LoadPlan:
             return f"fits now with {self.spare_mb} {memory} to spare"
         if self.fit is Fit.OVER_SLEEPERS:
             return f"fits now with {self.spare_mb} {memory} to spare, in memory that sleeping models need to wake"
-        names = ", ".join(each.resident.key.model_id for each in self.eviction_plan.evictions)
+        names = ", ".join(self.displaces)
         if self.fit is Fit.AFTER_EVICTION:
             return f"fits after evicting {names}"
         after = f" even after evicting {names}" if names else ""

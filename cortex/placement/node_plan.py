@@ -187,7 +187,10 @@ def _after_eviction(candidate: _Candidate) -> LoadPlan | Rejection:
         view, candidate.profile.requested.name, candidate.node.name, candidate.share * candidate.profile.shares
     )
     priority = candidate.profile.residency_priority
-    assess = partial(assess_eviction, view, waiting=waiting, priority=priority, load_secs=load_secs)
+    displacer = view.displacer_of(model_id)
+    assess = partial(
+        assess_eviction, view, waiting=waiting, priority=priority, load_secs=load_secs, displacer=displacer
+    )
     evictable = [assess(each) for each in evictable_residents(others, priority)]
     # A model that sleeps here wakes on its own devices. To load on others, its sleeping engine must go first.
     own = [Eviction(each, EvictionClass.IDLE, view.now) for each in residents if each.asleep and each not in others]

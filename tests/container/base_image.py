@@ -13,19 +13,20 @@ _SUITE = "bookworm"
 _PACKAGES = "python3,python3-venv,ca-certificates"
 
 
-def import_base_image(podman: Podman) -> None:
-    """Imports the base image into this Podman's storage. The first time takes half a minute and needs a network.
+def import_base_image(podman: Podman, name: str = BASE_IMAGE, packages: str = _PACKAGES) -> None:
+    """Imports a Debian with these packages into this Podman's storage, as `name`. The first time takes a minute
+    or more and needs a network.
 
     Raises:
         EnvironmentUnavailable: the image cannot be built.
     """
-    archive = prepared(f"base-image-{key_of(_SUITE, _PACKAGES)}", _build) / "root.tar"
-    podman("import", archive, BASE_IMAGE)
+    archive = prepared(f"base-image-{key_of(_SUITE, packages)}", lambda made: _build(made, packages)) / "root.tar"
+    podman("import", archive, name)
 
 
-def _build(directory: Path) -> None:
+def _build(directory: Path, packages: str) -> None:
     root = directory / "root"
-    run(["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", _SUITE, root], timeout=900)
+    run(["debootstrap", "--variant=minbase", f"--include={packages}", _SUITE, root], timeout=900)
     # The package cache is a third of the image, and the vfs storage driver copies the whole image for each layer.
     run(["find", root / "var/cache/apt", root / "var/lib/apt/lists", "-type", "f", "-delete"], timeout=60)
     run(["tar", "-C", root, "-cf", directory / "root.tar", "."], timeout=300)

@@ -33,22 +33,33 @@ def contend(newcomers: Collection[Caller], users: Collection[Caller]) -> bool:
     return bool(newcomers and users) and {each.key_id for each in newcomers} != {each.key_id for each in users}
 
 
+def others_each(newcomers: Collection[Caller], users: Collection[Caller], neighbours: Collection[Caller]) -> float:
+    """How many others a swap counts for, for each newcomer: all `neighbours`, although only the `users` wait for it.
+    Otherwise a newcomer would get more turns if the others' work is divided among several models."""
+    return max(len(users), len({*users, *neighbours} - {*newcomers})) / len(newcomers)
+
+
 def advantage(
-    newcomers: Collection[Caller], users: Collection[Caller], accounts: Mapping[str, float], swap_secs: float
+    newcomers: Collection[Caller],
+    users: Collection[Caller],
+    accounts: Mapping[str, float],
+    swap_secs: float,
+    neighbours: Collection[Caller] = (),
 ) -> int:
     """Whether the callers of a waiting model may displace those of a loaded one at once (1), not before their patience
-    ends (-1), or as if all were one caller (0). `swap_secs`: how long it takes to load both models.
+    ends (-1), or as if all were one caller (0). `swap_secs`: how long it takes to load both models. `neighbours` use
+    other models on the same devices.
 
-    They may if they have used so much less that the difference pays for the swap, which every user of the loaded model
-    would wait for; they may not if those would then displace them in turn. 0 also if they do not `contend`.
+    They may if they have used so much less that the difference pays for the swap, once for each of `others_each`; they
+    may not if those would then displace them in turn. 0 also if they do not `contend`.
     """
     if not contend(newcomers, users):
         return 0
     ours, theirs = claim_of(newcomers, accounts), claim_of(users, accounts)
     if ours.level != theirs.level:
         return 1 if ours.level < theirs.level else -1
-    if theirs.used > max(CLEARLY * ours.used, ours.used + swap_secs * len(users) / len(newcomers)):
+    if theirs.used > max(CLEARLY * ours.used, ours.used + swap_secs * others_each(newcomers, users, neighbours)):
         return 1
-    if ours.used > max(CLEARLY * theirs.used, theirs.used + swap_secs * len(newcomers) / len(users)):
+    if ours.used > max(CLEARLY * theirs.used, theirs.used + swap_secs * others_each(users, newcomers, neighbours)):
         return -1
     return 0

@@ -26,12 +26,12 @@ MAX_SAMPLE_SECS = 10.0
 
 @dataclass(frozen=True)
 class EngineUse:
-    """One engine that holds `devices` devices. By key id: its requests in flight `now`, and those `begun` since the
-    last sample; "" stands for clients without a key. `loading`: it does not serve yet."""
+    """One engine that holds `devices` devices, a shared one in part. By key id: its requests in flight `now`, and those
+    `begun` since the last sample; "" stands for clients without a key. `loading`: it does not serve yet."""
 
     engine: Hashable
     model_id: str
-    devices: int
+    devices: float
     loading: bool
     now: Mapping[str, int]
     begun: Mapping[str, int]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from cortex.accounts.fairness.device_time import DeviceTime
 from cortex.config.catalogue import Catalogue
 from cortex.control.demand import LOAD_AHEAD_SECS, REPORT_AGE_SECS, Demand
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, by_instance
@@ -243,11 +244,43 @@ def test_sessions_begin_with_a_request_after_a_pause(demand: Demand, clock: Mome
     assert demand.arrivals()["m"].sessions_per_sec * 3600 < 0.02
 
 
+NEWCOMER = replica_key("n", "a")
+
+
+def test_who_displaced_a_model_is_known_until_it_is_loaded(demand: Demand) -> None:
+    """A model that displaces others instead passes its displacer on. One that is evicted in turn by a model that it had
+    displaced has only itself to wait for."""
+    second = replica_key("m", "b")
+    demand.record_displaced(["m"], NEWCOMER)
+    demand.record_displaced(["other"], second)
+    assert demand.displaced_by == {"m": NEWCOMER, "other": NEWCOMER}
+    demand.record_displaced(["n"], second)
+    assert demand.displaced_by["n"] == NEWCOMER
+    demand.routes_changed(["m"], fleet(host("a", 24000)))
+    demand.routes_changed(["m"], fleet(host("a", 24000, models={"m": On(9000)})))
+    assert demand.displaced_by == {"other": NEWCOMER, "n": NEWCOMER}
+
+
+def test_engines_on_one_device_share_what_they_pay(counts: CountTotals, clock: Moment) -> None:
+    """By what they have booked there; an engine that has a device of its own pays for all of it."""
+    device_time = DeviceTime(lambda: 1e12)
+    demand, worker = Demand(counts, clock, device_time=device_time), attached(counts)
+    for key_id, key in (("a", KEY), ("b", replica_key("other", "a")), ("c", replica_key("m", "b"))):
+        worker.in_flight.add(key, key_id)
+    there = fleet(
+        host("a", 24000, models={"m": On(15000), "other": On(5000)}), host("b", 24000, models={"m": On(5000)})
+    )
+    demand.charge(there, {})
+    clock.now += 4
+    demand.charge(there, {})
+    assert demand.accounts == pytest.approx({"a": 3, "b": 1, "c": 4})
+
+
 def test_a_displaced_model_is_one_until_it_is_loaded_or_removed(demand: Demand, clock: Moment) -> None:
     """The end of its eviction changes nothing, an operator's unload does."""
     there = fleet(host("a", 24000, models={"m": On(9000)}))
     demand.routes_changed(["m"], there)
-    demand.record_displaced(["m", "other"])
+    demand.record_displaced(["m", "other"], NEWCOMER)
     demand.routes_changed(["m"], there)  # it drains
     demand.routes_changed(["m"], fleet(host("a", 24000)))
     assert demand.displaced_if_due(BOTH) == {"m", "other"}
@@ -263,7 +296,7 @@ def test_a_displaced_model_is_one_until_it_is_loaded_or_removed(demand: Demand, 
 def test_a_displaced_model_that_left_the_catalogue_is_forgotten(demand: Demand, clock: Moment) -> None:
     """Also when it comes back: it may be another one."""
     one = Catalogue.model_validate({"models": [{"id": "m"}]})
-    demand.record_displaced(["m", "other"])
+    demand.record_displaced(["m", "other"], NEWCOMER)
     assert demand.displaced_if_due(one) == {"m"}
     clock.now += LOAD_AHEAD_SECS
     assert demand.displaced_if_due(BOTH) == {"m"}

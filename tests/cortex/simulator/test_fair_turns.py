@@ -11,7 +11,7 @@ from cortex.simulator.outcome import Outcome, WaitFigures
 from cortex.simulator.simulation import simulate
 from cortex.simulator.trace import Ask, read_trace, write_trace
 from cortex.simulator.workload import load_workload, make_trace
-from tests.cortex.simulator.test_simulator import EXAMPLE, ONE_CARD, UNLOAD_SECS, fleet_of
+from tests.cortex.simulator.test_simulator import EXAMPLE, ONE_CARD, UNLOAD_SECS, fleet_of, run
 
 LOAD_SECS = 5.0
 SWAP_SECS = LOAD_SECS + UNLOAD_SECS
@@ -25,14 +25,14 @@ QUIET_KEYS = [f"quiet{number}" for number in range(9)]
 SECS = 900.0
 
 
-def _quiet() -> list[Ask]:
-    """Nine keys that ask for `a` every few seconds."""
+def _quiet(models: str = "a") -> list[Ask]:
+    """Nine keys that ask every few seconds, each for one of these models."""
     chance = random.Random(5)
     asks: list[Ask] = []
-    for key in QUIET_KEYS:
+    for number, key in enumerate(QUIET_KEYS):
         at = chance.uniform(0, 4)
         while at < SECS:
-            asks.append(Ask(at, "a", 0.2, key))
+            asks.append(Ask(at, models[number % len(models)], 0.2, key))
             at += chance.uniform(2, 6)
     return asks
 
@@ -54,6 +54,31 @@ def test_a_key_that_forces_swaps_delays_the_others_by_at_most_one_swap(tmp_path:
     before, after = (outcome.by_model["a"].waiting for outcome in (alone, together))
     assert after.p95 <= 1.5 * before.p95 + SWAP_SECS
     assert together.total.unserved == 0
+
+
+def _several(noisy_mb: int) -> str:
+    """A card for the three models of the quiet keys, or for fewer and one of the noisy key."""
+    sizes = {**dict.fromkeys("ade", 7000), **dict.fromkeys("bc", noisy_mb)}
+    models = ", ".join(f"{{ id = '{name}', vram_mb = {mb} }}" for name, mb in sizes.items())
+    head, tail = FLEET.split("[[models]]", 1)[0], "[serving]\nmodels = { b = 4, c = 4 }\n"
+    return f"models = [{models}]\n{head}{tail}"
+
+
+@pytest.mark.parametrize(("noisy_mb", "displaced"), [(7000, 1), (14000, 2), (20000, 3)])
+def test_quiet_keys_with_several_models_wait_no_longer(tmp_path: Path, noisy_mb: int, displaced: int) -> None:
+    """One, two or all of the three models have to go for a turn of the noisy key. 95 % of the requests of each quiet
+    key wait at most a swap longer than without it, no quiet model is evicted for another, and the noisy key gets its
+    turns meanwhile."""
+    fleet = fleet_of(tmp_path, _several(noisy_mb))
+    asks = sorted([*_quiet("ade"), *_noisy(200)])
+    simulation, outcome = run(fleet, asks, "planner")
+    assert max(waits.p95 for waits in _of_quiet(outcome)) <= SWAP_SECS
+    served = [
+        request for request in simulation.requests if request.key == "noisy" and request.at + request.waited < SECS
+    ]
+    turns = sum(outcome.by_model[name].loads for name in "bc")
+    assert served
+    assert sum(outcome.by_model[name].loads for name in "ade") <= 3 + displaced * turns
 
 
 def test_without_keys_the_same_requests_make_them_wait_longer(tmp_path: Path) -> None:
