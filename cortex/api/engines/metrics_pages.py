@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Final
 
+MAX_LINE: Final = 64 << 10
+"""Longer lines are left out: matching one with many labels takes a hundred times its memory."""
+# No two neighbours here can match the same blanks: a line may be long, and backtracking must not take its square.
 _COMMENT: Final = re.compile(r"# (HELP|TYPE) ([A-Za-z_:][\w:]*)(?: (.*))?", re.ASCII)
-_LABELS: Final = r'\s*[A-Za-z_]\w*\s*=\s*"(?:[^"\\]|\\.)*"\s*'
+_LABEL: Final = r'[A-Za-z_]\w*[ \t]*=[ \t]*"[^"\\]*(?:\\.[^"\\]*)*"'
+_LABELS: Final = rf"(?:{_LABEL}(?:[ \t]*,[ \t]*{_LABEL})*)?"
 _SAMPLE: Final = re.compile(
-    rf"([A-Za-z_:][\w:]*)\s*(?:\{{((?:{_LABELS})(?:,{_LABELS})*,?|)\s*\}}\s*|\s)([^\s{{}}]+)(?:\s+(-?\d+))?\s*",
+    rf"([A-Za-z_:][\w:]*)[ \t]*(?:\{{[ \t]*({_LABELS})[ \t]*(?:,[ \t]*)?\}}[ \t]*|[ \t])"
+    r"([^\s{}]+)(?:[ \t]+(-?\d{1,18}))?",
     re.ASCII,
 )
-_NAMES: Final = re.compile(r'([A-Za-z_]\w*)(\s*=\s*"(?:[^"\\]|\\.)*")', re.ASCII)
+_NAMES: Final = re.compile(r'([A-Za-z_]\w*)[ \t]*=[ \t]*("[^"\\]*(?:\\.[^"\\]*)*")', re.ASCII)
+_NUMBER: Final = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_NO_NUMBER: Final = re.compile(r"[+-]?inf(?:inity)?|nan", re.ASCII | re.IGNORECASE)
 _TYPES: Final = {"counter", "gauge", "histogram", "summary", "untyped"}
 _SUFFIXES: Final = ("", "_bucket", "_count", "_sum")
 
 
 class MetricsPages:
-    """Collects pages in Prometheus text. Each family stands once in the result, as the format demands: the first page
-    that has it says what it is."""
+    """Collects pages in Prometheus text. Each family appears once, as the format requires; the first page that has it
+    says what it is."""
 
     def __init__(self) -> None:
         self._comments: dict[str, dict[str, str]] = {}  # by family: HELP and TYPE
@@ -27,23 +35,28 @@ class MetricsPages:
 
     def add(self, page: str, labels: Mapping[str, str]) -> int:
         """Adds the samples of a page with these labels. A label that a sample has by the same name is kept as
-        `exported_NAME`. Returns how many samples there were; lines that are not Prometheus text are left out."""
+        `exported_NAME`, as Prometheus does it. Returns how many samples there were. Lines that Prometheus would refuse
+        are left out, because it would refuse the whole page for one of them."""
         ours = ",".join(f'{name}="{escaped(value)}"' for name, value in labels.items())
         family, added = "", 0
-        for line in page.split("\n"):
+        for line in map(str.rstrip, page.split("\n")):
+            if len(line) > MAX_LINE:
+                continue
             if line.startswith("#"):
-                comment = _COMMENT.fullmatch(line.rstrip())
+                comment = _COMMENT.fullmatch(line)
                 if comment is not None:
                     family = comment[2]
                     self._note(family, comment[1], comment[3] or "")
                 continue
             sample = _SAMPLE.fullmatch(line)
-            if sample is None or not _is_number(sample[3]):
+            if sample is None or not _is_value(sample[3]):
                 continue
             name, theirs, value, at = sample.groups()
+            kept = _beside(labels, theirs or "")
+            if kept is None:
+                continue
             if not any(name == family + suffix for suffix in _SUFFIXES):
                 family = name
-            kept = _NAMES.sub(lambda found: _renamed(found, labels), theirs or "").strip().rstrip(",")
             text = f"{name}{{{','.join(filter(None, (ours, kept)))}}} {value}{'' if at is None else f' {at}'}"
             self._samples.setdefault(family, []).append(text)
             added += 1
@@ -68,13 +81,26 @@ def escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def _renamed(found: re.Match[str], labels: Mapping[str, str]) -> str:
-    return f"exported_{found[0]}" if found[1] in labels else found[0]
+def _beside(ours: Mapping[str, str], theirs: str) -> str | None:
+    """The labels of a sample, renamed where ours have the name. None if it has a name twice."""
+    labels = _NAMES.findall(theirs)
+    taken = {name for name, _ in labels}
+    if len(taken) < len(labels):
+        return None
+    taken |= ours.keys()
+    kept = []
+    for name, value in labels:
+        free = name
+        if name in ours:
+            while free in taken:
+                free = f"exported_{free}"
+            taken.add(free)
+        kept.append(f"{free}={value}")
+    return ",".join(kept)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text
+def _is_value(text: str) -> bool:
+    """Whether Prometheus takes it, which refuses numbers that do not fit a float, and `-nan`."""
+    if _NUMBER.fullmatch(text):
+        return math.isfinite(float(text))
+    return _NO_NUMBER.fullmatch(text) is not None

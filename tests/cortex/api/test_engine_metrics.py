@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from cortex.api.engines import scraping
-from cortex.api.engines.metrics_pages import MetricsPages
+from cortex.api.engines.engine_questions import EngineQuestions
+from cortex.api.engines.metrics_pages import MAX_LINE, MetricsPages
+from cortex.api.engines.scraping import EngineMetrics
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.raw_engine import RawEngine, Received, answering, plain
 from tests.cortex.raw_http import Wire
@@ -65,7 +67,7 @@ def failures(text: str) -> dict[str, float]:
 
 
 async def test_each_sample_says_whose_it_is(start_cortex: StartCortex, engines: list[RawEngine]) -> None:
-    """Each family stands once, with its type, and has the samples of both engines."""
+    """Each family appears once, with its type, and has the samples of both engines."""
     for engine in engines:
         engine.script = answering(plain(VLLM, content_type="text/plain"))
     async with RawNeuron().running() as neuron:
@@ -114,6 +116,67 @@ async def test_a_bad_engine_costs_only_its_own_lines(
             await cortex.until(lambda: cortex.parts.fleet.snapshot().serving("m1")[0].view.endpoint.url == view)  # type: ignore[union-attr]
         assert {sample.labels["model"] for sample in samples(await page(cortex))} == {"m0"}
         assert failures(await page(cortex, "/metrics")) == {"m1": 1}
+
+
+async def test_few_engines_are_asked_at_once(
+    start_cortex: StartCortex, engines: list[RawEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page may be large. The others wait for their turn."""
+    monkeypatch.setattr(scraping, "MAX_AT_ONCE", 1)
+    asked, most = 0, 0
+
+    async def slow(wire: Wire, received: Received) -> None:
+        nonlocal asked, most
+        asked += 1
+        most = max(most, asked)
+        await asyncio.sleep(0.1)
+        asked -= 1
+        await wire.send(plain(VLLM))
+
+    for engine in engines:
+        engine.script = slow
+    async with RawNeuron().running() as neuron:
+        cortex = await loaded(start_cortex, neuron, engines)
+        assert {sample.labels["model"] for sample in samples(await page(cortex))} == {"m0", "m1"}
+    assert most == 1
+
+
+async def test_no_more_than_fits_is_on_the_page(
+    start_cortex: StartCortex, engines: list[RawEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scraping, "MAX_TOTAL_BYTES", 2 * len(VLLM) - 1)
+    for engine in engines:
+        engine.script = answering(plain(VLLM))
+    async with RawNeuron().running() as neuron:
+        cortex = await loaded(start_cortex, neuron, engines)
+        assert len({sample.labels["model"] for sample in samples(await page(cortex))}) == 1
+        assert sum(failures(await page(cortex, "/metrics")).values()) == 1
+
+
+async def test_requests_at_the_same_time_get_the_same_page(start_cortex: StartCortex, engines: list[RawEngine]) -> None:
+    """Also if the first of them leaves. The next one gets a new page."""
+    go_on = asyncio.Event()
+
+    async def held(wire: Wire, received: Received) -> None:
+        await go_on.wait()
+        await wire.send(plain(VLLM))
+
+    engine = engines[0]
+    engine.script = held
+    async with RawNeuron().running() as neuron:
+        parts = (await loaded(start_cortex, neuron, [engine])).parts
+        metrics = EngineMetrics(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
+        first = asyncio.create_task(metrics.page())
+        await engine.next_request()
+        others = [asyncio.create_task(metrics.page()) for _ in range(2)]
+        await asyncio.sleep(0)
+        first.cancel()
+        go_on.set()
+        assert [len(samples((await other).decode())) for other in others] == [6, 6]
+        assert len(engine.requests) == 1
+        await metrics.page()
+        assert len(engine.requests) == 2
+        await metrics.close()
 
 
 async def test_no_connection_to_an_engine_is_kept(start_cortex: StartCortex, engines: list[RawEngine]) -> None:
@@ -168,7 +231,18 @@ async def test_every_page_needs_the_token(start_cortex: StartCortex, path: str) 
         ('up{model="x"} 1', 'up{model="m",exported_model="x"} 1'),
         ('up{a="model=\\"x\\", } 2",b="1",} NaN', 'up{model="m",a="model=\\"x\\", } 2",b="1"} NaN'),
         ('a:b{le="+Inf"} +Inf', 'a:b{model="m",le="+Inf"} +Inf'),
-        ('up{ a = "1" , b = "2" } 1', 'up{model="m",a = "1" , b = "2"} 1'),
+        ('up{ a = "1" , b = "2" } 1', 'up{model="m",a="1",b="2"} 1'),
+        ('up{a="1", } 1 \r', 'up{model="m",a="1"} 1'),
+        ('up{model="x",exported_model="y"} 1', 'up{model="m",exported_exported_model="x",exported_model="y"} 1'),
+        ('up{a="1",a="2"} 1', ""),
+        ("up 1e3", 'up{model="m"} 1e3'),
+        ("up -.5", 'up{model="m"} -.5'),
+        ("up 1e999", ""),
+        ("up -nan", ""),
+        ("up 1_0", ""),
+        ("up \u0661", ""),
+        ("up 1 9999999999999999999", ""),
+        ("up\v1", ""),
         ("up one", ""),
         ("up", ""),
         ('up{a="1" 1', ""),
@@ -184,6 +258,14 @@ def test_lines(line: str, expected: str) -> None:
     text = pages.text()
     assert text == (f"{expected}\n" if expected else "")
     assert len(samples(text)) == bool(expected)
+
+
+def test_a_page_of_blanks_is_soon_read() -> None:
+    """As large as a page may be, which took hours: it ends, or the test is killed."""
+    line = 'up{a="b"' + " " * (MAX_LINE - 9) + "x"
+    pages = MetricsPages()
+    assert pages.add("\n".join([line] * (scraping.MAX_PAGE_BYTES // MAX_LINE)), {"model": "m"}) == 0
+    assert pages.add(f'up{{a="{"b" * MAX_LINE}"}} 1\nup 1', {"model": "m"}) == 1
 
 
 def test_odd_names_are_escaped() -> None:
