@@ -78,9 +78,11 @@ async def _follow(request: web.Request, engines: list[ReplicaKey], tail: int) ->
     try:
         for key in engines:
             _ = tasks.spawn(followed.follow(request.app[CLIENTS][key.node], key, tail), name=f"follow {key.name}")
-        while access.lasts() and followed.goes_on and not closing.is_set():
+        while followed.goes_on and not closing.is_set():
             waits = {"came": followed.came.wait(), "closing": closing.wait()}
             came = await first_of(waits, timeout_secs=KEEP_ALIVE_SECS)
+            if not access.lasts():  # right before the lines are written: the key may have ended during the wait
+                break
             await response.write(KEEP_ALIVE_COMMENT if came is None else followed.take())
     finally:
         await tasks.close()

@@ -292,7 +292,11 @@ async def test_odd_query_of_events(start_cortex: StartCortex, benjy: V1Neuron) -
 
 
 class LoggingNeuron(V1Neuron):
-    """Has an engine of `m` that writes a line and nothing more."""
+    """Has an engine of `m` that writes a line, and another one when `more` is set."""
+
+    def __init__(self, name: str, *vram_mb: int) -> None:
+        super().__init__(name, *vram_mb)
+        self.more = asyncio.Event()
 
     def _routes(self) -> list[web.RouteDef]:
         return [*super()._routes(), web.get("/models/m/logs", self._log)]
@@ -301,6 +305,8 @@ class LoggingNeuron(V1Neuron):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await response.write(b"data: starting\n\n")
+        await self.more.wait()
+        await response.write(b"data: secret\n\n")
         await asyncio.Event().wait()
         return response
 
@@ -346,3 +352,21 @@ async def test_a_stream_ends_with_its_key(
             his.content.read_nowait()
             while await his.content.readline() != b": keep-alive\n":
                 assert not his.content.at_eof()
+
+
+async def test_a_revoked_key_gets_no_more_lines(start_cortex: StartCortex, tmp_path: Path) -> None:
+    """Not even those that come first after its end."""
+    file = tmp_path / "keys.toml"
+    async with LoggingNeuron("benjy", 24000).running() as benjy, timeout(60):
+        benjy.models["m"] = "loaded"
+        cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
+        file.write_text(key_entry("alice", "operator"), encoding="utf-8")
+        await cortex.parts.keys.load(file)
+        url, headers = f"{cortex.url}/fleet/logs?model=m&follow=true", {"Authorization": "Bearer sk-alice"}
+        async with cortex.http.get(url, headers=headers) as lines:
+            while b"starting" not in await lines.content.readline():
+                assert not lines.content.at_eof()
+            file.write_text(key_entry("bob", "operator"), encoding="utf-8")
+            await cortex.parts.keys.load(file)
+            benjy.more.set()
+            assert b"secret" not in await lines.content.read()
