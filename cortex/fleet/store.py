@@ -84,6 +84,10 @@ class _State(BaseModel):
     device_time: _DeviceTime = _DeviceTime()
 
 
+class DirectoryInUse(OSError):
+    """Another cortex writes in the state directory."""
+
+
 class StateFile:
     """Owns the file and its contents, and the lock of its directory. A file that cannot be read is renamed; one that
     cannot be written causes one warning. Neither stops cortex from serving.
@@ -102,6 +106,7 @@ class StateFile:
         self.response_owners = ResponseOwners()
         self._lock: int | None = None
         self._acquiring = threading.Lock()
+        self._closed = False
         self._unwritten = False
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -196,9 +201,11 @@ class StateFile:
         """Writes pending changes and releases the lock."""
         await self.flush()
         await self._tasks.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        with self._acquiring:  # a thread may be about to write; it must not take the lock again
+            self._closed = True
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def acquire_lock(self) -> None:
         """Makes this process the only one that writes in the directory: two would undo each other's changes. Call it
@@ -206,20 +213,26 @@ class StateFile:
         ends it. From any thread. Blocks.
 
         Raises:
-            OSError: another cortex writes there, or it cannot be written.
+            DirectoryInUse: another cortex writes there.
+            OSError: it cannot be written, or this is closed.
         """
         with self._acquiring:
             if self._directory is None:
                 return
+            if self._closed:
+                raise OSError("this cortex has stopped writing there")
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._lock is not None:
                 return
             lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError:
                 os.close(lock)
-                raise OSError(f"in use by another cortex ({error.strerror}), which counts limits for itself") from error
+                raise DirectoryInUse("in use by another cortex") from None
+            except OSError:
+                os.close(lock)
+                raise
             self._lock = lock
 
     def _touch(self) -> None:
@@ -284,6 +297,8 @@ class StateFile:
         try:
             self.acquire_lock()
             replace_file(directory / NAME, data)
+        except DirectoryInUse as error:
+            return f"{error}, which counts limits for itself"
         except OSError as error:
             return _reason(error)
         return None

@@ -230,13 +230,23 @@ async def test_one_cortex_writes_at_a_time(tmp_path: Path) -> None:
     second.set_drained("b", True)
     await second.flush()
     assert second.problem is not None
-    assert "in use by another cortex" in second.problem
-    assert "counts limits for itself" in second.problem
+    assert second.problem == "in use by another cortex, which counts limits for itself"
     assert StateFile(tmp_path).drained == {"a"}
     await first.close()
     await second.flush()
     assert second.problem is None
     assert StateFile(tmp_path).drained == {"a", "b"}
+    await second.close()
+
+
+async def test_what_is_closed_takes_the_lock_no_more(tmp_path: Path) -> None:
+    """A thread that still writes the timeline would keep the next cortex out until this process ends."""
+    first, second = StateFile(tmp_path), StateFile(tmp_path)
+    first.acquire_lock()
+    await first.close()
+    with pytest.raises(OSError, match="this cortex has stopped writing there"):
+        first.acquire_lock()
+    second.acquire_lock()
     await second.close()
 
 
