@@ -28,13 +28,13 @@ def client_sockets(settings: GatewaySettings, given: socket.socket | None) -> li
         detect_vanished_clients(activated)
     sock = activated if given is None else given
     if sock is not None:
+        if kept:
+            _close(kept)
+            give_up_sockets()
         return [sock, *(sock.dup() for _ in range(settings.workers - 1))]
     if len(kept) == settings.workers and all(_is_on(each, settings) for each in kept):
         return kept
-    for each in kept:
-        with contextlib.suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)  # frees the port at once; systemd may hold the socket for a moment longer
-        each.close()
+    _close(kept)
     socks = _bound(settings)
     keep_sockets(KEPT, socks)
     return socks
@@ -57,6 +57,14 @@ def metrics_socket(settings: GatewaySettings, others: Sequence[socket.socket]) -
         for other in others:
             other.close()
         raise ListenError(f"{error} ([gateway] metrics_listen)") from error
+
+
+def _close(kept: Sequence[socket.socket]) -> None:
+    """Frees their port at once; systemd may hold them for a moment longer."""
+    for each in kept:
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()
 
 
 def _is_on(sock: socket.socket, settings: GatewaySettings) -> bool:

@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 FIRST_FD = 3
 """Where the sockets that systemd passes on begin."""
+MAX_FDS = 253
+"""How many descriptors Linux passes in one message (SCM_MAX_FD)."""
 
 
 def notify_ready() -> None:
@@ -23,8 +25,8 @@ def keep_sockets(name: str, socks: Sequence[socket.socket]) -> None:
     """Has systemd keep these sockets, and no earlier ones of this name, for the next process of this service. It needs
     `FileDescriptorStoreMax=` in the unit."""
     drop_sockets(name)
-    if socks:
-        _notify(f"FDSTORE=1\nFDNAME={name}", socks)
+    for first in range(0, len(socks), MAX_FDS):
+        _notify(f"FDSTORE=1\nFDNAME={name}", socks[first : first + MAX_FDS])
 
 
 def drop_sockets(name: str) -> None:

@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from annotated_types import Le
 
+from cortex.config.gateway import GatewaySettings
 from cortex.config.settings import CortexConfig
 from neuron.config import NeuronConfig
 
@@ -21,6 +23,11 @@ def service(name: str) -> configparser.SectionProxy:
     parser.optionxform = str  # type: ignore[method-assign, assignment]  # systemd's keys are case-sensitive
     parser.read(UNITS / f"{name}.service")
     return parser["Service"]
+
+
+def most_workers() -> int:
+    limits = GatewaySettings.model_fields["workers"].metadata
+    return next(limit.le for limit in limits if isinstance(limit, Le))
 
 
 def test_systemd_waits_longer_than_the_services_drain() -> None:
@@ -47,7 +54,14 @@ def test_a_restart_keeps_the_listening_sockets() -> None:
     assert service("cortex")["RestartKillSignal"] == "SIGUSR2"
     assert "KillSignal" not in service("cortex")  # SIGTERM
     assert service("cortex")["Type"] == "notify"
-    assert int(service("cortex")["FileDescriptorStoreMax"]) >= 64  # a worker each
+    assert int(service("cortex")["FileDescriptorStoreMax"]) >= most_workers()  # a socket each
+
+
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_a_long_start_is_not_killed(name: str) -> None:
+    """Type=notify counts all of it: a migration of the database, or engines that the neuron before left."""
+    assert service(name)["Type"] == "notify"
+    assert service(name)["TimeoutStartSec"] == "infinity"
 
 
 def test_the_recorder_of_usage_may_be_nice() -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cortex.cli.listening import KEPT
+from shared.system.service_manager import keep_sockets, notify_ready
+
 TOP = Path(__file__).parents[3]
 ASK = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
 
@@ -49,7 +52,7 @@ class Manager:
         """Does what cortex asks, up to a message that starts with `wanted`."""
         state = ""
         while not state.startswith(wanted):
-            data, fds, _, _ = socket.recv_fds(self.channel, 4096, 16)
+            data, fds, _, _ = socket.recv_fds(self.channel, 4096, 256)
             state = data.decode()
             name = state.rpartition("FDNAME=")[2]
             if state.startswith("FDSTOREREMOVE=1"):
@@ -156,3 +159,25 @@ def test_a_socket_unit_decides_the_address(manager: Manager) -> None:
         connection = connected(port)
         connection.sendall(ASK)
         assert status_of(connection) == b"200"
+
+
+def test_a_new_socket_unit_ends_the_sockets_of_before(manager: Manager) -> None:
+    """A client of the old port is refused; otherwise it would wait in a queue that no process reads."""
+    with socket.create_server(("127.0.0.1", 0)) as given, socket.create_server(("127.0.0.1", 0)) as old:
+        manager.kept = {"cortex.socket": [os.dup(given.fileno())], KEPT: [os.dup(old.fileno())]}
+        port = old.getsockname()[1]
+    configure(manager.directory, "127.0.0.1:1")
+    with manager.running():
+        assert list(manager.kept) == ["cortex.socket"]
+        with pytest.raises(ConnectionRefusedError):
+            connected(port)
+
+
+def test_systemd_keeps_the_sockets_of_many_workers(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one message can carry."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(manager.directory / "notify"))
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as sock:
+        keep_sockets(KEPT, [stack.enter_context(sock.dup()) for _ in range(256)])
+        notify_ready()
+        manager.until("READY=1")
+    assert len(manager.kept[KEPT]) == 256
