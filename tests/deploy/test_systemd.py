@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from annotated_types import Le
 
 from cortex.config.gateway import GatewaySettings
 from cortex.config.settings import CortexConfig
@@ -26,8 +25,8 @@ def service(name: str) -> configparser.SectionProxy:
 
 
 def most_workers() -> int:
-    limits = GatewaySettings.model_fields["workers"].metadata
-    return next(limit.le for limit in limits if isinstance(limit, Le))
+    most: int = GatewaySettings.model_json_schema()["properties"]["workers"]["maximum"]
+    return most
 
 
 def test_systemd_waits_longer_than_the_services_drain() -> None:

@@ -356,8 +356,8 @@ async def test_a_stream_ends_with_its_key(
 
 async def test_a_revoked_key_gets_no_more_lines(start_cortex: StartCortex, tmp_path: Path) -> None:
     """Not even those that come first after its end."""
-    file = tmp_path / "keys.toml"
-    async with LoggingNeuron("benjy", 24000).running() as benjy, timeout(60):
+    file, benjy = tmp_path / "keys.toml", LoggingNeuron("benjy", 24000)
+    async with benjy.running(), timeout(60):
         benjy.models["m"] = "loaded"
         cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
         file.write_text(key_entry("alice", "operator"), encoding="utf-8")
