@@ -39,7 +39,7 @@ from cortex.api.app_keys import (
 from cortex.api.authorization import authorize
 from cortex.api.engines.context_lengths import CONTEXT_LENGTHS, ContextLengths, following
 from cortex.api.engines.engine_questions import EngineQuestions
-from cortex.api.engines.scraping import ENGINE_METRICS, EngineMetrics, asking_engines
+from cortex.api.engines.scraping import ENGINE_SCRAPES, EngineScrapes, asking_engines
 from cortex.api.fleet.changes import FLEET_CHANGES, FleetChanges
 from cortex.api.fleet.view import FLEET_VIEW, FleetView
 from cortex.api.models import MODEL_LIST, ModelList
@@ -116,7 +116,7 @@ def build_metrics_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[METRICS] = parts.metrics
     app[FLEET] = parts.fleet
-    app[ENGINE_METRICS] = EngineMetrics(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
+    app[ENGINE_SCRAPES] = EngineScrapes(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
     app.cleanup_ctx.append(asking_engines)
     app.add_routes(METRICS_ROUTES)
     return app

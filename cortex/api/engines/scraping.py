@@ -45,10 +45,10 @@ async def expose_metrics(request: web.Request) -> web.Response:
 
 async def expose_engine_metrics(request: web.Request) -> web.Response:
     """The metrics of every loaded engine on one page."""
-    return web.Response(body=await request.app[ENGINE_METRICS].page(), headers={"Content-Type": METRICS_TYPE})
+    return web.Response(body=await request.app[ENGINE_SCRAPES].page(), headers={"Content-Type": METRICS_TYPE})
 
 
-class EngineMetrics:
+class EngineScrapes:
     """Asks the engines for their metrics, all again for each page. Requests that come meanwhile get the same page, so
     that several Prometheus servers do not multiply the memory."""
 
@@ -128,7 +128,7 @@ class PageSum:
         return self._pages.text().encode()
 
 
-ENGINE_METRICS = web.AppKey("engine_metrics", EngineMetrics)
+ENGINE_SCRAPES = web.AppKey("engine_scrapes", EngineScrapes)
 
 
 def loaded_engines(fleet: FleetSnapshot) -> Iterator[EngineSnapshot]:
@@ -163,4 +163,4 @@ def _target(service: str, scheme: str, target: str, path: str, **labels: str) ->
 async def asking_engines(app: web.Application) -> AsyncIterator[None]:
     """Closes the connections to engines when the app ends."""
     yield
-    await app[ENGINE_METRICS].close()
+    await app[ENGINE_SCRAPES].close()

@@ -13,7 +13,7 @@ from prometheus_client.samples import Sample
 from cortex.api.engines import scraping
 from cortex.api.engines.engine_questions import EngineQuestions
 from cortex.api.engines.metrics_pages import MAX_LINE, MetricsPages
-from cortex.api.engines.scraping import EngineMetrics
+from cortex.api.engines.scraping import EngineScrapes
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.raw_engine import RawEngine, Received, answering, plain
 from tests.cortex.raw_http import Wire
@@ -165,7 +165,7 @@ async def test_requests_at_the_same_time_get_the_same_page(start_cortex: StartCo
     engine.script = held
     async with RawNeuron().running() as neuron:
         parts = (await loaded(start_cortex, neuron, [engine])).parts
-        metrics = EngineMetrics(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
+        metrics = EngineScrapes(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
         first = asyncio.create_task(metrics.page())
         await engine.next_request()
         others = [asyncio.create_task(metrics.page()) for _ in range(2)]
