@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from cortex.accounts.caller import KEYLESS, Caller, Role, may, person_shown
-from cortex.api.app_keys import KEYS
+from cortex.api.app_keys import KEYS, SIGN_IN
 from cortex.http.headers import CALLER_NAME
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared.errors import Forbidden, Unauthorized
@@ -74,8 +74,18 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
     if not may(caller.role, needed):
         key = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
         who = f"{caller.name} has" if caller.is_person else key
-        raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")
+        hint = "" if caller.key_id else _hint(request)
+        raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}{hint}")
     return await handler(request)
+
+
+def _hint(request: web.Request) -> str:
+    """What a client without a key can do about it."""
+    if request.app[SIGN_IN] is not None:
+        return ": sign in at /login, or send a key"
+    if not request.app[KEYS].table.empty:
+        return ": send a key"
+    return ": create a key on cortex's host with `cortex keys create NAME --admin --config FILE`, and send it"
 
 
 class StreamAccess:

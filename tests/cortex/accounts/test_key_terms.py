@@ -231,6 +231,21 @@ def test_budgets_in_another_currency_than_the_prices(tmp_path: Path) -> None:
         keys_in_environment({"CORTEX_KEYS": text}, "EUR")
 
 
+@pytest.mark.parametrize("line", ["ci: sha256:{}", "ci:SHA256:{}", " ci :\tsha256:{} "])
+def test_a_hash_never_becomes_a_key(line: str) -> None:
+    """It is kept where keys are not, such as Git: the key opens cortex, and the text of its hash does not."""
+    digest = digest_of(SECRET).hex()
+    (key,) = keys_in_environment({"CORTEX_KEYS": line.format(digest)})
+    assert (key.name, key.digest) == ("ci", digest_of(SECRET))
+
+
+@pytest.mark.parametrize("kind", ["sha256", "SHA256"])
+def test_a_hash_in_place_of_a_key(kind: str) -> None:
+    text = f'[[keys]]\nname = "ci"\nkey = "{kind}:{digest_of(SECRET).hex()}"'
+    with pytest.raises(SettingsError, match=r"keys\[0\] \(ci\): key: is a SHA-256, not a key: write sha256 instead"):
+        keys_in_environment({"CORTEX_KEYS": text})
+
+
 def test_wrong_lines_of_the_environment() -> None:
     """A line without a name may be the key alone: it is not shown."""
     with pytest.raises(SettingsError, match="environment CORTEX_KEYS: line 2 must be NAME:KEY") as caught:
