@@ -95,14 +95,17 @@ class StreamAccess:
     def __init__(self, request: web.Request) -> None:
         self._keys = request.app[KEYS]
         self._needed: Role = _needed(request) or "user"
-        self._key = self._keys.valid_key(caller_of(request).key_id)
+        caller = caller_of(request)
+        self._key_id = "" if caller.is_person else caller.key_id
+        key = self._keys.valid_key(self._key_id)
+        self._digest = None if key is None else key.digest  # None: it has expired since the worker knew it
 
     def lasts(self) -> bool:
         """False once the key is revoked, has expired, has a new secret or no longer has the role."""
-        if self._key is None:
+        if not self._key_id:
             return True
-        now = self._keys.valid_key(self._key.id)
-        return now is not None and now.digest == self._key.digest and may(now.role, self._needed)
+        now = self._keys.valid_key(self._key_id)
+        return now is not None and now.digest == self._digest and may(now.role, self._needed)
 
 
 def _needed(request: web.Request) -> Role | None:

@@ -136,7 +136,7 @@ def _keys_of(data: Mapping[str, Any], where: str, source: str, currency: str) ->
         except ValidationError as error:
             problems += _described(shown, error)
         except ValueError as error:
-            problems.append(f"{shown}: expires: {error}")
+            problems.append(f"{shown}: expires: {error}; a duration such as 30d would have no start here")
         else:
             found.append(key)
             foreign = foreign_budget(key.limits, currency)

@@ -70,7 +70,13 @@ def test_expiry(value: str | date, secs: float) -> None:
     assert parse_expiry(value, NOW) == NOW + secs
 
 
-@pytest.mark.parametrize(("value", "reason"), [("soon", "invalid time 'soon'"), ("2026-11-28", "is in the past")])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("soon", "invalid time 'soon': write it as 30d, 2027-01-31 or 2027-01-31T12:00:00Z"),
+        ("2026-11-28", "is in the past"),
+    ],
+)
 def test_wrong_expiry(value: str, reason: str) -> None:
     """A key that has expired when it is made is a mistake."""
     with pytest.raises(ValueError, match=reason):
@@ -177,7 +183,10 @@ def test_keys_of_the_environment() -> None:
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nrole = "root"', "role: must be 'user', 'viewer'"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nrpm = "5"', "rpm: must be a whole number"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nbudget = "5"', "budget: invalid budget '5'"),
-        (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nexpires = "30d"', "keys[0] (a): expires: invalid time '30d'"),
+        (
+            f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nexpires = "30d"',
+            "expires: invalid time '30d': write it as 2027-01-31 or ",
+        ),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nbudget = ["1EUR/day", "2EUR/day"]', "the same unit and window"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\n[[keys]]\nname = "b"\nkey = "{SECRET}"', "same key: a, b"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\n[[keys]]\nname = "a"\nkey = "x"', "same name: a, a"),
@@ -224,7 +233,7 @@ def test_budgets_in_another_currency_than_the_prices(tmp_path: Path) -> None:
     text = '[[keys]]\nname = "a"\nkey = "sk-a"\nbudget = "5USD/day"\n'
     (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
     assert keys_in_file(tmp_path / "keys.toml", "USD")[0].limits.total.budgets == (Budget(5, "USD", "day"),)
-    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, as the prices"
+    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, the currency of the prices"
     with pytest.raises(SettingsError, match=problem):
         keys_in_file(tmp_path / "keys.toml", "EUR")
     with pytest.raises(SettingsError, match=problem):

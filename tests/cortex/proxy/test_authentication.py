@@ -147,7 +147,7 @@ ALL_REVOKED = KeyTable(configured=True)
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("proxied", [False, True])
 def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, proxied: bool) -> None:
-    """As docs/keys.md has it: this host while there are no keys or it is trusted; clients of a proxy on it, which may be
+    """As docs/keys.md has it: this host while there are no keys or it is trusted; clients of a proxy on it, who may be
     anyone, while there are no keys; others only if that is allowed, and then behind all with a key. "" is the address
     of a client that has reset its connection."""
     config = CortexConfig.model_validate({"gateway": {"allow_anonymous": anonymous}, "auth": {"trust_loopback": trust}})
