@@ -104,7 +104,7 @@ async def logout(request: web.Request) -> web.Response:
     if secret is not None:
         try:
             await sign_in.leave(secret)
-        except ServiceError as error:  # this browser has signed out all the same
+        except ServiceError as error:  # the browser must not stay signed in
             answer = error_response(request, error)
         answer.del_cookie(_SESSION, path="/")
     return answer

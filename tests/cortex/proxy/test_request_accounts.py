@@ -24,6 +24,7 @@ from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.proxy.paths import INFERENCE_PATHS
 from cortex.upstream.address import Address
+from shared.errors import internal_error
 from shared.serve import bind
 from tests.cortex.conftest import RunningCortex
 from tests.cortex.cortex_process import TOP
@@ -380,6 +381,6 @@ async def test_a_fault_of_cortex_is_answered(cortex: RunningCortex) -> None:
     limiter.use_keys({"7": KeyLimits(Limits(rpm=RPM))})
     async with opened(Broken(cortex.parts.resolver, limiter), limiter) as door:
         answer = await door.ask()
-        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (500, "internal_error")
+        assert (answer.status, json.loads(answer.body)) == (500, internal_error().body())
         assert [record.status for record in await door.ended()] == [500]
         assert limiter.settled == [(0, 0, 0)]
