@@ -28,7 +28,8 @@ class WorkerGrants:
         if isinstance(message, Admit):
             self._admit(message)
         elif self._grants.pop(message.grant.number, None) is not None:
-            self._limiter.settle(message.grant, message.prompt, message.completion, message.cached)
+            settle = self._limiter.settle_estimate if message.estimated else self._limiter.settle
+            settle(message.grant, message.prompt, message.completion, message.cached)
 
     def _admit(self, asked: Admit) -> None:
         try:

@@ -50,10 +50,11 @@ def small(tmp_path: Path) -> list[str]:
         "[[nodes]]\nname = 'box'\ndevices = ['RTX 4090']\n"
         "[[models]]\nid = 'a'\nvram_mb = 20000\n[[models]]\nid = 'b'\nvram_mb = 20000\n"
     )
-    (tmp_path / "workload.toml").write_text("hours = 0.3\n[[users]]\nmodel = 'a'\n[[users]]\nmodel = 'b'\n")
+    (tmp_path / "workload.toml").write_text("hours = 0.2\n[[users]]\nmodel = 'a'\n[[users]]\nmodel = 'b'\n")
     return ["simulate", "--fleet", str(tmp_path / "fleet.toml"), "--workload", str(tmp_path / "workload.toml")]
 
 
+@pytest.mark.timeout(180)
 def test_the_command_compares_seeds_and_loads(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The JSON has one figure a seed for each load and policy, equal to those of single simulations."""
     compare_all = [*small, "--seeds", "3-4", "--loads", "0.5,2"]  # which imply --compare
