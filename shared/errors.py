@@ -149,6 +149,11 @@ def anthropic_error_type(status: int) -> str:
     return _ANTHROPIC_TYPES.get(status, error_type(status))
 
 
+def internal_error() -> ServiceError:
+    """For a bug, after it has been logged."""
+    return ServiceError("internal error: the service's log has the details")
+
+
 class InvalidRequest(ServiceError):
     status = 400
     default_code = ErrorCode.INVALID_REQUEST

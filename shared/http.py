@@ -17,6 +17,7 @@ from shared.errors import (
     RequestTooLarge,
     ServiceError,
     Unauthorized,
+    internal_error,
     is_anthropic_path,
     render,
     shortened,
@@ -111,7 +112,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise  # the client has disconnected
     except Exception:
         log.exception("unhandled error in %s %s", request.method, shortened(request.path))
-        return error_response(request, ServiceError("internal error, see the service's log"))
+        return error_response(request, internal_error())
 
 
 def _as_service_error(request: web.Request, error: web.HTTPException) -> ServiceError:

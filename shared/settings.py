@@ -217,7 +217,8 @@ def _describe(
     return f"{origin}: {key} = {_shown(key, problem['input'])}: {message}"
 
 
-_SECRETS = ("token", "secret", "password", "key")
+_SECRETS = ("token", "secret", "password", "key", "database")
+"""Words in the names of keys whose values have secrets. A database's URL has a password."""
 
 
 def _shown(key: str, value: Any) -> str:
@@ -234,7 +235,7 @@ def _shown(key: str, value: Any) -> str:
     return _USER_INFO.sub("//...@", repr(value))
 
 
-_USER_INFO = re.compile(r"//[^/@\s]*@")
+_USER_INFO = re.compile(r"//\S*@")  # up to the last @: a password may have a slash that should have been escaped
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:

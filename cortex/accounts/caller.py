@@ -52,13 +52,13 @@ def may(role: Role, needed: Role) -> bool:
 
 
 ANONYMOUS: Final = Caller("", "anonymous", role="admin")
-"""A client on this host, where cortex has no keys."""
+"""A client on this host that no proxy stands for, where cortex has no keys."""
 
 LOOPBACK: Final = Caller("", "loopback", role="admin")
 """A client on this host without a key, where cortex has keys and trusts it."""
 
 GUEST: Final = Caller("", "guest", role="user", priority=-1_000_000)
-"""A client without a key where others have one or could: it gets what they leave."""
+"""A client without a key that is not on this host, or where others have a key: it gets what they leave."""
 
 KEYLESS: Final[Mapping[str, Caller]] = {caller.name: caller for caller in (ANONYMOUS, LOOPBACK, GUEST)}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from cortex.accounts.caller import KEYLESS, Caller, Role, may, person_shown
-from cortex.api.app_keys import KEYS
+from cortex.api.app_keys import KEYS, SIGN_IN
 from cortex.http.headers import CALLER_NAME
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared.errors import Forbidden, Unauthorized
@@ -74,8 +74,18 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
     if not may(caller.role, needed):
         key = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
         who = f"{caller.name} has" if caller.is_person else key
-        raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}")
+        hint = "" if caller.key_id else _hint(request)
+        raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}{hint}")
     return await handler(request)
+
+
+def _hint(request: web.Request) -> str:
+    """What a client without a key can do about it."""
+    if request.app[SIGN_IN] is not None:
+        return ": sign in at /login, or send a key"
+    if not request.app[KEYS].table.empty:
+        return ": send a key"
+    return ": create a key on cortex's host with `cortex keys create NAME --admin --config FILE`, and send it"
 
 
 class StreamAccess:
@@ -85,14 +95,17 @@ class StreamAccess:
     def __init__(self, request: web.Request) -> None:
         self._keys = request.app[KEYS]
         self._needed: Role = _needed(request) or "user"
-        self._key = self._keys.valid_key(caller_of(request).key_id)
+        caller = caller_of(request)
+        self._key_id = "" if caller.is_person else caller.key_id
+        key = self._keys.valid_key(self._key_id)
+        self._digest = None if key is None else key.digest  # None: it has expired since the worker knew it
 
     def lasts(self) -> bool:
         """False once the key is revoked, has expired, has a new secret or no longer has the role."""
-        if self._key is None:
+        if not self._key_id:
             return True
-        now = self._keys.valid_key(self._key.id)
-        return now is not None and now.digest == self._key.digest and may(now.role, self._needed)
+        now = self._keys.valid_key(self._key_id)
+        return now is not None and now.digest == self._digest and may(now.role, self._needed)
 
 
 def _needed(request: web.Request) -> Role | None:

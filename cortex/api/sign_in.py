@@ -18,7 +18,7 @@ from cortex.api.app_keys import LIVE, SIGN_IN
 from cortex.http.headers import forwarded_https
 from cortex.proxy.authentication import SESSION_COOKIE
 from shared.errors import InvalidRequest, NotFound, ServiceError, render, shortened
-from shared.http import request_id_of
+from shared.http import error_response, request_id_of
 
 _SESSION = SESSION_COOKIE.decode()
 _JOURNEY = "cortex_login"
@@ -102,7 +102,10 @@ async def logout(request: web.Request) -> web.Response:
     sign_in, secret = _sign_in(request), _session_of(request)
     answer = web.json_response({"signed_out": secret is not None})
     if secret is not None:
-        await sign_in.leave(secret)
+        try:
+            await sign_in.leave(secret)
+        except ServiceError as error:  # the browser must not stay signed in
+            answer = error_response(request, error)
         answer.del_cookie(_SESSION, path="/")
     return answer
 

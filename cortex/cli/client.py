@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -19,10 +20,24 @@ LOAD_TIMEOUT_SECS = 2 * 3600.0
 CALL_TIMEOUT_SECS = 30.0
 _NEEDS_KEY = ", set CORTEX_API_KEY to a valid key, or sign in with `cortex login` where that is possible"
 _TRUST = "set CORTEX_CA to a PEM file with the certificate of the authority that signed it"
+_NAME = "set --url or CORTEX_URL to an address with a name that is in the certificate"
+_OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
 class CallFailed(Exception):
     """The call failed; the message is for the person at the terminal."""
+
+
+class NotConnected(CallFailed):
+    """The host refuses the connection, or does not answer."""
+
+
+class ErrorAnswer(CallFailed):
+    """Something answered with an HTTP error. `body`: its JSON, None if it is not JSON."""
+
+    def __init__(self, text: str, body: Any) -> None:
+        super().__init__(text)
+        self.body = body
 
 
 class StreamEvent(NamedTuple):
@@ -39,10 +54,14 @@ def call(
     """The JSON answer.
 
     Raises:
-        CallFailed: cortex is unreachable or answered with an error.
+        CallFailed: cortex is unreachable, answered with an error (ErrorAnswer), or does not run (NotConnected).
     """
     with _answer(url, method, path, api_key=api_key, timeout_secs=timeout_secs, body=body) as response:
-        return json.loads(response.read())
+        text = response.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CallFailed(f"{base_url(url)} does not answer like a cortex, check --url") from error
 
 
 def stream(
@@ -83,14 +102,17 @@ def _answer(
             yield response
     except urllib.error.HTTPError as error:
         hint = _NEEDS_KEY if error.code == HTTPStatus.UNAUTHORIZED else ""
-        raise CallFailed(_message(error.read(), error.code) + hint) from error
+        text = error.read()
+        raise ErrorAnswer(_message(text, error.code) + hint, _json(text)) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise CallFailed(f"{url}: the TLS certificate is not trusted: {reason.verify_message}; {_TRUST}") from error
+            advice = _NAME if reason.verify_code in _OTHER_NAME else _TRUST
+            raise CallFailed(f"{url}: the TLS certificate is not trusted: {reason.verify_message}; {advice}") from error
         if isinstance(reason, ssl.SSLError):
             reason = f"TLS fails ({reason.reason}): does the address need http:// instead of https://?"
-        raise CallFailed(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
+        failure = NotConnected if _is_of_connecting(reason) else CallFailed
+        raise failure(f"{url}: {reason}; start cortex there, or set --url or CORTEX_URL") from error
 
 
 class _SameOrigin(urllib.request.HTTPRedirectHandler):
@@ -128,8 +150,23 @@ def _is_web_address(url: str) -> bool:
         return False
 
 
+def _is_of_connecting(reason: object) -> bool:
+    """True if no connection was made. urllib gives a reason for what fails before the request is sent, and raises what
+    fails afterwards as it is."""
+    unreachable = isinstance(reason, OSError) and reason.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
+    return unreachable or isinstance(reason, (ConnectionRefusedError, TimeoutError))
+
+
 def _message(text: bytes, status: int) -> str:
     try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+        return str(_json(text)["error"]["message"])
+    except (LookupError, TypeError):
         return f"HTTP {status}: {text[:300].decode('utf-8', 'replace')}"
+
+
+def _json(text: bytes) -> Any:
+    """None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -78,7 +78,7 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Ask this model for an answer, and load it if need be. Default: a loaded one."
+            metavar="MODEL", help="Ask this model for an answer, loading it if necessary. Default: a loaded one."
         ),
     ] = None,
     url: Annotated[
@@ -99,7 +99,7 @@ def import_models(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Its config.yaml; of Ollama its directory of models, or what `ollama list` prints. - is the pipe.",
+            help="Its config.yaml; for Ollama its models directory, or what `ollama list` prints. - reads stdin.",
         ),
     ],
     *,

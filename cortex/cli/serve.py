@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from shared.system.files import is_writable
 from shared.system.service_manager import notify_ready
 from shared.tasks import running
 from shared.terminal.command_line import fail
+from shared.terminal.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def run_check(config_file: Path) -> int:
         return 1
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    neurons, models = _count(config.neurons, "neuron"), _count(catalogue.models, "model")
+    neurons, models = counted(len(config.neurons), "neuron"), counted(len(catalogue.models), "model")
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
 
@@ -167,7 +168,7 @@ async def serve(
 
 async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, config: CortexConfig) -> None:
     """From here on cortex serves. When it is told to stop for good, systemd closes its copies of the sockets, too."""
-    log.info("cortex listening on %s, %s", url, _count(config.neurons, "neuron"))
+    log.info("cortex listening on %s, %s", url, counted(len(config.neurons), "neuron"))
     notify_ready()
     await stop.wait()
     if not restarting.is_set():
@@ -223,10 +224,6 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         state=parts.state,
         foreign_budgets=parts.keys.foreign_budgets,
     )
-
-
-def _count(things: Sized, name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -13,6 +15,8 @@ from cortex.config.neurons import HostNetwork, NeuronEntry, NeuronTlsSettings
 from cortex.config.sign_in import AuthSettings
 from cortex.http.headers import OF_REQUESTS, PASS
 from shared.settings import SettingsModel
+
+_HOST = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]*)(:[0-9]*)?")
 
 
 class KeysSettings(SettingsModel):
@@ -173,7 +177,8 @@ class CortexConfig(SettingsModel):
     created when needed."""
     database: str | None = None
     """`postgresql://USER:PASSWORD@HOST/NAME`, for several cortexes that share keys, limits and usage. libpq's
-    parameters work: `?host=/run/postgresql`, `?sslmode=verify-full`. Default: SQLite in `cortex.db` in the state
+    parameters work: `?host=/run/postgresql`, `?sslmode=verify-full`. In the user and the password write `/` as `%2F`,
+    `#` as `%23`, `?` as `%3F` and `@` as `%40`. Default: SQLite in `cortex.db` in the state
     directory."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """`debug`, `info`, `warning` or `error`; the log goes to standard error."""
@@ -198,6 +203,11 @@ class CortexConfig(SettingsModel):
     def _database_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("postgresql://", "postgres://")):
             raise ValueError("must be a URL such as postgresql://user:password@host/name")
+        if value is not None and not _is_unambiguous(value):
+            raise ValueError(
+                "cannot be read as postgresql://user:password@host:port/name: in the user and the password write "
+                "/ as %2F, # as %23, ? as %3F and @ as %40"
+            )
         return value
 
     @field_validator("neurons")
@@ -236,3 +246,15 @@ class CortexConfig(SettingsModel):
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""
         return config_file.parent / self.models_config
+
+
+def _is_unambiguous(url: str) -> bool:
+    """Whether PostgreSQL's URL has its password where one looks for it. With an unescaped `/` in it, for example, a
+    part of the password would be taken for the host's port or the database's name, and shown in messages."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are not of an address
+        return False
+    _, _, address = parts.netloc.rpartition("@")
+    hosts = address.split(",") if address else []
+    return url.count("@") == parts.netloc.count("@") <= 1 and all(host and _HOST.fullmatch(host) for host in hosts)

@@ -31,7 +31,7 @@ from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote, given_up, unreachable, untried_first
 from cortex.routing.response_owners import ResponseMaker, ResponseOwners
-from shared.errors import ServiceError, UpstreamError
+from shared.errors import ServiceError, UpstreamError, internal_error
 from shared.protocol import ModelStatus, ModelView
 from shared.tasks import timeout
 
@@ -137,7 +137,7 @@ class Resolver:
             raise
         except Exception as error:
             log.exception("bug while finding an engine for %s", model_id)
-            raise ServiceError("internal error; see cortex's log") from error
+            raise internal_error() from error
 
     async def engine(self, key: ReplicaKey) -> Replica | None:
         """As `routing.control.Control.engine`. Right after a start it waits until the neurons have been asked."""

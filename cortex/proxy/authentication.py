@@ -114,7 +114,8 @@ class Authentication:
     def _without_key(self, request: Request) -> Caller:
         if not self.has_keys:
             if is_loopback(request.peer):
-                return ANONYMOUS
+                # A proxy on this host passes on requests of others: they may use models, no more.
+                return GUEST if request.forwarded else ANONYMOUS
         elif self._trust_loopback and is_loopback(request.peer) and not request.forwarded:
             return LOOPBACK
         if self._allow_anonymous:

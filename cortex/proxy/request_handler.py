@@ -36,7 +36,7 @@ from cortex.routing.replica import (
     untried,
 )
 from cortex.upstream.address import Address, engine_target
-from shared.errors import ServiceError
+from shared.errors import ServiceError, internal_error
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class RequestHandler:
             self._give_up(error)
         except Exception:
             log.exception("cortex cannot handle the request")
-            self._give_up(ServiceError("cortex cannot handle the request: its log says why"))
+            self._give_up(internal_error())
 
     def _give_up(self, error: ServiceError) -> None:
         state = self._state

@@ -227,13 +227,14 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
     bound: TokenBound
 
 
-class Settle(msgspec.Struct, frozen=True, tag=True):
-    """The request of a grant has ended, as in `accounts.limits.limiter.Limiter.settle`."""
+class Settle(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The request of a grant has ended, as in `accounts.limits.limiter.Limiter.settle`, or `settle_estimate`."""
 
     grant: Grant
     prompt: int
     completion: int
     cached: int
+    estimated: bool = False
 
 
 class CancelResolve(msgspec.Struct, frozen=True, tag=True):

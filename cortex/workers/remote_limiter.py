@@ -47,6 +47,10 @@ class RemoteLimiter:
         if grant.number:
             self._send(Settle(grant, prompt, completion, cached))
 
+    def settle_estimate(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        if grant.number:
+            self._send(Settle(grant, prompt, completion, cached, estimated=True))
+
     def receive(self, message: Admitted | AdmitRefused) -> None:
         """Applies an answer of the control."""
         future = self._waiting.get(message.number)

@@ -9,7 +9,7 @@ from typing import Any
 from cortex.accounts.limits.limiter import LimitOwner
 from cortex.accounts.limits.terms import Grant
 from cortex.workers.messages import Admit, Admitted, Settle, refused_to_wire
-from shared.errors import ServiceError
+from shared.errors import ServiceError, internal_error
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ class WorkerGrants:
         if isinstance(message, Admit):
             self._admit(message)
         elif self._grants.pop(message.grant.number, None) is not None:
-            self._limiter.settle(message.grant, message.prompt, message.completion, message.cached)
+            settle = self._limiter.settle_estimate if message.estimated else self._limiter.settle
+            settle(message.grant, message.prompt, message.completion, message.cached)
 
     def _admit(self, asked: Admit) -> None:
         try:
@@ -48,7 +49,7 @@ class WorkerGrants:
             self._send(refused_to_wire(asked.number, error))
         except Exception:
             log.exception("bug while admitting a request for %s", asked.model_id)
-            self._send(refused_to_wire(asked.number, ServiceError("internal error; see cortex's log")))
+            self._send(refused_to_wire(asked.number, internal_error()))
         else:
             self._admitted(asked.number, grant)
 

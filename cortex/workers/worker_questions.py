@@ -24,7 +24,7 @@ from cortex.workers.messages import (
     ProspectFound,
     error_to_wire,
 )
-from shared.errors import ServiceError
+from shared.errors import ServiceError, internal_error
 from shared.tasks import TaskSet, timeout
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class WorkerQuestions:
             self._send(error_to_wire(question.number, error))
         except Exception:
             log.exception("bug while answering %s", type(question).__name__)
-            self._send(error_to_wire(question.number, ServiceError("internal error; see cortex's log")))
+            self._send(error_to_wire(question.number, internal_error()))
 
     async def _answer_to(self, question: Question) -> _Answer:
         match question:

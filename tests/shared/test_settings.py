@@ -70,6 +70,7 @@ def test_environment_without_a_file() -> None:
         ("[inner]\ntokn = 's3cret'", "{path}: inner.tokn: unknown key (value not shown)"),
         ("API_KEY = 's3cret'", "{path}: API_KEY: unknown key (value not shown)"),
         ("url = 'http://me:s3cret@host/'", "{path}: url: unknown key (value 'http://...@host/')"),
+        ("url = 'http://me:s3/cret@host/'", "{path}: url: unknown key (value 'http://...@host/')"),
         ("[more]\ntoken = 's3cret'", "{path}: more: unknown key (value a table)"),
         ("[[entry]]\ntoken = 's3cret'", "{path}: entry: unknown key (value a list of tables)"),
         ("[[entries]]", "{path}: entries[0].name: required, but missing"),

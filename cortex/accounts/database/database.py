@@ -41,7 +41,7 @@ _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex
 class Database:
     """An open database with all tables. Use it from one event loop. `read_only`: SQLite's file cannot be written.
 
-    Whatever fails raises DatabaseError, also a command inside a transaction.
+    Every failure raises DatabaseError, including that of a command inside a transaction.
     """
 
     def __init__(self, engine: AsyncEngine, source: DatabaseSource, *, read_only: bool = False) -> None:
@@ -226,6 +226,8 @@ def _postgresql(url: str) -> AsyncEngine:
             return await asyncpg.connect(url, timeout=CONNECT_SECS, command_timeout=COMMAND_SECS)
         except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # SQLAlchemy passes them on as they are
             raise ConnectionError(str(error)) from error
+        except ValueError as error:  # its message may have a part of the password
+            raise ConnectionError("cannot read the URL: check its host, port and parameters") from error
         except asyncio.TimeoutError as error:
             raise ConnectionError(f"no connection after {CONNECT_SECS:g} s") from error
 

@@ -66,6 +66,7 @@ def _window_text(secs: float) -> str:
 
 
 Moment: TypeAlias = str | datetime | date
+_MOMENTS = "2027-01-31 or 2027-01-31T12:00:00Z"
 
 
 def parse_expiry(value: Moment, now: float) -> float:
@@ -77,15 +78,15 @@ def parse_expiry(value: Moment, now: float) -> float:
     try:
         until = now + parse_duration(value) if isinstance(value, str) else parse_moment(value)
     except ValueError:
-        until = parse_moment(value)
+        until = parse_moment(value, f"30d, {_MOMENTS}")
     if until <= now:
         raise ValueError(f"{value} is in the past")
     return until
 
 
-def parse_moment(value: Moment) -> float:
+def parse_moment(value: Moment, forms: str = _MOMENTS) -> float:
     """UTC seconds of the start of a day such as `2027-01-31`, or of a time such as `2027-01-31T12:00:00+01:00`; UTC
-    without an offset.
+    without an offset. `forms`: what the error recommends.
 
     Raises:
         ValueError: anything else.
@@ -96,7 +97,7 @@ def parse_moment(value: Moment) -> float:
     try:
         return _utc(datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text))
     except ValueError as error:
-        raise ValueError(f"invalid time {text!r}: write it as 30d, 2027-01-31 or 2027-01-31T12:00:00Z") from error
+        raise ValueError(f"invalid time {text!r}: write it as {forms}") from error
 
 
 def _utc(value: datetime) -> float:
@@ -186,7 +187,7 @@ def foreign_budget(limits: KeyLimits, currency: str) -> str | None:
     every = [limits.total, *limits.by_models.values()]
     for budget in (budget for each in every for budget in each.budgets):
         if budget.unit not in ("tokens", currency):
-            return f"the budget {budget_text(budget)} must be in {currency}, as the prices ([usage] currency)"
+            return f"the budget {budget_text(budget)} must be in {currency}, the currency of the prices ([usage])"
     return None
 
 

@@ -40,6 +40,8 @@ class ProvisionedKey(KeyTerms):
     def _sendable(cls, value: str | None) -> str | None:
         if value is not None and not _SECRET.fullmatch(value):
             raise ValueError("must be 1 to 256 visible ASCII characters without spaces")
+        if value is not None and _is_digest(value):  # it is kept in places where a key must not be
+            raise ValueError("is a SHA-256, not a key: write sha256 instead of key")
         return value
 
     @field_validator("sha256")
@@ -108,9 +110,15 @@ def keys_in_environment(environ: Mapping[str, str], currency: str = "EUR") -> li
             continue
         if not colon:
             raise SettingsError([f"{where}: line {number} must be NAME:KEY"])
-        secret = {"sha256": key} if key.startswith("sha256:") else {"key": key.strip()}
+        key = key.strip()
+        secret = {"sha256": key} if _is_digest(key) else {"key": key}
         entries.append({"name": name.strip(), **secret})
     return _keys_of({"keys": entries}, where, ENVIRONMENT, currency)
+
+
+def _is_digest(text: str) -> bool:
+    """Whether it is meant as the SHA-256 of a key."""
+    return text.lower().startswith("sha256:")
 
 
 def _keys_of(data: Mapping[str, Any], where: str, source: str, currency: str) -> list[ApiKey]:
@@ -128,7 +136,7 @@ def _keys_of(data: Mapping[str, Any], where: str, source: str, currency: str) ->
         except ValidationError as error:
             problems += _described(shown, error)
         except ValueError as error:
-            problems.append(f"{shown}: expires: {error}")
+            problems.append(f"{shown}: expires: {error}; a duration such as 30d would have no start here")
         else:
             found.append(key)
             foreign = foreign_budget(key.limits, currency)

@@ -67,7 +67,7 @@ class RequestTerms:
         return tokens, prompt * self._input_price + output * self._output_price
 
     def cost(self, prompt: int, completion: int, cached: int) -> float:
-        """Of the tokens that a request has used. `prompt` includes `cached`."""
+        """The cost of the tokens that a request has used. `prompt` includes `cached`."""
         of_prompt = (prompt - cached) * self._input_price + cached * self._cached_price
         return of_prompt + completion * self._output_price
 
@@ -96,7 +96,8 @@ class RequestTerms:
 
 
 class HeldTokens:
-    """What one admitted request has reserved: of the token bucket of each scope, and of all their budgets."""
+    """What one admitted request has reserved: `tokens` from the token bucket of each scope, `budgets` from all their
+    budgets."""
 
     def __init__(self, terms: RequestTerms, most_tokens: int, most_cost: float) -> None:
         self.scopes = terms.scopes
@@ -114,6 +115,10 @@ class HeldTokens:
             place += 1  # noqa: SIM113 - compiled, enumerate costs more
         for window, amount in self.budgets:
             window.settle(amount, tokens if window.in_tokens else cost, now)
+
+    def settle_estimate(self, tokens: int, cost: float, now: float) -> None:
+        """The request has ended, and used about so much: at most what it has reserved."""
+        self.settle(min(tokens, self.most_tokens), min(cost, self.most_cost), now)
 
 
 def _how_long(refusal: Refusal) -> float:

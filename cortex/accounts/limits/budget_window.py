@@ -10,7 +10,7 @@ BINS: Final = 60
 """A rolling window is counted in this many parts. A part leaves once all of it is outside the window."""
 
 TOLERANCE: Final = 1e-6
-"""Of comparisons, so that rounding does not refuse a request one moment longer than the time it was told."""
+"""Added in comparisons, so that rounding does not refuse a request a moment longer than the time it was told."""
 
 CALENDAR: Final = ("hour", "day", "week", "month")
 

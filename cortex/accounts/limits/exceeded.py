@@ -41,7 +41,10 @@ def _reason(refusal: Refusal, wait: float | None) -> str:
             else f"may send no request (limit: {refusal.limit})"
         )
     if wait is None:
-        return f"can never send this request{needs}, more than its budget of {refusal.limit}; lower max_tokens"
+        return (
+            f"cannot send this request: it may use up to {refusal.needs}, more than the whole budget of "
+            f"{refusal.limit}; lower max_tokens or shorten the prompt"
+        )
     return f"has not enough left of its budget of {refusal.limit}{needs}; {_when(refusal, wait)}"
 
 

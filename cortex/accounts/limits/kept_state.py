@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 from cortex.accounts.limits.budget_window import BudgetWindow
@@ -10,26 +11,39 @@ from cortex.accounts.limits.scope import Scope
 from cortex.accounts.limits.scope_state import budget_name, dump_scope, restore_scope
 
 SHARE_UNWRITTEN: Final = 0.01
-"""Of a budget that may be used between two writes, unless more was used lately."""
+"""The share of a budget that may be used between two writes, unless more was used lately."""
+_USED_BEFORE: Final = "used_before"
 
 
 def write_before_use(scope: Scope) -> None:
-    """Of budgets that have just begun nothing may be used before they are written."""
+    """A budget that is new in this scope may be used only once it has been written."""
     for window in scope.windows:
         if math.isinf(window.allowance):
             window.allowance = 0.0
+
+
+def left_by_crash(states: Mapping[str, dict[str, Any]], started: float) -> dict[str, dict[str, Any]]:
+    """Those of these states, as a start at `started` finds them, that a crash has just left, with that time: what may
+    have been used since they were written was used before it, also if their scope is used again only weeks later."""
+    return {
+        name: {**state, _USED_BEFORE: started}
+        for name, state in states.items()
+        if not state.get("clean") and _USED_BEFORE not in state
+    }
 
 
 def restore(scope: Scope, state: dict[str, Any], now: float) -> None:
     """Puts back what was written last before this cortex started, at `now`. If that was while another ran, all that may
     have been used since counts."""
     restore_scope(scope, state)
+    if not state.get("clean"):
+        used_before = float(state.get(_USED_BEFORE, now))
+        scope.advance(used_before)
+        scope.requests, scope.tokens = min(scope.requests, 0.0), min(scope.tokens, 0.0)
+        for window in scope.windows:
+            unwritten = float(state.get("unwritten", {}).get(budget_name(window), 0.0))
+            window.settle(0.0, unwritten, used_before)
     scope.advance(now)
-    if state.get("clean"):
-        return
-    scope.requests, scope.tokens = min(scope.requests, 0.0), min(scope.tokens, 0.0)
-    for window in scope.windows:
-        window.settle(0.0, float(state.get("unwritten", {}).get(budget_name(window), 0.0)), now)
 
 
 class PendingWrite:

@@ -34,8 +34,11 @@ class Limiter(Protocol):
         """
 
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
-        """The request of this grant has ended and used so many tokens; `prompt` includes `cached`. Call it once for
-        each grant."""
+        """The request of this grant has ended and used so many tokens; `prompt` includes `cached`. Call this or
+        `settle_estimate` once for each grant."""
+
+    def settle_estimate(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        """As `settle`, with tokens that are an estimate from above: no more than was reserved counts."""
 
 
 class LimitOwner(Limiter, Protocol):

@@ -31,8 +31,10 @@ WRITE_SECS: Final = 1.0
 
 MAX_REMEMBERED: Final = 1000
 """Models of one key whose terms are kept at hand."""
+MAX_NAME: Final = 256
+"""Characters of their names: a client may send any name, as long as a body may be."""
 TERMS_SECS: Final = 2.0
-"""How long they hold: a model's context may be that of the engines that serve it now."""
+"""How long remembered terms hold: a model's context may be that of the engines that serve it now."""
 
 
 class LocalLimiter:
@@ -54,7 +56,7 @@ class LocalLimiter:
         self._clock = clock
         self._started = clock()
         self._writing = asyncio.Lock()
-        self._unkept: set[str] = set()  # names of the scopes whose last write failed
+        self._unkept: set[str] = set()  # names of the scopes whose last write failed, or was left out
         self._keys: Mapping[str, KeyLimits] = {}
         self._scopes: dict[str, Scope] = {}
         self._terms: dict[str, dict[str, RequestTerms]] = {}  # by key and model
@@ -91,13 +93,22 @@ class LocalLimiter:
         async with self._writing:
             while (grant := self.admit(caller, model_id, bound)) is None:
                 terms = self._terms_for(caller, model_id, self._clock())
-                await self._write(terms.scopes, *terms.most(bound))
+                pending = _pending(terms.scopes, *terms.most(bound))
+                if self._unkept:  # `run` tries again: a write that fails may take long, and would for each key in turn
+                    self._not_written(pending)
+                else:
+                    await self._write(pending)
         return grant
 
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         held = self._running.pop(grant.number, None)
         if held is not None:
             held.settle(prompt + completion, held.terms.cost(prompt, completion, cached), self._clock())
+
+    def settle_estimate(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        held = self._running.pop(grant.number, None)
+        if held is not None:
+            held.settle_estimate(prompt + completion, held.terms.cost(prompt, completion, cached), self._clock())
 
     def settle_at_bound(self, grant: Grant) -> None:
         held = self._running.pop(grant.number, None)
@@ -114,7 +125,7 @@ class LocalLimiter:
             ]
             if changed and self._states is not None:
                 async with self._writing:
-                    await self._write(changed, 0, 0.0)
+                    await self._write(_pending(changed, 0, 0.0))
 
     async def close(self) -> None:
         for number in list(self._running):
@@ -124,27 +135,29 @@ class LocalLimiter:
             try:
                 await self._states.write(states, self._clock())
             except DatabaseError as error:
-                log.error("what is left of limits is not kept: %s", error)  # noqa: TRY400 - the message says all
+                log.error("cannot save limits; the next start counts what may have been used: %s", error)  # noqa: TRY400
 
-    async def _write(self, scopes: Sequence[Scope], tokens: int, cost: float) -> None:
-        """Writes these scopes, with what may be reserved until the next time: at least so much."""
+    async def _write(self, pending: dict[str, PendingWrite]) -> None:
         assert self._states is not None
-        pending = {scope.name: PendingWrite(scope, tokens, cost) for scope in scopes}
         try:
             await self._states.write({name: each.state for name, each in pending.items()}, self._clock())
         except DatabaseError as error:
             if not self._unkept:
-                log.error("limits cannot be kept, so a crash would forget what was used: %s", error)  # noqa: TRY400
-            self._unkept |= pending.keys()
-            for each in pending.values():
-                each.failed()
+                message = "cannot save limits; usage since the last save is forgotten if cortex crashes: %s"
+                log.error(message, error)  # noqa: TRY400 - the message says all
+            self._not_written(pending)
             return
         if self._unkept:
             self._unkept = (self._unkept - pending.keys()) & self._scopes.keys()
             if not self._unkept:
-                log.info("limits are kept again")
+                log.info("limits are saved again")
         for each in pending.values():
             each.written()
+
+    def _not_written(self, pending: dict[str, PendingWrite]) -> None:
+        self._unkept |= pending.keys()
+        for each in pending.values():
+            each.failed()
 
     def _terms_for(self, caller: Caller, model_id: str, now: float) -> RequestTerms:
         models = self._terms.get(caller.key_id)
@@ -157,10 +170,12 @@ class LocalLimiter:
         model = self._model_terms(model_id)
         key = self._keys.get(caller.key_id)
         scopes = [self._scope(each, now) for each in scopes_of(caller.key_id, caller.name, key, model_id, model.limits)]
-        models = self._terms.setdefault(caller.key_id, {})
-        if len(models) >= MAX_REMEMBERED:
-            models.clear()
-        found = models[model_id] = RequestTerms(scopes, model, now + TERMS_SECS)
+        found = RequestTerms(scopes, model, now + TERMS_SECS)
+        if len(model_id) <= MAX_NAME:
+            models = self._terms.setdefault(caller.key_id, {})
+            if len(models) >= MAX_REMEMBERED:
+                models.clear()
+            models[model_id] = found
         return found
 
     def _scope(self, terms: ScopeTerms, now: float) -> Scope:
@@ -171,10 +186,16 @@ class LocalLimiter:
                 restore(scope, self._kept.pop(terms.name), self._started)
             if self._states is not None:
                 scope.must_be_written = True
+                write_before_use(scope)
         elif scope.limits != terms.limits:
             scope.advance(now)
             scope.configure(terms.limits)
+            if self._states is not None:
+                write_before_use(scope)
         scope.label = terms.label
-        if self._states is not None:
-            write_before_use(scope)
         return scope
+
+
+def _pending(scopes: Sequence[Scope], tokens: int, cost: float) -> dict[str, PendingWrite]:
+    """Of these scopes, by name, with what may be reserved until the next write: at least so much."""
+    return {scope.name: PendingWrite(scope, tokens, cost) for scope in scopes}

@@ -130,7 +130,7 @@ class Scope:
         return self._longest(tokens, cost) if self.refuses(tokens, cost) else None
 
     def _longest(self, tokens: int, cost: float) -> Refusal:
-        """Of the limits in its way that which takes longest."""
+        """The refusing limit with the longest wait."""
         found: list[Refusal] = []
         if 0 <= self.parallel <= self.running:
             found.append(self._refused(_counted(self.parallel, "parallel request"), 0.0, runs=True))
@@ -202,7 +202,7 @@ def _counted(number: float, noun: str) -> str:
 
 
 def _tokens(tokens: int) -> str:
-    return f"{_counted(tokens, 'token')}, by the length of its prompt and its max_tokens"
+    return f"{_counted(tokens, 'token')} (prompt length plus max_tokens)"
 
 
 def _how_long(refusal: Refusal) -> float:

@@ -1,8 +1,8 @@
 """The limits of several cortexes on one PostgreSQL database.
 
-Whatever waits for admission, and whatever has been settled meanwhile, is one transaction, in which the rows of its
-scopes are locked. A row holds what was used, and for each cortex what its running requests have reserved. If a cortex
-shows no sign of life, its requests no longer count as running, and all that they had reserved counts as used.
+All requests that wait for admission, and all that have ended meanwhile, share one transaction, which locks the rows of
+their scopes. A row holds what was used, and for each cortex what its running requests have reserved. If a cortex shows
+no sign of life, its requests no longer count as running, and all that they had reserved counts as used.
 """
 
 from __future__ import annotations
@@ -109,6 +109,12 @@ class SharedLimiter:
         if held is not None:
             self._end(held, prompt + completion, held.terms.cost(prompt, completion, cached))
 
+    def settle_estimate(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        held = self._running.pop(grant.number, None)
+        if held is not None:
+            cost = held.terms.cost(prompt, completion, cached)
+            self._end(held, min(prompt + completion, held.most_tokens), min(cost, held.most_cost))
+
     def settle_at_bound(self, grant: Grant) -> None:
         held = self._running.pop(grant.number, None)
         if held is not None:
@@ -171,7 +177,7 @@ class SharedLimiter:
         seen = await rows.last_written(_CORTEX)
         alive = {name for name, at in seen.items() if at > rows.now - DEAD_SECS} | {self._name}
         scopes = _by_name(asked, settled)
-        others = {
+        rows_before = {
             name: load_shared(
                 scope, rows.states[name], me=self._name, own=self._own.get(name), alive=alive, now=rows.now
             )
@@ -180,8 +186,12 @@ class SharedLimiter:
         for each in settled:
             each.held.settle(each.tokens, each.cost, rows.now)
         answers = [_decision(each, rows.now) for each in asked]
-        own = {name: holdings_of(scope).without(others[name].values()) for name, scope in scopes.items()}
-        states = {name: shared_state(scope, {**others[name], self._name: own[name]}) for name, scope in scopes.items()}
+        own: dict[str, Holdings] = {}
+        states: dict[str, dict[str, Any]] = {}
+        for name, scope in scopes.items():
+            others, unknown = rows_before[name]
+            own[name] = holdings_of(scope).without(others.values())
+            states[name] = shared_state(scope, {**others, self._name: own[name]}, unknown)
         await rows.write({**states, self._name: {}})
         await rows.delete([name for name, at in seen.items() if at < rows.now - FORGOTTEN_SECS])
         return answers, own

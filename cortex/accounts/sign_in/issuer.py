@@ -57,7 +57,7 @@ class Issuer:
         self._tried = -PAUSE_SECS  # monotonic seconds
         self._fetched = 0.0
         self._failure: Unavailable | None = None  # of the last fetch
-        self._fetching = asyncio.Lock()
+        self._fetching: asyncio.Task[None] | None = None
         self._background = TaskSet()
         self._session: aiohttp.ClientSession | None = None
 
@@ -75,9 +75,8 @@ class Issuer:
     async def newer_keys(self) -> None:
         """Fetches the keys again, unless that was done just now. Raises Unavailable if it fails or failed just now: the
         keys may then be out of date."""
-        async with self._fetching:
-            if not self._fetched_just_now():
-                await self._fetch()
+        if self._fetching is not None or not self._fetched_just_now():
+            await self._fetch()
 
     async def id_token(self, code: str, verifier: str, redirect_url: str) -> str:
         """The ID token for a code that the issuer has given a browser.
@@ -125,33 +124,31 @@ class Issuer:
             return self._settings.secret()
         except SettingsError as error:
             log.error("%s", error)  # noqa: TRY400 - the message says all
-            message = "sign-in is not possible now, because cortex cannot read the client's secret: see its log"
+            message = "sign-in is unavailable: cortex cannot read the client's secret; its log says why"
             raise Unavailable(message, code=ErrorCode.UNAVAILABLE, retry_after=RETRY_SECS) from error
 
     async def _current(self) -> None:
         """Has an offer and keys afterwards. Those that are old are renewed meanwhile."""
         if self._offer is None:
-            await self._begin()
+            await self.newer_keys()
             return
         now = time.monotonic()
-        if now - self._fetched > KEPT_SECS and now - self._tried > RETRY_SECS and not self._fetching.locked():
-            _task = self._background.spawn(self._renew(), name="keys of the issuer")
-
-    async def _begin(self) -> None:
-        async with self._fetching:
-            if self._offer is not None:
-                return
-            if not self._fetched_just_now():
-                await self._fetch()
+        if now - self._fetched > KEPT_SECS and now - self._tried > RETRY_SECS and self._fetching is None:
+            _task = self._background.spawn(self._renew(), name="renew the keys of the issuer")
 
     def _fetched_just_now(self) -> bool:
-        """Raises Unavailable if it failed: many may have waited for the same fetch."""
+        """Raises Unavailable if it failed."""
         if time.monotonic() - self._tried >= PAUSE_SECS:
             return False
+        self._check()
+        return True
+
+    def _check(self) -> None:
+        """Raises Unavailable if the last fetch failed. Many may have waited for it, and each gets an error of its
+        own."""
         failure = self._failure
         if failure is not None:
             raise Unavailable(failure.message, code=failure.code, retry_after=RETRY_SECS)
-        return True
 
     async def _renew(self) -> None:
         try:
@@ -160,17 +157,26 @@ class Issuer:
             log.warning("the last keys of the issuer stay in force: %s", error)
 
     async def _fetch(self) -> None:
-        """Raises Unavailable."""
+        """Waits for the fetch that runs, or begins one. It goes on if its client leaves: others may wait for it, and
+        the next one must not have to begin again. Raises Unavailable."""
+        if self._fetching is None:
+            self._fetching = self._background.spawn(self._fetch_once(), name="keys of the issuer")
+        await asyncio.shield(self._fetching)
+        self._check()
+
+    async def _fetch_once(self) -> None:
         try:
             await self._fetch_now()
         except Unavailable as error:
-            self._failure = error
-            raise
+            self._tried, self._failure = time.monotonic(), error
+        else:
+            self._tried = self._fetched = time.monotonic()
+            self._failure = None
         finally:
-            self._tried = time.monotonic()
-        self._fetched, self._failure = self._tried, None
+            self._fetching = None
 
     async def _fetch_now(self) -> None:
+        """Raises Unavailable."""
         from cortex.accounts.sign_in.tokens import public_keys  # noqa: PLC0415 - see the import above
 
         status, found = await self._ask("GET", self.url.rstrip("/") + _DISCOVERY)
@@ -211,7 +217,7 @@ class Issuer:
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(
-            f"sign-in is not possible now, the issuer {shortened(self.url)} cannot be used: {reason}",
+            f"sign-in is unavailable: the issuer {shortened(self.url)} cannot be used: {reason}",
             code=ErrorCode.ISSUER_UNAVAILABLE,
             retry_after=RETRY_SECS,
         )

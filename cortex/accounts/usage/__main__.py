@@ -76,7 +76,11 @@ class _Process:
             more = await self._work()
         except (DatabaseError, OSError) as error:
             if not self._failed:
-                log.warning("usage waits in %s: %s", self.settings.directory, error)
+                log.warning(
+                    "cannot write usage to the database; records stay in %s until it works: %s",
+                    self.settings.directory,
+                    error,
+                )
             self._failed = True
             return False
         if self._failed:
@@ -129,9 +133,13 @@ async def _main() -> None:
     configure_logging(process.settings.log_level, process.settings.log_format)
 
     async def follow() -> None:
-        async for line in reader:
-            process.settings = decoder.decode(line)
-        process.stop.set()
+        try:
+            async for line in reader:
+                process.settings = decoder.decode(line)
+        except msgspec.DecodeError as error:
+            log.error("cannot read the settings from cortex; restart cortex if it was upgraded: %s", error)  # noqa: TRY400
+        finally:
+            process.stop.set()
 
     following = asyncio.create_task(follow(), name="input")
     try:

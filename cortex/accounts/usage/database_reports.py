@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -40,7 +41,8 @@ REPORT_SECS: Final = 20.0
 EXACT_REQUESTS: Final = 100_000
 """Reports of more use the daily sums, whose percentiles are estimates."""
 AT_ONCE: Final = 2
-"""Reports that read at a time. Others wait, so that the database's connections are not all theirs."""
+"""Reports that read at a time, only one of them for a key that asks for its own usage. Others wait, so that the
+database's connections are not all theirs."""
 _ROWS_AT_ONCE: Final = 100  # between two turns of other tasks
 
 
@@ -56,6 +58,7 @@ class DatabaseReports:
         self._retention_days = retention_days
         self._clock = clock
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._of_keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def reports(self, queries: Sequence[UsageQuery], currency: str) -> list[list[dict[str, Any]]]:
         """For each query, all at one moment, the usage of each group, ordered by the groups: their values, and
@@ -67,7 +70,7 @@ class DatabaseReports:
             InvalidRequest: there are more than MAX_ROWS groups, it takes too long, or the records are deleted.
             Unavailable: the database cannot be read now, or is busy with other reports.
         """
-        async with self._reading() as connection:
+        async with self._reading(queries) as connection:
             kept_since = await self._kept_since(connection)
             return [await self._report(connection, query, currency, kept_since) for query in queries]
 
@@ -75,37 +78,48 @@ class DatabaseReports:
         """For each query, all at one moment, the energy of each group, ordered by the groups: their values, and
         `energy_wh`. `key` is a name, "" for what no key has used. Raises as `reports` does."""
         postgresql = self._database.is_postgresql
-        async with self._reading() as connection:
+        async with self._reading(queries) as connection:
             return [await _rows(connection, energy_report(query, is_postgresql=postgresql)) for query in queries]
 
     @contextlib.asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+    async def _reading(self, queries: Sequence[UsageQuery | EnergyQuery]) -> AsyncIterator[AsyncConnection]:
         """All that is read in the body is of one moment. What takes too long is stopped."""
-        try:
-            async with timeout(REPORT_SECS):
-                await self._places.acquire()
-        except asyncio.TimeoutError as error:
-            raise Unavailable("the database is busy with other reports", retry_after=REPORT_SECS) from error
-        began = monotonic()
-        try:
-            async with (
-                self._database.reading() as connection,
-                self._database.stopping_after(REPORT_SECS, connection),
-            ):
-                if self._database.is_postgresql:
-                    await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-                yield connection
-        except DatabaseError as error:
-            if monotonic() - began >= REPORT_SECS:
-                raise InvalidRequest(
-                    f"the report takes longer than {REPORT_SECS:g} s: shorten from and to, or group by day or month "
-                    "instead of hour",
-                    param="from",
+        key_id = queries[0].key_id if queries else None  # the same in all
+        async with self._place(key_id):
+            began = monotonic()
+            try:
+                async with (
+                    self._database.reading() as connection,
+                    self._database.stopping_after(REPORT_SECS, connection),
+                ):
+                    if self._database.is_postgresql:
+                        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+                    yield connection
+            except DatabaseError as error:
+                if monotonic() - began >= REPORT_SECS:
+                    raise InvalidRequest(
+                        f"the report takes longer than {REPORT_SECS:g} s: ask for a shorter time range (from, to), or "
+                        "group by day or month instead of hour",
+                        param="from",
+                    ) from error
+                raise Unavailable(
+                    f"the usage cannot be read from {error}",
+                    code=ErrorCode.DATABASE_UNAVAILABLE,
+                    retry_after=CONTROL_PROCESS_SECS,
                 ) from error
-            message = f"the usage cannot be read from {error}"
-            raise Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
-        finally:
-            self._places.release()
+
+    @contextlib.asynccontextmanager
+    async def _place(self, key_id: str | None) -> AsyncIterator[None]:
+        """One of the places, held inside the body. Two reports of one key cannot take them all."""
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with timeout(REPORT_SECS):
+                    if key_id is not None:
+                        await held.enter_async_context(self._of_keys.setdefault(key_id, asyncio.Lock()))
+                    await held.enter_async_context(self._places)
+            except asyncio.TimeoutError as error:
+                raise Unavailable("the database is busy with other reports", retry_after=REPORT_SECS) from error
+            yield
 
     async def _report(
         self, connection: AsyncConnection, query: UsageQuery, currency: str, kept_since: float
@@ -159,7 +173,8 @@ async def _rows(connection: AsyncConnection, asked: Select[Any]) -> list[dict[st
         await asyncio.sleep(0)
     if len(found) > MAX_ROWS:
         raise InvalidRequest(
-            f"the report would have more than {MAX_ROWS} rows: shorten from and to, or use fewer groups",
+            f"the report would have more than {MAX_ROWS} rows: ask for a shorter time range (from, to), or use fewer "
+            "groups",
             param="group_by",
         )
     return found

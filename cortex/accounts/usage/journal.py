@@ -115,7 +115,13 @@ class UsageJournal:
 
     def _written(self, records: list[UsageRecord], written: asyncio.Future[int]) -> None:
         self._writing = None
-        self._pending = records[written.result() :] + self._pending
+        try:
+            taken = written.result()
+        except Exception:
+            log.exception("bug while writing usage; up to %d records are lost", len(records))
+            self._count_dropped(len(records))
+            return
+        self._pending = records[taken:] + self._pending
         problem = self._writer.problem
         if problem:
             self._drop_excess()

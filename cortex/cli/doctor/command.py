@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cortex.cli.client import CallFailed
@@ -19,7 +19,9 @@ from cortex.cli.options import credential_for
 def run_doctor(config_file: Path, *, url: str | None, model: str | None, json_wanted: bool) -> int:
     """Prints what is found; 1 if there is a fault."""
     found: list[Finding] = []
-    for finding in _checks(config_file, url, model):
+    for finding in _checks(config_file, url, model, _ignore if json_wanted else _tell):
+        if finding in found:
+            continue
         found.append(finding)
         if not json_wanted:
             print(finding.line, flush=True)
@@ -27,7 +29,7 @@ def run_doctor(config_file: Path, *, url: str | None, model: str | None, json_wa
     return int(has_fault(found))
 
 
-def _checks(config_file: Path, url: str | None, model: str | None) -> Iterator[Finding]:
+def _checks(config_file: Path, url: str | None, model: str | None, tell: Callable[[str], None]) -> Iterator[Finding]:
     files, findings = check_files(config_file)
     yield from findings
     if files is None:
@@ -41,8 +43,13 @@ def _checks(config_file: Path, url: str | None, model: str | None) -> Iterator[F
     except CallFailed as error:
         yield warning("cortex", str(error))
         key = None
-    yield from _distinct(check_cortex(address, files, model, key))
+    yield from check_cortex(address, files, model, key, tell)
 
 
-def _distinct(findings: Iterable[Finding]) -> Iterable[Finding]:
-    return dict.fromkeys(findings)
+def _tell(text: str) -> None:
+    """Says what takes a while now; this is not a finding."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ignore(_text: str) -> None:
+    """Standard error stays empty for programs."""

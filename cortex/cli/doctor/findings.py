@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
+from shared.terminal.wording import counted
+
 
 class Verdict(str, Enum):
     """How bad a finding is. A fault ends in exit status 1."""
@@ -50,7 +52,7 @@ def summary(findings: Sequence[Finding]) -> str:
     """The last line."""
     counts = Counter(each.verdict for each in findings)
     faults, warnings = counts[Verdict.FAULT], counts[Verdict.WARNING]
-    return f"{_number(faults, 'fault')}, {_number(warnings, 'warning')}, {counts[Verdict.OK]} ok"
+    return f"{counted(faults, 'fault')}, {counted(warnings, 'warning')}, {counts[Verdict.OK]} ok"
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -60,7 +62,3 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
             {**each._asdict(), "verdict": each.verdict.value, "advice": each.advice or None} for each in findings
         ],
     }
-
-
-def _number(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"

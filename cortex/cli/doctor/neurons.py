@@ -32,7 +32,7 @@ SKEW_SECS: Final = 5.0
 
 
 class NeuronAnswers(NamedTuple):
-    """What one neuron told. `skew_secs`: how far its clock is ahead; None if it tells no time."""
+    """What one neuron told. `skew_secs`: how far its clock is ahead; None if the answer has no Date."""
 
     name: str
     discovery: Discovery
@@ -146,7 +146,7 @@ def _token(entry: NeuronEntry) -> list[Finding]:
     host = urlsplit(entry.endpoint).hostname or ""
     if entry.bearer_token is not None or host in ("localhost", "127.0.0.1", "::1"):
         return []
-    text = "it asks for no token: who reaches its port can run programs there"
+    text = "it asks for no token: anyone who can reach its port can run programs there"
     return [warning(entry.name, text, "set token_env in neuron.toml and cortex.toml")]
 
 

@@ -3,45 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from cortex.cli.client import CallFailed, call
+from cortex.cli.client import CallFailed, ErrorAnswer, NotConnected, base_url, call
 from cortex.cli.doctor.findings import Finding, fault, ok, warning
-from cortex.cli.doctor.this_host import DeploymentFiles, check_port
+from cortex.cli.doctor.this_host import DeploymentFiles, check_port, listen_url
 
 ANSWER_SECS: Final = 10.0
 COMPLETION_SECS: Final = 1800.0
 """A cold load included."""
 
 
-def check_cortex(url: str, files: DeploymentFiles, model: str | None, api_key: str | None) -> list[Finding]:
-    """Also a completion: of `model`, or of one that is loaded. Blocks."""
+def check_cortex(
+    url: str, files: DeploymentFiles, model: str | None, api_key: str | None, tell: Callable[[str], None]
+) -> Iterator[Finding]:
+    """Also a completion: of `model`, or of one that is loaded, announced by `tell`. Blocks."""
     try:
-        health = _ask(url, "/health", None)
+        nodes = _nodes_of(_health(url))
+    except NotConnected as error:
+        yield from _not_running(url, files, model, str(error))
+        return
     except CallFailed as error:
-        return _not_running(url, files, model, str(error))
-    if not isinstance(health, dict) or not isinstance(health.get("nodes"), dict):
-        return [
-            fault("cortex", f"{url} answers, but not like a cortex", "end that program, or change [gateway] listen")
-        ]
-    healthy, total = health["nodes"].get("healthy"), health["nodes"].get("total")
-    found = [_of_health(url, healthy, total)]
+        yield fault("cortex", str(error))
+        return
+    if nodes is None:
+        yield fault("cortex", f"{url} answers, but not like a cortex", "end that program, or change [gateway] listen")
+        return
+    yield _of_health(url, nodes.get("healthy"), nodes.get("total"))
     try:
         fleet = _ask(url, "/fleet", api_key)
     except CallFailed as error:
-        return [*found, warning("cortex", f"/fleet: {error}", "the checks that need a key are left out")]
+        yield warning("cortex", f"/fleet: {error}", "the checks that need a key are left out")
+        return
     if not isinstance(fleet, dict):
-        return [*found, fault("cortex", f"{url}/fleet answers, but not like a cortex", "is a proxy in between?")]
-    return [*found, *_of_fleet(fleet, files), *check_completion(url, fleet, model, api_key)]
+        yield fault("cortex", f"{url}/fleet answers, but not like a cortex", "is a proxy in between?")
+        return
+    yield from _of_fleet(fleet, files)
+    yield check_completion(url, fleet, model, api_key, tell)
 
 
-def _not_running(url: str, files: DeploymentFiles, model: str | None, reason: str) -> list[Finding]:
-    ports = [check_port(files, key) for key in ("listen", "metrics_listen")]
-    found = [warning("cortex", f"does not run: {reason.partition(';')[0]}", "start it: systemctl start cortex"), *ports]
+def _health(url: str) -> Any:
+    """A cortex without a healthy neuron answers 503."""
+    try:
+        return _ask(url, "/health", None)
+    except ErrorAnswer as error:
+        if _nodes_of(error.body) is None:
+            raise
+        return error.body
+
+
+def _nodes_of(health: Any) -> Mapping[str, Any] | None:
+    """The counts of neurons; None if no cortex wrote this."""
+    nodes = health.get("nodes") if isinstance(health, dict) else None
+    return nodes if isinstance(nodes, dict) else None
+
+
+def _not_running(url: str, files: DeploymentFiles, model: str | None, reason: str) -> Iterator[Finding]:
+    yield warning("cortex", f"does not run: {reason.partition(';')[0]}", "start it: systemctl start cortex")
+    if base_url(url) == listen_url(files.config):  # at another address it may run here nevertheless
+        yield from (check_port(files, key) for key in ("listen", "metrics_listen"))
     if model is not None:
-        found.append(fault("completion", f"{model} cannot be asked: cortex does not run"))
-    return found
+        yield fault("completion", f"{model} cannot be asked: cortex does not run")
 
 
 def _of_health(url: str, healthy: object, total: object) -> Finding:
@@ -74,11 +97,14 @@ def _of_fleet(fleet: Any, files: DeploymentFiles) -> list[Finding]:
     return found
 
 
-def check_completion(url: str, fleet: Any, model: str | None, api_key: str | None) -> list[Finding]:
+def check_completion(
+    url: str, fleet: Any, model: str | None, api_key: str | None, tell: Callable[[str], None]
+) -> Finding:
     """A chat of one token."""
     chosen = model or loaded_model(fleet)
     if chosen is None:
-        return [warning("completion", "not tried: no model is loaded", "name one with --model")]
+        return warning("completion", "not tried: no model is loaded", "name one with --model")
+    tell(f"asking {chosen} for an answer, which loads it if necessary ...")
     body = {"model": chosen, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
     began = time.monotonic()
     try:
@@ -86,10 +112,10 @@ def check_completion(url: str, fleet: Any, model: str | None, api_key: str | Non
     except CallFailed as error:
         # A model that the user did not name may be one for embeddings.
         report = warning if model is None else fault
-        return [report("completion", f"{chosen}: {error}", f"`cortex explain {chosen}`, docs/troubleshooting.md")]
+        return report("completion", f"{chosen}: {error}", f"`cortex explain {chosen}`, docs/troubleshooting.md")
     if not isinstance(answer, dict) or not answer.get("choices"):
-        return [fault("completion", f"{chosen}: the answer has no choices", f"`cortex logs {chosen}`")]
-    return [ok("completion", f"{chosen} answers after {time.monotonic() - began:.1f} s")]
+        return fault("completion", f"{chosen}: the answer has no choices", f"`cortex logs {chosen}`")
+    return ok("completion", f"{chosen} answers after {time.monotonic() - began:.1f} s")
 
 
 def loaded_model(fleet: Any) -> str | None:

@@ -28,6 +28,10 @@ from shared.settings import SettingsError
 LOW_DISK_BYTES: Final = 1 << 30
 _ANY: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - not listened on
 """Where to reach what listens on all addresses."""
+_LISTEN_ADVICE: Final = {
+    errno.EADDRINUSE: "end the program that uses it, or ",
+    errno.EACCES: "let this user use ports below 1024 (systemd: AmbientCapabilities=CAP_NET_BIND_SERVICE), or ",
+}
 _WRITTEN_BYTES: Final = 64 << 10  # a few records of usage
 
 
@@ -103,7 +107,9 @@ async def _check_tables(source: DatabaseSource) -> Finding:
     except DatabaseError as error:
         advice = "is it running, and are its address and password right?" if source.path is None else ""
         return fault("database", str(error), advice)
-    if version is not None and version > HEAD:
+    if version is None:
+        return ok("database", f"{source.shown} is empty; its tables are made when cortex starts")
+    if version > HEAD:
         return fault("database", f"{source.shown} was made by a newer cortex", "update this one")
     if version != HEAD:
         return warning(
@@ -118,7 +124,8 @@ def check_port(files: DeploymentFiles, key: str) -> Finding:
     try:
         bind(*parse_listen(address)).close()
     except ListenError as error:
-        return fault(key, str(error), f"end the program that uses it, or change [gateway] {key}")
+        code = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        return fault(key, str(error), f"{_LISTEN_ADVICE.get(code or 0, '')}change [gateway] {key}")
     return ok(key, f"{address} is free")
 
 

@@ -39,12 +39,19 @@ class CarriedOver:
         """The table of the model, if there is one."""
         return next((each for each in self.models if each["id"] == model_id), None)
 
+    def target(self, alias: str) -> str | None:
+        """The model that the alias stands for; None if there is no such alias."""
+        value = self.aliases.get(alias)
+        return value["model"] if isinstance(value, dict) else value
+
     def add_alias(self, alias: str, target: str, **changes: Any) -> None:
-        """Another name for a model, which may change requests. Notes a name that is taken."""
-        if self.model(alias) is not None or self.aliases.get(alias, target) != target:
+        """Another name for a model, which may change requests. Notes a name that is taken, and changes that differ
+        from those of the same alias before."""
+        value = {"model": target, **changes} if changes else target
+        if self.model(alias) is not None or self.target(alias) not in (None, target):
             self.note(alias, f"the alias for {target!r} is left out: the name is taken")
-        else:
-            self.aliases[alias] = {"model": target, **changes} if changes else target
+        elif self.aliases.setdefault(alias, value) != value:
+            self.note(alias, "its entries change requests differently: only the changes of the first are kept")
 
     def leave_out(self, entry: str, table: dict[str, Any], advice: dict[str, str], *, known: set[str]) -> None:
         """Notes the keys of a table that nothing was made of. `advice`: what to do about some of them; "" for nothing,
@@ -56,7 +63,7 @@ class CarriedOver:
 
 def models_toml(found: CarriedOver, source: str) -> str:
     """The file, with the notes as comments. Of valid tables: see `drop_invalid`."""
-    lines = [f"# Written by `cortex import` from {source}. Read the comments, then delete them.", ""]
+    lines = [f"# Written by `cortex import` from {one_line(source)}. Read the comments, then delete them.", ""]
     lines += _comments(found, "")
     for model in found.models:
         table = tomli_w.dumps({"models": model}).strip().replace("[models]", "[[models]]", 1)  # a table of its own
@@ -65,8 +72,13 @@ def models_toml(found: CarriedOver, source: str) -> str:
         lines += [tomli_w.dumps({"aliases": found.aliases}).strip(), ""]
     ids = {model["id"] for model in found.models}
     for entry in dict.fromkeys(note.entry for note in found.notes if note.entry and note.entry not in ids):
-        lines += [f"# {entry}:", *_comments(found, entry)]
+        lines += [f"# {one_line(entry)}:", *_comments(found, entry)]
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, which a TOML comment must not have."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 def _comments(found: CarriedOver, entry: str) -> list[str]:
@@ -75,7 +87,7 @@ def _comments(found: CarriedOver, entry: str) -> list[str]:
         for note in found.notes
         if note.entry == entry
         for line in textwrap.wrap(
-            " ".join(note.text.split()), 118, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
+            one_line(note.text), 118, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
         )
     ]
 
@@ -88,14 +100,14 @@ def drop_invalid(found: CarriedOver) -> None:
         except ValidationError as error:
             found.models.remove(table)
             found.note(str(table["id"]), f"left out: {': '.join(first_problem(error))}")
-    for alias, target in list(found.aliases.items()):
-        model_id = target["model"] if isinstance(target, dict) else target
+    for alias, value in list(found.aliases.items()):
+        model_id = found.target(alias)
         try:
-            Catalogue.model_validate({"models": [{"id": model_id}], "aliases": {alias: target}})
+            Catalogue.model_validate({"models": [{"id": model_id}], "aliases": {alias: value}})
         except ValidationError as error:
             del found.aliases[alias]
             found.note(alias, f"the alias is left out: {': '.join(first_problem(error))}")
         else:
-            if found.model(model_id) is None:
+            if model_id is None or found.model(model_id) is None:
                 del found.aliases[alias]
                 found.note(alias, f"the alias is left out: {model_id!r} is not carried over")

@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from cortex.cli.importing.carried import CarriedOver, drop_invalid, models_toml
+from cortex.cli.importing.carried import CarriedOver, drop_invalid, models_toml, one_line
 from cortex.cli.importing.litellm import read_litellm
 from cortex.cli.importing.llama_swap import read_llama_swap
 from cortex.cli.importing.ollama import read_directory, read_list
 from shared.terminal.command_line import fail
+from shared.terminal.wording import counted
 
 Program: TypeAlias = Literal["llama-swap", "litellm", "ollama"]
 
@@ -24,6 +25,8 @@ _PRESETS = {"llama": "llama.cpp", "sglang": "sglang", "infinity": "infinity"}
 def run_import(program: Program, source: Path, output: Path, *, force: bool, as_json: bool) -> int:
     """Writes `output` (standard output for `-`); the exit status."""
     to_stdout = str(output) == "-"
+    if to_stdout and as_json:
+        fail("cortex", "--json needs --output FILE: standard output cannot have both")
     if not to_stdout and not force and output.exists():
         fail("cortex", f"{output} exists: name another file with --output, or replace it with --force")
     try:
@@ -43,7 +46,8 @@ def run_import(program: Program, source: Path, output: Path, *, force: bool, as_
     elif as_json:
         sys.stdout.write(f"{json.dumps(_as_json(found, output), indent=2)}\n")
     else:
-        sys.stdout.write(f"{output}: {_count(found.models, 'model')}, {_count(found.aliases, 'alias', 'aliases')}\n")
+        models, aliases = counted(len(found.models), "model"), counted(len(found.aliases), "alias", "aliases")
+        sys.stdout.write(f"{output}: {models}, {aliases}\n")
         _report(found, sys.stdout.write)
     return 0
 
@@ -65,7 +69,7 @@ def _report(found: CarriedOver, write: Callable[[str], object]) -> None:
     if found.notes:
         write("\nNot carried over as it was:\n")
     for note in found.notes:
-        write(f"  {note.entry}: {note.text}\n" if note.entry else f"  {note.text}\n")
+        write(f"  {one_line(f'{note.entry}: {note.text}' if note.entry else note.text)}\n")
     if found.harnesses:
         write("\nneuron.toml of each host needs:\n")
     for name in sorted(found.harnesses):
@@ -80,7 +84,3 @@ def _as_json(found: CarriedOver, output: Path) -> Mapping[str, Any]:
         "notes": [{"entry": note.entry or None, "text": note.text} for note in found.notes],
         "harnesses": {name: _PRESETS[name] for name in sorted(found.harnesses)},
     }
-
-
-def _count(things: Any, one: str, many: str | None = None) -> str:
-    return f"{len(things)} {one if len(things) == 1 else many or f'{one}s'}"

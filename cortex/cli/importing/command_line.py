@@ -44,6 +44,9 @@ _CODE: Final = ("--trust-remote-code", "--rpc", "--tools")
 _NOT_CARRIED: Final = {
     "-mu": "give a file on the hosts, or a repository of the hub, as source",
     "--model-url": "give a file on the hosts, or a repository of the hub, as source",
+    "-hft": "set HF_TOKEN in `env` of [harness.NAME] in neuron.toml",
+    "--hf-token": "set HF_TOKEN in `env` of [harness.NAME] in neuron.toml",
+    "--admin-api-key": "neuron gives each engine a key of its own",
     "--api-key-file": "neuron gives each engine a key of its own",
     "--lora-modules": "write an entry with `base` and `lora` for each adapter",
     "--slot-save-path": "put it into extra_args of neuron.toml",
@@ -51,11 +54,21 @@ _NOT_CARRIED: Final = {
     "--path": "put it into extra_args of neuron.toml",
 }
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+_SECRET: Final = ("-hft", "--hf-token", "--admin-api-key", "--ssl-keyfile-password")
+"""Flags whose value is not shown."""
+_CONTAINER_SWITCHES: Final = frozenset((
+    "--detach", "--disable-content-trust", "--env-host", "--help", "--http-proxy", "--init", "--interactive",
+    "--no-healthcheck", "--no-hosts", "--oom-kill-disable", "--passwd", "--privileged", "--publish-all", "--quiet",
+    "--read-only", "--read-only-tmpfs", "--replace", "--rm", "--rmi", "--sig-proxy", "--tls-verify", "--tty",
+    "--unsetenv-all", "--use-api-socket",
+))  # fmt: skip
+"""Options of `docker run` and `podman run` without a value."""
+_SHORT_CONTAINER_SWITCHES: Final = "dhiPqt"
 
 
 def read_command(text: str, entry: str, found: CarriedOver) -> dict[str, Any] | None:
-    """The keys `harness`, `source`, `args` and the like for this command; None if it is of no engine that is known, or
-    names no model. What it cannot carry over is noted for `entry`."""
+    """The keys `harness`, `source`, `args` and the like for this command; None for an unknown engine or without
+    a model. What it cannot carry over is noted for `entry`."""
     lines = map(str.strip, text.splitlines())
     try:
         words = shlex.split(" ".join(line.rstrip("\\") for line in lines if not line.startswith("#")))
@@ -117,17 +130,34 @@ def _engine(words: list[str], entry: str, found: CarriedOver) -> tuple[str | Non
 
 
 def _in_container(words: list[str], entry: str, found: CarriedOver) -> tuple[str | None, list[str]]:
+    image, program, arguments = _container(words)
     images = {"llama.cpp": LLAMA, "llama-cpp": LLAMA, "vllm": VLLM, "sglang": SGLANG}
-    for place, word in enumerate(words[2:], 2):
-        harness = next((name for mark, name in images.items() if mark in word and not word.startswith("-")), None)
-        if harness is not None and words[place - 1] not in ("--name", "-v", "--volume", "--network", "-e", "--env"):
-            found.note(
-                entry, "ran in a container: neuron starts programs of the host, so paths must be those of the host"
-            )
-            rest = words[place + 1 :]
-            inner = _engine(rest, entry, found) if rest and not rest[0].startswith("-") else (None, [])
-            return (harness, _named_model(rest) if harness == VLLM else rest) if inner[0] is None else inner
-    return None, []
+    harness, rest = _engine([*program, *arguments], entry, found)
+    if harness is None and not program:  # the image's own program
+        harness = next((name for mark, name in images.items() if mark in image), None)
+        rest = _named_model(arguments) if harness == VLLM else arguments
+    if harness is not None:
+        found.note(entry, "ran in a container: neuron starts programs of the host, so paths must be those of the host")
+    return harness, rest
+
+
+def _container(words: list[str]) -> tuple[str, list[str], list[str]]:
+    """Of `docker run`: the image, the program of --entrypoint if there is one, and the arguments."""
+    rest, program = words[words.index("run") + 1 :] if "run" in words else [], list[str]()
+    while rest and rest[0].startswith("-"):
+        option, equals, value = rest.pop(0).partition("=")
+        if not equals and _takes_value(option):
+            value = rest.pop(0) if rest else ""
+        if option == "--entrypoint" and value:
+            program = [value]
+    return (rest[0], program, rest[1:]) if rest else ("", program, [])
+
+
+def _takes_value(option: str) -> bool:
+    """True if the next word is the value of this option of a container."""
+    if option.startswith("--"):
+        return option not in _CONTAINER_SWITCHES
+    return len(option[1:].lstrip(_SHORT_CONTAINER_SWITCHES)) == 1  # longer: the value follows without a space
 
 
 def _named_model(arguments: list[str]) -> list[str]:
@@ -151,6 +181,7 @@ class _Arguments:
         while rest:
             word = rest.pop(0)
             flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+            flag = flag.replace("_", "-")  # as vLLM and llama.cpp do
             if not self._takes(flag, lambda given=value if equals else None, rest=rest: _value(given, rest)):
                 self._kept.append(word)
         self._finish()
@@ -171,12 +202,9 @@ class _Arguments:
             self._split_over(kind, flag, value())
         elif harness != LLAMA and flag in ("--quantization", "-q"):
             self._keys["quant"] = value()
-        elif flag in _OF_DEVICES:
-            note(f"{flag} {value()}: left out; neuron chooses the GPUs")
-        elif flag in _MEMORY:
-            note(f"{flag} {value()}: left out; set vram_mb, the memory of the whole model in MiB")
-        elif flag in _NOT_CARRIED or flag.startswith("--ssl-"):
-            note(f"{flag} {value()}: left out; {_NOT_CARRIED.get(flag, 'neuron and cortex have TLS of their own')}")
+        elif (advice := _why_left_out(flag)) is not None:
+            text = value()
+            note(f"{flag if flag in _SECRET else f'{flag} {text}'}: left out; {advice}")
         elif harness == VLLM and flag.startswith("-") and owned_flag(flag) is not None:
             note(f"{flag}: left out; neuron sets it")
         else:
@@ -213,15 +241,26 @@ class _Arguments:
         self._found.note(self._entry, text)
 
 
+def _why_left_out(flag: str) -> str | None:
+    """What to do instead of this flag, which has a value; None if it can be carried over."""
+    if flag in _OF_DEVICES:
+        return "neuron chooses the GPUs"
+    if flag in _MEMORY:
+        return "set vram_mb, the memory of the whole model in MiB"
+    if flag.startswith("--ssl-"):
+        return "neuron and cortex have TLS of their own"
+    return _NOT_CARRIED.get(flag)
+
+
 def _kind_of_split(flag: str) -> str | None:
     return next((kind for kind, flags in _SPLIT.items() if flag in flags), None)
 
 
 def _value(given: str | None, rest: list[str]) -> str:
-    """A flag's value: behind `=`, or the next word."""
+    """A flag's value: behind `=`, or the next word. A few flags need none, as vLLM's --hf-token."""
     if given is not None:
         return given
-    return rest.pop(0) if rest else ""
+    return rest.pop(0) if rest and not rest[0].startswith("--") else ""
 
 
 def expanded(text: str, macros: Mapping[str, str]) -> str:

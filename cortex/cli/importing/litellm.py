@@ -7,6 +7,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cortex.cli.importing.carried import CarriedOver
+from cortex.cli.importing.yaml_values import as_list, as_number, as_table
 
 _HARNESSES: Final = {"hosted_vllm": "vllm", "vllm": "vllm", "infinity": "infinity", "sglang": "sglang"}
 _UNCLEAR: Final = ("openai", "text-completion-openai", "custom_openai", "openai_like", "litellm_proxy", "huggingface")
@@ -19,6 +20,7 @@ _DEFAULTS: Final = (
     "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "seed", "presence_penalty",
     "frequency_penalty", "reasoning_effort", "extra_body",
 )  # fmt: skip
+_IN_ENVIRONMENT: Final = "os.environ/"
 _NO_NOTE: Final = {"api_key": "", "api_base": "", "custom_llm_provider": "", "model": ""}
 _OF_ALL: Final = {
     "general_settings": "create keys with `cortex keys create NAME`; cortex.toml names the database",
@@ -33,18 +35,17 @@ _OF_ALL: Final = {
 def read_litellm(config: Mapping[str, Any]) -> CarriedOver:
     """The models and aliases of a parsed config.yaml."""
     found = CarriedOver()
-    for entry in _list(config.get("model_list")):
+    for entry in as_list(config.get("model_list")):
         if isinstance(entry, Mapping):
             _read_entry(entry, found)
-    router, settings = _table(config.get("router_settings")), _table(config.get("litellm_settings"))
-    for alias, target in _table(router.get("model_group_alias")).items():
+    router, settings = as_table(config.get("router_settings")), as_table(config.get("litellm_settings"))
+    for alias, target in as_table(router.get("model_group_alias")).items():
         name = target.get("model") if isinstance(target, Mapping) else target
-        known = found.aliases.get(str(name), name)
-        model_id = known["model"] if isinstance(known, dict) else known
-        if found.model(str(model_id)) is None:
+        model_id = found.target(str(name)) or str(name)
+        if found.model(model_id) is None:
             found.note(str(alias), f"the alias for {name!r} is left out: that model is not carried over")
         else:
-            found.add_alias(str(alias), str(model_id))
+            found.add_alias(str(alias), model_id)
     for table in (router, settings):
         for key in table:
             if key.endswith("fallbacks"):
@@ -62,8 +63,8 @@ def read_litellm(config: Mapping[str, Any]) -> CarriedOver:
 
 
 def _read_entry(entry: Mapping[str, Any], found: CarriedOver) -> None:
-    name, parameters = str(entry.get("model_name") or ""), _table(entry.get("litellm_params"))
-    provider, _, rest = str(parameters.get("model") or "").partition("/")
+    name, parameters = str(entry.get("model_name") or ""), as_table(entry.get("litellm_params"))
+    provider, rest = _provider_and_model(parameters)
     reason = _why_not(name, provider, rest, parameters)
     if reason is not None:
         found.note(name, f"left out: {reason}")
@@ -77,9 +78,12 @@ def _read_entry(entry: Mapping[str, Any], found: CarriedOver) -> None:
         found.models.append(table)
         if provider in _UNCLEAR:
             found.note(rest, f"{provider} does not say which engine it is: harness = {harness!r} is a guess")
+            variable = _variable(parameters.get("api_base"))
+            if variable:
+                found.note(rest, f"its address is in the variable {variable}: delete this model if that is a service")
     else:
         _count_replica(table, name, rest, found)
-    _read_numbers(table, entry, parameters)
+    _read_numbers(table, entry, parameters, found)
     defaults = {key: parameters[key] for key in _DEFAULTS if parameters.get(key) is not None}
     extra = defaults.pop("extra_body", {})
     changes = {**(extra if isinstance(extra, dict) else {}), **defaults}
@@ -91,14 +95,33 @@ def _read_entry(entry: Mapping[str, Any], found: CarriedOver) -> None:
     found.leave_out(rest, dict(parameters), _NO_NOTE, known=known)
 
 
+def _provider_and_model(parameters: Mapping[str, Any]) -> tuple[str, str]:
+    """`custom_llm_provider` names the provider if it is given; otherwise the first part of `model` does."""
+    model, provider = str(parameters.get("model") or ""), str(parameters.get("custom_llm_provider") or "")
+    if provider:
+        return provider, model.removeprefix(f"{provider}/")
+    prefix, _, rest = model.partition("/")
+    return prefix, rest
+
+
+def _variable(value: object) -> str:
+    """The environment variable of `os.environ/NAME`; "" for another value."""
+    text = str(value or "")
+    return text.removeprefix(_IN_ENVIRONMENT) if text.startswith(_IN_ENVIRONMENT) else ""
+
+
 def _why_not(name: str, provider: str, rest: str, parameters: Mapping[str, Any]) -> str | None:
     """Why the model cannot be one of cortex's; None if it can."""
-    host = urlsplit(str(parameters.get("api_base") or "")).hostname or ""
+    address = parameters.get("api_base")
+    try:
+        host = urlsplit(str(address or "")).hostname or ""
+    except ValueError:
+        return "its api_base is not an address"
     if "*" in name or "*" in rest:
         return "cortex has no wildcards; write each model"
     if provider in ("ollama", "ollama_chat"):
         return "import it from Ollama itself: `cortex import ollama`"
-    if provider not in _HARNESSES and (provider not in _UNCLEAR or not host):
+    if provider not in _HARNESSES and (provider not in _UNCLEAR or not (host or _variable(address))):
         return f"{provider or 'its provider'} is a service; cortex serves only models on its own neurons"
     if any(host == each or host.endswith(f".{each}") for each in _CLOUDS):
         return f"{host} is a service; cortex serves only models on its own neurons"
@@ -112,31 +135,34 @@ def _count_replica(table: dict[str, Any], name: str, model_id: str, found: Carri
         replicas["max"] += 1
 
 
-def _read_numbers(table: dict[str, Any], entry: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    info = _table(entry.get("model_info"))
+def _read_numbers(
+    table: dict[str, Any], entry: Mapping[str, Any], parameters: Mapping[str, Any], found: CarriedOver
+) -> None:
+    info = as_table(entry.get("model_info"))
     limit: dict[str, Any] = table.pop("limit", {})
+
+    def number(source: Mapping[str, Any], key: str, least: int) -> float | None:
+        """None, with a note, for what cannot be a limit or a price."""
+        value, read = source.get(key), as_number(source.get(key))
+        if value is not None and (read is None or read < least):
+            found.note(table["id"], f"{key} = {value!r}: left out; it must be a number of at least {least}")
+            return None
+        return read
+
     for key, ours in (("rpm", "rpm"), ("tpm", "tpm"), ("max_parallel_requests", "parallel")):
-        value = parameters.get(key)
-        if isinstance(value, int) and value > 0:  # of each deployment
-            limit[ours] = limit.get(ours, 0) + value
+        value = number(parameters, key, 1)
+        if value is not None:  # of each deployment
+            limit[ours] = limit.get(ours, 0) + int(value)
     for key, ours in (("max_input_tokens", "context"), ("max_tokens", "context"), ("max_output_tokens", "output")):
-        value = info.get(key)
-        if isinstance(value, int) and value > 0 and ours not in limit:
-            limit[ours] = value
+        value = number(info, key, 1)
+        if value is not None and ours not in limit:
+            limit[ours] = int(value)
     prices: dict[str, Any] = table.pop("prices", {})
     for key, ours in (("input_cost_per_token", "input"), ("output_cost_per_token", "output")):
-        value = parameters.get(key, info.get(key))
-        if isinstance(value, (int, float)) and value >= 0:
+        value = number(info if parameters.get(key) is None else parameters, key, 0)
+        if value is not None:
             prices[ours] = round(value * 1_000_000, 6)
     if prices:
         table["prices"] = prices
     if limit:
         table["limit"] = limit
-
-
-def _table(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -12,7 +12,8 @@ from cortex.cli.importing.carried import CarriedOver
 from cortex.cli.importing.command_line import LLAMA
 
 _LAYER: Final = "application/vnd.ollama.image."
-_DEFAULT_REGISTRY: Final = "registry.ollama.ai/library/"
+_NOT_IN_NAMES: Final = ("registry.ollama.ai/", "library/")
+"""What Ollama leaves out of a model's name: its own registry, and the namespace of that registry's own models."""
 _UNITS: Final = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _LINE: Final = re.compile(r"(?P<name>\S+)\s+\S+\s+(?P<size>[\d.]+)\s*(?P<unit>[KMGT]B)\b.*")
 _HUB: Final = ("hf.co/", "huggingface.co/")
@@ -69,13 +70,19 @@ def _of_manifest(directory: Path, manifests: Path, path: Path) -> OllamaModel | 
     if "model" not in blobs:
         return None
     where = path.relative_to(manifests)
-    name = f"{where.parent.as_posix().removeprefix(_DEFAULT_REGISTRY.rstrip('/')).lstrip('/')}:{where.name}"
+    name = f"{_short_name(where.parent.as_posix())}:{where.name}"
     try:
         parameters = json.loads(blobs["params"].read_text(encoding="utf-8")) if "params" in blobs else {}
     except (OSError, ValueError):
         parameters = {}
     others = tuple(kind for kind in ("template", "system", "adapter", "messages") if kind in layers)
     return OllamaModel(name, layers["model"][1], blobs["model"], parameters, blobs.get("projector"), others)
+
+
+def _short_name(path: str) -> str:
+    """As Ollama and its clients call the model."""
+    registry, namespace = _NOT_IN_NAMES
+    return path.removeprefix(registry).removeprefix(namespace) if path.startswith(registry) else path
 
 
 def _carried(models: Iterator[OllamaModel]) -> CarriedOver:

@@ -191,12 +191,16 @@ class RequestAccount:
         if usage is not None:
             prompt, completion, cached = usage.prompt, usage.completion, usage.cached
             if left and self._request.anthropic:  # the first event has told the prompt, and no more is known
-                completion = max(completion, self._most_completion(sent))
+                most = self._most_completion(sent)
+                if most > completion:
+                    self._context.control.limiter.settle_estimate(grant, prompt, most, cached)
+                    return
         elif relay is not None and relay.status < 400:  # the client has left, or the engine does not count
             bound = self._bound
             assert bound is not None
             prompt = min(bound.prompt, self._body_bytes, UNKNOWN_CONTEXT)
-            completion = self._most_completion(sent)
+            self._context.control.limiter.settle_estimate(grant, prompt, self._most_completion(sent), 0)
+            return
         self._context.control.limiter.settle(grant, prompt, completion, cached)
 
     def _most_completion(self, sent: int) -> int:

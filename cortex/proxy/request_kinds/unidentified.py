@@ -10,7 +10,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.errors import shutting_down
 from cortex.http.handler import Handler
 from cortex.http.request import Request
-from shared.errors import ServiceError
+from shared.errors import ServiceError, internal_error
 from shared.request_ids import request_id as make_request_id
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class UnidentifiedRequest:
             handler = await self._find()
         except Exception:
             log.exception("the sender of a request is not found")
-            self._refuse(ServiceError("internal error, see the service's log"))
+            self._refuse(internal_error())
             return
         self._handler = handler
         try:

@@ -210,6 +210,16 @@ async def test_unreachable_server_is_named_without_its_password(tmp_path: Path) 
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:pass", "one,two:pass"])
+async def test_a_url_that_the_driver_cannot_read(host: str) -> None:
+    """It raises an error of its own, with what it cannot read. Only cortex.toml's check comes before it."""
+    source = database_source(f"postgresql://me:secret@{host}/db", None)
+    assert source is not None
+    with pytest.raises(DatabaseError, match="cannot read the URL: check its host, port and parameters") as caught:
+        await open_database(source)
+    assert "secret" not in str(caught.value)
+
+
 def test_without_state_directory_there_is_none() -> None:
     """`cortex dev` keeps nothing."""
     assert database_source(None, None) is None

@@ -70,7 +70,13 @@ def test_expiry(value: str | date, secs: float) -> None:
     assert parse_expiry(value, NOW) == NOW + secs
 
 
-@pytest.mark.parametrize(("value", "reason"), [("soon", "invalid time 'soon'"), ("2026-11-28", "is in the past")])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("soon", "invalid time 'soon': write it as 30d, 2027-01-31 or 2027-01-31T12:00:00Z"),
+        ("2026-11-28", "is in the past"),
+    ],
+)
 def test_wrong_expiry(value: str, reason: str) -> None:
     """A key that has expired when it is made is a mistake."""
     with pytest.raises(ValueError, match=reason):
@@ -177,7 +183,10 @@ def test_keys_of_the_environment() -> None:
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nrole = "root"', "role: must be 'user', 'viewer'"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nrpm = "5"', "rpm: must be a whole number"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nbudget = "5"', "budget: invalid budget '5'"),
-        (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nexpires = "30d"', "keys[0] (a): expires: invalid time '30d'"),
+        (
+            f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nexpires = "30d"',
+            "expires: invalid time '30d': write it as 2027-01-31 or ",
+        ),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\nbudget = ["1EUR/day", "2EUR/day"]', "the same unit and window"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\n[[keys]]\nname = "b"\nkey = "{SECRET}"', "same key: a, b"),
         (f'[[keys]]\nname = "a"\nkey = "{SECRET}"\n[[keys]]\nname = "a"\nkey = "x"', "same name: a, a"),
@@ -224,11 +233,26 @@ def test_budgets_in_another_currency_than_the_prices(tmp_path: Path) -> None:
     text = '[[keys]]\nname = "a"\nkey = "sk-a"\nbudget = "5USD/day"\n'
     (tmp_path / "keys.toml").write_text(text, encoding="utf-8")
     assert keys_in_file(tmp_path / "keys.toml", "USD")[0].limits.total.budgets == (Budget(5, "USD", "day"),)
-    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, as the prices"
+    problem = r"keys\[0\] \(a\): the budget 5USD/day must be in EUR, the currency of the prices"
     with pytest.raises(SettingsError, match=problem):
         keys_in_file(tmp_path / "keys.toml", "EUR")
     with pytest.raises(SettingsError, match=problem):
         keys_in_environment({"CORTEX_KEYS": text}, "EUR")
+
+
+@pytest.mark.parametrize("line", ["ci: sha256:{}", "ci:SHA256:{}", " ci :\tsha256:{} "])
+def test_a_hash_never_becomes_a_key(line: str) -> None:
+    """It is kept where keys are not, such as Git: the key opens cortex, and the text of its hash does not."""
+    digest = digest_of(SECRET).hex()
+    (key,) = keys_in_environment({"CORTEX_KEYS": line.format(digest)})
+    assert (key.name, key.digest) == ("ci", digest_of(SECRET))
+
+
+@pytest.mark.parametrize("kind", ["sha256", "SHA256"])
+def test_a_hash_in_place_of_a_key(kind: str) -> None:
+    text = f'[[keys]]\nname = "ci"\nkey = "{kind}:{digest_of(SECRET).hex()}"'
+    with pytest.raises(SettingsError, match=r"keys\[0\] \(ci\): key: is a SHA-256, not a key: write sha256 instead"):
+        keys_in_environment({"CORTEX_KEYS": text})
 
 
 def test_wrong_lines_of_the_environment() -> None:

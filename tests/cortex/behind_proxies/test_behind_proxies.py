@@ -163,6 +163,28 @@ async def test_client_that_leaves_stops_its_engine(
         await asyncio.wait_for(engine.connections[-1].gone.wait(), 10)
 
 
+@pytest.mark.parametrize("kind", ["nginx", "caddy"])
+async def test_clients_of_the_documented_proxies_may_only_use_models(
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, tmp_path: Path, kind: str
+) -> None:
+    """Also while there is no key: cortex tells them from programs on its own host."""
+    engine.script = tokens
+    cortex = await start_cortex([benjy], [{"id": MODEL}])
+    proxy = (
+        nginx(cortex.url, tmp_path, documented_nginx())
+        if kind == "nginx"
+        else caddy(cortex.url, tmp_path, documented_caddy())
+    )
+    async with proxy as url, aiohttp.ClientSession() as http:
+        assert len(await lines(url)) == len(TOKENS)
+        async with http.get(f"{url}/fleet") as answer:
+            assert answer.status == 403
+        async with http.post(f"{url}/keys", json={"name": "mine", "role": "admin"}) as answer:
+            assert answer.status == 403
+    async with cortex.http.get(f"{cortex.url}/fleet") as answer:
+        assert answer.status == 200
+
+
 async def endless(wire: Wire, received: Received) -> None:
     await wire.send(stream_head())
     while True:

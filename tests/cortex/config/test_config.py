@@ -94,6 +94,36 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in caught.value.problems[0]
 
 
+@pytest.mark.parametrize(
+    "password", ["pa/zzz", "12/zzz", "12#zzz", "12?zzz", "pa?zzz", "pa@zzz", "1/x@zzz", "p[zzz", "p%40zzz"]
+)
+def test_a_database_whose_password_is_not_escaped(tmp_path: Path, password: str) -> None:
+    """A part of it would be taken for a port or for the database's name, and shown in messages. This one shows none."""
+    end = "" if password == "p%40zzz" else "@db/cortex"  # without an unescaped @ there is no password at all
+    url = f"postgresql://cortex:{password}{end}"
+    with pytest.raises(SettingsError, match="in the user and the password write / as %2F") as caught:
+        load(tmp_path, f"database = '{url}'")
+    assert "zzz" not in str(caught.value)
+    with pytest.raises(SettingsError, match="environment CORTEX_DATABASE: database = not shown: cannot be read"):
+        load(tmp_path, "", CORTEX_DATABASE=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://db/cortex",
+        "postgres://cortex:pa%2Fss%40x@db:5432/cortex?sslmode=verify-full",
+        "postgresql://cortex@[::1]:5432/cortex",
+        "postgresql://cortex:pass@one:5432,two:5433,[::1]/cortex",
+        "postgresql://cortex:pass@/cortex?host=/run/postgresql",
+        "postgresql:///cortex?host=/run/postgresql",
+        "postgresql://cortex@%2Frun%2Fpostgresql/cortex",
+    ],
+)
+def test_urls_of_databases(tmp_path: Path, url: str) -> None:
+    assert load(tmp_path, f"database = '{url}'").database == url
+
+
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token comes from the file or the environment; the file wins. An endpoint's trailing slash is dropped."""
     monkeypatch.setenv("BEAST_TOKEN", "from environment")

@@ -147,20 +147,44 @@ ALL_REVOKED = KeyTable(configured=True)
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("proxied", [False, True])
 def test_who_may_come_without_a_key(peer: str, anonymous: bool, trust: bool, proxied: bool) -> None:
-    """As docs/keys.md has it: this host while there are no keys or it is trusted, others only if that is allowed, and
-    then behind all with a key. "" is the address of a client that has reset its connection."""
+    """As docs/keys.md has it: this host while there are no keys or it is trusted; clients of a proxy on it, who may be
+    anyone, while there are no keys; others only if that is allowed, and then behind all with a key. "" is the address
+    of a client that has reset its connection."""
     config = CortexConfig.model_validate({"gateway": {"allow_anonymous": anonymous}, "auth": {"trust_loopback": trust}})
     here = peer != "" and not peer.startswith(("192", "2001"))
     for keys, local in ((KeyTable(), ANONYMOUS), (SOME_KEY, LOOPBACK), (ALL_REVOKED, LOOPBACK)):
         authentication = Authentication(keys, config)
         asked = request_from(peer, *(["X-Forwarded-For: 192.0.2.7"] if proxied else []))
-        if here and (keys.empty or (trust and not proxied)):
+        if here and not proxied and (keys.empty or trust):
             assert authentication.caller_of(asked) is local
-        elif anonymous:
+        elif anonymous or (here and keys.empty):
             assert authentication.caller_of(asked) is GUEST
         else:
             with pytest.raises(Unauthorized, match="requires an API key"):
                 authentication.caller_of(asked)
+
+
+@pytest.mark.parametrize("line", ["X-Forwarded-For: 192.0.2.7", "Forwarded: for=192.0.2.7"])
+async def test_a_proxy_on_this_host_gives_no_rights_without_keys(
+    start_cortex: StartCortex, benjy: V1Neuron, engine: RawEngine, line: str
+) -> None:
+    """Its clients may use models. The refusal of everything else says what to do; a program on this host may do it."""
+    cortex = await start_cortex([benjy], [{"id": MODEL}])
+    json_line = "Content-Type: application/json"
+    assert (await ask(cortex, "POST", "/v1/chat/completions", line, json_line, body=BODY)).status == 200
+    assert (await ask(cortex, "GET", "/v1/models", line)).status == 200
+    for method, target, needed in (
+        ("GET", "/fleet", "viewer"),
+        ("POST", f"/fleet/nodes/{benjy.name}/drain", "operator"),
+        ("POST", "/keys", "admin"),
+    ):
+        answer = await ask(cortex, method, target, line, json_line, body=b"{}" if method == "POST" else b"")
+        assert answer.status == 403
+        message = error_of(answer)["message"]
+        assert f"needs the role {needed}; without an API key you have the role user" in message
+        assert "create a key on cortex's host with `cortex keys create NAME --admin" in message
+    assert (await ask(cortex, "GET", "/fleet")).status == 200
+    assert (await ask(cortex, "GET", "/keys")).status == 200
 
 
 def test_a_wrong_key_is_an_error_even_where_none_is_needed() -> None:

@@ -24,6 +24,7 @@ from cortex.app import working
 from cortex.config.settings import CortexConfig
 from cortex.proxy.paths import INFERENCE_PATHS
 from cortex.upstream.address import Address
+from shared.errors import internal_error
 from shared.serve import bind
 from tests.cortex.conftest import RunningCortex
 from tests.cortex.cortex_process import TOP
@@ -45,6 +46,7 @@ class CountedLimiter:
     def __init__(self, model_terms: ModelTermsTable) -> None:
         self.asks = False
         self.settled: list[tuple[int, int, int]] = []
+        self.estimates = 0
         self._limiter = LocalLimiter(model_terms)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,6 +64,11 @@ class CountedLimiter:
     def settle(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
         self.settled.append((prompt, completion, cached))
         self._limiter.settle(grant, prompt, completion, cached)
+
+    def settle_estimate(self, grant: Grant, prompt: int, completion: int, cached: int) -> None:
+        self.settled.append((prompt, completion, cached))
+        self.estimates += 1
+        self._limiter.settle_estimate(grant, prompt, completion, cached)
 
 
 class Door:
@@ -216,7 +223,7 @@ async def test_usage_of_every_path_is_recorded_and_settled(door: Door, engine: R
     assert (record.path, record.status, record.cold, record.complete) == (target, 200, False, True)
     assert abs(record.ended_at - time.time()) < 60
     if prompt is not None:
-        assert door.limiter.settled == [(prompt, completion, cached)]
+        assert (door.limiter.settled, door.limiter.estimates) == ([(prompt, completion, cached)], 0)
     assert door.limiter._running == {}
 
 
@@ -288,7 +295,7 @@ async def test_a_client_that_leaves_is_charged_what_is_known(door: Door, engine:
         await leaving.incoming.readuntil(b"finish_reason")
     (record,) = await door.ended()
     assert (record.status, record.complete, record.prompt_tokens) == (200, False, None)
-    assert door.limiter.settled == [(len(body), 10, 0)]
+    assert (door.limiter.settled, door.limiter.estimates) == ([(len(body), 10, 0)], 1)
     assert door.limiter._running == {}
 
 
@@ -307,7 +314,7 @@ async def test_a_message_whose_client_leaves_is_charged_its_answer(door: Door, e
         await leaving.incoming.readuntil(b"finish_reason")
     (record,) = await door.ended()
     assert (record.complete, record.prompt_tokens, record.completion_tokens) == (False, 30, 1)
-    assert door.limiter.settled == [(30, 10, 16)]
+    assert (door.limiter.settled, door.limiter.estimates) == ([(30, 10, 16)], 1)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +387,6 @@ async def test_a_fault_of_cortex_is_answered(cortex: RunningCortex) -> None:
     limiter.use_keys({"7": KeyLimits(Limits(rpm=RPM))})
     async with opened(Broken(cortex.parts.resolver, limiter), limiter) as door:
         answer = await door.ask()
-        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (500, "internal_error")
+        assert (answer.status, json.loads(answer.body)) == (500, internal_error().body())
         assert [record.status for record in await door.ended()] == [500]
         assert limiter.settled == [(0, 0, 0)]

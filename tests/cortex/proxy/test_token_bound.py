@@ -65,6 +65,8 @@ def test_a_prompt_that_the_body_only_refers_to_may_fill_the_context() -> None:
         ("/v1/responses", rb'{"c\u006Fnversation": "c"}'),
         ("/v1/completions", rb'{"\u0070rompt_embeds": "x"}'),
         ("/v1/chat/completions", rb'{"messages": [{"content": [{"typ\u0065": "im\u0061ge_url"}]}]}'),
+        ("/v1/chat/completions", rb'{"messages": [{"content": [{"t\u0079pe": "image_url"}]}]}'),
+        ("/v1/chat/completions", rb'{"messages": [{"content": [{"type": "\u0069mage"}]}]}'),
     ],
 )
 def test_no_spelling_hides_what_the_body_refers_to(path: str, body: bytes) -> None:

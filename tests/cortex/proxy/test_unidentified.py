@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import cast
 
 import pytest
@@ -12,7 +13,7 @@ from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.http.server import accepting
 from cortex.proxy.request_kinds.unidentified import UnidentifiedRequest
-from shared.errors import ServiceError
+from shared.errors import ServiceError, internal_error
 from shared.serve import bind
 from tests.cortex.raw_http import Truncated, connected, request
 
@@ -89,4 +90,5 @@ async def test_a_bug_leaves_no_client_without_an_end(finds: bool) -> None:
                 await client.ask(request(b"{}"))
             await dispatcher.abandoned.wait()
         else:
-            assert (await client.ask(request(b"{}"))).status == 500
+            answer = await client.ask(request(b"{}"))
+            assert (answer.status, json.loads(answer.body)["error"]["message"]) == (500, internal_error().message)

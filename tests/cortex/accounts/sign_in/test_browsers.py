@@ -279,6 +279,23 @@ async def test_behind_a_proxy(tmp_path: Path, benjy: V1Neuron, issuer: SmallIssu
         assert (await alice.get(f"{cortex.url}/login", Host="evil.example.com"))[0] == 403
 
 
+async def test_signing_out_while_the_database_fails(tmp_path: Path, benjy: V1Neuron, issuer: SmallIssuer) -> None:
+    """The browser is told that the session could not be ended, and has it no more."""
+    auth = {"oidc": issuer.settings()}
+    async with (
+        browser() as alice,
+        cortex_process(tmp_path, [benjy], [], state_dir="state", auth=auth) as cortex,
+    ):
+        await alice.sign_in(cortex.url)
+        assert "cortex_session" in alice.cookies
+        with contextlib.closing(sqlite3.connect(tmp_path / "state/cortex.db")) as database:
+            database.execute("ALTER TABLE sessions RENAME TO lost")
+            database.commit()
+        status, answer = await alice.post(f"{cortex.url}/logout")
+        assert (status, answer["error"]["code"]) == (503, "database_unavailable")
+        assert "cortex_session" not in alice.cookies
+
+
 async def test_two_cortexes(
     tmp_path: Path, benjy: V1Neuron, issuer: SmallIssuer, new_postgresql: Callable[[], str]
 ) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
 from cortex.accounts.database.tables import USAGE_TOKENS
@@ -21,6 +25,7 @@ from cortex.accounts.usage.recorder import Recorder
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import ErrorCode
 from tests.cortex.accounts.usage.records import usage_record
+from tests.cortex.raw_http import until
 
 DAY = 1_795_910_400  # 2026-11-29T00:00:00Z
 PRICES = PriceList("EUR", {"a": Prices(1.0, 0.0, 2.0)})
@@ -117,6 +122,32 @@ async def test_a_database_that_is_gone_is_said(database: Database, tmp_path: Pat
     with pytest.raises(Unavailable, match="cannot be read from") as caught:
         await sums(reports, EVERYTHING, "EUR")
     assert caught.value.code == ErrorCode.DATABASE_UNAVAILABLE
+
+
+async def test_reports_of_one_key_leave_room_for_others(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = await record(database, tmp_path, *some_records())
+    reading, go_on, read = database.reading, asyncio.Event(), 0
+
+    @contextlib.asynccontextmanager
+    async def slowly() -> AsyncIterator[AsyncConnection]:
+        nonlocal read
+        task = asyncio.current_task()
+        if task is not None and task.get_name() == "user":
+            read += 1
+            await go_on.wait()
+        async with reading() as connection:
+            yield connection
+
+    monkeypatch.setattr(database, "reading", slowly)
+    own = replace(EVERYTHING, key_id="k1")
+    tasks = [asyncio.create_task(sums(reports, own, "EUR"), name="user") for _ in range(database_reports.AT_ONCE + 1)]
+    await until(lambda: read > 0)
+    assert len(await sums(reports, EVERYTHING, "EUR")) == 1
+    assert read == 1
+    go_on.set()
+    assert [len(found) for found in await asyncio.gather(*tasks)] == [1] * len(tasks)
 
 
 async def page(reports: DatabaseReports, kind: Kind, **given: Any) -> dict[str, Any]:

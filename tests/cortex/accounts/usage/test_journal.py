@@ -144,6 +144,28 @@ async def test_what_a_full_disk_loses_at_the_end_is_said(
     assert [getattr(record, "request_id", "") for record in caplog.records] == [None, None]
 
 
+async def test_records_that_a_bug_loses_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("a bug")
+
+    dropped: list[int] = []
+    usage = UsageJournal(tmp_path, PRICES, dropped.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(usage._writer, "write", broken)
+        for _ in range(3):
+            usage.add(usage_record())
+        usage._write()
+        await until(lambda: usage._writing is None)
+    assert dropped == [3]
+    assert "RuntimeError: a bug" in caplog.text
+    last = usage_record()
+    usage.add(last)
+    await usage.close()
+    assert read(files(tmp_path)[0]) == (PRICES, [last])
+
+
 async def test_a_write_that_stops_in_the_middle_of_a_line_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,29 +194,39 @@ async def has_more(database: Database, rows: int) -> None:
         pass
 
 
+def settings_of(source: DatabaseSource, directory: Path) -> bytes:
+    settings = RecorderSettings(
+        directory=str(directory),
+        database_file=None if source.path is None else str(source.path),
+        database_url=source.url,
+        database_shown=source.shown,
+        retention_days=0,
+        daily_retention_days=0,
+        log_level="info",
+        log_format="text",
+    )
+    return msgspec.json.encode(settings) + b"\n"
+
+
+async def test_settings_that_cannot_be_read_end_the_recorder(source: DatabaseSource, tmp_path: Path) -> None:
+    """cortex starts another. It must not run on without listening to the end of its input."""
+    given = settings_of(source, tmp_path / "usage") + b'{"directory": 1}\n'
+    with started("-m", MODULE, settings=given) as recorder:
+        assert await asyncio.to_thread(recorder.wait, 60) == 0
+
+
 async def test_kills_lose_and_repeat_nothing(source: DatabaseSource, database: Database, tmp_path: Path) -> None:
     """Writers and recorders are killed again and again, at any moment; in the end each record is there once."""
     directory = tmp_path / "usage"
-    settings = msgspec.json.encode(
-        RecorderSettings(
-            directory=str(directory),
-            database_file=None if source.path is None else str(source.path),
-            database_url=source.url,
-            database_shown=source.shown,
-            retention_days=0,
-            daily_retention_days=0,
-            log_level="info",
-            log_format="text",
-        )
-    )
+    settings = settings_of(source, directory)
     written: dict[str, int] = {}
     for name in ("a", "b"):
         with started("-c", _WRITE, str(directory), name) as writer:
             before = await count(database, USAGE)
-            with started("-m", MODULE, settings=settings + b"\n"):
+            with started("-m", MODULE, settings=settings):
                 await has_more(database, before + 50)
             written[name] = written_before_kill(writer)
-    with started("-m", MODULE, settings=settings + b"\n") as recorder:
+    with started("-m", MODULE, settings=settings) as recorder:
         assert recorder.stdin is not None
         recorder.stdin.close()
         await asyncio.to_thread(recorder.wait)

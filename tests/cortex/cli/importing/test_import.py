@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cortex.config.catalogue import Catalogue, load_catalogue
-from cortex.config.files import catalogue_problems
-from neuron.harness.command.preset_files import on_preset
+from cortex.config.catalogue import load_catalogue
+from tests.cortex.cli.importing.import_command import about, imported, run
 
 LLAMA_SWAP = """
 healthCheckTimeout: 500
@@ -122,40 +119,6 @@ llama3.1:8b                                        46e0c10c039e    4.9 GB    5 w
 hf.co/bartowski/Llama-3.2-3B-Instruct-GGUF:Q4_K_M  4b7a1f2c0d1e    2.0 GB    3 months ago
 hf.co/unsloth/Qwen3-0.6B-GGUF:latest               0a1b2c3d4e5f    610 MB    2 days ago
 """
-
-
-def run(*arguments: str, stdin: str = "", cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "cortex", "import", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={"PYTHONPATH": str(Path(__file__).parents[4]), "PATH": "/usr/bin:/bin", "HOME": str(cwd)},
-        check=False,
-    )
-
-
-def imported(tmp_path: Path, program: str, text: str) -> tuple[Catalogue, dict[str, Any], list[tuple[str | None, str]]]:
-    """The catalogue that is written, the tables of its models by id, and the notes; checks that cortex and neuron would
-    accept it."""
-    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
-    ended = run(program, "config.yaml", "--json", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    answer = json.loads(ended.stdout)
-    catalogue = load_catalogue(tmp_path / "models.toml")
-    assert catalogue_problems(catalogue, tmp_path / "models.toml") == []
-    reserved = set(on_preset({"preset": "llama.cpp"})["reserved_arguments"])
-    for model in catalogue.models:
-        assert model.harness != "llama" or reserved.isdisjoint(model.args)
-    assert [model.id for model in catalogue.models] == answer["models"]
-    tables = {each.id: each.model_dump(exclude_unset=True, exclude={"id"}) for each in catalogue.models}
-    return catalogue, tables, [(note["entry"], note["text"]) for note in answer["notes"]]
-
-
-def about(notes: list[tuple[str | None, str]], entry: str | None) -> str:
-    return "\n".join(text for name, text in notes if name == entry)
 
 
 def test_llama_swap(tmp_path: Path) -> None:
@@ -276,6 +239,7 @@ def test_ollama_directory(tmp_path: Path) -> None:
             "registry.ollama.ai/me/seer/latest",
             [layer("model", "aa", 10**9), layer("projector", "cc", 4), layer("system", "dd", 9)],
         ),
+        ("registry.example/library/other/1b", [layer("model", "aa", 10**9)]),
         ("hf.co/org/name-GGUF/Q4_K_M", [layer("model", "aa", 10**9)]),
     ):  # fmt: skip
         path = models / "manifests" / place
@@ -288,10 +252,12 @@ def test_ollama_directory(tmp_path: Path) -> None:
     llama = catalogue.profile("llama3.1:8b")
     assert llama is not None
     assert (llama.source, llama.max_model_len, llama.vram_mb) == (str(blobs / "sha256-aa"), 16384, 6108)
-    seer = catalogue.profile("registry.ollama.ai/me/seer:latest")
+    seer = catalogue.profile("me/seer:latest")
     assert seer is not None
     assert seer.args == ("--mmproj", str(blobs / "sha256-cc"))
+    assert catalogue.targets["me/seer"] == "me/seer:latest"
     assert catalogue.profile("hf.co/org/name-GGUF:Q4_K_M") is not None
+    assert catalogue.profile("registry.example/library/other:1b") is not None
     assert "temperature = 0.6" in ended.stdout
     assert "its system message is left out" in ended.stdout
     assert '[harness.llama]\n  preset = "llama.cpp"' in ended.stdout
@@ -315,6 +281,9 @@ def test_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text(ended.stdout, encoding="utf-8")
     assert len(load_catalogue(tmp_path / "models.toml").models) == 2
     assert "llama3.1:8b: left out" in ended.stderr
+    both = run("ollama", "-", "-o", "-", "--json", stdin=OLLAMA_LIST, cwd=tmp_path)
+    assert (both.returncode, both.stdout) == (1, "")
+    assert "--json needs --output FILE" in both.stderr
 
 
 @pytest.mark.parametrize(
