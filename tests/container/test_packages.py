@@ -59,6 +59,7 @@ def test_from_a_fresh_debian_to_nothing_left(system: System, tmp_path: Path) -> 
     system.shell("dpkg --force-unsafe-io -i /packages/*_1.0_*.deb", timeout=300)
     assert system.run("systemctl", "is-active", "cortex", "neuron").split() == ["active", "active"]
 
+    remove_and_install(system)
     first_answer(system, tmp_path)
     upgrade_under_load(system)
     purge(system)
@@ -68,6 +69,18 @@ def test_from_a_fresh_debian_to_nothing_left(system: System, tmp_path: Path) -> 
     ] == []
     assert system.run("cat", "/etc/passwd", "/etc/group") == users_before
     assert system.shell("pgrep -fa '[c]ortex|[n]euron' || true") == ""
+
+
+def remove_and_install(system: System) -> None:
+    """Enabled is what was enabled before."""
+    system.run("systemctl", "disable", "neuron")
+    system.run("dpkg", "--remove", "cortex", "neuron", timeout=300)
+    assert system.shell("systemctl is-active cortex neuron || true").split() == ["inactive", "inactive"]
+    system.shell("dpkg --force-unsafe-io -i /packages/*_1.0_*.deb", timeout=300)
+    assert system.shell("systemctl is-enabled cortex neuron || true").split() == ["enabled", "disabled"]
+    assert system.shell("systemctl is-active cortex neuron || true").split() == ["active", "inactive"]
+    system.run("systemctl", "enable", "--now", "neuron")
+    assert system.shell("ls -A /etc/cortex /etc/neuron | grep removal || true") == ""
 
 
 def first_answer(system: System, scratch: Path) -> None:
