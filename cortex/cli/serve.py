@@ -235,5 +235,9 @@ def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | 
             "state_dir in cortex.toml"
         )
     if directory is not None and not is_writable(directory):
-        log.warning("no state can be kept in %s, which cannot be written: set state_dir in cortex.toml", directory)
+        log.warning(
+            "no state can be kept in %s, which cannot be written: give cortex's user the right to write there, or set "
+            "another state_dir in cortex.toml",
+            directory,
+        )
     return directory
