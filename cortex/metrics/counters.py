@@ -15,7 +15,7 @@ import msgspec
 
 from cortex.routing.replica import ModelOnNode
 
-Buckets: TypeAlias = tuple[float, ...]  # of whatever length: compiled code would take one of fixed length apart
+Buckets: TypeAlias = tuple[float, ...]  # of any length: compiled code takes one of fixed length apart
 REQUEST_BUCKETS: Buckets = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 FIRST_BYTE_BUCKETS: Buckets = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds in seconds; one more bucket holds what is above the last."""

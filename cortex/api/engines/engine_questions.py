@@ -31,7 +31,7 @@ class EngineQuestions:
 
         Raises:
             NoAnswer: no answer, one with a status other than 200, or one larger than `max_bytes`.
-            NeuronRefused, NeuronUnreachable: a protocol v1 neuron, which is asked for the endpoint, does not tell it.
+            NeuronRefused, NeuronUnreachable: a protocol v1 neuron did not give its endpoint when asked.
         """
         try:
             endpoint = await self._endpoint(engine)

@@ -34,14 +34,14 @@ class UnidentifiedRequest:
         try:
             handler = await self._find()
         except Exception:
-            log.exception("the sender of a request is not found")
+            log.exception("cannot find the sender of a request")
             self._refuse(internal_error())
             return
         self._handler = handler
         try:
             handler.begin()
         except Exception:
-            log.exception("a request cannot begin")
+            log.exception("cannot begin a request")
             self._client.cut()  # as for any other request: part of an answer may have been written
 
     def abandon(self) -> None:
