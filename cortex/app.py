@@ -29,6 +29,7 @@ from cortex.api.app_keys import (
     LIVE,
     LOADER,
     METRICS,
+    REGISTRATIONS,
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
@@ -84,6 +85,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[CREATED] = parts.created
     app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
+    app[REGISTRATIONS] = parts.registrations
     app[SIGN_IN] = parts.sign_in
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()

@@ -14,6 +14,7 @@ from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
@@ -35,6 +36,8 @@ SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
 TIMELINE = web.AppKey("timeline", Timeline)
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
+REGISTRATIONS: web.AppKey[Registrations | None] = web.AppKey("registrations")
+"""None unless neurons announce themselves."""
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -31,6 +31,7 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet/explain"): "viewer",
     ("GET", "/fleet/timeline"): "viewer",
     ("GET", "/fleet/logs"): "operator",
+    ("POST", "/fleet/register"): None,
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",
@@ -45,7 +46,8 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("DELETE", "/keys/{name}"): "admin",
     ("POST", "/keys/{name}/rotate"): "admin",
 }
-"""By method and path of each route; None: no key is needed. A test compares it with the routes."""
+"""By method and path of each route; None: no key is needed (`POST /fleet/register` has a token of its own). A test
+compares it with the routes."""
 
 
 def caller_of(request: web.Request) -> Caller:

@@ -15,7 +15,7 @@ from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
-from shared.protocol import MAX_MODEL_ID_CHARS
+from shared.protocol import MAX_MODEL_ID_CHARS, Registration
 
 _ERROR = {
     "type": "object",
@@ -192,6 +192,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
             "follow": "`true` sends server-sent events, a line in each, until the engines are gone.",
         },
         required_query=frozenset({"model"}),
+    ),
+    ("POST", "/fleet/register"): Operation(
+        "A neuron announces itself, with the registration token as its bearer token.",
+        "fleet",
+        _model_body(Registration),
     ),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",

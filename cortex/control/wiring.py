@@ -40,7 +40,9 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
-from cortex.fleet.membership import Membership, NeuronCommands, Refreshable
+from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
+from cortex.fleet.members.opening import open_discovery
+from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
@@ -120,6 +122,7 @@ class Parts(ControlCore):
     keys: KeyRing
     timeline: Timeline
     sign_in: SignIn | None
+    registrations: Registrations | None
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -251,7 +254,7 @@ async def running_control(
     pems = config.neuron_tls.files
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
     with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
-        membership = Membership(pool, fleet)
+        membership = Membership(pool, fleet, lambda: state.drained)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
@@ -259,8 +262,11 @@ async def running_control(
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
+        membership.moved.subscribe(core.routes.forget)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool)
         _use_keys(keys, core)
-        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        kept = {"state file": state.write_loop, "limits": limiter.run}
+        loops = {**core.loops, **keys.loops, **kept, **discovery.loops}
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
         timeline = _timeline(core)
@@ -278,6 +284,7 @@ async def running_control(
                     keys=keys,
                     timeline=timeline,
                     sign_in=sign_in,
+                    registrations=discovery.registrations,
                 )
         finally:
             if sign_in is not None:

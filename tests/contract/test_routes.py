@@ -68,6 +68,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet/explain"),
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/logs"),
+    ("POST", "/fleet/register"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),
