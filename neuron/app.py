@@ -120,9 +120,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         sleep, adapters = EngineSleep(config, memory, http, spares), EngineAdapters(config, http)
         tools = EngineTools(memory, sleep, adapters, history, keys, http, spares)
-        events = ModelEvents(hub, metrics)
         new_supervisor = functools.partial(
-            InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=events
+            InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=ModelEvents(hub, metrics)
         )
         registry = Registry(
             config,
@@ -136,12 +135,12 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
-        device_watch, instance_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
-        announcer = Announcer(config, http, port=port, instance_id=instance_id)
+        device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
+        announcer = Announcer(config, http, port=port, instance_id=own_id)
         stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
         yield Services(
             config=config,
-            instance_id=instance_id,
+            instance_id=own_id,
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,

@@ -151,8 +151,7 @@ async def serve(
         ) as parts,
     ):
         _check_keys(socks[0], config, keys, files.path)
-        if not config.discovery.finds:
-            warn_of_absent(state, parts.fleet)
+        warn_of_absent(state, parts.fleet, config)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
         sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]

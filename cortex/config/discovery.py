@@ -12,8 +12,7 @@ from shared.settings import SettingsError, SettingsModel
 
 
 class DiscoverySettings(SettingsModel):
-    """`[discovery]`: how neurons are found that are not listed. See
-    [discovery.md](discovery.md)."""
+    """`[discovery]`: how neurons are found that `[[neurons]]` does not list."""
 
     kind: Literal["static", "dns", "register"] = "static"
     """`"static"`: only those of `[[neurons]]`. `"dns"`: also each address of `host`. `"register"`: also those that

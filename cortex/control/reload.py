@@ -125,15 +125,14 @@ class Reloader:
         log.info("configuration reloaded: %s", found)
         for line in found.restart:
             log.warning("configuration: %s takes effect after a restart", line)
-        if not config.discovery.finds:
-            warn_of_absent(self._state, self._fleet)
+        warn_of_absent(self._state, self._fleet, config)
 
 
-def warn_of_absent(state: StateFile, fleet: Fleet) -> None:
+def warn_of_absent(state: StateFile, fleet: Fleet, config: CortexConfig) -> None:
     """Warns of drained neurons that are not in the configuration. Not for a fleet whose neurons are found: they may yet
     come."""
     absent = sorted(set(state.drained) - fleet.snapshot().nodes.keys())
-    if absent:
+    if absent and not config.discovery.finds:
         log.warning(
             "drained neurons that are not in the configuration (`cortex resume NODE` drops one): %s", ", ".join(absent)
         )

@@ -20,11 +20,11 @@ def _checked_url(value: str) -> str:
 
 
 class AnnouncingSettings(SettingsModel):
-    """`[cortex]`: the cortexes that this neuron announces itself to, so that they need not list it
-    ([discovery.md](discovery.md#how-do-neurons-announce-themselves))."""
+    """`[cortex]`: the cortexes that this neuron announces itself to, so that they need not list it."""
 
     urls: list[str] = Field(default_factory=list)
-    """Their URLs, such as `["http://cortex:31313"]`; each needs `[discovery] kind = "register"`. Default: none."""
+    """Their URLs, such as `["http://cortex:31313"]`; each needs [`[discovery] kind =
+    "register"`](discovery.md#how-do-neurons-announce-themselves). Default: none."""
     token_env: str | None = None
     """The environment variable that holds their registration token; it must be set. Default: with `urls` it or the next
     key is required."""
