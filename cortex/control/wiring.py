@@ -261,6 +261,8 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         _use_keys(keys, core)
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        if sign_in is not None:
+            loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
         timeline = _timeline(core)
