@@ -119,7 +119,7 @@ class StreamAccess:
 
 
 class _PersonAccess:
-    """Of a person who has signed in. A session is looked up every second. A token says the same until it expires, so it
+    """Of a signed-in person. A session is looked up every second. A token says the same until it expires, so it
     is checked again only when [auth.oidc] has changed: that it expires does not end what has begun."""
 
     def __init__(self, sign_in: SignIn, request: web.Request, needed: Role) -> None:

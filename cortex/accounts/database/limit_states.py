@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 EXPIRED_SECS: Final = 35 * 86_400.0
-"""A state says nothing any more once it was written so long ago, unless it has a rolling window that is longer: a month
-is over by then, and each bucket full."""
+"""A state that was written before that says nothing any more, unless it has a rolling window that is longer: a month is
+over by then, and each bucket is full."""
 
 _SCOPE, _STATE, _UPDATED_AT = LIMIT_STATES.c.scope, LIMIT_STATES.c.state, LIMIT_STATES.c.updated_at
 

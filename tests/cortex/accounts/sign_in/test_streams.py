@@ -1,4 +1,4 @@
-"""How long people who have signed in keep a stream that does not end."""
+"""How long signed-in people keep a stream that does not end."""
 
 from __future__ import annotations
 
