@@ -33,6 +33,7 @@ from cortex.api.app_keys import (
     SHUTDOWN,
     SIGN_IN,
     STATE,
+    STORAGE,
     TIMELINE,
     USAGE_REPORTS,
 )
@@ -85,6 +86,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[TIMELINE] = parts.timeline
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
+    app[STORAGE] = parts.storage
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
@@ -96,6 +98,7 @@ def build_control_app(parts: Parts) -> web.Application:
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        storage=parts.storage,
     )
     app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
     app.on_cleanup.append(_close_changes)

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.accounts.storage import Storage
 from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
@@ -35,6 +36,7 @@ SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
 TIMELINE = web.AppKey("timeline", Timeline)
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
+STORAGE = web.AppKey("storage", Storage)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

@@ -22,6 +22,7 @@ from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.opening import open_limiter
 from cortex.accounts.sign_in.opening import open_sign_in
 from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.accounts.storage import Storage
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -120,6 +121,7 @@ class Parts(ControlCore):
     keys: KeyRing
     timeline: Timeline
     sign_in: SignIn | None
+    storage: Storage
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -265,7 +267,8 @@ async def running_control(
             loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline = _timeline(core)
+        timeline, storage = _timeline(core), Storage(state.directory)
+        loops |= {"storage": storage.run}
         loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
@@ -280,6 +283,7 @@ async def running_control(
                     keys=keys,
                     timeline=timeline,
                     sign_in=sign_in,
+                    storage=storage,
                 )
         finally:
             if sign_in is not None:

@@ -11,7 +11,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.tables import LIMIT_STATES
-from cortex.accounts.limits.budget_window import CALENDAR
 
 if TYPE_CHECKING:
     from cortex.accounts.database.database import Database
@@ -90,9 +89,9 @@ async def delete_expired(connection: AsyncConnection, now: float) -> None:
 
 
 def _longest_window(state: State) -> float:
-    """Seconds of the longest rolling window. Its budget is named by its unit and its length."""
+    """Seconds of the longest rolling window. Budgets are named by unit and window: `EUR/month`, `EUR/86400.0`."""
     lengths = (name.rpartition("/")[2] for name in state.get("budgets", {}))
-    return max((float(length) for length in lengths if length not in CALENDAR), default=0.0)
+    return max((float(length) for length in lengths if not length.isalpha()), default=0.0)
 
 
 async def _upsert(connection: AsyncConnection, insert: Any, states: Mapping[str, State], now: float) -> None:

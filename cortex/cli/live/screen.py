@@ -42,6 +42,7 @@ def screen(
     if problem is not None or age_secs > SILENT_SECS:
         why = problem or "cortex does not answer"
         parts.append(Text(f"✕ {why}: what you see is {age_secs:.0f} s old", style="bold red"))
+    parts += [Text(f"! {each}", style="yellow") for each in fleet.get("warnings", ())]
     parts += [Text(), _hosts(fleet), Text(), _models(rows, order)]
     if fleet["loads"]:
         parts += [Text(), _loads(fleet, now)]
