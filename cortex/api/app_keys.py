@@ -12,6 +12,7 @@ from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
+from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.neuron_client import NeuronClient
@@ -34,6 +35,7 @@ METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
 TIMELINE = web.AppKey("timeline", Timeline)
+RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
