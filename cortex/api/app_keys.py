@@ -13,6 +13,7 @@ from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
+from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.neuron_client import NeuronClient
@@ -35,6 +36,7 @@ METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
 TIMELINE = web.AppKey("timeline", Timeline)
+RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
 STORAGE = web.AppKey("storage", Storage)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)

@@ -36,6 +36,8 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet/explain"): "viewer",
     ("GET", "/fleet/timeline"): "viewer",
     ("GET", "/fleet/logs"): "operator",
+    ("GET", "/fleet/configuration"): "admin",
+    ("POST", "/fleet/configuration/reload"): "admin",
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",

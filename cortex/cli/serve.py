@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from cortex.accounts.database.source import DatabaseError, database_source
@@ -152,7 +153,8 @@ async def serve(
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
-        sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
+        reloader = _reloader(parts, files, reload_asked)
+        sites = [Site(build_control_app(parts, reloader), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
                 front: AbstractAsyncContextManager[object] = serving_here(
@@ -161,7 +163,6 @@ async def serve(
             else:
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
-            reloader = _reloader(parts, files, reload_asked)
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 await _until_stopped(stop, restarting, url, config)
@@ -225,7 +226,16 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         routes=parts.routes,
         state=parts.state,
         foreign_budgets=parts.keys.foreign_budgets,
+        also_wrong=partial(_wrong_beside, files.path),
     )
+
+
+def _wrong_beside(config_file: Path, config: CortexConfig) -> list[str]:
+    """What is wrong with the files of keys and certificates. Blocks."""
+    try:
+        return [*key_problems(config, config_file), *tls_warnings(config, config_file)]
+    except SettingsError as error:
+        return [*key_problems(config, config_file), *error.problems]
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

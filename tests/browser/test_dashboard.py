@@ -21,7 +21,7 @@ from tests.services import NODE, running_fleet
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 MODEL, LARGE = "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
-PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground")
+PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground", "configuration")
 
 
 def opened(page: Page, dev: Dev, name: str) -> None:

@@ -68,6 +68,8 @@ CORTEX_TABLE = {
     ("GET", "/fleet/explain"),
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/logs"),
+    ("GET", "/fleet/configuration"),
+    ("POST", "/fleet/configuration/reload"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),

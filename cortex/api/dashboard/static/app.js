@@ -5,6 +5,7 @@ import { CallError, get, post, storedKey, useKey } from "./api.js";
 import { secs } from "./format.js";
 import { Dialog, Problem } from "./parts.js";
 import { Store } from "./store.js";
+import { ConfigurationPage } from "./pages/configuration.js";
 import { FleetPage } from "./pages/fleet.js";
 import { LogsPage } from "./pages/logs.js";
 import { ModelsPage } from "./pages/models.js";
@@ -19,6 +20,7 @@ const PAGES = {
   usage: ["Usage", UsagePage],
   logs: ["Logs", LogsPage],
   playground: ["Playground", PlaygroundPage],
+  configuration: ["Configuration", ConfigurationPage],
 };
 const STALE_SECS = 30;
 const store = new Store();
@@ -170,7 +172,7 @@ function App() {
     <main id="main" tabindex="-1">
       <${Connection} />
       <${Warnings} />
-      ${fleet ? h(Page, { fleet, search, mayAct: Boolean(who?.may_act) }) : html`<p role="status">Reading the fleet …</p>`}
+      ${fleet ? h(Page, { fleet, search, mayAct: Boolean(who?.may_act), mayConfigure: Boolean(who?.may_configure) }) : html`<p role="status">Reading the fleet …</p>`}
     </main>
     ${help && html`<${Shortcuts} onClose=${() => setHelp(false)} />`}`;
 }

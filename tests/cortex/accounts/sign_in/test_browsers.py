@@ -96,7 +96,7 @@ async def test_the_life_of_a_session(cortex: CortexProcess, tmp_path: Path, issu
             assert (await alice.get(f"{url}/fleet"))[0] == 200
             assert (await alice.post(f"{url}/v1/chat/completions", BODY))[0] == 200
         assert (await alice.get(f"{url}/"))[0] == 200
-        viewer = {"name": "oidc:alice", "role": "viewer", "may_act": False, "leaves": True}
+        viewer = {"name": "oidc:alice", "role": "viewer", "may_act": False, "may_configure": False, "leaves": True}
         assert json.loads((await alice.get(f"{url}/dashboard/me"))[1]) == viewer
         assert (await alice.get(f"{url}/keys"))[0] == 403
         for origin in ("https://evil.example.com", "http://127.0.0.1:1"):  # of another site, and of this host
