@@ -198,6 +198,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "fleet",
         _model_body(Registration),
     ),
+    ("GET", "/fleet/configuration"): Operation(
+        "What is in force, what is wrong in the files, and what a reload would change.", "configuration"
+    ),
+    ("POST", "/fleet/configuration/reload"): Operation("Reads the files and applies them.", "configuration"),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
         "operator",

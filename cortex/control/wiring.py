@@ -22,6 +22,7 @@ from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.opening import open_limiter
 from cortex.accounts.sign_in.opening import open_sign_in
 from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.accounts.storage import Storage
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -123,6 +124,7 @@ class Parts(ControlCore):
     timeline: Timeline
     sign_in: SignIn | None
     registrations: Registrations | None
+    storage: Storage
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -246,11 +248,8 @@ async def running_control(
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
     paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
-    fleet = Fleet(
-        [(entry.name, entry.endpoint) for entry in config.neurons],
-        unhealthy_after=config.poll.unhealthy_after,
-        drained=state.drained,
-    )
+    listed = [(entry.name, entry.endpoint) for entry in config.neurons]
+    fleet = Fleet(listed, unhealthy_after=config.poll.unhealthy_after, drained=state.drained)
     pems = config.neuron_tls.files
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
     with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
@@ -265,12 +264,14 @@ async def running_control(
         membership.moved.subscribe(core.routes.forget)
         discovery = await open_discovery(config.discovery, membership, fleet, pool)
         _use_keys(keys, core)
-        kept = {"state file": state.write_loop, "limits": limiter.run}
-        loops = {**core.loops, **keys.loops, **kept, **discovery.loops}
+        own = {"state file": state.write_loop, "limits": limiter.run}
+        loops = {**core.loops, **keys.loops, **discovery.loops, **own}
+        if sign_in is not None:
+            loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline = _timeline(core)
-        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
+        timeline, storage = _timeline(core), Storage(state.directory)
+        loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
             loops["energy"] = books.run
@@ -285,6 +286,7 @@ async def running_control(
                     timeline=timeline,
                     sign_in=sign_in,
                     registrations=discovery.registrations,
+                    storage=storage,
                 )
         finally:
             if sign_in is not None:
