@@ -29,6 +29,7 @@ from cortex.api.app_keys import (
     LIVE,
     LOADER,
     METRICS,
+    REQUESTS,
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
@@ -83,6 +84,7 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[TIMELINE] = parts.timeline
+    app[REQUESTS] = parts.requests
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
@@ -214,6 +216,7 @@ async def serving_here(
         usage_directory=usage_directory,
     ) as gateway:
         parts.counts.attach(gateway)
+        parts.requests.attach(gateway)
 
         def configure() -> None:
             gateway.configure(parts.live.config)
@@ -232,6 +235,7 @@ async def serving_here(
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.shutdown.begin()
             parts.counts.detach(gateway)
+            parts.requests.detach(gateway)
 
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end (unix(7), SO_PEERCRED)

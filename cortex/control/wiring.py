@@ -52,6 +52,7 @@ from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.counters import merged
 from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
@@ -119,6 +120,7 @@ class Parts(ControlCore):
     database: Database | None
     keys: KeyRing
     timeline: Timeline
+    requests: RequestHistory
     sign_in: SignIn | None
 
     @property
@@ -277,6 +279,7 @@ async def running_control(
                     database=database,
                     keys=keys,
                     timeline=timeline,
+                    requests=RequestHistory(),
                     sign_in=sign_in,
                 )
         finally:
