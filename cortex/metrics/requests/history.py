@@ -31,7 +31,7 @@ class RequestsNow(NamedTuple):
 
 
 class RequestHistory:
-    """Asks the workers when it is asked, and not otherwise: requests cost nothing here while nobody looks. What a
+    """Asks the workers when it is asked, and not otherwise: requests cost nothing here between two looks. What a
     worker had that ended unasked is lost with it."""
 
     def __init__(self) -> None:

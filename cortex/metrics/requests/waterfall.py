@@ -13,7 +13,7 @@ from shared.protocol import ModelStatus
 
 _COMING = (ModelStatus.LOADING, ModelStatus.RELOADING, ModelStatus.RECOVERING)
 _SHORTEST = 0.02
-"""Gaps in a wait that are shorter, in seconds, are not told."""
+"""Waits, and gaps in them, that are shorter, in seconds, are not told."""
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -114,6 +114,6 @@ def _filled(steps: list[Step], since: float, until: float) -> list[Step]:
             filled.append(Step("wait", "waiting for an engine", at, step.since))
         filled.append(step)
         at = max(at, step.until)
-    if until - at > _SHORTEST or not steps:
+    if until - at > _SHORTEST:
         filled.append(Step("wait", "waiting for an engine", at, until))
     return filled

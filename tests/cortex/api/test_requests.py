@@ -11,7 +11,14 @@ from tests.cortex.cli.test_cli import run
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
-KEYS = "alice:sk-alice:user,watcher:sk-watcher:viewer"
+KEYS = """[[keys]]
+name = "alice"
+key = "sk-alice"
+[[keys]]
+name = "watcher"
+key = "sk-watcher"
+role = "viewer"
+"""
 MODELS = [{"id": "a", "vram_mb": 20000}, {"id": "b", "vram_mb": 20000}]
 
 
