@@ -207,6 +207,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         },
         required_query=frozenset({"model"}),
     ),
+    ("GET", "/fleet/configuration"): Operation(
+        "What is in force, what is wrong in the files, and what a reload would change.", "configuration"
+    ),
+    ("POST", "/fleet/configuration/reload"): Operation("Reads the files and applies them.", "configuration"),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
         "operator",

@@ -69,6 +69,8 @@ CORTEX_TABLE = {
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/requests"),
     ("GET", "/fleet/logs"),
+    ("GET", "/fleet/configuration"),
+    ("POST", "/fleet/configuration/reload"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
     ("POST", "/fleet/nodes/{name}/drain"),

@@ -89,3 +89,20 @@ def chat(
     from cortex.cli.live.chat import run_chat
 
     return run_chat(url, model, prompt, system)
+
+
+@live_app.command()
+def config(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only what is wrong in the files and what a reload would change.")
+    ] = False,
+    reload: Annotated[bool, typer.Option("--reload", help="Have cortex read and apply the files first.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Show a running cortex's configuration, what is wrong in its files, and what a reload would change. Exit 1 for
+    errors. `cortex check` looks at files without a running cortex."""
+    from cortex.cli.live.configuration import run_config
+
+    return run_config(url, check=check, reload=reload, as_json=as_json)
