@@ -22,6 +22,7 @@ from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 
 LIVE = web.AppKey("live", LiveConfig)
@@ -36,6 +37,7 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+REQUESTS = web.AppKey("requests", RequestHistory)
 TIMELINE = web.AppKey("timeline", Timeline)
 RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")

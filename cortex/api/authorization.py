@@ -35,6 +35,7 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet/events"): "viewer",
     ("GET", "/fleet/explain"): "viewer",
     ("GET", "/fleet/timeline"): "viewer",
+    ("GET", "/fleet/requests"): "user",
     ("GET", "/fleet/logs"): "operator",
     ("POST", "/fleet/register"): None,
     ("GET", "/fleet/configuration"): "admin",

@@ -217,6 +217,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         keys=parts.keys,
         people=parts.sign_in,
         usage_directory=usage,
+        requests=parts.requests,
     )
 
 

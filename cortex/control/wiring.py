@@ -55,6 +55,7 @@ from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.counters import merged
 from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
@@ -122,6 +123,7 @@ class Parts(ControlCore):
     database: Database | None
     keys: KeyRing
     timeline: Timeline
+    requests: RequestHistory
     sign_in: SignIn | None
     registrations: Registrations | None
     storage: Storage
@@ -284,6 +286,7 @@ async def running_control(
                     database=database,
                     keys=keys,
                     timeline=timeline,
+                    requests=RequestHistory(),
                     sign_in=sign_in,
                     registrations=discovery.registrations,
                     storage=storage,
