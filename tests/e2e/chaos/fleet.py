@@ -119,8 +119,8 @@ class Service:
             self._down_since = None
 
     def was_down(self, since: float, until: float, *, recovery_secs: float = 0) -> bool:
-        """Whether it was down at any moment from `since` to `until`, or had been back for less than `recovery_secs`. The
-        time of its start is added: where that took long, all else does."""
+        """Whether it was down at any moment from `since` to `until`, or had been back for less than `recovery_secs`.
+        The time of its start is added: where that took long, all else does."""
         if self._down_since is not None and self._down_since <= until:
             return True
         recovered = [down.until + (recovery_secs + down.start_secs if recovery_secs else 0) for down in self.downs]
