@@ -223,8 +223,7 @@ class Scheduler:
                 return job
             if view.fleet.loading_on(model_id) is not None:
                 return None
-            found = all_verdicts(view, profile)
-            plan = best_plan(found)
+            plan = best_plan(found := all_verdicts(view, profile))
             if plan is None:
                 raise placement_error(view, model_id, found)
         else:
@@ -374,6 +373,7 @@ class Scheduler:
             await self._evictor.evict(
                 key,
                 method="sleep_if_idle" if removal.sleep else "unload",
+                reason=removal.kind,
                 still_needed=lambda: not self._queue.count(*self._live.catalogue.names_of(removal.model_id)),
             )
         except NoLongerNeeded:

@@ -155,8 +155,8 @@ def build(
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
     routes, neurons = _routes(live, fleet, endpoints, counts, room), NeuronAccess(fleet, clients, pollers)
-    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
-    metrics = Metrics(fleet, counts.all_in_flight, counts.counters, waiting=queue.counts, state_dir=state.directory)
+    metrics = _metrics(fleet, counts, queue, demand, state.directory)
+    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle, displaced=metrics.displaced)
     loader = Loader(
         neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
@@ -192,6 +192,15 @@ def build(
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+
+
+def _metrics(
+    fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, demand: Demand, state_dir: Path | None
+) -> Metrics:
+    in_flight, counters = counts.all_in_flight, counts.counters
+    return Metrics(
+        fleet, in_flight, counters, waiting=queue.counts, charged=lambda: demand.charged, state_dir=state_dir
+    )
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -259,6 +268,7 @@ async def running_control(
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
+        core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         _use_keys(keys, core)
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
         if tls is not None:

@@ -235,7 +235,7 @@ class RequestHandler:
         state = self._leave_state()
         assert isinstance(state, Sent)
         self._context.stream_usages.forget(state.replica)  # it may come back changed
-        self._failures.append(state.failed(self._account.request_id, reason, kind))
+        self._failures.append(self._account.failed(state, reason, kind))
 
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         """Without a replica, or if it has as many requests as its neuron allows, asks the control."""

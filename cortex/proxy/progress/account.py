@@ -19,8 +19,9 @@ from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
+from cortex.proxy.progress.state import Sent
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import Replica
+from cortex.routing.replica import Failure, FailureKind, Replica
 from cortex.upstream.usage import Usage
 from shared.errors import Forbidden, shortened
 from shared.protocol import ErrorCode
@@ -135,6 +136,11 @@ class RequestAccount:
         self.label, self.node = self.model_id, replica.key.node
         self.attempts += 1
 
+    def failed(self, sent: Sent, reason: str, kind: FailureKind) -> Failure:
+        """The engine that it was sent to did not answer it."""
+        self._context.counters.failover(self.label, self.node, kind)
+        return sent.failed(self.request_id, reason, kind)
+
     def head_lines(self) -> bytes:
         """The header lines of cortex for the engine's answer, without the final CRLF."""
         return b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b" % (
@@ -160,14 +166,21 @@ class RequestAccount:
             if usage is not None and self.key_id:
                 context.expected_tokens.learn(self.key_id, self.model_id, usage.prompt + usage.completion)
             sent = relay.answer.tail.fed_bytes
-            if relay.first_byte_at is not None:
-                first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
                 left = True
                 more = f" lost={relay.lost_because!r}"
+            if relay.first_byte_at is not None:
+                first_byte_secs = relay.first_byte_at - request.received
+                context.counters.answer(model, node, request.content_length or 0, sent)
+            if relay.first_event_at:
+                first_event_secs = relay.first_event_at - request.received
+                later_tokens = 0 if usage is None or left else usage.completion - 1
+                context.counters.stream(model, node, first_event_secs, took - first_event_secs, later_tokens)
         if code:
             context.counters.error(model, node, code)
-        context.counters.request(model, node, status, took, first_byte_secs)
+        context.counters.request(model, node, status, took, first_byte_secs, waited_secs=self.waited)
+        if self.key_id:
+            context.counters.caller(self.caller.name, model, status, usage)
         if self._grant is not None:
             self._settle(self._grant, usage, relay, sent, left=left)
         if self.model_id:
