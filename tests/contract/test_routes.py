@@ -72,6 +72,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/requests"),
     ("GET", "/fleet/logs"),
+    ("POST", "/fleet/register"),
     ("GET", "/fleet/configuration"),
     ("POST", "/fleet/configuration/reload"),
     ("POST", "/fleet/load"),
