@@ -6,10 +6,21 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
+from shared.errors import InvalidRequest
+
+_FLAGS = {"1": True, "true": True, "0": False, "false": False}
+
 
 def is_dry_run(request: web.Request) -> bool:
-    """Whether the caller only wants to know what the action would do."""
-    return request.query.get("dry_run") == "true"
+    """Whether the caller only wants to know what the action would do.
+
+    Raises:
+        InvalidRequest: unclear, so nothing must be done.
+    """
+    text = request.query.get("dry_run", "false").lower()
+    if text not in _FLAGS:
+        raise InvalidRequest(f"dry_run: must be true or false, got {text!r}", param="dry_run")
+    return _FLAGS[text]
 
 
 def dry_run_answer(model: str, effects: Sequence[str], evict: Sequence[str] = ()) -> web.Response:

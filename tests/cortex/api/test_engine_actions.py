@@ -31,6 +31,7 @@ async def test_a_load_says_before_what_it_displaces(start_cortex: StartCortex, b
         "org/other is unloaded from benjy, GPU 0: no request is running there.",
         "Nothing else serves it.",
     ]
+    assert (await act(cortex, "load?dry_run=maybe"))[0] == 400
     assert (benjy.loads, benjy.unloads) == ([], [])
 
 
