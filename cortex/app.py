@@ -30,10 +30,12 @@ from cortex.api.app_keys import (
     LOADER,
     METRICS,
     RELOADER,
+    REQUESTS,
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
     STATE,
+    STORAGE,
     TIMELINE,
     USAGE_REPORTS,
 )
@@ -86,8 +88,10 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[TIMELINE] = parts.timeline
+    app[REQUESTS] = parts.requests
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
+    app[STORAGE] = parts.storage
     app[RELOADER] = reloader
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
@@ -100,6 +104,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        storage=parts.storage,
     )
     app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
     app.on_cleanup.append(_close_changes)
@@ -218,6 +223,7 @@ async def serving_here(
         usage_directory=usage_directory,
     ) as gateway:
         parts.counts.attach(gateway)
+        parts.requests.attach(gateway)
 
         def configure() -> None:
             gateway.configure(parts.live.config)
@@ -236,6 +242,7 @@ async def serving_here(
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.shutdown.begin()
             parts.counts.detach(gateway)
+            parts.requests.detach(gateway)
 
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end (unix(7), SO_PEERCRED)

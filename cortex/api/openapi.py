@@ -13,6 +13,7 @@ from cortex.accounts.keys.key_terms import KeyTerms
 from cortex.accounts.usage.query import ENERGY_GROUPS, ENERGY_KINDS, GROUPS
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.engine_actions import EngineAction, RestartAction
+from cortex.api.fleet.requests import DEFAULT_REQUESTS, MOST_REQUESTS
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
@@ -184,6 +185,19 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Which model was where, failures, and who waited, in the last 24 hours.",
         "fleet",
         query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
+    ),
+    ("GET", "/fleet/requests"): Operation(
+        "The requests that engines answer: live ones, and the last that have ended. A key with the role user sees its "
+        "own only.",
+        "fleet",
+        query={
+            "model": "Only for this model, by id or as the client named it.",
+            "key": "Only of this key, by name or id.",
+            "node": "Only at engines of this neuron.",
+            "status": "`error`, or an HTTP status: only those that ended so.",
+            "limit": f"The most of each kind, 1 to {MOST_REQUESTS}. Default: {DEFAULT_REQUESTS}.",
+            "since": "`place` of an earlier answer: only what has ended since.",
+        },
     ),
     ("GET", "/fleet/logs"): Operation(
         "What the engines of a model write, last or as it comes.",

@@ -67,6 +67,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet/events"),
     ("GET", "/fleet/explain"),
     ("GET", "/fleet/timeline"),
+    ("GET", "/fleet/requests"),
     ("GET", "/fleet/logs"),
     ("GET", "/fleet/configuration"),
     ("POST", "/fleet/configuration/reload"),

@@ -33,6 +33,7 @@ LOOK_SECS = 1.0
 """How often the database and the file are checked for changes that others made."""
 STEADY_SECS = 0.2
 """A file that changes is read once it has been the same for this long: it may be written in pieces."""
+_REMEDY = "make sure that cortex can write there (is the disk full or read-only?), then repeat the command"
 
 
 class KeyRing:
@@ -180,7 +181,17 @@ class KeyRing:
         Raises:
             ServiceError: there is none of that name in the database, or the database cannot be written.
         """
-        if not await _written(self._writable().revoke(name, time.time())):
+        store = self._writable()
+        try:
+            found = await store.revoke(name, time.time())
+        except DatabaseError as error:
+            was_stored = self._is_stored(name)
+            await self._refresh()
+            if was_stored and not self._is_stored(name):
+                return  # only the answer was lost
+            reason = f"the key {name!r} was not revoked and stays valid: {error}; {_REMEDY}" if was_stored else error
+            raise _unavailable(str(reason)) from error
+        if not found:
             raise self._not_stored(name)
         await self._refresh()
 
@@ -195,6 +206,9 @@ class KeyRing:
             raise self._not_stored(name)
         await self._refresh()
         return self._named(name), secret
+
+    def _is_stored(self, name: str) -> bool:
+        return any(key.name == name for key in self._stored)
 
     @property
     def _provisioned(self) -> dict[str, str]:
@@ -267,7 +281,11 @@ async def _written(change: Awaitable[bool]) -> bool:
     try:
         return await change
     except DatabaseError as error:
-        raise Unavailable(str(error), code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS) from error
+        raise _unavailable(f"the keys were not changed: {error}; {_REMEDY}") from error
+
+
+def _unavailable(message: str) -> ServiceError:
+    return Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS)
 
 
 def _stamp(file: Path | None) -> Stamp:

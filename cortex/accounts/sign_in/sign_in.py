@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import secrets
@@ -26,6 +27,8 @@ SESSION_KEPT_SECS: Final = 1.0
 """Likewise a session: a logout takes effect everywhere after this time."""
 _RETRY_SECS: Final = 5.0
 _RANDOM_BYTES: Final = 32
+_MOST_LEFT: Final = 10_000
+_LONGEST_SECRET: Final = 128
 
 Result = TypeVar("Result")
 
@@ -48,6 +51,7 @@ class SignIn:
         self._settings = settings
         self._issuer = issuer
         self._sessions = sessions
+        self._left: dict[bytes, None] = {}  # secrets of sessions that have ended, but are still in the database
 
     @property
     def settings(self) -> OidcSettings:
@@ -98,8 +102,33 @@ class SignIn:
         return await _done(sessions.begin(person, now, now + self.settings.session_hours * 3600))
 
     async def leave(self, secret: bytes) -> None:
-        """Ends a session. Raises Unavailable."""
-        await _done(self._writable().end(secret))
+        """Ends a session. Raises Unavailable if the database still has it: then it is refused here, and `run` tries
+        again."""
+        try:
+            await self._writable().end(secret)
+        except DatabaseError as error:
+            if len(secret) <= _LONGEST_SECRET:
+                self._left[secret] = None
+            if len(self._left) > _MOST_LEFT:
+                del self._left[next(iter(self._left))]
+            raise Unavailable(
+                f"this cortex refuses the session from now on, but could not delete it: {error}; it tries again every "
+                f"{_RETRY_SECS:g} s. Until then the session is valid at other cortexes of this database, and here "
+                "after a restart",
+                code=ErrorCode.DATABASE_UNAVAILABLE,
+                retry_after=_RETRY_SECS,
+            ) from error
+
+    async def run(self) -> None:
+        """Deletes the sessions that have ended while the database could not be written. Never returns."""
+        while True:
+            await asyncio.sleep(_RETRY_SECS)
+            try:
+                for secret in list(self._left):
+                    await self._writable().end(secret)
+                    self._left.pop(secret, None)
+            except DatabaseError:
+                continue
 
     async def close(self) -> None:
         await self._issuer.close()
@@ -107,7 +136,7 @@ class SignIn:
     async def _session(self, secret: bytes) -> Identified:
         now = time.time()
         found: tuple[Person, float] | None = None
-        if self._sessions is not None:
+        if self._sessions is not None and secret not in self._left:
             found = await _done(self._sessions.find(secret, now))
         if found is None:
             raise Unauthorized("the session has ended: sign in again at /login")

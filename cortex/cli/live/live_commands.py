@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from cortex.cli.options import DEFAULT_URL, DryRun, Json, Model, On, Url, complete_node
+from cortex.cli.options import (
+    DEFAULT_URL,
+    DryRun,
+    Json,
+    Model,
+    On,
+    Url,
+    Watch,
+    complete_model,
+    complete_node,
+    print_answer,
+    repeated,
+)
 
 live_app = typer.Typer()
 
@@ -39,6 +51,32 @@ def logs(
     from cortex.cli.live.logs import run_logs
 
     return run_logs(url, model, node=node, instance=instance, tail=tail, follow=follow, as_json=as_json)
+
+
+@live_app.command()
+def requests(
+    *,
+    errors: Annotated[bool, typer.Option("--errors", help="Only those that ended in an error.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only for this model.", autocompletion=complete_model)
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this key.")] = None,
+    node: Annotated[
+        str | None, typer.Option("--on", metavar="NODE", help="Only there.", autocompletion=complete_node)
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="The most of each kind.")] = 30,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+    watch: Watch = False,
+) -> int:
+    """Show the requests that run and the last that ended: where each went, what it waited for, errors."""
+    from cortex.cli.live.requests import ask_requests, requests_table
+
+    def show() -> None:
+        answer = ask_requests(url, errors=errors, model=model, key=key, node=node, limit=limit)
+        print_answer(url, answer, as_json, requests_table)
+
+    return repeated(show, watch)
 
 
 @live_app.command()

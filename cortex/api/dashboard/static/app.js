@@ -109,6 +109,10 @@ function Connection() {
   return html`<p class="problem" role="alert"><span aria-hidden="true">✕ </span>${store.problem ? store.problem.message : "cortex is silent"}: what you see is ${secs(silent)} old.</p>`;
 }
 
+function Warnings() {
+  return (store.fleet?.warnings ?? []).map((text) => html`<p class="problem" role="alert"><span aria-hidden="true">! </span>${text}</p>`);
+}
+
 function App() {
   const [, changed] = useState(0);
   const [who, setWho] = useState(null);
@@ -167,6 +171,7 @@ function App() {
     </header>
     <main id="main" tabindex="-1">
       <${Connection} />
+      <${Warnings} />
       ${fleet ? h(Page, { fleet, search, mayAct: Boolean(who?.may_act), mayConfigure: Boolean(who?.may_configure) }) : html`<p role="status">Reading the fleet …</p>`}
     </main>
     ${help && html`<${Shortcuts} onClose=${() => setHelp(false)} />`}`;
