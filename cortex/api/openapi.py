@@ -17,7 +17,7 @@ from cortex.api.fleet.requests import DEFAULT_REQUESTS, MOST_REQUESTS
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
-from shared.protocol import MAX_MODEL_ID_CHARS
+from shared.protocol import MAX_MODEL_ID_CHARS, Registration
 
 _ERROR = {
     "type": "object",
@@ -210,6 +210,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
             "follow": "`true` sends server-sent events, a line in each, until the engines are gone.",
         },
         required_query=frozenset({"model"}),
+    ),
+    ("POST", "/fleet/register"): Operation(
+        "A neuron announces itself, with the registration token as its bearer token.",
+        "fleet",
+        _model_body(Registration),
     ),
     ("GET", "/fleet/configuration"): Operation(
         "What is in force, what is wrong in the files, and what a reload would change.", "configuration"

@@ -69,6 +69,7 @@ CORTEX_TABLE = {
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/requests"),
     ("GET", "/fleet/logs"),
+    ("POST", "/fleet/register"),
     ("GET", "/fleet/configuration"),
     ("POST", "/fleet/configuration/reload"),
     ("POST", "/fleet/load"),
