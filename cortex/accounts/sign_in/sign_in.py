@@ -6,16 +6,17 @@ import base64
 import hashlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
 
-from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.database.outcome import outcome_of
 from cortex.accounts.sign_in.issuer import Issuer
 from cortex.accounts.sign_in.person import SESSION_PREFIX, Identified, Person, caller_of, person_of
 from cortex.config.sign_in import OidcSettings
 from shared.errors import InvalidRequest, Unauthorized, Unavailable
 from shared.protocol import ErrorCode
+from shared.retry_after import DATABASE_DOWN_SECS
 
 if TYPE_CHECKING:
     from cortex.accounts.sign_in.sessions import Sessions
@@ -24,10 +25,7 @@ TOKEN_KEPT_SECS: Final = 60.0
 """How long a worker remembers a token before it asks again. Until then a key that the issuer withdraws still counts."""
 SESSION_KEPT_SECS: Final = 1.0
 """Likewise a session: a logout takes effect everywhere after this time."""
-_RETRY_SECS: Final = 5.0
 _RANDOM_BYTES: Final = 32
-
-Result = TypeVar("Result")
 
 
 class Departure(NamedTuple):
@@ -95,11 +93,11 @@ class SignIn:
             raise InvalidRequest("the issuer's token is of another sign-in; begin again at /login")
         person = person_of(claims, self.settings.groups_claim)
         caller_of(person, self.settings)
-        return await _done(sessions.begin(person, now, now + self.settings.session_hours * 3600))
+        return await outcome_of(sessions.begin(person, now, now + self.settings.session_hours * 3600))
 
     async def leave(self, secret: bytes) -> None:
         """Ends a session. Raises Unavailable."""
-        await _done(self._writable().end(secret))
+        await outcome_of(self._writable().end(secret))
 
     async def close(self) -> None:
         await self._issuer.close()
@@ -108,7 +106,7 @@ class SignIn:
         now = time.time()
         found: tuple[Person, float] | None = None
         if self._sessions is not None:
-            found = await _done(self._sessions.find(secret, now))
+            found = await outcome_of(self._sessions.find(secret, now))
         if found is None:
             raise Unauthorized("the session has ended: sign in again at /login")
         person, expires_at = found
@@ -135,14 +133,7 @@ class SignIn:
                 "browsers cannot sign in, because this cortex has no database that it can write: set "
                 "state_dir in cortex.toml to a directory that it can write",
                 code=ErrorCode.DATABASE_UNAVAILABLE,
-                retry_after=_RETRY_SECS,
+                retry_after=DATABASE_DOWN_SECS,
                 permanent=True,
             )
         return self._sessions
-
-
-async def _done(work: Awaitable[Result]) -> Result:
-    try:
-        return await work
-    except DatabaseError as error:
-        raise Unavailable(str(error), code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=_RETRY_SECS) from error

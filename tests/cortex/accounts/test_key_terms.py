@@ -151,8 +151,8 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
     assert alice.limits.by_models == {"org/big*": Limits(tpm=1000, budgets=(Budget(1, "EUR", "day"),))}
     assert alice.expires_at == datetime(2099, 1, 31, tzinfo=timezone.utc).timestamp()
     table = key_table([alice, bob])
-    assert table.find(SECRET.encode()) == alice.caller
-    assert table.find(b"bob's") == bob.caller
+    assert table.find(SECRET.encode()) == (alice.caller, False)
+    assert table.find(b"bob's") == (bob.caller, True)
     assert not bob.caller.limited
     assert table.find(b"") is None
     assert table.find("ä".encode()) is None
