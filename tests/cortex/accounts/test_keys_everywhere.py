@@ -136,8 +136,11 @@ async def test_refusals_of_the_commands(tmp_path: Path, benjy: V1Neuron) -> None
         assert status == 1
         assert "set CORTEX_API_KEY to a valid key" in errors
         assert errors.endswith("; on cortex's host, `--config FILE` works without a key\n")
-        for place in (["--url", cortex.url], ["--config", str(file)]):
-            status, output, errors = await keys("create", f"ci{place[0]}", "--models", "nothing", *place, key=admin)
+        created = [
+            keys("create", f"ci{place}", "--models", "nothing", place, where, key=admin)
+            for place, where in (("--url", cortex.url), ("--config", str(file)))
+        ]
+        for status, output, errors in await asyncio.gather(*created):
             assert (status, errors.count("warning: 'nothing' matches no model of models.toml")) == (0, 1)
             assert output.splitlines()[-1].startswith("sk-cortex-")
     status, _, errors = await keys("create", "x", "--limit", "nonsense")
