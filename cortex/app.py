@@ -29,10 +29,13 @@ from cortex.api.app_keys import (
     LIVE,
     LOADER,
     METRICS,
+    RELOADER,
+    REQUESTS,
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
     STATE,
+    STORAGE,
     TIMELINE,
     USAGE_REPORTS,
 )
@@ -46,6 +49,7 @@ from cortex.api.models import MODEL_LIST, ModelList
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
 from cortex.config.gateway import GatewaySettings, parse_listen
 from cortex.config.settings import CortexConfig
+from cortex.control.reload import Reloader
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
@@ -65,8 +69,9 @@ TICKS_OF_SILENCE = 10
 """A silent stream is noticed within this part of `[gateway] keepalive_secs`."""
 
 
-def build_control_app(parts: Parts) -> web.Application:
-    """Every route that no engine answers. Workers hand its requests on."""
+def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.Application:
+    """Every route that no engine answers. Workers hand its requests on. Without `reloader` there are no files to read
+    the configuration from."""
     app = web.Application(
         middlewares=[error_middleware, _own_user_only, authorize, require_json],
         client_max_size=parts.config.gateway.max_body_mib * 1024 * 1024,
@@ -83,8 +88,11 @@ def build_control_app(parts: Parts) -> web.Application:
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[TIMELINE] = parts.timeline
+    app[REQUESTS] = parts.requests
     app[KEYS] = parts.keys
     app[SIGN_IN] = parts.sign_in
+    app[STORAGE] = parts.storage
+    app[RELOADER] = reloader
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
     app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
@@ -96,6 +104,7 @@ def build_control_app(parts: Parts) -> web.Application:
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        storage=parts.storage,
     )
     app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
     app.on_cleanup.append(_close_changes)
@@ -214,6 +223,7 @@ async def serving_here(
         usage_directory=usage_directory,
     ) as gateway:
         parts.counts.attach(gateway)
+        parts.requests.attach(gateway)
 
         def configure() -> None:
             gateway.configure(parts.live.config)
@@ -232,6 +242,7 @@ async def serving_here(
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.shutdown.begin()
             parts.counts.detach(gateway)
+            parts.requests.detach(gateway)
 
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end (unix(7), SO_PEERCRED)

@@ -25,8 +25,6 @@ GROUP_STARTING_SECS: Final = 5
 """Another engine that spans several hosts starts on the same devices."""
 GROUP_UNREACHABLE_SECS: Final = 30
 """Neurons cannot reach one another: it heals when a host comes back, else an operator has to act."""
-DATABASE_DOWN_SECS: Final = 1
-"""The database with keys, sessions and usage cannot be used."""
 LIMITS_UNKNOWN_SECS: Final = 2
 """The database with the limits does not answer."""
 RUNNING_REQUEST_SECS: Final = 1

@@ -8,10 +8,12 @@ from aiohttp import web
 
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.accounts.storage import Storage
 from cortex.accounts.usage.reports import UsageReports
 from cortex.config.live import LiveConfig
 from cortex.control.loads.adapters import AdapterLoads
 from cortex.control.loads.loader import Loader
+from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.neuron_client import NeuronClient
@@ -19,6 +21,7 @@ from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 
 LIVE = web.AppKey("live", LiveConfig)
@@ -33,8 +36,11 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+REQUESTS = web.AppKey("requests", RequestHistory)
 TIMELINE = web.AppKey("timeline", Timeline)
+RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
+STORAGE = web.AppKey("storage", Storage)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)
 """When cortex started, in Unix time."""

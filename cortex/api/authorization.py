@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from http import HTTPStatus
 
 from aiohttp import web
 
 from cortex.accounts.caller import KEYLESS, Caller, Role, may, person_shown
+from cortex.accounts.sign_in.person import SESSION_PREFIX
+from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import KEYS, SIGN_IN
+from cortex.api.sign_in import session_of
 from cortex.http.headers import CALLER_NAME
 from cortex.proxy.paths import INFERENCE_PATHS
-from shared.errors import Forbidden, Unauthorized
+from shared.errors import Forbidden, ServiceError, Unauthorized
 from shared.http import Handler
 
 NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
@@ -30,7 +35,10 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet/events"): "viewer",
     ("GET", "/fleet/explain"): "viewer",
     ("GET", "/fleet/timeline"): "viewer",
+    ("GET", "/fleet/requests"): "user",
     ("GET", "/fleet/logs"): "operator",
+    ("GET", "/fleet/configuration"): "admin",
+    ("POST", "/fleet/configuration/reload"): "admin",
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",
@@ -90,22 +98,58 @@ def _hint(request: web.Request) -> str:
 
 class StreamAccess:
     """Whether the caller of a request may still have its answer: one that does not end outlives the check at its
-    beginning. Only keys are checked again; people and clients without a key keep their streams until they leave."""
+    beginning. Keys and people are checked again; clients without a key keep their streams until they leave."""
 
     def __init__(self, request: web.Request) -> None:
         self._keys = request.app[KEYS]
         self._needed: Role = _needed(request) or "user"
         caller = caller_of(request)
         self._key_id = "" if caller.is_person else caller.key_id
+        sign_in = request.app.get(SIGN_IN)
+        self._person = _PersonAccess(sign_in, request, self._needed) if caller.is_person and sign_in else None
         key = self._keys.valid_key(self._key_id)
         self._digest = None if key is None else key.digest  # None: it has expired since the worker knew it
 
-    def lasts(self) -> bool:
-        """False once the key is revoked, has expired, has a new secret or no longer has the role."""
+    async def lasts(self) -> bool:
+        """False once the key is revoked, has expired, has a new secret or no longer has the role; likewise once the
+        session has ended, or the person has lost the role."""
+        if self._person is not None:
+            return await self._person.lasts()
         if not self._key_id:
             return True
         now = self._keys.valid_key(self._key_id)
         return now is not None and now.digest == self._digest and may(now.role, self._needed)
+
+
+class _PersonAccess:
+    """Of a signed-in person. A session is looked up every second. A token says the same until it expires, so it
+    is checked again only when [auth.oidc] has changed: that it expires does not end what has begun."""
+
+    def __init__(self, sign_in: SignIn, request: web.Request, needed: Role) -> None:
+        self._sign_in = sign_in
+        self._needed: Role = needed
+        self._credential = _credential(request)
+        self._settings = sign_in.settings
+        self._until = 0.0
+
+    async def lasts(self) -> bool:
+        settings = self._sign_in.settings
+        expires = self._credential.startswith(SESSION_PREFIX) and time.time() >= self._until
+        if not expires and (settings is self._settings or settings == self._settings):
+            return True
+        try:
+            found = await self._sign_in.identify(self._credential)
+        except ServiceError as error:
+            return error.status >= HTTPStatus.INTERNAL_SERVER_ERROR  # then it cannot be found out now
+        self._settings, self._until = settings, found.until
+        return may(found.caller.role, self._needed)
+
+
+def _credential(request: web.Request) -> bytes:
+    """What a worker has recognised a person by: the token, or else the secret of the session."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    token = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+    return token.encode("utf-8", "surrogatepass") if token else session_of(request) or b""
 
 
 def _needed(request: web.Request) -> Role | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from cortex.accounts.keys.key_terms import KeyTerms
 from cortex.accounts.usage.query import ENERGY_GROUPS, ENERGY_KINDS, GROUPS
 from cortex.api.authorization import NEEDED_ROLES
+from cortex.api.fleet.requests import DEFAULT_REQUESTS, MOST_REQUESTS
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
@@ -181,6 +182,19 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "fleet",
         query={"from": "Unix time. Default: 24 hours ago.", "to": "Unix time. Default: now."},
     ),
+    ("GET", "/fleet/requests"): Operation(
+        "The requests that engines answer: live ones, and the last that have ended. A key with the role user sees its "
+        "own only.",
+        "fleet",
+        query={
+            "model": "Only for this model, by id or as the client named it.",
+            "key": "Only of this key, by name or id.",
+            "node": "Only at engines of this neuron.",
+            "status": "`error`, or an HTTP status: only those that ended so.",
+            "limit": f"The most of each kind, 1 to {MOST_REQUESTS}. Default: {DEFAULT_REQUESTS}.",
+            "since": "`place` of an earlier answer: only what has ended since.",
+        },
+    ),
     ("GET", "/fleet/logs"): Operation(
         "What the engines of a model write, last or as it comes.",
         "fleet",
@@ -193,6 +207,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         },
         required_query=frozenset({"model"}),
     ),
+    ("GET", "/fleet/configuration"): Operation(
+        "What is in force, what is wrong in the files, and what a reload would change.", "configuration"
+    ),
+    ("POST", "/fleet/configuration/reload"): Operation("Reads the files and applies them.", "configuration"),
     ("POST", "/fleet/load"): Operation(
         "Loads a model.",
         "operator",

@@ -7,8 +7,8 @@ from aiohttp import web
 from cortex.api import keys, models, openapi, operator, sign_in, usage
 from cortex.api.dashboard import pages
 from cortex.api.engines import scraping
+from cortex.api.fleet import configuration, logs, requests
 from cortex.api.fleet import handlers as fleet
-from cortex.api.fleet import logs
 from cortex.proxy.paths import INFERENCE_PATHS
 
 
@@ -26,7 +26,10 @@ CONTROL_ROUTES = (
     web.get("/fleet/events", fleet.fleet_events),
     web.get("/fleet/explain", fleet.explain_model),
     web.get("/fleet/timeline", fleet.show_timeline),
+    web.get("/fleet/requests", requests.show_requests),
     web.get("/fleet/logs", logs.show_logs),
+    web.get("/fleet/configuration", configuration.show_configuration),
+    web.post("/fleet/configuration/reload", configuration.reload_configuration),
     web.post("/fleet/load", operator.load_model),
     web.post("/fleet/unload", operator.unload_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),

@@ -116,7 +116,7 @@ async def login_settings(request: web.Request) -> web.Response:
 
 async def logout(request: web.Request) -> web.Response:
     """Ends the browser's session, here and at every cortex of the same database. The issuer's own session goes on."""
-    sign_in, secret = _sign_in(request), _session_of(request)
+    sign_in, secret = _sign_in(request), session_of(request)
     answer = web.json_response({"signed_out": secret is not None})
     if secret is not None:
         try:
@@ -134,7 +134,8 @@ def _sign_in(request: web.Request) -> SignIn:
     return sign_in
 
 
-def _session_of(request: web.Request) -> bytes | None:
+def session_of(request: web.Request) -> bytes | None:
+    """The secret of the browser's session."""
     secret = _bytes(_SESSION.of(request))
     return secret if secret.startswith(SESSION_PREFIX) else None
 

@@ -12,10 +12,12 @@ from aiohttp import web
 from cortex.accounts.caller import may
 from cortex.accounts.usage.organization import Kind, bucket_page, parse_bucket_query
 from cortex.accounts.usage.query import Query, parse_energy_query, parse_query, seen_by
-from cortex.api.app_keys import FLEET, LIVE, USAGE_REPORTS
+from cortex.api.app_keys import FLEET, LIVE, STORAGE, USAGE_REPORTS
 from cortex.api.authorization import caller_of
 from cortex.metrics.energy import unmetered
 from shared.errors import InvalidRequest, shortened
+
+_INCOMPLETE = "usage cannot be written now, so the latest requests are missing here: `cortex status` says why"
 
 
 async def show_usage(request: web.Request) -> web.Response:
@@ -33,6 +35,7 @@ async def show_usage(request: web.Request) -> web.Response:
             "currency": currency,
             "rows": [_with_energy_cost(row, price) for row in rows],
             "totals": _with_energy_cost(totals[0], price),
+            "warnings": [_INCOMPLETE] if request.app[STORAGE].warnings else [],
         }
     )
 

@@ -130,5 +130,7 @@ def _directly(config_file: Path, action: str, body: dict[str, Any]) -> Any:
 
     try:
         return act_on_keys(config_file, action, body)
-    except (DatabaseError, ServiceError, SettingsError, ValueError) as error:
+    except DatabaseError as error:
+        fail("cortex", f"the key {body['name']!r} was not revoked: {error}" if action == "revoke" else error)
+    except (ServiceError, SettingsError, ValueError) as error:
         fail("cortex", error)

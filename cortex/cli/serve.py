@@ -10,10 +10,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from cortex.accounts.database.source import DatabaseError
+from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.keys.key_ring import KeyRing
+from cortex.accounts.storage import marked_as_running
 from cortex.accounts.usage.journal_file import USAGE_DIRECTORY
 from cortex.accounts.usage.recorder_process import RecorderProcess
 from cortex.app import (
@@ -73,7 +75,8 @@ def run_serve(
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
         sock = None if fd is None else socket.socket(fileno=fd)
-        run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
+        with marked_as_running(state_directory(config, config_file)):
+            run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
         if remove_state and (directory := state_directory(config, config_file)) is not None:
             shutil.rmtree(directory, ignore_errors=True)
     except (SettingsError, ListenError, DatabaseError, OSError) as error:
@@ -150,7 +153,8 @@ async def serve(
         warn_of_absent(state, parts.fleet)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
-        sites = [Site(build_control_app(parts), control), Site(build_metrics_app(parts), metrics)]
+        reloader = _reloader(parts, files, reload_asked)
+        sites = [Site(build_control_app(parts, reloader), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
                 front: AbstractAsyncContextManager[object] = serving_here(
@@ -159,7 +163,6 @@ async def serve(
             else:
                 workers = _supervisor(parts, socks, control_address(control), usage)
                 front = workers.running(stop)
-            reloader = _reloader(parts, files, reload_asked)
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 await _until_stopped(stop, restarting, url, config)
@@ -190,11 +193,11 @@ def _check_keys(sock: socket.socket, config: CortexConfig, keys: KeyRing, file: 
 
 def _recording(parts: Parts, directory: Path | None) -> tuple[Path | None, AbstractAsyncContextManager[None]]:
     """Where workers leave usage, None for nowhere, and what moves it into the database while it runs."""
-    database = parts.database
-    if directory is None or database is None or database.read_only:
+    source = database_source(parts.config.database, directory)
+    if directory is None or source is None:
         return None, nullcontext()
-    usage = directory / USAGE_DIRECTORY
-    return usage, RecorderProcess(parts.live, database.source, usage).running()
+    usage = directory / USAGE_DIRECTORY  # also if it cannot be written now: that may change
+    return usage, RecorderProcess(parts.live, source, usage, parts.storage.recorder_says).running()
 
 
 def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, usage: Path | None) -> Supervisor:
@@ -210,6 +213,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         keys=parts.keys,
         people=parts.sign_in,
         usage_directory=usage,
+        requests=parts.requests,
     )
 
 
@@ -223,7 +227,16 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
         routes=parts.routes,
         state=parts.state,
         foreign_budgets=parts.keys.foreign_budgets,
+        also_wrong=partial(_wrong_beside, files.path),
     )
+
+
+def _wrong_beside(config_file: Path, config: CortexConfig) -> list[str]:
+    """What is wrong with the files of keys and certificates. Blocks."""
+    try:
+        return [*key_problems(config, config_file), *tls_warnings(config, config_file)]
+    except SettingsError as error:
+        return [*key_problems(config, config_file), *error.problems]
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:
@@ -231,13 +244,14 @@ def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | 
     directory = state_directory(config, files.path)
     if directory is None and files.path.resolve().is_file():
         log.warning(
-            "no state is kept (drained neurons, models held back, load times): this user has no home directory; set "
-            "state_dir in cortex.toml"
+            "no state is kept (keys, usage, drained neurons, models held back, load times): this user has no home "
+            "directory; set state_dir in cortex.toml"
         )
     if directory is not None and not is_writable(directory):
         log.warning(
-            "no state can be kept in %s, which cannot be written: give cortex's user the right to write there, or set "
-            "another state_dir in cortex.toml",
+            "no state can be kept in %s, which cannot be written: usage is lost when cortex ends, and keys cannot be "
+            "made or revoked there; give cortex's user the right to write there, or set another state_dir in "
+            "cortex.toml, and restart cortex",
             directory,
         )
     return directory

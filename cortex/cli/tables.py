@@ -40,6 +40,7 @@ def status_table(fleet: dict[str, Any]) -> str:
         for entry in fleet.get("held", ())
     ]
     text += "\n\n" + table([["HELD BACK", "ON", "FOR ANOTHER"], *held]) if held else ""
+    text += "".join(f"\n\nwarning: {each}" for each in fleet.get("warnings", ()))
     error = fleet.get("configuration", {}).get("error")
     return text + (
         f"\n\nThe configuration files are invalid, the previous configuration is in use:\n{error}" if error else ""

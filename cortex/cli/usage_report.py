@@ -40,7 +40,7 @@ def energy_table(energy: dict[str, Any]) -> str:
 
 def usage_table(usage: dict[str, Any]) -> str:
     """The answer of `/usage`: a row for each group, and the totals. Tokens are numbers, times seconds."""
-    return _table(usage, _COLUMNS, {"cost"})
+    return "\n".join([_table(usage, _COLUMNS, {"cost"}), *(f"warning: {each}" for each in usage.get("warnings", ()))])
 
 
 def _table(report: dict[str, Any], columns: _Columns, in_currency: Collection[str]) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from cortex.config.catalogue import Catalogue
 from cortex.config.model_tables import Variant
 from cortex.config.settings import CortexConfig
+from cortex.config.shown import SECRET, without_secrets
 
 
 class Reload(Enum):
@@ -94,7 +95,6 @@ RELOAD_OF: Mapping[str, Reload] = {
 `LiveConfig` on each use, and each worker is given the configuration again (`Gateway.configure`)."""
 MAX_NAMED = 40
 """Limit on changes listed in one log line."""
-SECRET = frozenset({"token", "database", "metrics_token", "client_secret"})
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _variant_changes(before: tuple[Variant, ...], after: tuple[Variant, ...]) ->
 
 def _shown(value: object) -> str:
     if isinstance(value, BaseModel):
-        return str(value.model_dump(exclude_none=True))
+        return str(without_secrets(value.model_dump(exclude_none=True)))
     if isinstance(value, float):
         return f"{value:g}"
-    return str(list(value) if isinstance(value, tuple) else value)
+    return str(without_secrets(value))

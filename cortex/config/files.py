@@ -63,6 +63,14 @@ class ConfigurationFiles:
         if named is not None and named != self._catalogue:
             self._catalogue = named
             self._read = self.stamps()
+        return self.look()
+
+    def look(self) -> tuple[CortexConfig, Catalogue]:
+        """As `read`, but the files still differ from what was read, so that a change of them is noticed later. Blocks.
+
+        Raises:
+            SettingsError: every problem in both files.
+        """
         config, catalogue = read_configuration(self.path)
         return config if self._workers is None else with_workers(config, self._workers), catalogue
 
@@ -97,6 +105,12 @@ def read_configuration(path: Path) -> tuple[CortexConfig, Catalogue]:
     if problems or config is None:
         raise SettingsError(problems)
     return config, catalogue
+
+
+def overriding_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The names of the environment variables that override a key of cortex.toml."""
+    names = (name for name in _settings(environ) if name.startswith(ENV_PREFIX))
+    return sorted(n for n in names if n[len(ENV_PREFIX) :].lower().split("__")[0] in CortexConfig.model_fields)
 
 
 def _settings(environ: Mapping[str, str]) -> dict[str, str]:

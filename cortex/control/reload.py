@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import Difference, difference
@@ -27,6 +28,17 @@ LOOK_SECS = 1.0
 written in pieces."""
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What the files say now and a reload would do with them. With `errors` it would change nothing. `warnings` do not
+    stop it; `restart` are the changes that wait for a restart."""
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    restart: tuple[str, ...] = ()
+
+
 class Reloader:
     """Reads the files again after a change, or on request."""
 
@@ -41,9 +53,10 @@ class Reloader:
         routes: RouteTable,
         state: StateFile,
         foreign_budgets: Callable[[str], list[str]],
+        also_wrong: Callable[[CortexConfig], list[str]] = lambda _: [],
     ) -> None:
         """Set `asked` to have the files read now. `foreign_budgets`: what is wrong with the keys' budgets if prices are
-        in this currency."""
+        in this currency. `also_wrong`: what is wrong with other files that a configuration names; it may block."""
         self._files = files
         self._live = live
         self._fleet = fleet
@@ -51,7 +64,9 @@ class Reloader:
         self._routes = routes
         self._state = state
         self._foreign_budgets = foreign_budgets
+        self._also_wrong = also_wrong
         self._asked = asked
+        self._reading = asyncio.Lock()  # of two reloads at once the older must not undo the newer
         self._warned: frozenset[str] = frozenset()
 
     async def watch_loop(self) -> None:
@@ -81,6 +96,23 @@ class Reloader:
 
     async def reload(self) -> None:
         """Applies the files. If they contain an error nothing changes, and `live.error` says why."""
+        async with self._reading:
+            await self._reload()
+
+    async def outlook(self) -> Outlook:
+        """What a reload would do now. Changes nothing."""
+        return await asyncio.to_thread(self._outlook, self._live.config, self._live.catalogue)
+
+    def _outlook(self, config: CortexConfig, catalogue: Catalogue) -> Outlook:
+        try:
+            new_config, new_catalogue = self._files.look()
+            found, warnings = self._compared(config, catalogue, new_config, new_catalogue)
+        except SettingsError as error:
+            return Outlook(errors=tuple(error.problems))
+        warnings += self._also_wrong(new_config)
+        return Outlook((), tuple(dict.fromkeys(warnings)), found.lines, found.restart)
+
+    async def _reload(self) -> None:
         try:
             found, warnings = await asyncio.to_thread(self._compare, self._live.config, self._live.catalogue)
         except SettingsError as error:
@@ -97,7 +129,11 @@ class Reloader:
 
     def _compare(self, config: CortexConfig, catalogue: Catalogue) -> tuple[Difference, list[str]]:
         """Runs off the event loop: a large catalogue takes a moment to read."""
-        new_config, new_catalogue = self._files.read()
+        return self._compared(config, catalogue, *self._files.read())
+
+    def _compared(
+        self, config: CortexConfig, catalogue: Catalogue, new_config: CortexConfig, new_catalogue: Catalogue
+    ) -> tuple[Difference, list[str]]:
         currency = new_config.usage.currency
         if currency != config.usage.currency:
             where = f"{self._files.path}: usage.currency = {currency!r}"

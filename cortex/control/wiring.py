@@ -22,6 +22,7 @@ from cortex.accounts.limits.model_terms import ModelTermsTable
 from cortex.accounts.limits.opening import open_limiter
 from cortex.accounts.sign_in.opening import open_sign_in
 from cortex.accounts.sign_in.sign_in import SignIn
+from cortex.accounts.storage import Storage
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
@@ -52,6 +53,7 @@ from cortex.fleet.variant_labels import VariantLabels
 from cortex.metrics.counters import merged
 from cortex.metrics.energy import energy_books
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 from cortex.placement.feasibility import inferred_variant
 from cortex.upstream.pool import EnginePool
@@ -119,7 +121,9 @@ class Parts(ControlCore):
     database: Database | None
     keys: KeyRing
     timeline: Timeline
+    requests: RequestHistory
     sign_in: SignIn | None
+    storage: Storage
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -261,9 +265,12 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         _use_keys(keys, core)
         loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        if sign_in is not None:
+            loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline = _timeline(core)
+        timeline, storage = _timeline(core), Storage(state.directory)
+        loops |= {"storage": storage.run}
         loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
@@ -277,7 +284,9 @@ async def running_control(
                     database=database,
                     keys=keys,
                     timeline=timeline,
+                    requests=RequestHistory(),
                     sign_in=sign_in,
+                    storage=storage,
                 )
         finally:
             if sign_in is not None:

@@ -12,6 +12,7 @@ class ErrorCode(str, Enum):
     ADAPTER_FAILED = "adapter_failed"
     ALREADY_LOADED = "already_loaded"
     COLD_LOAD_FAILED = "cold_load_failed"
+    CONFIGURATION_INVALID = "configuration_invalid"
     CORTEX_STOPPING = "cortex_stopping"
     CUDA_UNAVAILABLE = "cuda_unavailable"
     DATABASE_UNAVAILABLE = "database_unavailable"

@@ -21,7 +21,7 @@ from tests.services import NODE, running_fleet
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 MODEL, LARGE = "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
-PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground")
+PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground", "configuration")
 
 
 def opened(page: Page, dev: Dev, name: str) -> None:
@@ -169,13 +169,16 @@ def test_a_closed_cortex(page: Page, tmp_path: Path) -> None:
 
 
 def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
-    """The failure is shown. In the playground a question without an answer comes back, or the next request would have
-    two in a row, and another kind of request stops the one that waits: its answer would have other fields."""
+    """The failure is shown, and that the state directory cannot be made. In the playground a question without an answer
+    comes back, or the next request would have two in a row, and another kind of request stops the one that waits: its
+    answer would have other fields."""
     faults = {"org/broken": "oom-at-load", "org/stuck": "never-ready"}
     models = [{"id": name, "harness": "sim", "vram_mb": 1000, "args": ["--fault", faults[name]]} for name in faults]
     neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
-    with running_fleet(tmp_path, neuron, {}, {"models": models}) as fleet:
+    (tmp_path / "file").touch()
+    with running_fleet(tmp_path, neuron, {"state_dir": "file/state"}, {"models": models}) as fleet:
         page.goto(f"{fleet.cortex.url}/#/models")
+        expect(page.get_by_role("alert")).to_contain_text("file/state cannot be written: Not a directory")
         broken = page.get_by_role("region", name="Model org/broken")
         broken.get_by_role("button", name="Load", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()

@@ -91,7 +91,7 @@ class RawEngine:
     context length, gets `models_page` and is in `listed` instead of `requests`.
 
     `url` is what a neuron gives as the engine's endpoint. A request that is not strict HTTP, with a body of known
-    length, fails the test.
+    length, fails the test. A connection is in `connections` once the engine reads from it, or does not (`reads`).
     """
 
     def __init__(self) -> None:
@@ -106,6 +106,7 @@ class RawEngine:
         self.on_connect: Callable[[Wire], Awaitable[None]] | None = None  # instead of reading requests
         self.url = ""
         self.host, self.port = "127.0.0.1", 0
+        self._accepted: list[Wire] = []
         self._failures: list[Exception] = []
 
     async def next_request(self) -> Received:
@@ -119,14 +120,16 @@ class RawEngine:
         """Connections that neither side has ended."""
         return [wire for wire in self.connections if not wire.gone.is_set() and not wire.transport.is_closing()]
 
-    def _accepted(self, wire: Wire) -> Awaitable[None]:
-        self.connections.append(wire)
-        return self._serve(wire, len(self.connections) - 1)
+    def _accept(self, wire: Wire) -> Awaitable[None]:
+        self._accepted.append(wire)
+        return self._serve(wire)
 
-    async def _serve(self, wire: Wire, number: int) -> None:
+    async def _serve(self, wire: Wire) -> None:
+        number = len(self.connections)
+        if not self.reads:
+            wire.stop_reading()
+        self.connections.append(wire)  # only now: a test may let it read on at once
         try:
-            if not self.reads:
-                wire.stop_reading()
             if self.on_connect is not None:
                 await self.on_connect(wire)
                 return
@@ -165,7 +168,7 @@ class RawEngine:
         """
         loop = asyncio.get_running_loop()
         at: dict[str, Any] = {"host": self.host, "port": self.port} if sock is None else {"sock": sock}
-        server = await loop.create_server(lambda: Wire(self._accepted), **at)
+        server = await loop.create_server(lambda: Wire(self._accept), **at)
         self.host, self.port = server.sockets[0].getsockname()
         self.url = f"http://{self.host}:{self.port}"
         try:
@@ -174,8 +177,8 @@ class RawEngine:
             server.close()
             for _ in range(3):  # turns of the loop from the acceptance of a connection to its place in the list
                 await asyncio.sleep(0)
-            tasks = [wire.serving for wire in self.connections if wire.serving is not None]
-            for wire in self.connections:
+            tasks = [wire.serving for wire in self._accepted if wire.serving is not None]
+            for wire in self._accepted:
                 wire.transport.abort()
             for task in tasks:
                 task.cancel()

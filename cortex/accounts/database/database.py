@@ -33,6 +33,7 @@ _REMEDIES = {
     "not a database": "restore a copy of it, or move it away and create the keys again",
     "malformed": "restore a copy of it, or move it away and create the keys again",
     "disk I/O error": "is the disk full or damaged?",
+    "disk is full": "free some space there",
 }
 """What to do about what SQLite says of its file."""
 _MIGRATION_LOCK = 0x636F7274  # any number, the same in every cortex

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from cortex.accounts.database.database import Database
 
 State = dict[str, Any]
+
+EXPIRED_SECS: Final = 35 * 86_400.0
+"""A state that was written before that says nothing any more, unless it has a rolling window that is longer: a month is
+over by then, and each bucket is full."""
 
 _SCOPE, _STATE, _UPDATED_AT = LIMIT_STATES.c.scope, LIMIT_STATES.c.state, LIMIT_STATES.c.updated_at
 
@@ -73,6 +77,21 @@ class LockedStates:
 
     async def delete(self, scopes: Collection[str]) -> None:
         await self._connection.execute(delete(LIMIT_STATES).where(_SCOPE.in_(scopes)))
+
+
+async def delete_expired(connection: AsyncConnection, now: float) -> None:
+    """Deletes the states that are the same as none. `now`: Unix time."""
+    row = LIMIT_STATES.c
+    asked = select(row.scope, row.state, row.updated_at).where(row.updated_at < now - EXPIRED_SECS)
+    for scope, state, at in (await connection.execute(asked)).all():
+        if at + _longest_window(state) < now:  # and unchanged: another cortex may use it at this moment
+            await connection.execute(delete(LIMIT_STATES).where(row.scope == scope, row.updated_at == at))
+
+
+def _longest_window(state: State) -> float:
+    """Seconds of the longest rolling window. Budgets are named by unit and window: `EUR/month`, `EUR/86400.0`."""
+    lengths = (name.rpartition("/")[2] for name in state.get("budgets", {}))
+    return max((float(length) for length in lengths if not length.isalpha()), default=0.0)
 
 
 async def _upsert(connection: AsyncConnection, insert: Any, states: Mapping[str, State], now: float) -> None:

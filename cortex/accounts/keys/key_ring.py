@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortex.accounts.caller import Caller
-from cortex.accounts.database.outcome import outcome_of
 from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.keys.api_key import ApiKey, digest_of, new_secret, prefix_of
 from cortex.accounts.keys.key_table import NO_KEYS, key_table
@@ -20,7 +19,7 @@ from cortex.accounts.keys.provisioned import ENVIRONMENT, keys_in_environment, k
 from cortex.accounts.limits.terms import KeyLimits
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, shortened
 from shared.protocol import ErrorCode
-from shared.retry_after import DATABASE_DOWN_SECS
+from shared.retry_after import CONTROL_PROCESS_SECS
 from shared.settings import SettingsError
 from shared.subscribers import Subscribers
 from shared.system.files import Stamp, stamp_of
@@ -34,6 +33,7 @@ LOOK_SECS = 1.0
 """How often the database and the file are checked for changes that others made."""
 STEADY_SECS = 0.2
 """A file that changes is read once it has been the same for this long: it may be written in pieces."""
+_REMEDY = "make sure that cortex can write there (is the disk full or read-only?), then repeat the command"
 
 
 class KeyRing:
@@ -170,7 +170,7 @@ class KeyRing:
             created_at=now,
             expires_at=expires_at,
         )
-        if key.name in self._provisioned or not await outcome_of(store.add(key)):
+        if key.name in self._provisioned or not await _written(store.add(key)):
             raise Conflict(f"there is a key named {key.name!r}", code=ErrorCode.KEY_EXISTS, param="name")
         await self._refresh()
         return self._named(key.name), secret
@@ -181,7 +181,17 @@ class KeyRing:
         Raises:
             ServiceError: there is none of that name in the database, or the database cannot be written.
         """
-        if not await outcome_of(self._writable().revoke(name, time.time())):
+        store = self._writable()
+        try:
+            found = await store.revoke(name, time.time())
+        except DatabaseError as error:
+            was_stored = self._is_stored(name)
+            await self._refresh()
+            if was_stored and not self._is_stored(name):
+                return  # only the answer was lost
+            reason = f"the key {name!r} was not revoked and stays valid: {error}; {_REMEDY}" if was_stored else error
+            raise _unavailable(str(reason)) from error
+        if not found:
             raise self._not_stored(name)
         await self._refresh()
 
@@ -192,10 +202,13 @@ class KeyRing:
             ServiceError: there is none of that name in the database, or the database cannot be written.
         """
         secret = new_secret()
-        if not await outcome_of(self._writable().replace_secret(name, digest_of(secret), prefix_of(secret))):
+        if not await _written(self._writable().replace_secret(name, digest_of(secret), prefix_of(secret))):
             raise self._not_stored(name)
         await self._refresh()
         return self._named(name), secret
+
+    def _is_stored(self, name: str) -> bool:
+        return any(key.name == name for key in self._stored)
 
     @property
     def _provisioned(self) -> dict[str, str]:
@@ -207,7 +220,7 @@ class KeyRing:
             raise Unavailable(
                 "this cortex has no database for keys: set state_dir in cortex.toml to a directory that it can write",
                 code=ErrorCode.DATABASE_UNAVAILABLE,
-                retry_after=DATABASE_DOWN_SECS,
+                retry_after=CONTROL_PROCESS_SECS,
                 permanent=True,
             )
         return self._store
@@ -218,7 +231,7 @@ class KeyRing:
             raise Unavailable(
                 f"the key {name!r} was changed, but cannot be read: rotate it to get its secret",
                 code=ErrorCode.DATABASE_UNAVAILABLE,
-                retry_after=DATABASE_DOWN_SECS,
+                retry_after=CONTROL_PROCESS_SECS,
             )
         return found
 
@@ -262,6 +275,17 @@ class KeyRing:
             self._by_id = {key.id: key for key in keys}
             self._callers = {key.id: key.caller for key in keys}
             self.changes.announce()
+
+
+async def _written(change: Awaitable[bool]) -> bool:
+    try:
+        return await change
+    except DatabaseError as error:
+        raise _unavailable(f"the keys were not changed: {error}; {_REMEDY}") from error
+
+
+def _unavailable(message: str) -> ServiceError:
+    return Unavailable(message, code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=CONTROL_PROCESS_SECS)
 
 
 def _stamp(file: Path | None) -> Stamp:

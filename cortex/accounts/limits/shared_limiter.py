@@ -3,6 +3,9 @@
 All requests that wait for admission, and all that have ended meanwhile, share one transaction, which locks the rows of
 their scopes. A row holds what was used, and for each cortex what its running requests have reserved. If a cortex shows
 no sign of life, its requests no longer count as running, and all that they had reserved counts as used.
+
+The transactions are numbered, and the cortex's own row has the number of the last one that was committed. If the answer
+to a commit is lost, the next transaction tells by it whether those that had ended are charged.
 """
 
 from __future__ import annotations
@@ -54,11 +57,12 @@ class _Asked(NamedTuple):
 
 
 class _Settled(NamedTuple):
-    """A request that has ended."""
+    """A request that has ended. `batch`: the first transaction that was to charge it; 0 before that."""
 
     held: HeldTokens
     tokens: int
     cost: float
+    batch: int = 0
 
 
 class SharedLimiter:
@@ -73,6 +77,7 @@ class SharedLimiter:
         self._own: dict[str, Holdings] = {}  # by scope, as last committed
         self._running: dict[int, HeldTokens] = {}
         self._numbers = itertools.count(1)
+        self._batches = itertools.count(1)
         self._asked: list[_Asked] = []
         self._settled: list[_Settled] = []
         self._wanted = asyncio.Event()
@@ -149,13 +154,14 @@ class SharedLimiter:
     async def _batch(self) -> None:
         """Admits and settles all that has come together."""
         self._wanted.clear()
-        asked = [each for each in self._asked if not each.answer.done()]
-        settled, self._asked, self._settled = self._settled, [], []
+        number, asked = next(self._batches), [each for each in self._asked if not each.answer.done()]
+        settled = [each if each.batch else each._replace(batch=number) for each in self._settled]
+        self._asked, self._settled = [], []
         names = {scope.name for each in asked for scope in each.terms.scopes}
         names |= {scope.name for each in settled for scope in each.held.scopes}
         try:
-            async with timeout(DATABASE_SECS), self._states.locked(names) as rows:
-                answers, own = await self._decide(rows, asked, settled)
+            async with timeout(DATABASE_SECS), self._states.locked(names | {self._name}) as rows:
+                answers, own = await self._decide(rows, number, asked, settled)
         except BaseException as error:
             self._settled = settled + self._settled
             for each in asked:
@@ -172,7 +178,7 @@ class SharedLimiter:
             self._answer(each, answer)
 
     async def _decide(
-        self, rows: LockedStates, asked: list[_Asked], settled: list[_Settled]
+        self, rows: LockedStates, number: int, asked: list[_Asked], settled: list[_Settled]
     ) -> tuple[list[HeldTokens | LimitExceeded], dict[str, Holdings]]:
         """What becomes of those that asked, and what this cortex holds then."""
         seen = await rows.last_written(_CORTEX)
@@ -184,8 +190,10 @@ class SharedLimiter:
             )
             for name, scope in scopes.items()
         }
+        committed = int(rows.states[self._name].get("batch", 0))
         for each in settled:
-            each.held.settle(each.tokens, each.cost, rows.now)
+            charged = each.batch <= committed
+            each.held.settle(0 if charged else each.tokens, 0.0 if charged else each.cost, rows.now)
         answers = [_decision(each, rows.now) for each in asked]
         own: dict[str, Holdings] = {}
         states: dict[str, dict[str, Any]] = {}
@@ -193,8 +201,9 @@ class SharedLimiter:
             others, unknown = rows_before[name]
             own[name] = holdings_of(scope).without(others.values())
             states[name] = shared_state(scope, {**others, self._name: own[name]}, unknown)
-        await rows.write({**states, self._name: {}})
-        await rows.delete([name for name, at in seen.items() if at < rows.now - FORGOTTEN_SECS])
+        await rows.write({**states, self._name: {"batch": number}})
+        gone = [name for name, at in seen.items() if at < rows.now - FORGOTTEN_SECS and name != self._name]
+        await rows.delete(gone)
         return answers, own
 
     def _answer(self, asked: _Asked, answer: HeldTokens | LimitExceeded) -> None:

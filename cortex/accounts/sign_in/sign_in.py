@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
-from cortex.accounts.database.outcome import outcome_of
+from cortex.accounts.database.source import DatabaseError
 from cortex.accounts.sign_in.issuer import Issuer
 from cortex.accounts.sign_in.person import SESSION_PREFIX, Identified, Person, caller_of, person_of
 from cortex.config.sign_in import OidcSettings
 from shared.errors import InvalidRequest, Unauthorized, Unavailable
 from shared.protocol import ErrorCode
-from shared.retry_after import DATABASE_DOWN_SECS
 
 if TYPE_CHECKING:
     from cortex.accounts.sign_in.sessions import Sessions
@@ -25,7 +25,12 @@ TOKEN_KEPT_SECS: Final = 60.0
 """How long a worker remembers a token before it asks again. Until then a key that the issuer withdraws still counts."""
 SESSION_KEPT_SECS: Final = 1.0
 """Likewise a session: a logout takes effect everywhere after this time."""
+_RETRY_SECS: Final = 5.0
 _RANDOM_BYTES: Final = 32
+_MOST_LEFT: Final = 10_000
+_LONGEST_SECRET: Final = 128
+
+Result = TypeVar("Result")
 
 
 class Departure(NamedTuple):
@@ -46,6 +51,7 @@ class SignIn:
         self._settings = settings
         self._issuer = issuer
         self._sessions = sessions
+        self._left: dict[bytes, None] = {}  # secrets of sessions that have ended, but are still in the database
 
     @property
     def settings(self) -> OidcSettings:
@@ -93,11 +99,36 @@ class SignIn:
             raise InvalidRequest("the issuer's token is of another sign-in; begin again at /login")
         person = person_of(claims, self.settings.groups_claim)
         caller_of(person, self.settings)
-        return await outcome_of(sessions.begin(person, now, now + self.settings.session_hours * 3600))
+        return await _done(sessions.begin(person, now, now + self.settings.session_hours * 3600))
 
     async def leave(self, secret: bytes) -> None:
-        """Ends a session. Raises Unavailable."""
-        await outcome_of(self._writable().end(secret))
+        """Ends a session. Raises Unavailable if the database still has it: then it is refused here, and `run` tries
+        again."""
+        try:
+            await self._writable().end(secret)
+        except DatabaseError as error:
+            if len(secret) <= _LONGEST_SECRET:
+                self._left[secret] = None
+            if len(self._left) > _MOST_LEFT:
+                del self._left[next(iter(self._left))]
+            raise Unavailable(
+                f"this cortex refuses the session from now on, but could not delete it: {error}; it tries again every "
+                f"{_RETRY_SECS:g} s. Until then the session is valid at other cortexes of this database, and here "
+                "after a restart",
+                code=ErrorCode.DATABASE_UNAVAILABLE,
+                retry_after=_RETRY_SECS,
+            ) from error
+
+    async def run(self) -> None:
+        """Deletes the sessions that have ended while the database could not be written. Never returns."""
+        while True:
+            await asyncio.sleep(_RETRY_SECS)
+            try:
+                for secret in list(self._left):
+                    await self._writable().end(secret)
+                    self._left.pop(secret, None)
+            except DatabaseError:
+                continue
 
     async def close(self) -> None:
         await self._issuer.close()
@@ -105,8 +136,8 @@ class SignIn:
     async def _session(self, secret: bytes) -> Identified:
         now = time.time()
         found: tuple[Person, float] | None = None
-        if self._sessions is not None:
-            found = await outcome_of(self._sessions.find(secret, now))
+        if self._sessions is not None and secret not in self._left:
+            found = await _done(self._sessions.find(secret, now))
         if found is None:
             raise Unauthorized("the session has ended: sign in again at /login")
         person, expires_at = found
@@ -133,7 +164,14 @@ class SignIn:
                 "browsers cannot sign in, because this cortex has no database that it can write: set "
                 "state_dir in cortex.toml to a directory that it can write",
                 code=ErrorCode.DATABASE_UNAVAILABLE,
-                retry_after=DATABASE_DOWN_SECS,
+                retry_after=_RETRY_SECS,
                 permanent=True,
             )
         return self._sessions
+
+
+async def _done(work: Awaitable[Result]) -> Result:
+    try:
+        return await work
+    except DatabaseError as error:
+        raise Unavailable(str(error), code=ErrorCode.DATABASE_UNAVAILABLE, retry_after=_RETRY_SECS) from error

@@ -1,11 +1,13 @@
 """The recorder's process: `python -m cortex.accounts.usage`. Only the control starts it; ends with its input.
 
 Reads a `RecorderSettings` per line of its input: the first to begin, later ones when the configuration has changed.
+Writes a line of output when it fails, which says why, and an empty one when it works again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -81,10 +83,12 @@ class _Process:
                     self.settings.directory,
                     error,
                 )
+                _tell(str(error))
             self._failed = True
             return False
         if self._failed:
             log.warning("usage is recorded again")
+            _tell("")
             self._failed = False
         return more
 
@@ -99,7 +103,11 @@ class _Process:
                 settings.database_url,
                 settings.database_shown,
             )
-            self._database = await open_database(source)
+            database = await open_database(source)
+            if database.read_only:  # it is opened again at the next try, when it may be writable
+                await database.close()
+                raise DatabaseError(f"{source.shown} cannot be written")
+            self._database = database
             self._recorder = Recorder(self._database, self._directory)
         more = await self._recorder.move()
         if not more and monotonic() >= self._clean_at:
@@ -117,6 +125,11 @@ class _Process:
                 return False
             self._lock = fd
         return True
+
+
+def _tell(problem: str) -> None:
+    with contextlib.suppress(OSError):  # cortex is gone
+        print(" ".join(problem.split()), flush=True)
 
 
 async def _main() -> None:

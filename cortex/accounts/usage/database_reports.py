@@ -32,7 +32,7 @@ from cortex.accounts.usage.usage_sums import (
 )
 from shared.errors import InvalidRequest, Unavailable
 from shared.protocol import ErrorCode
-from shared.retry_after import DATABASE_DOWN_SECS
+from shared.retry_after import CONTROL_PROCESS_SECS
 from shared.tasks import timeout
 
 MAX_ROWS: Final = 20_000
@@ -105,7 +105,7 @@ class DatabaseReports:
                 raise Unavailable(
                     f"the usage cannot be read from {error}",
                     code=ErrorCode.DATABASE_UNAVAILABLE,
-                    retry_after=DATABASE_DOWN_SECS,
+                    retry_after=CONTROL_PROCESS_SECS,
                 ) from error
 
     @contextlib.asynccontextmanager

@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.limit_states import delete_expired
 from cortex.accounts.database.source import ConstraintViolated
 from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
 from cortex.accounts.database.usage_days import DAY_SECS, add_to_days, day_of, delete_days
@@ -118,8 +119,8 @@ class Recorder:
         return [row for row in rows if (row["request_id"], row["ended_at"]) not in known]
 
     async def delete_old(self, retention_days: int, daily_retention_days: int = 0) -> bool:
-        """Deletes some of the records of the days that are older, and daily sums; 0 deletes none. True if there are
-        more.
+        """Deletes some of the records of the days that are older, and daily sums; 0 deletes none. Also what is left of
+        limits that have not been used for long. True if there are more.
 
         Raises:
             DatabaseError: the database cannot be written now.
@@ -132,6 +133,7 @@ class Recorder:
             more = bool(retention_days) and await _delete_some(connection, day_of(now - retention_days * DAY_SECS))
             if daily_retention_days:
                 await delete_days(connection, day_of(now - daily_retention_days * DAY_SECS))
+            await delete_expired(connection, now)
             return more
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -42,11 +42,15 @@ class RecorderSettings(msgspec.Struct, frozen=True):
 class RecorderProcess:
     """Keeps the recorder running."""
 
-    def __init__(self, live: LiveConfig, source: DatabaseSource, directory: Path) -> None:
-        """For the journals in `directory`."""
+    def __init__(
+        self, live: LiveConfig, source: DatabaseSource, directory: Path, tell_problem: Callable[[str], None]
+    ) -> None:
+        """For the journals in `directory`. `tell_problem` is told why the database cannot be written, and "" once it
+        can."""
         self._live = live
         self._source = source
         self._directory = directory
+        self._tell_problem = tell_problem
         self._process: asyncio.subprocess.Process | None = None
 
     @contextlib.asynccontextmanager
@@ -85,13 +89,16 @@ class RecorderProcess:
                 self._process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", MODULE),
                     stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C is for cortex
                 )
             except OSError as error:
                 log.warning("the usage recorder cannot be started: %s", error.strerror)
             else:
                 self._tell()
+                assert self._process.stdout is not None
+                async for line in self._process.stdout:
+                    self._tell_problem(line.decode("utf-8", "replace").strip())
                 status = await self._process.wait()
                 log.error("the usage recorder exited with status %d; restarting", status)
             await asyncio.sleep(RESTART_SECS)

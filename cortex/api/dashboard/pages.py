@@ -84,6 +84,7 @@ async def show_viewer(request: web.Request) -> web.Response:
             "name": caller.name if known else None,
             "role": caller.role if known else None,
             "may_act": known and may(caller.role, "operator"),
+            "may_configure": known and may(caller.role, "admin"),
             "leaves": caller.is_person,
         },
         headers={"Cache-Control": "no-store"},

@@ -44,11 +44,11 @@ async def fleet_events(request: web.Request) -> web.StreamResponse:
 
 async def _send_views(app: web.Application, response: web.StreamResponse, access: StreamAccess) -> None:
     fleet, view, closing = app[FLEET], app[FLEET_VIEW], app[CLOSING]
-    while access.lasts() and not closing.is_set():
+    while await access.lasts() and not closing.is_set():
         version, event = view.event()
         await response.write(event)
         await _closing_within(MIN_INTERVAL_SECS, closing)
-        while fleet.version == version and access.lasts() and not closing.is_set():
+        while fleet.version == version and await access.lasts() and not closing.is_set():
             if not await _change_or_closing(fleet.changed_since(version), closing):
                 await response.write(KEEP_ALIVE_COMMENT)
 
@@ -57,7 +57,7 @@ async def _send_changes(app: web.Application, response: web.StreamResponse, acce
     changes, closing = app[FLEET_CHANGES], app[CLOSING]
     with changes.listening():
         place, events = changes.since(None)
-        while access.lasts() and not closing.is_set():
+        while await access.lasts() and not closing.is_set():
             await response.write(events)
             if await _change_or_closing(changes.beyond(place), closing):
                 place, events = changes.since(place)

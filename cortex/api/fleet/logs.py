@@ -22,6 +22,7 @@ DEFAULT_TAIL, MAX_TAIL = 200, 10_000
 KEEP_ALIVE_SECS = 15.0
 MOST_BEHIND = 20_000
 """Lines that a slow reader has not read yet; more are left out and counted."""
+_ACCESS_ENDED = "the API key or session was revoked, has expired, or may not read logs any more"
 
 
 async def show_logs(request: web.Request) -> web.StreamResponse:
@@ -81,9 +82,12 @@ async def _follow(request: web.Request, engines: list[ReplicaKey], tail: int) ->
         while followed.goes_on and not closing.is_set():
             waits = {"came": followed.came.wait(), "closing": closing.wait()}
             came = await first_of(waits, timeout_secs=KEEP_ALIVE_SECS)
-            if not access.lasts():  # right before the lines are written: the key may have ended during the wait
+            if not await access.lasts():  # right before the lines are written: the key may have ended during the wait
+                await response.write(_event({"end": _ACCESS_ENDED}))
                 break
             await response.write(KEEP_ALIVE_COMMENT if came is None else followed.take())
+            if closing.is_set():
+                await response.write(_event({"end": "cortex is stopping"}))
     finally:
         await tasks.close()
     return response

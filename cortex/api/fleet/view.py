@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from cortex.accounts.storage import Storage
 from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
@@ -39,6 +40,7 @@ class FleetView:
         scheduler: Scheduler,
         queue: AdmissionQueue,
         counts: CountTotals,
+        storage: Storage,
     ) -> None:
         self._live = live
         self._fleet = fleet
@@ -46,6 +48,7 @@ class FleetView:
         self._scheduler = scheduler
         self._queue = queue
         self._counts = counts
+        self._storage = storage
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
         self._event: tuple[int, float, bytes] | None = None  # fleet version, time, event
@@ -65,6 +68,7 @@ class FleetView:
             "in_flight": self._in_flight(),
             "waiting": self._waiting(),
             "held": held,
+            "warnings": self._storage.warnings,
             "configuration": self._configuration(),
         }
         return msgspec.json.encode({"nodes": nodes, **rest, **self._of_catalogue(self._live.catalogue)})
@@ -97,6 +101,7 @@ class FleetView:
             "waiting": {each["model"]: each for each in self._waiting()},
             "rates": {model: rate._asdict() for model, rate in self._rates.rates().items()},
             "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
+            "warnings": self._storage.warnings,
             "configuration": self._configuration(),
             "models": self._keyed_catalogue[1],
             "aliases": dict(catalogue.targets),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
+from cortex.accounts.storage import advice_for, try_writing
 from cortex.cli.accounts import key_problems
 from cortex.cli.doctor.findings import Finding, fault, ok, warning
 from cortex.config.catalogue import Catalogue
@@ -32,7 +32,6 @@ _LISTEN_ADVICE: Final = {
     errno.EADDRINUSE: "end the program that uses it, or ",
     errno.EACCES: "let this user use ports below 1024 (systemd: AmbientCapabilities=CAP_NET_BIND_SERVICE), or ",
 }
-_WRITTEN_BYTES: Final = 64 << 10  # a few records of usage
 
 
 class DeploymentFiles(NamedTuple):
@@ -75,15 +74,10 @@ def check_state(files: DeploymentFiles) -> Finding:
         return warning(subject, "nothing is kept: this user has no home directory", "set state_dir in cortex.toml")
     place = next(each for each in (directory, *directory.parents) if os.path.lexists(each))
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(bytes(_WRITTEN_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        try_writing(place, durable=True)
         free = shutil.disk_usage(place).free
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room there" if full else "give cortex's user the right to write, or set another state_dir"
-        return fault(subject, f"{directory} cannot be written: {error.strerror}", advice)
+        return fault(subject, f"{directory} cannot be written: {error.strerror}", advice_for(error))
     text = f"{directory} can be written, {free / 2**30:.1f} GiB are free"
     return ok(subject, text) if free >= LOW_DISK_BYTES else warning(subject, text, "make room there")
 

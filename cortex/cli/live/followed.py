@@ -28,12 +28,14 @@ def applied(state: Any, patch: Any) -> Any:
 
 class FollowedFleet:
     """Owns the connection, in a thread of its own that ends with the process. `fleet`: None until it is known.
-    `problem`: why it is out of date, None if it is not. `changed` is set at each change of both."""
+    `problem`: why it is out of date, None if it is not. `heard_at`: when cortex last sent anything, in monotonic
+    seconds. `changed` is set at each change of these."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.fleet: dict[str, Any] | None = None
         self.problem: str | None = None
+        self.heard_at = time.monotonic()
         self.changed = threading.Event()
         threading.Thread(target=self._run, daemon=True, name="fleet").start()
 
@@ -54,6 +56,7 @@ class FollowedFleet:
                 self.fleet = json.loads(event.data)
             elif event.name == "change":
                 self.fleet = applied(self.fleet, json.loads(event.data))
+            self.heard_at = time.monotonic()
             self._tell(None)
 
     def _tell(self, problem: str | None) -> None:

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from cortex.cli.options import DEFAULT_URL, Json, Model, On, Url
+from cortex.cli.options import (
+    DEFAULT_URL,
+    Json,
+    Model,
+    On,
+    Url,
+    Watch,
+    complete_model,
+    complete_node,
+    print_answer,
+    repeated,
+)
 
 live_app = typer.Typer()
 
@@ -42,6 +53,32 @@ def logs(
 
 
 @live_app.command()
+def requests(
+    *,
+    errors: Annotated[bool, typer.Option("--errors", help="Only those that ended in an error.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only for this model.", autocompletion=complete_model)
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this key.")] = None,
+    node: Annotated[
+        str | None, typer.Option("--on", metavar="NODE", help="Only there.", autocompletion=complete_node)
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="The most of each kind.")] = 30,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+    watch: Watch = False,
+) -> int:
+    """Show the requests that run and the last that ended: where each went, what it waited for, errors."""
+    from cortex.cli.live.requests import ask_requests, requests_table
+
+    def show() -> None:
+        answer = ask_requests(url, errors=errors, model=model, key=key, node=node, limit=limit)
+        print_answer(url, answer, as_json, requests_table)
+
+    return repeated(show, watch)
+
+
+@live_app.command()
 def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Ask this and end. Default: a conversation.")] = None,
@@ -52,3 +89,20 @@ def chat(
     from cortex.cli.live.chat import run_chat
 
     return run_chat(url, model, prompt, system)
+
+
+@live_app.command()
+def config(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only what is wrong in the files and what a reload would change.")
+    ] = False,
+    reload: Annotated[bool, typer.Option("--reload", help="Have cortex read and apply the files first.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Show a running cortex's configuration, what is wrong in its files, and what a reload would change. Exit 1 for
+    errors. `cortex check` looks at files without a running cortex."""
+    from cortex.cli.live.configuration import run_config
+
+    return run_config(url, check=check, reload=reload, as_json=as_json)

@@ -35,12 +35,17 @@ def run_logs(
 
 
 def _follow(url: str, path: str, as_json: bool) -> int:
+    """0 once every engine is gone; 1 if the stream ends before that."""
     places: set[str] = set()
+    ended = False
     try:
         for event in stream(url, "GET", path, api_key=credential_for(url), timeout_secs=CALL_TIMEOUT_SECS):
             if not event.data:
                 continue
             told = json.loads(event.data)
+            ended = "end" in told or ("left_out" in told and ended)
+            if "end" in told and "node" not in told:
+                fail("cortex", f"{told['end']}; the log may go on")
             if as_json:
                 sys.stdout.write(event.data + "\n")
             elif "line" in told:
@@ -54,7 +59,9 @@ def _follow(url: str, path: str, as_json: bool) -> int:
     except CallFailed as error:
         fail("cortex", error)
     except KeyboardInterrupt:
-        pass
+        return 0
+    if not ended:
+        fail("cortex", "the connection has ended; the log may go on: does cortex run? `cortex status` tells")
     return 0
 
 

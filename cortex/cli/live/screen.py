@@ -13,6 +13,8 @@ from rich.text import Text
 Order = Literal["name", "running", "waiting", "tokens"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 BAR_CELLS = 20
+SILENT_SECS = 20.0
+"""Longer than cortex is silent when nothing changes: it sends a sign of life every 15 s."""
 _STATUS_COLOURS = {"loaded": "green", "loading": "cyan", "recovering": "yellow", "failed": "red"}
 
 
@@ -31,12 +33,16 @@ class _ModelRow:
         return float(self.rate.get("completion_tokens_per_sec", 0.0))
 
 
-def screen(fleet: dict[str, Any], *, problem: str | None, order: Order, now: float) -> RenderableType:
-    """`fleet`: as `/fleet/events?changes=true` keeps it. `now`: Unix time."""
+def screen(
+    fleet: dict[str, Any], *, problem: str | None, order: Order, now: float, age_secs: float = 0.0
+) -> RenderableType:
+    """`fleet`: as `/fleet/events?changes=true` keeps it. `now`: Unix time. `age_secs`: since cortex sent anything."""
     rows = _model_rows(fleet)
     parts: list[RenderableType] = [_summary(fleet, rows)]
-    if problem is not None:
-        parts.append(Text(f"✕ {problem}: what you see may be out of date", style="bold red"))
+    if problem is not None or age_secs > SILENT_SECS:
+        why = problem or "cortex does not answer"
+        parts.append(Text(f"✕ {why}: what you see is {age_secs:.0f} s old", style="bold red"))
+    parts += [Text(f"! {each}", style="yellow") for each in fleet.get("warnings", ())]
     parts += [Text(), _hosts(fleet), Text(), _models(rows, order)]
     if fleet["loads"]:
         parts += [Text(), _loads(fleet, now)]

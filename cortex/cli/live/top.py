@@ -50,7 +50,8 @@ def _shown(followed: FollowedFleet, order: Order) -> RenderableType:
     fleet = followed.fleet
     if fleet is None:
         return Text(followed.problem or "")
-    return screen(fleet, problem=followed.problem, order=order, now=time.time())
+    age_secs = time.monotonic() - followed.heard_at
+    return screen(fleet, problem=followed.problem, order=order, now=time.time(), age_secs=age_secs)
 
 
 def _key(secs: float) -> str | None:

@@ -22,9 +22,11 @@ async def test_cortex_makes_its_database(tmp_path: Path, benjy: V1Neuron) -> Non
     """It is there before the first request, and closed when cortex has ended."""
     async with cortex_process(tmp_path, [benjy], [], state_dir="state") as cortex:
         assert (tmp_path / "state/cortex.db-wal").exists()
+        assert (tmp_path / "state/running").exists()
         cortex.process.terminate()
         assert await cortex.ended() == 0
     assert not (tmp_path / "state/cortex.db-wal").exists()
+    assert not (tmp_path / "state/running").exists()  # a clean end
     assert sqlite3.connect(tmp_path / "state/cortex.db").execute("SELECT * FROM api_keys").fetchall() == []
 
 

@@ -97,10 +97,16 @@ async def closed(start_cortex: StartCortex, benjy: V1Neuron) -> RunningCortex:
 @pytest.mark.parametrize(
     ("key", "viewer"),
     [
-        (None, {"name": None, "role": None, "may_act": False, "leaves": False}),
-        ("wrong", {"name": None, "role": None, "may_act": False, "leaves": False}),
-        ("secret-viewer", {"name": "viewer", "role": "viewer", "may_act": False, "leaves": False}),
-        ("secret-operator", {"name": "operator", "role": "operator", "may_act": True, "leaves": False}),
+        (None, {"name": None, "role": None, "may_act": False, "may_configure": False, "leaves": False}),
+        ("wrong", {"name": None, "role": None, "may_act": False, "may_configure": False, "leaves": False}),
+        (
+            "secret-viewer",
+            {"name": "viewer", "role": "viewer", "may_act": False, "may_configure": False, "leaves": False},
+        ),
+        (
+            "secret-operator",
+            {"name": "operator", "role": "operator", "may_act": True, "may_configure": False, "leaves": False},
+        ),
     ],
 )
 async def test_who_is_looking(closed: RunningCortex, key: str | None, viewer: dict[str, object]) -> None:

@@ -144,6 +144,7 @@ def view_of(parts: Parts) -> FleetView:
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        storage=parts.storage,
     )
 
 
@@ -348,7 +349,8 @@ async def test_a_stream_ends_with_its_key(
                     assert not events.content.at_eof()
             file.write_text(bob + ALICE[fate], encoding="utf-8")
             await keys.load(file)
-            await hers.content.read()
+            rest = await hers.content.read()
+            assert (b'"end":"the API key or session was revoked' in rest) == query.startswith("logs")
             his.content.read_nowait()
             while await his.content.readline() != b": keep-alive\n":
                 assert not his.content.at_eof()

@@ -22,7 +22,7 @@ async def test_a_key_that_expires_before_its_stream_begins() -> None:
     app[KEYS] = KeyRing(environ=environ)
 
     async def lasts(request: web.Request) -> web.Response:
-        return web.json_response(StreamAccess(request).lasts())
+        return web.json_response(await StreamAccess(request).lasts())
 
     app.router.add_get("/fleet/events", lasts)
     sock = bind("127.0.0.1", 0)

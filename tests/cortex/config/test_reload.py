@@ -73,6 +73,7 @@ class Cortex:
         """The changes that the log reports at the next reload."""
         self._reloads += 1
         await until(lambda: self.log.count("configuration reloaded: ") >= self._reloads)
+        await self._logged()
         return str(re.findall(r"configuration reloaded: (.*)", self.log)[self._reloads - 1])
 
     async def refused(self) -> None:
@@ -80,6 +81,12 @@ class Cortex:
         before = self.log.count("configuration not reloaded")
         self.process.process.send_signal(signal.SIGHUP)
         await until(lambda: self.log.count("configuration not reloaded") > before)
+        await self._logged()
+
+    async def _logged(self) -> None:
+        """Returns when the log has every line of a reload that has begun to log: cortex writes them without a pause and
+        answers afterwards."""
+        await self.get("/fleet")
 
     async def ask(self, model: str) -> Answer:
         """A completion on its own connection."""

@@ -92,7 +92,8 @@ async def test_large_body_on_a_real_network(
     async with RawEngine().running(far.listening()) as engine:
         engine.reads = False
         benjy.models[MODEL], benjy.engine_url = "loaded", engine.url
-        cortex = await start_cortex([benjy], [{"id": MODEL}])
+        # On a busy machine a neuron may answer late, which would be logged.
+        cortex = await start_cortex([benjy], [{"id": MODEL}], poll={"timeout_secs": 60})
         caplog.clear()
         body = json.dumps({"model": MODEL, "n": 1, "prompt": "x" * 20_000_000}).encode()
         async with connected(cortex.url) as client:

@@ -5,6 +5,7 @@ import { CallError, get, post, storedKey, useKey } from "./api.js";
 import { secs } from "./format.js";
 import { Dialog, Problem } from "./parts.js";
 import { Store } from "./store.js";
+import { ConfigurationPage } from "./pages/configuration.js";
 import { FleetPage } from "./pages/fleet.js";
 import { LogsPage } from "./pages/logs.js";
 import { ModelsPage } from "./pages/models.js";
@@ -19,6 +20,7 @@ const PAGES = {
   usage: ["Usage", UsagePage],
   logs: ["Logs", LogsPage],
   playground: ["Playground", PlaygroundPage],
+  configuration: ["Configuration", ConfigurationPage],
 };
 const STALE_SECS = 30;
 const store = new Store();
@@ -107,6 +109,10 @@ function Connection() {
   return html`<p class="problem" role="alert"><span aria-hidden="true">✕ </span>${store.problem ? store.problem.message : "cortex is silent"}: what you see is ${secs(silent)} old.</p>`;
 }
 
+function Warnings() {
+  return (store.fleet?.warnings ?? []).map((text) => html`<p class="problem" role="alert"><span aria-hidden="true">! </span>${text}</p>`);
+}
+
 function App() {
   const [, changed] = useState(0);
   const [who, setWho] = useState(null);
@@ -165,7 +171,8 @@ function App() {
     </header>
     <main id="main" tabindex="-1">
       <${Connection} />
-      ${fleet ? h(Page, { fleet, search, mayAct: Boolean(who?.may_act) }) : html`<p role="status">Reading the fleet …</p>`}
+      <${Warnings} />
+      ${fleet ? h(Page, { fleet, search, mayAct: Boolean(who?.may_act), mayConfigure: Boolean(who?.may_configure) }) : html`<p role="status">Reading the fleet …</p>`}
     </main>
     ${help && html`<${Shortcuts} onClose=${() => setHelp(false)} />`}`;
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Collection
 
 import pytest
 
 from cortex.accounts.database.database import open_database
-from cortex.accounts.database.limit_states import LimitStates
-from cortex.accounts.database.source import database_source
+from cortex.accounts.database.limit_states import LimitStates, LockedStates
+from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.limits import shared_limiter
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.model_terms import ModelTermsTable
@@ -158,6 +158,46 @@ async def test_without_the_database_limited_requests_are_refused_until_it_is_bac
                 await limiter.admission(ALICE, "org/m", SMALL)
                 break
         assert caplog.messages.count("limits can be checked again") == 1
+
+
+class LosesAnswers(LimitStates):
+    """Commits, but the connection is lost before the answer comes, so often."""
+
+    times = 0
+
+    @contextlib.asynccontextmanager
+    async def locked(self, scopes: Collection[str]) -> AsyncIterator[LockedStates]:
+        async with super().locked(scopes) as rows:
+            yield rows
+        if self.times:
+            self.times -= 1
+            raise DatabaseError("connection lost")
+
+
+async def test_a_commit_whose_answer_is_lost_is_charged_once(url: str) -> None:
+    """What ended before is charged by one transaction, also if the answers to two are lost."""
+    cortex = Cortex(url, terms(), {"a": KeyLimits(Limits(budgets=(DAY,)))})
+    async with cortex as limiter:
+        await cortex.kill()  # each batch is made here
+        limiter._states = states = LosesAnswers(cortex.database)
+
+        async def admitted(bound: TokenBound) -> Grant:
+            task = asyncio.create_task(limiter.admission(ALICE, "org/m", bound))
+            await asyncio.sleep(0)
+            await limiter._batch()
+            return await task
+
+        first, second = await admitted(TokenBound(30, 0)), await admitted(TokenBound(20, 0))
+        limiter.settle(first, 30, 0, 0)
+        states.times = 2
+        await limiter._batch()
+        limiter.settle(second, 20, 0, 0)
+        await limiter._batch()
+        await limiter._batch()
+        third = await admitted(TokenBound(50, 0))
+        with pytest.raises(LimitExceeded, match="budget"):
+            await admitted(TokenBound(1, 0))
+        limiter.settle(third, 50, 0, 0)
 
 
 async def test_a_cortex_with_older_keys_keeps_what_newer_ones_have_used(url: str) -> None:

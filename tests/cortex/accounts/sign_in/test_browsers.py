@@ -18,7 +18,7 @@ from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine
-from tests.cortex.raw_http import connected, request
+from tests.cortex.raw_http import connected, request, until
 
 MODEL = "org/small"
 PAGE = {"Accept": "text/html,application/xhtml+xml"}
@@ -96,7 +96,7 @@ async def test_the_life_of_a_session(cortex: CortexProcess, tmp_path: Path, issu
             assert (await alice.get(f"{url}/fleet"))[0] == 200
             assert (await alice.post(f"{url}/v1/chat/completions", BODY))[0] == 200
         assert (await alice.get(f"{url}/"))[0] == 200
-        viewer = {"name": "oidc:alice", "role": "viewer", "may_act": False, "leaves": True}
+        viewer = {"name": "oidc:alice", "role": "viewer", "may_act": False, "may_configure": False, "leaves": True}
         assert json.loads((await alice.get(f"{url}/dashboard/me"))[1]) == viewer
         assert (await alice.get(f"{url}/keys"))[0] == 403
         for origin in ("https://evil.example.com", "http://127.0.0.1:1"):  # of another site, and of this host
@@ -280,20 +280,26 @@ async def test_behind_a_proxy(tmp_path: Path, benjy: V1Neuron, issuer: SmallIssu
 
 
 async def test_signing_out_while_the_database_fails(tmp_path: Path, benjy: V1Neuron, issuer: SmallIssuer) -> None:
-    """The browser is told that the session could not be ended, and has it no more."""
+    """The browser is told that the session could not be deleted, and has it no more. Neither has anyone else: cortex
+    refuses it, and deletes it as soon as it can."""
     auth = {"oidc": issuer.settings()}
     async with (
         browser() as alice,
         cortex_process(tmp_path, [benjy], [], state_dir="state", auth=auth) as cortex,
     ):
         await alice.sign_in(cortex.url)
-        assert "cortex_session" in alice.cookies
-        with contextlib.closing(sqlite3.connect(tmp_path / "state/cortex.db")) as database:
-            database.execute("ALTER TABLE sessions RENAME TO lost")
-            database.commit()
-        status, answer = await alice.post(f"{cortex.url}/logout")
-        assert (status, answer["error"]["code"]) == (503, "database_unavailable")
-        assert "cortex_session" not in alice.cookies
+        secret = alice.cookies["cortex_session"].value
+        with contextlib.closing(sqlite3.connect(tmp_path / "state/cortex.db", isolation_level=None)) as database:
+            database.execute("CREATE TRIGGER full BEFORE DELETE ON sessions BEGIN SELECT RAISE(FAIL, 'is full'); END")
+            status, answer = await alice.post(f"{cortex.url}/logout")
+            assert (status, answer["error"]["code"]) == (503, "database_unavailable")
+            assert "refuses the session from now on" in answer["error"]["message"]
+            assert "cortex_session" not in alice.cookies
+            async with browser() as thief:
+                await thief.until_refused(cortex.url, secret)
+            assert database.execute("SELECT count(*) FROM sessions").fetchone() == (1,)
+            database.execute("DROP TRIGGER full")
+            await until(lambda: database.execute("SELECT count(*) FROM sessions").fetchone() == (0,))
 
 
 async def test_two_cortexes(

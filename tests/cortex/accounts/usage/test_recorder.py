@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy import Table, func, select, text
 
 from cortex.accounts.database.database import Database
+from cortex.accounts.database.limit_states import LimitStates
 from cortex.accounts.database.source import DatabaseError, DatabaseSource
-from cortex.accounts.database.tables import USAGE, USAGE_JOURNALS
+from cortex.accounts.database.tables import LIMIT_STATES, USAGE, USAGE_JOURNALS
 from cortex.accounts.prices import PriceList, Prices
 from cortex.accounts.usage.journal_file import JournalWriter, journals
 from cortex.accounts.usage.record import UsageRecord
@@ -213,6 +214,26 @@ async def test_settings_that_cannot_be_read_end_the_recorder(source: DatabaseSou
     given = settings_of(source, tmp_path / "usage") + b'{"directory": 1}\n'
     with started("-m", MODULE, settings=given) as recorder:
         assert await asyncio.to_thread(recorder.wait, 60) == 0
+
+
+async def test_limits_that_were_not_used_for_long_are_deleted(database: Database, tmp_path: Path) -> None:
+    """Their rows say no more than none. One with a rolling window that is longer stays until that is over."""
+    day, states = 86_400.0, LimitStates(database)
+    month, year = "tokens/month", f"EUR/{365 * day}"
+    rows: list[tuple[str, list[str], int]] = [
+        ("key:old", [month], 0),
+        ("key:rates", [], 0),
+        ("key:year", [month, year], 0),
+        ("key:new", [], 30),
+    ]
+    async with database.writing() as connection:
+        for scope, budgets, at in rows:
+            state = {"at": at * day, "budgets": {name: {} for name in budgets}}
+            await connection.execute(LIMIT_STATES.insert().values(scope=scope, state=state, updated_at=at * day))
+    await Recorder(database, tmp_path, lambda: 40 * day).delete_old(0)
+    assert set(await states.all()) == {"key:year", "key:new"}
+    await Recorder(database, tmp_path, lambda: 400 * day).delete_old(0)
+    assert await states.all() == {}
 
 
 async def test_kills_lose_and_repeat_nothing(source: DatabaseSource, database: Database, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ const MOST_LINES = 2000;
 const TAIL = 200;
 
 function told(event) {
-  if (event.end) return `– ${event.node}: ${event.end} –`;
+  if (event.end) return event.node ? `– ${event.node}: ${event.end} –` : `– ${event.end} –`;
   if (event.left_out) return `– ${event.left_out} lines were left out –`;
   return event.line;
 }

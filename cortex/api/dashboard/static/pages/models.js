@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, post } from "../api.js";
-import { ago, plural, secs } from "../format.js";
+import { ago, clock, compareNames, plural, secs } from "../format.js";
 import { Confirm, Problem, Status, modelClass, useRead } from "../parts.js";
 
 export function modelsOf(fleet) {
@@ -19,7 +19,7 @@ export function modelsOf(fleet) {
   Object.values(fleet.in_flight).forEach((each) => (row(each.model).inFlight += each.count));
   Object.values(fleet.waiting).forEach((each) => (row(each.model).waiting = each));
   Object.values(fleet.held).forEach((each) => row(each.model).held.push(each));
-  return [...rows.values()].sort((one, two) => one.id.localeCompare(two.id, undefined, { numeric: true }));
+  return [...rows.values()].sort((one, two) => compareNames(one.id, two.id));
 }
 
 function rateText(rate) {
@@ -65,7 +65,7 @@ function Model({ row, aliases, mayAct, ask }) {
     <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}${row.rate ? html`. ${rateText(row.rate)}` : ""}</p>
     <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} />`)}</ul>
     ${row.loads.map((load) => html`<p class="small">Loading on ${load.node}, begun ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
-    ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${new Date(held.until * 1000).toLocaleTimeString()}.</p>`)}
+    ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${clock(held.until)}.</p>`)}
   </section>`;
 }
 
