@@ -267,7 +267,8 @@ async def running_control(
             loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline, storage = _timeline(core), Storage(state.directory)
+        timeline = _timeline(core)
+        storage = Storage(state.directory, opened_unwritable=database is None or database.read_only)
         loops |= {"storage": storage.run}
         loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
