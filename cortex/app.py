@@ -29,7 +29,9 @@ from cortex.api.app_keys import (
     LIVE,
     LOADER,
     METRICS,
+    REGISTRATIONS,
     RELOADER,
+    REQUESTS,
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
@@ -87,7 +89,9 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[SHUTDOWN] = parts.shutdown
     app[CREATED] = parts.created
     app[TIMELINE] = parts.timeline
+    app[REQUESTS] = parts.requests
     app[KEYS] = parts.keys
+    app[REGISTRATIONS] = parts.registrations
     app[SIGN_IN] = parts.sign_in
     app[STORAGE] = parts.storage
     app[RELOADER] = reloader
@@ -221,6 +225,7 @@ async def serving_here(
         usage_directory=usage_directory,
     ) as gateway:
         parts.counts.attach(gateway)
+        parts.requests.attach(gateway)
 
         def configure() -> None:
             gateway.configure(parts.live.config)
@@ -239,6 +244,7 @@ async def serving_here(
             gateway.draining = True  # first: clients refused from now on should go elsewhere, not retry here
             parts.shutdown.begin()
             parts.counts.detach(gateway)
+            parts.requests.detach(gateway)
 
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of the process at the other end (unix(7), SO_PEERCRED)

@@ -16,11 +16,13 @@ from cortex.control.loads.loader import Loader
 from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 
 LIVE = web.AppKey("live", LiveConfig)
@@ -35,9 +37,12 @@ COUNTS = web.AppKey("counts", CountTotals)
 METRICS = web.AppKey("metrics", Metrics)
 SHUTDOWN = web.AppKey("shutdown", Shutdown)
 KEYS = web.AppKey("keys", KeyRing)
+REQUESTS = web.AppKey("requests", RequestHistory)
 TIMELINE = web.AppKey("timeline", Timeline)
 RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
+REGISTRATIONS: web.AppKey[Registrations | None] = web.AppKey("registrations")
+"""None unless neurons announce themselves."""
 STORAGE = web.AppKey("storage", Storage)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)

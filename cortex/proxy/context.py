@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -18,6 +19,7 @@ from cortex.http.connection import ClientConnection
 from cortex.http.request import Request
 from cortex.metrics.in_flight import InFlight
 from cortex.metrics.request_tally import RequestTally
+from cortex.metrics.requests.ring import RequestRing
 from cortex.proxy.answers.keep_alive import KeepAlivePolicy, KeepAliveStream
 from cortex.proxy.paths import INFERENCE
 from cortex.proxy.prompt.expected_tokens import ExpectedTokens
@@ -39,6 +41,11 @@ from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
+
+Choice: TypeAlias = Literal["only", "prefix", "least_busy", "control", "loaded", "maker", ""]
+"""Why a request goes to its engine. only: no other can be used. prefix: the session's or the prompt's beginning belongs
+there, and it is not much busier than others. least_busy. control: after a wait, or after another engine failed. loaded:
+its load was waited for. maker: it has the response. "": none yet."""
 
 
 class ProxyContext:
@@ -63,6 +70,7 @@ class ProxyContext:
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = RequestTally()
+        self.requests = RequestRing()
         self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
         self._token_counter = TokenCounter()
@@ -142,8 +150,11 @@ class ProxyContext:
         if replica.limit is not None:
             self.control.release(replica)
 
-    def least_busy(self, request: Request, replicas: tuple[Replica, ...]) -> Replica:
-        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work."""
+    def choose(self, request: Request, replicas: tuple[Replica, ...]) -> tuple[Replica, Choice]:
+        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work; and
+        why."""
+        if len(replicas) == 1:
+            return replicas[0], "only"
         keys: list[ReplicaKey] = []
         names: list[str] = []
         outstanding: list[int] = []
@@ -152,7 +163,8 @@ class ProxyContext:
             names.append(replica.name)
             outstanding.append(self.in_flight.count(replica.key) + replica.others)
         key = self.affinity.key(request.path, request.passed, request.body)
-        return replicas[choose(names, outstanding, self.speeds.of(keys), key, self.load_factor)]
+        chosen = replicas[choose(names, outstanding, self.speeds.of(keys), key, self.load_factor)]
+        return chosen, "least_busy" if key is None else "prefix"
 
     def measure(self, replica: Replica, request: Request, relay: Relay) -> None:
         """Records the speed of the engine, if its answer is complete."""

@@ -16,6 +16,7 @@ from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
+from cortex.metrics.requests.entries import SeenRequests
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.authentication import Authentication, Unidentified
 from cortex.proxy.body.form_scan import is_form
@@ -56,8 +57,8 @@ from shared.request_ids import request_id as make_request_id
 
 
 class Gateway:
-    """A worker's entry point for requests. Implements `http.connection.Dispatcher` and
-    `metrics.worker_counts.WorkerCounts`."""
+    """A worker's entry point for requests. Implements `http.connection.Dispatcher`,
+    `metrics.worker_counts.WorkerCounts` and `metrics.requests.history.RequestSource`."""
 
     def __init__(
         self,
@@ -225,6 +226,9 @@ class Gateway:
 
     def take_callers(self) -> Mapping[CallerAt, CallerCount]:
         return self._context.in_flight.take_callers()
+
+    async def requests_since(self, place: int) -> SeenRequests:
+        return self._context.requests.since(place)
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from time import monotonic
 from typing import Any, Final
 
 from cortex.accounts.caller import Caller
@@ -31,7 +30,6 @@ from cortex.routing.replica import (
     ServedPaths,
     failure_of,
     not_served,
-    stopped,
     unreachable,
     untried,
 )
@@ -82,7 +80,7 @@ class RequestHandler:
     def begin(self) -> None:
         context, content_type = self._context, self._request.content_type.decode("latin-1")
         try:
-            self._request.body, name, model_id, field = with_model_id(
+            self._request.body, self._account.asked, name, model_id, field = with_model_id(
                 self._request.body, content_type, context.control.aliases, context.default_model
             )
         except ServiceError as error:
@@ -199,7 +197,7 @@ class RequestHandler:
         state = self._state
         assert isinstance(state, Sent)
         if reason == STOPPING:
-            state.relay.end_lost(stopped(state.replica), state.replica.model_id)
+            state.end_stopped()
         elif state.relay.answer.events:
             state.ending = self._spawn(state.end_explained(self._account.request_id, self._context.control), "end")
         else:
@@ -236,14 +234,14 @@ class RequestHandler:
         assert isinstance(state, Sent)
         self._context.stream_usages.forget(state.replica)  # it may come back changed
         self._failures.append(state.failed(self._account.request_id, reason, kind))
+        self._account.failed(state.replica, reason, kind)
 
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         """Without a replica, or if it has as many requests as its neuron allows, asks the control."""
         if replicas:
-            compared = len(replicas) > 1
-            replica = self._context.least_busy(self._request, replicas) if compared else replicas[0]
+            replica, self._account.choice = self._context.choose(self._request, replicas)
             if replica.limit is None or self._context.control.take(replica):
-                self._send(replica, compared=compared)
+                self._send(replica, compared=len(replicas) > 1)
                 return
         self._resolve()
 
@@ -255,6 +253,7 @@ class RequestHandler:
         self._state = Resolving(self._spawn(self._ask_control(), "resolve"))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        self._account.waits(name, self._name)
         with request_scope(self._account.request_id):
             return self._context.tasks.spawn(self._run(work), name=f"{name} {self._account.request_id}")
 
@@ -283,8 +282,8 @@ class RequestHandler:
         caller, able = self._account.caller, self._is_able
         route = await self._context.resolve(self._request, self._name, self._failures, caller, able)
         self._resolved()
+        self._account.found(cold=route.cold)
         if route.cold:
-            self._account.cold = True
             self._context.stream_usages.forget(route.replica)
             self._failures = [f for f in self._failures if f.replica.key != route.replica.key or f.kind == "dead"]
         self._send(route.replica, compared=False)
@@ -292,7 +291,7 @@ class RequestHandler:
     def _resolved(self) -> None:
         state, self._state = self._state, None
         assert isinstance(state, Resolving)
-        self._account.waited += monotonic() - state.since
+        self._account.has_waited(state.since)
         if self._keep_alive is not None and not self._keep_alive.begun:
             self._stop_keep_alive()
 
@@ -326,6 +325,7 @@ class RequestHandler:
         if self._usage_request is not None:
             relay.on_refusal = self._send_unasked
         self._state = Sent(replica, relay, compared=compared)
+        self._account.relay = relay
         relay.start()
 
     def _send_unasked(self) -> bool:
@@ -386,11 +386,11 @@ class RequestHandler:
                 state.ending.cancel()
         elif state is not None:
             state.task.cancel()
-            self._account.waited += monotonic() - state.since
+            self._account.has_waited(state.since)
         return state
 
     def _refuse(self, error: ServiceError) -> None:
-        self._account.close(error.status, None, code=error.code)
+        self._account.close(error.status, None, error=error)
         keep_alive = self._keep_alive
         self._stop_keep_alive()
         if keep_alive is not None and keep_alive.begun:

@@ -22,6 +22,7 @@ from cortex.workers.channel import Channel
 from cortex.workers.messages import (
     AdmitRefused,
     Admitted,
+    AskRequests,
     CatalogueChanged,
     Collect,
     ConfigChanged,
@@ -39,6 +40,7 @@ from cortex.workers.messages import (
     ProspectFound,
     Ready,
     Refused,
+    RequestsSeen,
     Resolved,
     ResponseMade,
     Setup,
@@ -136,9 +138,8 @@ async def listen(
                     gateway.use_keys(keys)
                 case OthersInFlight(counts):
                     gateway.in_flight.elsewhere = counts_from_wire(counts)
-                case Collect(number):
-                    await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
-                    channel.send(_counted(number, gateway))
+                case Collect() | AskRequests():
+                    channel.send(await _told(message, gateway))
                 case Stop():
                     gateway.draining = True
                     stop.set()
@@ -147,6 +148,13 @@ async def listen(
     log.warning("the control process is gone: stopping")
     control.lost()
     stop.set()
+
+
+async def _told(question: Collect | AskRequests, gateway: Gateway) -> Counted | RequestsSeen:
+    if isinstance(question, AskRequests):
+        return RequestsSeen(question.number, await gateway.requests_since(question.place))
+    await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
+    return _counted(question.number, gateway)
 
 
 def _counted(number: int, gateway: Gateway) -> Counted:

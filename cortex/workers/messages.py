@@ -16,6 +16,7 @@ from cortex.accounts.sign_in.person import Identified
 from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
+from cortex.metrics.requests.entries import SeenRequests
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList, ResponseMaker
@@ -174,6 +175,13 @@ class Collect(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class AskRequests(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a RequestsSeen with the same number: what has ended since a place."""
+
+    number: int
+    place: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Finish the requests in flight, then exit."""
 
@@ -199,6 +207,7 @@ ToWorker = (
     | MakerFound
     | Notes
     | Collect
+    | AskRequests
     | Stop
 )
 
@@ -307,6 +316,13 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
     in_flight: Counts
 
 
+class RequestsSeen(msgspec.Struct, frozen=True, tag=True):
+    """Answers AskRequests."""
+
+    number: int
+    seen: SeenRequests
+
+
 FromWorker = (
     Ready
     | Resolve
@@ -323,6 +339,7 @@ FromWorker = (
     | InFlightNow
     | ResponseMade
     | Counted
+    | RequestsSeen
 )
 
 

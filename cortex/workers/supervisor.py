@@ -23,6 +23,7 @@ from cortex.control.resolver import Resolver
 from cortex.control.route_table import RouteTable
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.state import Fleet
+from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica
 from cortex.upstream.address import Address
@@ -68,6 +69,7 @@ class Supervisor:
         keys: KeyRing,
         people: People | None,
         usage_directory: Path | None,
+        requests: RequestHistory,
     ) -> None:
         """A worker for each of `socks`; `address` is the control app's."""
         self._socks = socks
@@ -81,6 +83,7 @@ class Supervisor:
         self._keys = keys
         self._people = people
         self._usage_directory = usage_directory
+        self._requests = requests
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
         self._stopping = False
@@ -197,6 +200,7 @@ class Supervisor:
         if self._stopping:  # began while the process was started
             worker.send(Stop())
         self._counts.attach(worker)
+        self._requests.attach(worker)
         log.info("worker %d is process %d", number, process.pid)
         listen = asyncio.create_task(worker.listen(), name=f"worker {number} channel")
         try:
@@ -208,6 +212,7 @@ class Supervisor:
             await cancel_all([listen])
             del self._workers[number]
             self._counts.detach(worker)
+            self._requests.detach(worker)
         return status
 
     def _setup(self) -> Setup:

@@ -13,6 +13,7 @@ from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
+from cortex.metrics.requests.entries import SeenRequests
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
@@ -23,6 +24,7 @@ from cortex.workers.messages import (
     AskMaker,
     AskPerson,
     AskProspect,
+    AskRequests,
     CancelResolve,
     Collect,
     Counted,
@@ -33,6 +35,7 @@ from cortex.workers.messages import (
     OthersInFlight,
     Ready,
     Released,
+    RequestsSeen,
     Resolve,
     Resolved,
     ResponseMade,
@@ -54,7 +57,8 @@ NOTES_SECS = 1.0
 
 
 class WorkerProcess:
-    """One worker process and its channel. Implements `metrics.worker_counts.WorkerCounts` with its last report."""
+    """One worker process and its channel. Implements `metrics.worker_counts.WorkerCounts` with its last report, and
+    `metrics.requests.history.RequestSource`."""
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class WorkerProcess:
         self._resolving_models: dict[int, str] = {}  # by the same numbers
         self._noting: asyncio.TimerHandle | None = None
         self._collecting: dict[int, asyncio.Future[None]] = {}
+        self._looking: dict[int, asyncio.Future[SeenRequests]] = {}
         self._tasks = TaskSet()
         self._grants = WorkerGrants(resolver.limiter, channel.send, self._tasks)
         self._questions = WorkerQuestions(resolver, people, channel.send, self._tasks)
@@ -118,6 +123,20 @@ class WorkerProcess:
         finally:
             del self._collecting[number]
 
+    async def requests_since(self, place: int) -> SeenRequests:
+        self._numbers += 1
+        number = self._numbers
+        future: asyncio.Future[SeenRequests] = asyncio.get_running_loop().create_future()
+        self._looking[number] = future
+        self._channel.send(AskRequests(number, place))
+        try:
+            async with timeout(COLLECT_TIMEOUT_SECS):
+                return await future
+        except asyncio.TimeoutError:
+            return SeenRequests(place, [], [])
+        finally:
+            del self._looking[number]
+
     def send(self, message: Any) -> None:
         self._channel.send(message)
 
@@ -146,14 +165,22 @@ class WorkerProcess:
                         self._resolver.tell_owner(response_id, maker)
                         for other in self._others():
                             other.send(message)
-                    case Counted(number, counters, counts):
-                        self._counters = counters
-                        self._reported(counts)
-                        _answered(self._collecting.get(number))
+                    case Counted() | RequestsSeen():
+                        self._told(message)
                     case Ready():
                         self._ready.set()
         finally:
             await self._end()
+
+    def _told(self, answer: Counted | RequestsSeen) -> None:
+        if isinstance(answer, Counted):
+            self._counters = answer.counters
+            self._reported(answer.in_flight)
+            _answered(self._collecting.get(answer.number))
+            return
+        looking = self._looking.get(answer.number)
+        if looking is not None and not looking.done():
+            looking.set_result(answer.seen)
 
     async def _end(self) -> None:
         """The worker is gone."""

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from cortex.cli.options import DEFAULT_URL, Json, Model, On, Url
+from cortex.cli.options import (
+    DEFAULT_URL,
+    DryRun,
+    Json,
+    Model,
+    On,
+    Url,
+    Watch,
+    complete_model,
+    complete_node,
+    print_answer,
+    repeated,
+)
 
 live_app = typer.Typer()
 
@@ -42,6 +54,32 @@ def logs(
 
 
 @live_app.command()
+def requests(
+    *,
+    errors: Annotated[bool, typer.Option("--errors", help="Only those that ended in an error.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only for this model.", autocompletion=complete_model)
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this key.")] = None,
+    node: Annotated[
+        str | None, typer.Option("--on", metavar="NODE", help="Only there.", autocompletion=complete_node)
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="The most of each kind.")] = 30,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+    watch: Watch = False,
+) -> int:
+    """Show the requests that run and the last that ended: where each went, what it waited for, errors."""
+    from cortex.cli.live.requests import ask_requests, requests_table
+
+    def show() -> None:
+        answer = ask_requests(url, errors=errors, model=model, key=key, node=node, limit=limit)
+        print_answer(url, answer, as_json, requests_table)
+
+    return repeated(show, watch)
+
+
+@live_app.command()
 def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Ask this and end. Default: a conversation.")] = None,
@@ -69,3 +107,62 @@ def config(
     from cortex.cli.live.configuration import run_config
 
     return run_config(url, check=check, reload=reload, as_json=as_json)
+
+
+OnAll = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=complete_node),
+]
+Engine = Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only this engine of the neuron.")]
+
+
+@live_app.command()
+def sleep(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Put a model to sleep: it leaves the GPU's memory and wakes faster than it loads."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance}
+    return run_engine_action(url, "sleep", body, dry_run=dry_run, as_json=as_json)
+
+
+@live_app.command()
+def wake(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Wake a model that sleeps, and wait until it is ready."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance}
+    return run_engine_action(url, "wake", body, dry_run=dry_run, as_json=as_json)
+
+
+@live_app.command()
+def restart(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """End a model's engines, start them again in the same place, and wait until they are ready."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance, "drain": drain}
+    return run_engine_action(url, "restart", body, dry_run=dry_run, as_json=as_json)

@@ -80,6 +80,12 @@ class Evictor:
         # Rank 0 has no requests any more, and the others have none of their own.
         await asyncio.gather(*(self._unload(part, drain_secs=0) for part in others))
 
+    async def sleep(self, key: ReplicaKey, *, patient: Callable[[], bool]) -> None:
+        """Drains an engine, as long as `patient`, and puts it to sleep. The caller marks it as `evicting` before and
+        clears that afterwards. Raises as `evict`; NeuronRefused also if it cannot sleep there."""
+        await self._drained(key, lambda: True, patient)
+        await self._sleep(key)
+
     @contextlib.contextmanager
     def no_new_requests(self, key: ReplicaKey) -> Iterator[None]:
         """Marks the engine as `evicting` inside the body."""
@@ -110,6 +116,15 @@ class Evictor:
         patient: Callable[[], bool],
     ) -> None:
         node = key.node
+        await self._drained(key, still_needed, patient)
+        if method != "unload" and await self._put_to_sleep(key, if_idle=method == "sleep_if_idle"):
+            return
+        drain = min(self._timeout_secs, MAX_DRAIN_SECS) if self._neurons.has_extensions(node) and patient() else 0
+        await self._unload(key, drain_secs=drain)
+
+    async def _drained(self, key: ReplicaKey, still_needed: Callable[[], bool], patient: Callable[[], bool]) -> None:
+        """Waits for its requests in flight, as long as `patient`. Raises as `evict`."""
+        node = key.node
         await self._settle_routes()
         while self._counts.in_flight(key) and patient():
             if not still_needed():
@@ -120,10 +135,6 @@ class Evictor:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not still_needed():
             raise NoLongerNeeded
-        if method != "unload" and await self._put_to_sleep(key, if_idle=method == "sleep_if_idle"):
-            return
-        drain = min(self._timeout_secs, MAX_DRAIN_SECS) if self._neurons.has_extensions(node) and patient() else 0
-        await self._unload(key, drain_secs=drain)
 
     async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node, instance = key
@@ -139,18 +150,22 @@ class Evictor:
 
     async def _put_to_sleep(self, key: ReplicaKey, *, if_idle: bool) -> bool:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
+        try:
+            await self._sleep(key)
+        except NeuronRefused as refused:
+            if if_idle and refused.code == ErrorCode.MODEL_BUSY:
+                raise NoLongerNeeded from refused
+            log.info("unloading %s on %s, because it cannot sleep: %s", key.model_id, key.node, refused)
+            return False
+        return True
+
+    async def _sleep(self, key: ReplicaKey) -> None:
         model_id, node, instance = key
         try:
             sleep = self._neurons.client(node).sleep(model_id, instance, timeout_secs=self._timeout_secs)
             await unless_down(self._fleet, node, sleep)
-        except NeuronRefused as refused:
-            if if_idle and refused.code == ErrorCode.MODEL_BUSY:
-                raise NoLongerNeeded from refused
-            log.info("unloading %s on %s, because it cannot sleep: %s", model_id, node, refused)
-            return False
         finally:
             await self._neurons.refresh(node)
-        return True
 
     @contextlib.asynccontextmanager
     async def evicting(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -33,7 +33,8 @@ class StatusSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What held for an engine, or with `model` "" for a node, from `since` until `until`, in Unix time; None: still.
 
     `why`: what a load was for. `displaces`: the models that had to go for a load; `displaced_by`: for which load an
-    engine had to go. `told_since`: as `since` by the neuron's clock, None if it does not tell.
+    engine had to go. `evicted_since`: when its eviction began. `told_since`: as `since` by the neuron's clock, None if
+    it does not tell.
     """
 
     node: str
@@ -49,6 +50,7 @@ class StatusSpan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
     displaces: tuple[str, ...] = ()
     displaced_by: str | None = None
+    evicted_since: float | None = None
     phases: tuple[Phase, ...] = ()
 
     @property
@@ -121,12 +123,26 @@ def follow(
         if what is not None and continues(span, what):
             still[key] = _updated(span, what, now)
         else:
-            for_load = next((cause.key.model_id for cause in causes() if key in cause.displaces), None)
-            ended.append(msgspec.structs.replace(span, until=now, displaced_by=for_load))
+            ended.append(msgspec.structs.replace(span, until=now, displaced_by=_displaced_by(key, causes)))
     for key, what in now_seen.items():
         if key not in still:
             still[key] = _begun(key, what, now, causes)
     return ended, still
+
+
+def evicted(
+    span: StatusSpan, evicting: Collection[ReplicaKey], now: float, causes: Callable[[], Iterable[Cause]]
+) -> StatusSpan:
+    """The open span of an engine, with the begin of its eviction and for what it has to go; without if it stays."""
+    if (span.key in evicting) == (span.evicted_since is not None):
+        return span
+    if span.evicted_since is not None:
+        return msgspec.structs.replace(span, evicted_since=None, displaced_by=None)
+    return msgspec.structs.replace(span, evicted_since=now, displaced_by=_displaced_by(span.key, causes))
+
+
+def _displaced_by(key: ReplicaKey, causes: Callable[[], Iterable[Cause]]) -> str | None:
+    return next((cause.key.model_id for cause in causes() if key in cause.displaces), None)
 
 
 def continues(span: StatusSpan, what: Seen) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, RouteChanges
-from cortex.fleet.timeline.spans import Cause, Minute, StatusSpan, StatusSpanId, continues, follow, seen
+from cortex.fleet.timeline.spans import Cause, Minute, StatusSpan, StatusSpanId, continues, evicted, follow, seen
 from cortex.fleet.timeline.timeline_file import Kept, TimelineFile
 from cortex.routing.replica import ReplicaKey
 from shared.tasks import first_of
@@ -60,6 +60,7 @@ class Timeline:
         self._file = file
         self._clock = clock
         self._looked_at: dict[str, NodeSnapshot] = {}
+        self._evicting: frozenset[ReplicaKey] = frozenset()
         self._open: dict[str, dict[ReplicaKey, StatusSpan]] = {}  # by node
         kept = Kept() if file is None else file.read(clock() - HOURS * 3600)
         self._ended: dict[StatusSpanId, StatusSpan] = {span.id: span for span in kept.spans}  # oldest end first
@@ -101,13 +102,17 @@ class Timeline:
             await self._file.write()
 
     def _look(self) -> None:
-        now, nodes = self._clock(), self._fleet.snapshot().nodes
+        now, fleet = self._clock(), self._fleet.snapshot()
+        nodes = fleet.nodes
         for name in self._open.keys() - nodes.keys():  # removed from the configuration
             self._end([msgspec.structs.replace(span, until=now) for span in self._open.pop(name).values()])
         for name, node in nodes.items():
             if self._looked_at.get(name) is not node:
                 self._look_at(node, now)
         self._looked_at = dict(nodes)
+        for key in fleet.evicting ^ self._evicting:
+            self._look_at_eviction(key, fleet.evicting, now)
+        self._evicting = fleet.evicting
         for model, count in self._waiting().items():
             self._most_waiting[model] = max(count, self._most_waiting.get(model, 0))
 
@@ -126,6 +131,14 @@ class Timeline:
                 self._ended.pop(span.id, None)  # it ended only as far as was known while its node was down
                 if self._file is not None:
                     self._file.add(span)
+
+    def _look_at_eviction(self, key: ReplicaKey, evicting: frozenset[ReplicaKey], now: float) -> None:
+        span = self._open.get(key.node, {}).get(key)
+        if span is None:
+            return
+        changed = self._open[key.node][key] = evicted(span, evicting, now, self._causes)
+        if self._file is not None and changed is not span:
+            self._file.add(changed)
 
     def _end(self, spans: Iterable[StatusSpan]) -> None:
         for span in spans:

@@ -25,9 +25,9 @@ Edits: TypeAlias = Mapping[str, MemberEdit]
 
 def with_model_id(
     body: bytes, content_type: str, aliases: Mapping[str, Rewrite], default: str | None
-) -> tuple[bytes, str, str, ModelField]:
-    """The body as an engine gets it, the name of the model (an id, or `id@variant`), its id, and the fields of that
-    body. `default`: the model of a body that names none.
+) -> tuple[bytes, str, str, str, ModelField]:
+    """The body as an engine gets it, the model as the client names it, its name here (an id, or `id@variant`), its id,
+    and the fields of that body. `default`: the model of a body that names none.
 
     Raises:
         InvalidRequest: it names none, or cannot be read.
@@ -35,11 +35,11 @@ def with_model_id(
     field, body = find_or_add_model(body, content_type, default)
     rewrite = aliases.get(field.model)
     if rewrite is None:
-        return body, field.model, field.model, field
-    body = rewritten(body, content_type, field, rewrite)
+        return body, field.model, field.model, field.model, field
+    asked, body = field.model, rewritten(body, content_type, field, rewrite)
     if rewrite.edits is not None and isinstance(field, JsonModel):
         field = find_model(body, content_type)
-    return body, rewrite.name, rewrite.model_id, field
+    return body, asked, rewrite.name, rewrite.model_id, field
 
 
 def rewritten(body: bytes, content_type: str, field: ModelField, rewrite: Rewrite) -> bytes:

@@ -14,15 +14,16 @@ from cortex.accounts.limits.terms import NO_RATES, Grant, RateState, TokenBound
 from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
+from cortex.metrics.requests.entries import FailedAttempt, LiveRequest, Wait
 from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
-from cortex.proxy.context import ProxyContext
+from cortex.proxy.context import Choice, ProxyContext
 from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import Replica
+from cortex.routing.replica import FailureKind, Replica
 from cortex.upstream.usage import Usage
-from shared.errors import Forbidden, shortened
+from shared.errors import MAX_SHOWN_CHARS, Forbidden, ServiceError, shortened
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
 
@@ -31,6 +32,19 @@ CLIENT_DISCONNECTED: Final = 499
 
 BYTES_PER_TOKEN: Final = 4
 """Of an answer whose tokens the engine has not told."""
+
+_STAGES: Final = {
+    "admission of": "waiting for its limits",
+    "resolve": "waiting for an engine",
+    "maker for": "looking for the previous response",
+    "owner for": "looking for the response",
+    "end": "asking why its engine ended",
+    "engine": "waiting for the first byte",
+    "answer": "answering",
+}
+"""By the name of the task that works on the request, or what the relay does."""
+
+_LOST: Final = ErrorCode.UPSTREAM_LOST.value
 
 _POSTED: Final = {path: f"POST {path}" for path in INFERENCE_TEXT.values()}
 _THOUSANDTHS: Final = [f".{number:03}" for number in range(1000)]
@@ -41,7 +55,8 @@ class RequestAccount:
 
     `label` and `node` are metric labels: only names that exist, so clients cannot create time series. `replica`: the
     engine that it was sent to last; `attempts`: to how many. `cold`: it waited for a load. `waited`: seconds spent
-    waiting for the control. `retrieves`: its answer is that of an earlier request, which has used the tokens.
+    waiting for the control. `retrieves`: its answer is that of an earlier request, which has used the tokens. `asked`:
+    the model as the client names it. `choice`: why this engine. `relay`: the last one, until the end.
     """
 
     __slots__ = (
@@ -49,16 +64,24 @@ class RequestAccount:
         "_body_bytes",
         "_bound",
         "_context",
+        "_failed",
         "_grant",
         "_request",
+        "_stage",
+        "_stage_since",
+        "_waited_for",
+        "_waits",
+        "asked",
         "attempts",
         "caller",
+        "choice",
         "closed",
         "cold",
         "key_id",
         "label",
         "model_id",
         "node",
+        "relay",
         "replica",
         "request_id",
         "retrieves",
@@ -83,6 +106,13 @@ class RequestAccount:
         self._body_bytes = 0  # when it was bounded
         self._background = False
         self._grant: Grant | None = None
+        self.asked = ""
+        self.choice: Choice = ""
+        self.relay: Relay | None = None
+        self._failed: list[FailedAttempt] | None = None
+        self._waits: list[Wait] | None = None
+        self._stage = ""
+        context.requests.began(self)
 
     def check_model(self) -> None:
         """Raises Forbidden if the caller may not use the model."""
@@ -134,6 +164,63 @@ class RequestAccount:
         self.replica = replica
         self.label, self.node = self.model_id, replica.key.node
         self.attempts += 1
+        self._stage = ""
+
+    def waits(self, stage: str, name: str) -> None:
+        """A task works on the request from now on: `stage` as of `_STAGES`, for the model `name`."""
+        self._stage, self._stage_since, self._waited_for = stage, monotonic(), name
+
+    def has_waited(self, since: float) -> None:
+        """It has waited since then, in monotonic seconds."""
+        now, came = monotonic(), self._request.received
+        self.waited += now - since
+        self._waits = [*(self._waits or ()), (since - came, now - came)]
+        self._stage = ""
+
+    def found(self, *, cold: bool) -> None:
+        """The control has named an engine. `cold`: it was loaded in the meantime."""
+        self.cold = self.cold or cold
+        self.choice = "loaded" if cold else "control"
+
+    def failed(self, replica: Replica, reason: str, kind: FailureKind) -> None:
+        """This engine had no answer."""
+        at, key = monotonic() - self._request.received, replica.key
+        attempt = FailedAttempt(key.node, key.instance, kind, shortened(reason), at)
+        self._failed = [*(self._failed or ()), attempt]
+        self.relay = None
+
+    def shown(self) -> LiveRequest:
+        """The request as it is now. Implements `metrics.requests.ring.OngoingRequest`."""
+        now, came, relay, replica = monotonic(), self._request.received, self.relay, self.replica
+        stage, note, waits = self._stage, None, self._waits or []
+        if stage:
+            note = self._context.control.note(self._waited_for) if stage == "resolve" else None
+            waits = [*waits, (self._stage_since - came, now - came)]
+        elif relay is not None:
+            stage = "answer" if relay.status else "engine"
+        head_at = None if relay is None else relay.first_byte_at
+        key = None if replica is None or stage == "resolve" else replica.key
+        return LiveRequest(
+            since=time.time() - (now - came),
+            request_id=self.request_id,
+            key_id=self.key_id,
+            key=self.caller.name,
+            asked=shortened(self.asked),
+            model=shortened(self.model_id),
+            variant="" if replica is None else replica.variant,
+            node="" if key is None else key.node,
+            instance="" if key is None else key.instance,
+            path=recorded_path(self._request.path),
+            stage=_STAGES.get(stage, "starting"),
+            note="" if note is None else note.text,
+            secs=now - came,
+            first_byte_secs=None if head_at is None else head_at - came,
+            cold=self.cold,
+            streamed=relay is not None and relay.answer.events,
+            choice=self.choice,
+            attempts=self._failed or [],
+            waits=waits,
+        )
 
     def head_lines(self) -> bytes:
         """The header lines of cortex for the engine's answer, without the final CRLF."""
@@ -143,9 +230,9 @@ class RequestAccount:
             b"true" if self.cold else b"false",
         )
 
-    def close(self, status: int, relay: Relay | None, *, left: bool = False, code: str = "") -> None:
+    def close(self, status: int, relay: Relay | None, *, left: bool = False, error: ServiceError | None = None) -> None:
         """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any;
-        `left`: not all of it. `code`: of the error that refuses it."""
+        `left`: not all of it. `error` refuses it."""
         context, request, node = self._context, self._request, self.node
         self.closed = True
         if self.label is UNKNOWN and context.control.knows(self.model_id):
@@ -153,25 +240,32 @@ class RequestAccount:
         model = self.label
         took = monotonic() - request.received
         usage: Usage | None = None
-        sent, more = 0, ""
+        sent, more, code, message, streamed = 0, "", "", "", False
         first_byte_secs: float | None = None
         if relay is not None:
             usage = context.count_answer(self.model_id, model, node, relay, retrieved=self.retrieves)
             if usage is not None and self.key_id:
                 context.expected_tokens.learn(self.key_id, self.model_id, usage.prompt + usage.completion)
-            sent = relay.answer.tail.fed_bytes
+            sent, streamed = relay.answer.tail.fed_bytes, relay.answer.events
             if relay.first_byte_at is not None:
                 first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
-                left = True
+                left, code, message = True, _LOST, relay.lost_because
                 more = f" lost={relay.lost_because!r}"
-        if code:
+        if error is not None:
+            code, message = error.code, error.message
             context.counters.error(model, node, code)
         context.counters.request(model, node, status, took, first_byte_secs)
         if self._grant is not None:
             self._settle(self._grant, usage, relay, sent, left=left)
+        record = self._record(status, usage, first_byte_secs, took, complete=not left)
         if self.model_id:
-            context.usage.add(self._record(status, usage, first_byte_secs, took, complete=not left))
+            context.usage.add(record)
+        asked, self.relay = self.asked, None  # it holds this account
+        if len(asked) > MAX_SHOWN_CHARS:
+            asked = shortened(asked)
+        note = (record, asked, code, shortened(message), streamed, self.choice, self._failed, self._waits)
+        context.requests.ended(self, note)
         if context.access_log.on:
             self._log(status, sent, usage, took, more)
 

@@ -8,7 +8,7 @@ from time import monotonic
 
 from cortex.proxy.relay import Relay
 from cortex.routing.control import Control
-from cortex.routing.replica import Failure, FailureKind, Replica, lost
+from cortex.routing.replica import Failure, FailureKind, Replica, lost, stopped
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,10 @@ class Sent:
         with request_scope(request_id):
             log.warning("%s", error.message)
         self.relay.end_lost(error, self.replica.model_id)
+
+    def end_stopped(self) -> None:
+        """Ends the answer because cortex stops."""
+        self.relay.end_lost(stopped(self.replica), self.replica.model_id)
 
     async def end_explained(self, request_id: str, control: Control) -> None:
         """As `end_lost`, after asking the neuron."""

@@ -69,7 +69,7 @@ class NewResponse(TranslatableRequest):
         if maker is None or maker.requested_id != model_id or other_variant:
             super()._route(name, model_id)
             return
-        self._continues = True
+        self._continues, self._account.choice = True, "maker"
         self._send(msgspec.structs.replace(maker, limit=None), compared=False)
 
     def _is_among(self, name: str, maker: Replica) -> bool:

@@ -24,7 +24,7 @@ class RealtimeRequest(RequestHandler):
         if not model:
             self._refuse(InvalidRequest("the query must name the model: /v1/realtime?model=MODEL", param="model"))
             return
-        request.upgrading = True
+        request.upgrading, self._account.asked = True, model
         rewrite = self._context.control.aliases.get(model) or Rewrite(model, model)
         if rewrite.model_id != dict(given).get("model"):
             rest = [(name, value) for name, value in given if name != "model"]

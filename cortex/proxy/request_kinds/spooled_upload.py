@@ -30,6 +30,7 @@ class SpooledUpload(RequestHandler):
         except ServiceError as error:
             self._refuse_unnamed(error)
             return
+        self._account.asked = model
         rewrite = self._context.control.aliases.get(model) or Rewrite(model, model)
         if rewrite.model_id != named or rewrite.edits is not None:
             self._form.rewrite(rewrite)

@@ -71,7 +71,8 @@ class StoredResponse(RequestHandler):
 
     def _send_to_owner(self, replica: Replica) -> None:
         """A limit is for requests that generate."""
-        self._name = self._account.model_id = replica.requested_id
+        self._name = self._account.model_id = self._account.asked = replica.requested_id
+        self._account.choice = "maker"
         try:
             self._account.check_model()
         except ServiceError as error:

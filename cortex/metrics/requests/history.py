@@ -1,0 +1,76 @@
+"""The requests of all workers, in the control process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+from cortex.metrics.requests.entries import EndedRequest, LiveRequest, SeenRequests
+from cortex.metrics.requests.ring import KEPT_REQUESTS
+
+
+class RequestSource(Protocol):
+    """A worker."""
+
+    async def requests_since(self, place: int) -> SeenRequests:
+        """Of this worker, what ended after the place that it told last, 0 at first. Without an answer in time nothing,
+        and the same place."""
+
+
+class RequestsNow(NamedTuple):
+    """`place`: for the next look, which then has only what ended after it. `whole`: it has all that is known.
+    `ended`: newest first; `live`: oldest first."""
+
+    place: str
+    whole: bool
+    ended: list[EndedRequest]
+    live: list[LiveRequest]
+
+
+class RequestHistory:
+    """Asks the workers when it is asked, and not otherwise: requests cost nothing here between two looks. What a
+    worker had that ended unasked is lost with it."""
+
+    def __init__(self) -> None:
+        self._places: dict[RequestSource, int] = {}
+        self._ended: deque[EndedRequest] = deque(maxlen=KEPT_REQUESTS)
+        self._count = 0
+        self._origin = f"{time.time_ns():x}"  # places of a former cortex mean nothing here
+        self._looking = asyncio.Lock()
+
+    def attach(self, worker: RequestSource) -> None:
+        self._places[worker] = 0
+
+    def detach(self, worker: RequestSource) -> None:
+        del self._places[worker]
+
+    async def since(self, place: str | None) -> RequestsNow:
+        """The requests that ended after this place; all that are known without one, or if it is not known any more."""
+        async with self._looking:  # or two would take the same requests from a worker
+            live = await self._ask()
+        behind = self._behind(place)
+        whole = behind is None
+        ended = list(islice(reversed(self._ended), behind))
+        return RequestsNow(f"{self._origin}-{self._count}", whole, ended, sorted(live, key=lambda each: each.since))
+
+    async def _ask(self) -> list[LiveRequest]:
+        asked = list(self._places.items())
+        answers = await asyncio.gather(*(worker.requests_since(place) for worker, place in asked))
+        for (worker, _), seen in zip(asked, answers, strict=True):
+            if worker in self._places:
+                self._places[worker] = seen.place
+        new = sorted((each for seen in answers for each in seen.ended), key=lambda each: each.record.ended_at)
+        self._ended.extend(new)
+        self._count += len(new)
+        return [each for seen in answers for each in seen.live]
+
+    def _behind(self, place: str | None) -> int | None:
+        """How many have ended since; None if not all of them are known."""
+        origin, _, count = (place or "").partition("-")
+        if origin != self._origin or not count.isdecimal():
+            return None
+        behind = self._count - int(count)
+        return behind if 0 <= behind <= len(self._ended) else None
