@@ -363,6 +363,7 @@ class Scheduler:
             await self._evictor.evict(
                 key,
                 method="sleep_if_idle" if removal.sleep else "unload",
+                reason=removal.kind,
                 still_needed=lambda: not self._queue.count(*self._live.catalogue.names_of(removal.model_id)),
             )
         except NoLongerNeeded:

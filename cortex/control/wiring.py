@@ -162,8 +162,8 @@ def build(
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
     routes, neurons = _routes(live, fleet, endpoints, counts, room), NeuronAccess(fleet, clients, pollers)
-    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
-    metrics = Metrics(fleet, counts.all_in_flight, counts.counters, waiting=queue.counts, state_dir=state.directory)
+    metrics = _metrics(fleet, counts, queue, demand, state.directory)
+    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle, displaced=metrics.displaced)
     loader = Loader(
         neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
@@ -199,6 +199,15 @@ def build(
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+
+
+def _metrics(
+    fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, demand: Demand, state_dir: Path | None
+) -> Metrics:
+    in_flight, counters = counts.all_in_flight, counts.counters
+    return Metrics(
+        fleet, in_flight, counters, waiting=queue.counts, charged=lambda: demand.charged, state_dir=state_dir
+    )
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -263,6 +272,7 @@ async def running_control(
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
+        core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         membership.moved.subscribe(core.routes.forget)
         discovery = await open_discovery(config.discovery, membership, fleet, pool)
         _use_keys(keys, core)
@@ -272,7 +282,7 @@ async def running_control(
             loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline, storage = _timeline(core), Storage(state.directory)
+        timeline, storage = _timeline(core), _storage(state, database)
         loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
@@ -297,6 +307,10 @@ async def running_control(
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await timeline.flush()
             await state.close()
+
+
+def _storage(state: StateFile, database: Database | None) -> Storage:
+    return Storage(state.directory, opened_unwritable=database is None or database.read_only)
 
 
 def _timeline(core: ControlCore) -> Timeline:

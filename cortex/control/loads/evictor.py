@@ -15,6 +15,7 @@ from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.unless_down import unless_down
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.replicas import RemovalKind
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import MAX_DRAIN_SECS, ErrorCode, ModelStatus
 from shared.tasks import cancel_all, first_of
@@ -26,6 +27,9 @@ DRAIN_POLL_SECS = 0.05
 EvictionMethod: TypeAlias = Literal["unload", "sleep", "sleep_if_idle"]
 """What happens to an evicted model. `sleep`: it is unloaded if it cannot sleep. `sleep_if_idle`: the same, but it stays
 if its neuron will not put it to sleep while other clients use it."""
+
+EvictionReason: TypeAlias = Literal["operator", "swap"] | RemovalKind
+"""`swap`: another model gets the memory."""
 
 
 class NoLongerNeeded(Exception):
@@ -42,13 +46,16 @@ class Evictor:
         live: LiveConfig,
         counts: CountTotals,
         settle_routes: Callable[[], Awaitable[None]],
+        displaced: Callable[[ReplicaKey, str], None],
     ) -> None:
-        """`settle_routes` returns when every worker has the current route table."""
+        """`settle_routes` returns when every worker has the current route table. `displaced` counts the evictions, with
+        their reasons."""
         self._neurons = neurons
         self._fleet = neurons.fleet
         self._live = live
         self._counts = counts
         self._settle_routes = settle_routes
+        self._displaced = displaced
 
     @property
     def _timeout_secs(self) -> float:
@@ -61,6 +68,7 @@ class Evictor:
         method: EvictionMethod,
         still_needed: Callable[[], bool] = lambda: True,
         patient: Callable[[], bool] = lambda: True,
+        reason: EvictionReason = "operator",
     ) -> None:
         """Drains an engine, as long as `patient`, and unloads it or puts it to sleep. Only the scheduler and
         its loads call this. The caller marks it as `evicting` before and clears that afterwards.
@@ -79,6 +87,7 @@ class Evictor:
                 await self._evict(first, method="unload", still_needed=still_needed, patient=patient)
         # Rank 0 has no requests any more, and the others have none of their own.
         await asyncio.gather(*(self._unload(part, drain_secs=0) for part in others))
+        self._displaced(key, reason)
 
     async def sleep(self, key: ReplicaKey, *, patient: Callable[[], bool]) -> None:
         """Drains an engine, as long as `patient`, and puts it to sleep. The caller marks it as `evicting` before and
@@ -204,7 +213,7 @@ class Evictor:
                 log.warning("evicting %s from %s failed: %s", key.model_id, key.name, outcome)
 
     async def _evict_one(self, key: ReplicaKey, *, method: EvictionMethod, still_needed: Callable[[], bool]) -> None:
-        await self.evict(key, method=method, still_needed=still_needed)
+        await self.evict(key, method=method, still_needed=still_needed, reason="swap")
         self._fleet.end_eviction(key)  # it may be loaded again at once if both fit
 
     async def _until_memory_promised(self, key: ReplicaKey, sending: asyncio.Task[None]) -> None:
