@@ -18,7 +18,7 @@ const CHOICES = {
   loaded: "loaded for it",
   maker: "this engine has the response",
 };
-const KINDS = { unload: "unloading", load: "loading", engine: "at the engine" };
+const KINDS = { unload: "unloading", load: "loading" };
 
 const isError = (each) => Boolean(each.error) || each.status >= 400;
 
@@ -110,9 +110,9 @@ function Detail({ each, id }) {
   </div>`;
 }
 
-function Row({ each, open, toggle }) {
+function Row({ name, each, open, toggle }) {
   const [sign, kind, words] = stateOf(each);
-  const id = `request-${each.id}`;
+  const id = `request-${name}`;
   const failed = each.attempts.length ? `after ${plural(each.attempts.length, "failed engine")}` : "";
   return html`<li class="request" aria-label=${`Request ${each.id}`}>
     <button class="quiet" aria-expanded=${open} aria-controls=${open ? id : undefined} onClick=${toggle}>
@@ -127,6 +127,16 @@ function Row({ each, open, toggle }) {
   </li>`;
 }
 
+// Clients may use an id twice: each row has a name of its own, which it keeps when newer requests come.
+function named(list) {
+  const times = new Map();
+  const names = [...list].reverse().map(({ id }) => {
+    times.set(id, (times.get(id) ?? 0) + 1);
+    return `${id}-${times.get(id)}`;
+  });
+  return list.map((each, index) => ({ name: names[list.length - 1 - index], each }));
+}
+
 const matches = (each, wanted) => !wanted || [each.id, each.model, each.asked, each.node, each.key, each.path, each.error, each.status].some((text) => String(text ?? "").toLowerCase().includes(wanted));
 
 export function RequestsPage({ fleet, search }) {
@@ -136,8 +146,8 @@ export function RequestsPage({ fleet, search }) {
   const query = new URLSearchParams({ limit: SHOWN, ...(model ? { model } : {}), ...(errors ? { status: "error" } : {}) });
   const [{ live, liveCount, ended, known }, error] = useRequests(query.toString());
   const wanted = search.toLowerCase();
-  const row = (each) => html`<${Row} key=${each.id} each=${each} open=${open === each.id} toggle=${() => setOpen(open === each.id ? null : each.id)} />`;
-  const [nowShown, thenShown] = [live, ended].map((list) => list.filter((each) => matches(each, wanted)));
+  const row = ({ name, each }) => html`<${Row} key=${name} name=${name} each=${each} open=${open === name} toggle=${() => setOpen(open === name ? null : name)} />`;
+  const [nowShown, thenShown] = [live, ended].map((list) => named(list).filter(({ each }) => matches(each, wanted)));
   return html`<h1>Requests</h1>
     <div class="row">
       <label for="requests-model">Model</label>
