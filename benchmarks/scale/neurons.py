@@ -15,6 +15,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Any, cast
 from urllib.parse import unquote
@@ -35,8 +36,8 @@ def address(index: int) -> str:
     return f"127.1.{index // 250}.{index % 250 + 1}"
 
 
-def model_name(number: int) -> str:
-    return f"bench/model-{number % MODELS:03d}"
+def model_name(number: int, models: int = MODELS) -> str:
+    return f"bench/model-{number % models:03d}"
 
 
 class Exchange(asyncio.Protocol):
@@ -92,8 +93,8 @@ def completion(model: str) -> dict[str, Any]:
 class PretendedNeuron:
     """The state of one neuron."""
 
-    def __init__(self, index: int, port: int, *, protocol_v1: bool, devices: int = 2) -> None:
-        """`protocol_v1`: speaks only protocol v1."""
+    def __init__(self, index: int, port: int, *, protocol_v1: bool, devices: int = 2, models: int = MODELS) -> None:
+        """`protocol_v1`: speaks only protocol v1. `models`: distinct ones in the whole fleet."""
         self.index = index
         self._protocol_v1 = protocol_v1
         self._devices = devices
@@ -103,7 +104,8 @@ class PretendedNeuron:
         self._server: asyncio.Server | None = None
         self._connections: set[Exchange] = set()
         self._listeners: set[Exchange] = set()
-        self._models = {name: self._view(name) for name in map(model_name, range(index * 4, index * 4 + MODELS_EACH))}
+        numbers = range(index * MODELS_EACH, (index + 1) * MODELS_EACH)
+        self._models = {name: self._view(name) for name in (model_name(number, models) for number in numbers)}
         uuids = [f"GPU-{index:08x}-0000-0000-0000-{device:012x}" for device in range(devices)]
         self._pages: dict[str, Callable[[], Any]] = {
             "/discovery": lambda: self.discovery,
@@ -202,10 +204,11 @@ class PretendedNeuron:
         }
 
 
-async def serve(count: int, port: int, *, protocol_v1: bool) -> None:
+async def serve(count: int, port: int, *, protocol_v1: bool, models: int) -> None:
     """Runs until SIGTERM."""
     loop = asyncio.get_running_loop()
-    neurons = [PretendedNeuron(index, port, protocol_v1=protocol_v1) for index in range(count)]
+    make = partial(PretendedNeuron, port=port, protocol_v1=protocol_v1, models=models)
+    neurons = [make(index) for index in range(count)]
     for neuron in neurons:
         await neuron.listen()
 
@@ -214,7 +217,7 @@ async def serve(count: int, port: int, *, protocol_v1: bool) -> None:
         if path == "/die":
             neurons[asked["node"]].die()
         elif path == "/revive":
-            revived = PretendedNeuron(asked["node"], port, protocol_v1=protocol_v1)
+            revived = make(asked["node"])
             neurons[asked["node"]] = revived
             tasks.add(loop.create_task(revived.listen()))
         elif path == "/status":
@@ -240,8 +243,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--port", type=int, required=True, help="the same on every address")
     parser.add_argument("--protocol-v1", action="store_true", help="speak protocol v1 and nothing more")
+    parser.add_argument("--models", type=int, default=MODELS, metavar="N", help="distinct models in the whole fleet")
     given = parser.parse_args()
-    run(serve(given.count, given.port, protocol_v1=given.protocol_v1))
+    run(serve(given.count, given.port, protocol_v1=given.protocol_v1, models=given.models))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ _COMPLETION_TIMEOUT_SECS = 0.5
 ConfigFile = Annotated[Path, typer.Option(metavar="FILE", help="The configuration file, cortex.toml.")]
 Url = Annotated[str, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would do, and what it would displace.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Print it again every two seconds, until Ctrl-C.")]
 _WATCH_SECS = 2.0
 

@@ -43,11 +43,13 @@ OWN_PATHS: Final = (
     b"/dashboard",
 )
 """cortex answers these and everything below them itself."""
+REGISTER: Final = b"/fleet/register"
+"""Neurons show the registration token there, which is not an API key."""
 START_PAGE: Final = b"/"
 """The dashboard, for browsers."""
 SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
 """A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
-_OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout"}
+_OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout", REGISTER}
 _DASHBOARD_BELOW: Final = b"/dashboard/"
 
 _VLLM_MANAGEMENT: Final = """

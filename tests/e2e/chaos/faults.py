@@ -8,16 +8,17 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from neuron.engine import session
-from tests.e2e.chaos.fleet import EngineServer, Fleet, NeuronHost, Service, send
+from tests.e2e.chaos.fleet import STOP_SECS, EngineServer, Fleet, NeuronHost, Service, leads_session, send
 
 _FIRST_SECS = 2.0  # load before the first fault
 _LAST_SECS = 4.0
 _EVERY_SECS = 2.4  # average time between faults
 _PAUSES_SECS = (0.2, 1.5)  # between the end of a process and its next start
 _STOPPED_SECS = (0.2, 1.2)
+_MOST_DOWN = 2  # hosts at once: on a slow machine, where restarts take long, too few would be left to judge anything
 Item = TypeVar("Item")
 
 
@@ -30,9 +31,19 @@ class Fault:
     what: str
     hosts: frozenset[str] = frozenset()
     """The hosts whose engines it hit: answers in progress there may have been lost."""
+    model_id: str = ""
+    """The model whose engine it hit there; empty: all of them, or none."""
 
     def line(self, start: float) -> str:
         return f"{self.at - start:7.3f} … {self.until - start:7.3f} {self.what}"
+
+
+class Effect(NamedTuple):
+    """What a fault has done, in words, and the fields of `Fault` that say which engines it hit."""
+
+    what: str
+    hosts: frozenset[str] = frozenset()
+    model_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,47 +74,48 @@ class Faults:
 
     async def _one(self, planned: Planned) -> None:
         at = time.monotonic()
-        what, hosts = await KINDS[planned.kind](self, planned)
-        self.log.append(Fault(at, time.monotonic(), f"{planned.kind}: {what}", hosts))
+        effect = await KINDS[planned.kind](self, planned)
+        what = f"{planned.kind}: {effect.what}"
+        self.log.append(Fault(at, time.monotonic(), what, effect.hosts, effect.model_id))
 
     # Engines.
 
-    async def kill_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def kill_engine(self, planned: Planned) -> Effect:
         """Kills only the server: its core survives and holds the memory."""
         return await self._signal_engine(planned, signal.SIGKILL)
 
-    async def kill_core(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def kill_core(self, planned: Planned) -> Effect:
         """Kills the core: the server answers 500 for a second, then exits."""
         return await self._signal_engine(planned, signal.SIGKILL, core=True)
 
-    async def terminate_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def terminate_engine(self, planned: Planned) -> Effect:
         return await self._signal_engine(planned, signal.SIGTERM)
 
-    async def stop_engine(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def stop_engine(self, planned: Planned) -> Effect:
         """Suspends it with SIGSTOP for `pause_secs`."""
         engine = await self._engine(planned)
         if engine is None:
-            return "no engine", frozenset()
+            return Effect("no engine")
         send(engine.pid, signal.SIGSTOP)
         await asyncio.sleep(planned.pause_secs)
         send(engine.pid, signal.SIGCONT)
-        return f"{_named(engine)} was suspended for {planned.pause_secs:.1f} s", frozenset((engine.host,))
+        return _hit(engine, f"{_named(engine)} was suspended for {planned.pause_secs:.1f} s")
 
     # Neurons.
 
-    async def kill_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def kill_neuron(self, planned: Planned) -> Effect:
         """Its engines survive; the next neuron adopts them."""
         return await self._restart(_free(self.fleet.neurons, planned), signal.SIGKILL, planned)
 
-    async def restart_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def restart_neuron(self, planned: Planned) -> Effect:
         """A normal restart. A neuron that stops its engines lets them finish their requests."""
         return await self._restart(_free(self.fleet.neurons, planned), signal.SIGTERM, planned)
 
-    async def stop_neuron(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def stop_neuron(self, planned: Planned) -> Effect:
         """Suspends it with SIGSTOP for `pause_secs`: it neither answers nor closes connections."""
         neuron = _free(self.fleet.neurons, planned)
         if neuron is None:
-            return "every neuron already has a fault", frozenset()
+            return Effect("enough of them already have a fault")
         neuron.busy = True
         neuron.is_down()
         send(neuron.pid, signal.SIGSTOP)
@@ -111,24 +123,22 @@ class Faults:
         send(neuron.pid, signal.SIGCONT)
         neuron.is_back()
         neuron.busy = False
-        return f"{neuron.name} was suspended for {planned.pause_secs:.1f} s", frozenset()
+        return Effect(f"{neuron.name} was suspended for {planned.pause_secs:.1f} s")
 
     # Cortexes.
 
-    async def kill_cortex(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def kill_cortex(self, planned: Planned) -> Effect:
         return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGKILL, planned)
 
-    async def restart_cortex(self, planned: Planned) -> tuple[str, frozenset[str]]:
+    async def restart_cortex(self, planned: Planned) -> Effect:
         """A normal restart: it finishes its requests."""
         return await self._restart(_free(self.fleet.cortexes[:-1], planned), signal.SIGTERM, planned)
 
     # Helpers.
 
-    async def _restart(
-        self, service: Service | None, number: signal.Signals, planned: Planned
-    ) -> tuple[str, frozenset[str]]:
+    async def _restart(self, service: Service | None, number: signal.Signals, planned: Planned) -> Effect:
         if service is None:
-            return "all of them already have a fault", frozenset()
+            return Effect("enough of them already have a fault")
         service.busy = True
         status = await service.end(number)
         ends_engines = isinstance(service, NeuronHost) and number == signal.SIGTERM
@@ -137,27 +147,29 @@ class Faults:
         await asyncio.sleep(planned.pause_secs)
         await service.start()
         service.busy = False
-        return f"{service.name}, {number.name}, back after {planned.pause_secs:.1f} s", hosts
+        return Effect(f"{service.name}, {number.name}, back after {planned.pause_secs:.1f} s", hosts)
 
-    async def _signal_engine(
-        self, planned: Planned, number: signal.Signals, *, core: bool = False
-    ) -> tuple[str, frozenset[str]]:
+    async def _signal_engine(self, planned: Planned, number: signal.Signals, *, core: bool = False) -> Effect:
         engine = await self._engine(planned)
         if engine is None:
-            return "no engine", frozenset()
+            return Effect("no engine")
         pids = [engine.pid]
         if core:
             members = await asyncio.to_thread(session.members_by_session)
             pids = sorted(members.get(engine.pid, set()) - {engine.pid})
         for pid in pids:
             send(pid, number)
-        return f"{number.name} to {_named(engine)}{', its core' if core else ''}", frozenset((engine.host,))
+        deadline = time.monotonic() + STOP_SECS
+        # A server outlives its core for a while.
+        while leads_session(engine.pid) and time.monotonic() < deadline:  # noqa: ASYNC110 - other process
+            await asyncio.sleep(0.02)
+        return _hit(engine, f"{number.name} to {_named(engine)}{', its core' if core else ''}")
 
     async def _engine(self, planned: Planned) -> EngineServer | None:
         return _chosen(await asyncio.to_thread(self.fleet.engines), planned.pick)
 
 
-Kind = Callable[[Faults, Planned], Awaitable[tuple[str, frozenset[str]]]]
+Kind = Callable[[Faults, Planned], Awaitable[Effect]]
 KINDS: dict[str, Kind] = {
     kind.__name__: kind
     for kind in (
@@ -203,6 +215,10 @@ def schedule_of(seed: int, secs: float, kinds: Sequence[str] = ()) -> list[Plann
     return planned
 
 
+def _hit(engine: EngineServer, what: str) -> Effect:
+    return Effect(what, frozenset((engine.host,)), engine.model_id)
+
+
 def _named(engine: EngineServer) -> str:
     return f"{engine.model_id} on {engine.host} (process {engine.pid})"
 
@@ -211,7 +227,8 @@ ServiceT = TypeVar("ServiceT", bound=Service)
 
 
 def _free(services: Sequence[ServiceT], planned: Planned) -> ServiceT | None:
-    return _chosen([service for service in services if not service.busy], planned.pick)
+    free = [service for service in services if not service.busy]
+    return _chosen(free, planned.pick) if len(services) - len(free) < _MOST_DOWN else None
 
 
 def _chosen(among: Sequence[Item], pick: float) -> Item | None:

@@ -22,7 +22,7 @@ from tests.neuron.neurons import marked_processes
 
 _PROCESSES_SECS = 0.05  # between two checks
 _NEURONS_SECS = 0.15
-SETTLE_SECS = 25.0
+SETTLE_SECS = 60.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _YOUNG_SECS = 3.0  # younger processes may still become engines: between fork and exec they look like their neuron
 _QUIET = frozenset({"loaded", "unloaded", "sleeping", "failed"})

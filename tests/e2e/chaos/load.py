@@ -17,7 +17,7 @@ from tests.e2e.chaos.fleet import Service
 from tests.e2e.chaos.models import ChaosModel
 from tests.e2e.chaos.outcomes import COMPLETE, PATHS, Kind, Outcome
 
-NO_END_SECS = 45.0
+NO_END_SECS = 90.0
 """A request without an end by then is a violation."""
 _STREAMED = 0.5  # share of the requests
 _LEAVING = 0.06

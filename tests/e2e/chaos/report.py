@@ -37,7 +37,7 @@ def summary(verdict: Verdict, answers: Sequence[Answered], watch: Watch) -> str:
     return "\n".join(
         (
             f"{verdict.succeeded} of {len(verdict.counted)} requests that count succeeded ({verdict.share:.2%}); "
-            f"{verdict.lost} of the others were lost with their engine after the first byte",
+            f"{verdict.lost} more were lost with their engine after the first byte, {verdict.barred} had no host left",
             f"{len(answers)} requests: {_listed(kinds)}",
             f"failures that count: {_listed(missed) or 'none'}",
             f"seconds of a complete answer, p50 / p90 / p99 / longest: {quantiles if took else '-'}",

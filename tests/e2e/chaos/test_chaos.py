@@ -50,11 +50,10 @@ async def fleet(mark: str, tmp_path: Path) -> AsyncIterator[Fleet]:
             await made.kill_all()
 
 
-@pytest.mark.timeout(180 + 2 * SECS)
+@pytest.mark.timeout(360 + 2 * SECS)
 async def test_every_request_completes_or_gets_an_error(fleet: Fleet, tmp_path: Path) -> None:
     """Each request completes or gets one typed error. A model never has more engines on a host than it may, no
-    device is overbooked, and nothing is left at the end. Of the requests that had a live, feasible neuron 99 % succeed.
-    """
+    device is overbooked, and nothing is left at the end. Of the requests that faults left a host for 99 % succeed."""
     faults, watch = Faults(fleet), Watch(fleet)
     clients = Clients(fleet.cortexes, fleet.models, seed=SEED, pause_secs=_PAUSE_SECS)
     start = time.monotonic()

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from neuron.harness.base import ENGINE_ID_VARIABLE
+from tests.e2e.chaos.faults import Fault
 from tests.e2e.chaos.fleet import Fleet
 from tests.e2e.chaos.invariants import Watch, nothing_left, overbooked
 from tests.e2e.chaos.load import Answered, Asked
@@ -118,6 +119,35 @@ async def test_verdict(fleet: Fleet, outcome: Outcome, down: list[str], violatio
     assert verdict.succeeded == (outcome == COMPLETE)
 
 
+@pytest.mark.parametrize(
+    ("code", "hit", "barred", "lost"),
+    [
+        ("cold_load_failed", {"twin": MODEL, "small": MODEL}, 1, 0),
+        ("stream:cold_load_failed", {"twin": MODEL, "small": MODEL}, 1, 0),
+        ("cold_load_failed", {"twin": MODEL}, 0, 0),
+        ("cold_load_failed", {"twin": MODEL, "small": "hot/a"}, 0, 0),
+        ("cold_load_failed", {"twin": MODEL, "small": ""}, 0, 0),
+        ("neuron_unavailable", {"twin": MODEL, "small": MODEL}, 0, 0),
+        ("stream:upstream_lost", {"small": MODEL}, 0, 1),
+        ("stream:upstream_lost", {"twin": MODEL}, 0, 0),
+        ("upstream_unreachable", {"small": MODEL}, 0, 0),
+    ],
+)
+async def test_what_faults_left_no_host_for(
+    fleet: Fleet, code: str, hit: dict[str, str], barred: int, lost: int
+) -> None:
+    """Two hosts are down, engines of models are hit on others, and a request to `small` fails. It is a failure unless
+    its own engine was lost, or no host was left for its model."""
+    for neuron in fleet.neurons[:2]:
+        neuron.is_down()
+    now = time.monotonic()
+    asked = Asked(MODEL, "chat", streamed=True, tokens=1)
+    answer = Answered(asked, "cortex-0", now, now, now, "small", "", Outcome(Kind.ERROR, code))
+    verdict = judge(fleet, [answer], [Fault(now, now, "", frozenset((host,)), model) for host, model in hit.items()])
+    assert (verdict.barred, verdict.lost) == (barred, lost)
+    assert len(verdict.failures) == 1 - barred - lost
+
+
 @pytest.mark.parametrize(("down", "counted"), [(["large", "small"], 1), (["twin"], 0)])
 async def test_a_model_over_two_hosts_needs_both(fleet: Fleet, down: list[str], counted: int) -> None:
     for service in fleet.services:
@@ -137,3 +167,7 @@ async def test_a_restarted_neuron_counts_after_a_poll(fleet: Fleet) -> None:
     [down] = small.downs
     assert small.was_down(down.until + 1, down.until + 2, recovery_secs=SEEN_SECS)
     assert not small.was_down(down.until + SEEN_SECS + 0.1, down.until + 9, recovery_secs=SEEN_SECS)
+    small.is_down()
+    small.is_back(start_secs=5)
+    assert small.was_down(small.downs[-1].until + SEEN_SECS + 4, small.downs[-1].until + 9, recovery_secs=SEEN_SECS)
+    assert not small.was_down(small.downs[-1].until + 4, small.downs[-1].until + 9)

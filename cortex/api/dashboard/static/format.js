@@ -16,7 +16,14 @@ export function secs(value) {
 
 export const ago = (unixTime, now = Date.now() / 1000) => (unixTime ? `${secs(Math.max(0, now - unixTime))} ago` : "–");
 
-export const clock = (unixTime) => new Date(unixTime * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+// One formatter and one collator for all: making one takes longer than a thousand uses.
+const TIME = new Intl.DateTimeFormat([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const NAMES = new Intl.Collator(undefined, { numeric: true });
+
+export const clock = (unixTime) => TIME.format(unixTime * 1000);
+
+// The order of names, as for `sort`: gpu2 before gpu10.
+export const compareNames = NAMES.compare;
 
 export const count = (value) => (value === undefined || value === null ? "–" : value.toLocaleString());
 

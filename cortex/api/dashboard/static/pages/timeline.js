@@ -2,7 +2,7 @@
 
 import { html, useEffect, useMemo, useRef, useState } from "../html.js";
 import { get } from "../api.js";
-import { clock, secs } from "../format.js";
+import { clock, compareNames, secs } from "../format.js";
 import { Problem, Status, modelClass, useRead } from "../parts.js";
 import uPlot from "../vendor/uplot.js";
 
@@ -12,12 +12,11 @@ const WIDTH = 1000;
 const ROW = 22;
 const HEIGHT = 180;
 
+const labelsOf = (nodes) => nodes.flatMap((node) => Object.keys(node.devices ?? {}).map((index) => `${node.name} ${index}`));
+
 // Rows of the picture: node and GPU, each with its spans. Spans without a GPU stand in the node's own row.
-export function rowsOf(spans, nodes) {
-  const rows = new Map();
-  for (const node of nodes) {
-    for (const index of Object.keys(node.devices ?? {})) rows.set(`${node.name} ${index}`, { label: `${node.name} ${index}`, spans: [] });
-  }
+export function rowsOf(spans, labels) {
+  const rows = new Map(labels.map((label) => [label, { label, spans: [] }]));
   for (const span of spans) {
     const devices = span.model && span.devices?.length ? span.devices : [""];
     for (const device of devices) {
@@ -26,7 +25,7 @@ export function rowsOf(spans, nodes) {
       rows.get(label).spans.push(span);
     }
   }
-  return [...rows.values()].map(withLanes).sort((one, two) => one.label.localeCompare(two.label, undefined, { numeric: true }));
+  return [...rows.values()].map(withLanes).sort((one, two) => compareNames(one.label, two.label));
 }
 
 // Models that share a GPU stand below each other. The clocks of cortex and of a host differ a little: what follows on a
@@ -114,13 +113,18 @@ export function TimelinePage({ fleet }) {
     const timer = setInterval(again, REFRESH_MS);
     return () => clearInterval(timer);
   }, []);
-  const rows = timeline ? rowsOf(timeline.spans, Object.values(fleet.nodes)) : [];
+  // Drawn when the timeline is read again, not with every change of the fleet: a large one changes all the time.
+  const labels = labelsOf(Object.values(fleet.nodes));
+  const picture = useMemo(
+    () => timeline && html`<${Picture} rows=${rowsOf(timeline.spans, labels)} since=${timeline.from} until=${timeline.to} choose=${choose} />`,
+    [timeline, labels.join()],
+  );
   return html`<h1>Timeline</h1>
     <div class="row" role="group" aria-label="Time shown">
       ${Object.keys(RANGES).map((name) => html`<button class=${name === range ? "" : "quiet"} aria-pressed=${name === range} onClick=${() => setRange(name)}>${name}</button>`)}
     </div>
     <${Problem} error=${error} />
-    ${timeline && html`<${Picture} rows=${rows} since=${timeline.from} until=${timeline.to} choose=${choose} />`}
+    ${picture}
     <p class="chosen" aria-live="polite">${chosen ? html`<${Status} status=${chosen.status} /> ${told(chosen, timeline?.to ?? chosen.since)}` : "Choose a span to read about it."}</p>
     ${timeline && html`<${Chart} minutes=${timeline.minutes} what="waiting" title="Requests that waited, at most in each minute" />`}
     ${timeline && html`<${Chart} minutes=${timeline.minutes} what="requests" title="Requests in each minute" />`}
