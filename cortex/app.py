@@ -29,6 +29,7 @@ from cortex.api.app_keys import (
     LIVE,
     LOADER,
     METRICS,
+    REGISTRATIONS,
     RELOADER,
     REQUESTS,
     SCHEDULER,
@@ -90,6 +91,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[TIMELINE] = parts.timeline
     app[REQUESTS] = parts.requests
     app[KEYS] = parts.keys
+    app[REGISTRATIONS] = parts.registrations
     app[SIGN_IN] = parts.sign_in
     app[STORAGE] = parts.storage
     app[RELOADER] = reloader

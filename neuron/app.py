@@ -17,6 +17,7 @@ from aiohttp import web
 from neuron.api import adapters as adapter_api
 from neuron.api import estimate as estimate_api
 from neuron.api import groups as group_api
+from neuron.api.announcer import Announcer
 from neuron.api.app_keys import SERVICES, Services
 from neuron.api.leases import LeaseTable
 from neuron.api.protocol_v1 import ProtocolV1
@@ -119,9 +120,8 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         )
         sleep, adapters = EngineSleep(config, memory, http, spares), EngineAdapters(config, http)
         tools = EngineTools(memory, sleep, adapters, history, keys, http, spares)
-        events = ModelEvents(hub, metrics)
         new_supervisor = functools.partial(
-            InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=events
+            InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=ModelEvents(hub, metrics)
         )
         registry = Registry(
             config,
@@ -135,11 +135,12 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
-        device_watch = DeviceWatch(source, hub.publish, meter)
-        stack.push_async_callback(_running(default_models, spares, device_watch).close)
+        device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
+        announcer = Announcer(config, http, port=port, instance_id=own_id)
+        stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
         yield Services(
             config=config,
-            instance_id=str(uuid.uuid4()),
+            instance_id=own_id,
             started=time.monotonic(),
             source=source,
             device_watch=device_watch,
@@ -167,13 +168,14 @@ async def _held_state(config: NeuronConfig, port: int, stack: contextlib.AsyncEx
     return state
 
 
-def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch) -> TaskSet:
+def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch, announcer: Announcer) -> TaskSet:
     """What runs beside the requests, until `TaskSet.close`."""
     tasks = TaskSet()
     _ = tasks.spawn(default_models.load_all(), name="default models")
     _ = tasks.spawn(spares.run(), name="spare processes")
     watched = "condition of the GPUs"
     _ = tasks.spawn(keep_running(watched, device_watch.run), name=watched)
+    _ = tasks.spawn(announcer.run(), name="announcements")
     return tasks
 
 

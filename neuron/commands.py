@@ -144,9 +144,14 @@ def _load_config(path: Path | None) -> NeuronConfig:
 
 
 def _with_absolute_paths(config: NeuronConfig, directory: Path) -> NeuronConfig:
-    """The TLS files are relative to neuron.toml."""
+    """The TLS files and those of `[cortex]` are relative to neuron.toml."""
+    given = {name: getattr(config.cortex, name) for name in ("token_file", "ca")}
+    cortex = config.cortex.model_copy(
+        update={name: directory / path for name, path in given.items() if path is not None}
+    )
     paths = {name: getattr(config, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
-    return config.model_copy(update={name: directory / path for name, path in paths.items() if path is not None})
+    found = {name: directory / path for name, path in paths.items() if path is not None}
+    return config.model_copy(update={**found, "cortex": cortex})
 
 
 async def _serve(config: NeuronConfig, fd: int | None, lifeline: int | None) -> None:

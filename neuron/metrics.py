@@ -67,6 +67,7 @@ class NeuronMetrics:
         the energy of instances."""
         now = CollectorRegistry()
         families = [*_engine_states(models), *_device_gauges(devices, health), _spare_gauge(spares)]
+        families += [_engine_memory(models, devices), _xids(devices, health)]
         now.register(_Snapshot([*families, *_ram_gauges(models, host), *_energy_counters(devices, health, energy)]))
         return generate_latest(self._registry) + generate_latest(now)
 
@@ -135,6 +136,7 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
     columns: list[tuple[str, str, dict[int, float]]] = [
         ("memory_total_bytes", "Memory of the device.", dict(total)),
         ("memory_used_bytes", "Memory in use, foreign processes included.", dict(used)),
+        ("memory_free_bytes", "Memory that nothing uses.", _bytes(health, "vram_free_mb")),
         ("memory_booked_bytes", "Promised to engines of this neuron.", _bytes(health, "vram_booked_mb")),
         ("memory_foreign_bytes", "In use by processes that are not this neuron's.", _bytes(health, "vram_foreign_mb")),
         ("utilization_percent", "Share of time in which a kernel ran.", _given(health, "utilization_pct")),
@@ -152,6 +154,30 @@ def _device_gauges(devices: Sequence[Device], health: Sequence[DeviceHealth]) ->
     for index, reason in faults_of(devices, health).items():
         family.add_metric([str(index), uuids.get(index, ""), reason], 1)
     yield family
+
+
+def _engine_memory(models: Sequence[InstanceState], devices: Sequence[Device]) -> Metric:
+    uuids = {device.index: device.uuid or "" for device in devices}
+    memory = GaugeMetricFamily(
+        "neuron_engine_device_memory_bytes",
+        "Memory of the device that an engine holds, as last measured.",
+        labels=["model", "engine", "index", "uuid"],
+    )
+    for model in models:
+        for index, mib in model.device_memory_mb().items():
+            memory.add_metric([*model.key, str(index), uuids.get(index, "")], float(mib * _MIB))
+    return memory
+
+
+def _xids(devices: Sequence[Device], health: Sequence[DeviceHealth]) -> Metric:
+    uuids = {device.index: device.uuid or "" for device in devices}
+    xids = CounterMetricFamily(
+        "neuron_device_xids", "Errors that the driver has reported.", labels=["index", "uuid", "xid"]
+    )
+    for item in health:
+        for xid, count in item.xids.items():
+            xids.add_metric([str(item.index), uuids.get(item.index, ""), str(xid)], count)
+    return xids
 
 
 def _energy_counters(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 LANES: Final = 3
 NO_TESTS: Final = 5
@@ -48,29 +51,43 @@ LONGEST: Final = (
     "tests/clients",
     "tests/browser",
     "tests/container",
+    "tests/cortex/accounts",
+    "tests/e2e/eviction",
     "tests/cortex/control",
     "tests/cortex/config",
     "tests/cortex/simulator",
     "tests/cortex/fleet",
-    "tests/cortex/accounts",
     "tests/e2e_engines",
+    "tests/e2e/replicas",
     "tests/cortex/http",
 )
 """They start first, so that no lane is left with a long one at the end."""
 
-TOGETHER: Final = ("tests/clients",)
-"""Their subdirectories share fixtures of the session."""
+TOGETHER: Final = (
+    "tests/clients",
+    "tests/cortex/accounts",
+    "tests/cortex/cli",
+    "tests/cortex/proxy",
+    "tests/deploy",
+    "tests/neuron/gpu",
+    "tests/neuron/harness",
+    "tests/shared",
+)
+"""Their subdirectories are run with them: they share costly fixtures of the session, such as a PostgreSQL, or take less
+time than another start of pytest."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """A directory whose tests have ended. `status` is pytest's, `cache` where it recorded which failed."""
+    """A directory whose tests have ended. `status` is pytest's, `cache` where it recorded which failed, `cpu_secs` what
+    pytest and its children took, without daemons and containers."""
 
     directory: str
     files: list[str]
     cache: Path
     status: int
     secs: float
+    cpu_secs: float
     output: str
 
     @property
@@ -139,13 +156,23 @@ class Lanes:
                         _pytest(cache, *files), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
                     )
                     self._running.add(process)
+                cpu_secs = _cpu_secs_when_ended(process.pid)
                 status = process.wait()
                 output.seek(0)
-                ran = Ran(directory, files, cache, status, time.monotonic() - started, output.read())
+                ran = Ran(directory, files, cache, status, time.monotonic() - started, cpu_secs, output.read())
             with self._lock:
                 self._running.discard(process)
                 self.ran.append(ran)
                 print(f"\n##### {directory}, {ran.secs:.0f} s\n{ran.output}", flush=True)
+
+
+def _cpu_secs_when_ended(pid: int) -> float:
+    """Waits for the process's end, and leaves its exit status to be read."""
+    with contextlib.suppress(ChildProcessError, psutil.NoSuchProcess):  # an interrupted run has read it already
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system + times.children_user + times.children_system
+    return 0.0
 
 
 def _pytest(cache: Path, *arguments: str) -> list[str]:
@@ -172,7 +199,8 @@ def main(paths: Sequence[str], count: int = LANES) -> int:
         few = sum(len(ran.failures) for ran in failed) <= MOST_UNSTEADY
         unsteady = [ran for ran in failed if few and ran.status == TESTS_FAILED and steady_alone(ran)]
     for ran in sorted(lanes.ran, key=lambda each: -each.secs):
-        print(f"{ran.secs:6.0f} s  {ran.directory}: {ran.output.rstrip().rpartition(chr(10))[2].strip('= ')}")
+        summary = ran.output.rstrip().rpartition("\n")[2].strip("= ")
+        print(f"{ran.secs:6.0f} s {ran.cpu_secs:6.0f} s of CPU  {ran.directory}: {summary}")
     for ran in failed:
         what = f"unsteady, passed {REPEATS} times alone" if ran in unsteady else f"failed ({ran.status})"
         print(f"\n{ran.directory} {what}:", *ran.failures, sep="\n")

@@ -17,6 +17,10 @@ PERSON_PREFIX: Final = "oidc:"
 """Begins the name and the id of a person. No key's name has a colon, and no key's id begins with this."""
 
 
+PEOPLE: Final = f"{PERSON_PREFIX}people"
+"""Stands for all people who sign in on pages of metrics: their addresses are not for such a page."""
+
+
 class Caller(msgspec.Struct, frozen=True, gc=False):
     """One API key, or one person who signs in, as requests see it. `key_id` is "" for a client without a key.
 
@@ -37,6 +41,11 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     def is_person(self) -> bool:
         """The caller signs in instead of having a key."""
         return self.key_id.startswith(PERSON_PREFIX)
+
+    @property
+    def label(self) -> str:
+        """The caller in metrics."""
+        return PEOPLE if self.is_person else self.name
 
     def may_use(self, model_id: str) -> bool:
         """`model_id`: as in the catalogue, without a variant."""

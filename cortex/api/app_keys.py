@@ -16,6 +16,7 @@ from cortex.control.loads.loader import Loader
 from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
@@ -40,6 +41,8 @@ REQUESTS = web.AppKey("requests", RequestHistory)
 TIMELINE = web.AppKey("timeline", Timeline)
 RELOADER: web.AppKey[Reloader | None] = web.AppKey("reloader")
 SIGN_IN: web.AppKey[SignIn | None] = web.AppKey("sign_in")
+REGISTRATIONS: web.AppKey[Registrations | None] = web.AppKey("registrations")
+"""None unless neurons announce themselves."""
 STORAGE = web.AppKey("storage", Storage)
 USAGE_REPORTS = web.AppKey("usage_reports", UsageReports)
 CREATED = web.AppKey("created", int)

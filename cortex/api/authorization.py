@@ -37,10 +37,14 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("GET", "/fleet/timeline"): "viewer",
     ("GET", "/fleet/requests"): "user",
     ("GET", "/fleet/logs"): "operator",
+    ("POST", "/fleet/register"): None,
     ("GET", "/fleet/configuration"): "admin",
     ("POST", "/fleet/configuration/reload"): "admin",
     ("POST", "/fleet/load"): "operator",
     ("POST", "/fleet/unload"): "operator",
+    ("POST", "/fleet/sleep"): "operator",
+    ("POST", "/fleet/wake"): "operator",
+    ("POST", "/fleet/restart"): "operator",
     ("POST", "/fleet/nodes/{name}/drain"): "operator",
     ("POST", "/fleet/nodes/{name}/resume"): "operator",
     ("GET", "/usage"): "user",
@@ -53,7 +57,8 @@ NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     ("DELETE", "/keys/{name}"): "admin",
     ("POST", "/keys/{name}/rotate"): "admin",
 }
-"""By method and path of each route; None: no key is needed. A test compares it with the routes."""
+"""By method and path of each route; None: no key is needed (`POST /fleet/register` has a token of its own). A test
+compares it with the routes."""
 
 
 def caller_of(request: web.Request) -> Caller:

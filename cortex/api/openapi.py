@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from cortex.accounts.keys.key_terms import KeyTerms
 from cortex.accounts.usage.query import ENERGY_GROUPS, ENERGY_KINDS, GROUPS
 from cortex.api.authorization import NEEDED_ROLES
+from cortex.api.engine_actions import EngineAction, RestartAction
 from cortex.api.fleet.requests import DEFAULT_REQUESTS, MOST_REQUESTS
 from cortex.api.operator import LoadAction, UnloadAction
 from cortex.proxy.paths import INFERENCE_PATHS
 from shared import __version__
-from shared.protocol import MAX_MODEL_ID_CHARS
+from shared.protocol import MAX_MODEL_ID_CHARS, Registration
 
 _ERROR = {
     "type": "object",
@@ -151,6 +152,9 @@ def _organization(summary: str) -> Operation:
     )
 
 
+_DRY_RUN = {"dry_run": "`true` only says what it would do."}
+_WAIT = {"wait": "`false` answers 202 at once."}
+
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     **{("POST", path): _inference(path) for path in INFERENCE_PATHS},
     ("GET", "/v1/models"): Operation(
@@ -207,6 +211,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         },
         required_query=frozenset({"model"}),
     ),
+    ("POST", "/fleet/register"): Operation(
+        "A neuron announces itself, with the registration token as its bearer token.",
+        "fleet",
+        _model_body(Registration),
+    ),
     ("GET", "/fleet/configuration"): Operation(
         "What is in force, what is wrong in the files, and what a reload would change.", "configuration"
     ),
@@ -215,9 +224,18 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Loads a model.",
         "operator",
         _model_body(LoadAction),
-        query={"wait": "`false` answers 202 at once."},
+        query={**_WAIT, **_DRY_RUN},
     ),
-    ("POST", "/fleet/unload"): Operation("Unloads a model.", "operator", _model_body(UnloadAction)),
+    ("POST", "/fleet/unload"): Operation("Unloads a model.", "operator", _model_body(UnloadAction), query=_DRY_RUN),
+    ("POST", "/fleet/sleep"): Operation(
+        "Puts a model's engines to sleep.", "operator", _model_body(EngineAction), query=_DRY_RUN
+    ),
+    ("POST", "/fleet/wake"): Operation(
+        "Wakes a model's engines.", "operator", _model_body(EngineAction), query=_DRY_RUN
+    ),
+    ("POST", "/fleet/restart"): Operation(
+        "Restarts a model's engines.", "operator", _model_body(RestartAction), query={**_WAIT, **_DRY_RUN}
+    ),
     ("POST", "/fleet/nodes/{name}/drain"): Operation(
         "Stops sending new loads to a neuron, and requests if another neuron can serve them.", "operator"
     ),
@@ -253,7 +271,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
     ("GET", "/"): Operation(
-        "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
+        "The dashboard, for browsers; for other clients where everything is.",
+        "dashboard",
+        content_types=(*_PAGE, "application/json"),
     ),
     ("GET", "/dashboard/me"): Operation("Who is looking at the dashboard, and whether they may act.", "dashboard"),
     ("GET", "/dashboard/{path}"): Operation(

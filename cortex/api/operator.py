@@ -11,13 +11,15 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from cortex.api.app_keys import ADAPTERS, COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.fleet.dry_run import dry_run_answer, is_dry_run
 from cortex.api.fleet.view import place
-from cortex.config.durations import MAX_SECS
+from cortex.config.durations import MAX_SECS, duration_text
 from cortex.control.decision import Refuse, Serve, attachable, decide, without_adapters_error
 from cortex.control.explain import after_unload
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.loader import LoadJob
+from cortex.control.loads.operator_plan import end_effects, load_effects, operator_plan, without_pauses
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
@@ -63,9 +65,11 @@ async def load_model(request: web.Request) -> web.Response:
     app = request.app
     action = await read_model(request, LoadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
-    _check_instance(app[FLEET].snapshot(), action)
+    check_instance(app[FLEET].snapshot(), action)
     serving = _serving(app, model_id, action)
     requested, adapter = app[LIVE].catalogue.requested(model_id), _adapter(app, model_id)
+    if is_dry_run(request):
+        return _would_load(app, model_id, action, serving)
     if app[STATE].end_holds(requested.model_id, action.node):
         app[FLEET].notify()
     if serving is not None:
@@ -81,6 +85,28 @@ async def load_model(request: web.Request) -> web.Response:
     key = await app[SHUTDOWN].unless_begun(_all_loaded(app, able, job, adapter))
     took = round(time.monotonic() - started, 3)
     return web.json_response({"status": "loaded", "model": model_id, **place(key), "load_secs": took})
+
+
+def _would_load(app: web.Application, model_id: str, action: LoadAction, serving: ReplicaKey | None) -> web.Response:
+    if serving is not None:
+        return dry_run_answer(model_id, [f"It is loaded on {serving.name}: nothing would change."])
+    able = _attachable(app, model_id, action)
+    if able:
+        return dry_run_answer(model_id, [f"Its base is loaded on {able[0].name} and would load it."])
+    name = app[LIVE].catalogue.requested(model_id).name
+    view = without_pauses(app[SCHEDULER].view(), name)
+    coming = action.node is None and app[SCHEDULER].job(name) is not None
+    plan = None if coming else operator_plan(view, name, action.node, action.instance)
+    return dry_run_answer(model_id, load_effects(plan), [] if plan is None else plan.displaces)
+
+
+def _would_unload(
+    app: web.Application, model_id: str, engines: list[EngineSnapshot], action: UnloadAction
+) -> web.Response:
+    effects = end_effects(app[SCHEDULER].view(), engines, model_id, "is unloaded from", drain=action.drain)
+    if action.for_secs is not None:
+        effects.append(f"It is not loaded again for {duration_text(action.for_secs)}.")
+    return dry_run_answer(model_id, effects)
 
 
 def _adapter(app: web.Application, model_id: str) -> str | None:
@@ -103,34 +129,34 @@ async def _all_loaded(
         Unavailable: a load failed or timed out.
     """
     if adapter is None:
-        return await _until_loaded(app, keys[0], job)
+        return await until_loaded(app, keys[0], job)
     engine = app[FLEET].snapshot().engine(keys[0])
     if job is not None or engine is None or not engine.view.loaded:
-        keys = [await _until_loaded(app, keys[0], job)]
+        keys = [await until_loaded(app, keys[0], job)]
     return await app[ADAPTERS].load_at_one(keys, adapter)
 
 
-def _check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
+def check_instance(fleet: FleetSnapshot, action: LoadAction) -> None:
     """Raises InvalidRequest if there can be no such instance."""
     if action.instance is None:
         return
     if action.node is None:
         raise InvalidRequest("each neuron names its own instances: name the neuron too (--on, node)", param="node")
-    if not _usable_node(fleet, action.node).has_instances:
+    if not usable_node(fleet, action.node).has_instances:
         raise InvalidRequest(f"{action.node} has one engine for each model, leave instance out", param="instance")
 
 
-def _is_meant(action: LoadAction, engine: EngineSnapshot) -> bool:
+def is_meant(action: LoadAction, engine: EngineSnapshot) -> bool:
     return action.node in (None, engine.node.name) and action.instance in (None, engine.instance)
 
 
 def _coming(fleet: FleetSnapshot, model_id: str, action: LoadAction) -> ReplicaKey:
     """The engine that another caller is loading, where the action wants one."""
     coming = (each for each in fleet.engines(model_id) if each.view.coming and each.node.healthy)
-    return next(engine.key for engine in coming if _is_meant(action, engine))
+    return next(engine.key for engine in coming if is_meant(action, engine))
 
 
-async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> ReplicaKey:
+async def until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | None) -> ReplicaKey:
     """Waits for our load of this engine, or for that of another caller. Returns what is loaded.
 
     Raises:
@@ -148,7 +174,7 @@ async def _until_loaded(app: web.Application, key: ReplicaKey, job: LoadJob | No
             raise failure
         await app[LOADER].until_loaded(key)  # ours may have found a load of another caller there
     except NodeRemoved:
-        raise _removed(node, f"loading {model_id!r}") from None
+        raise removed_error(node, f"loading {model_id!r}") from None
     except LoadFailure as error:
         name = model_id if job is None else job.plan.requested.name
         backoff = app[SCHEDULER].view().backoff(name, node)
@@ -189,8 +215,8 @@ def _serving(app: web.Application, model_id: str, action: LoadAction) -> Replica
         if isinstance(decision, Refuse) and not failed:
             raise decision.error
         return None
-    node = _usable_node(fleet, action.node)
-    loaded = [each for each in fleet.engines(model_id, node) if each.view.loaded and _is_meant(action, each)]
+    node = usable_node(fleet, action.node)
+    loaded = [each for each in fleet.engines(model_id, node) if each.view.loaded and is_meant(action, each)]
     if model_id in catalogue.adapters:
         if loaded and not any(each.view.max_loras for each in loaded):
             raise without_adapters_error(model_id, catalogue)
@@ -216,7 +242,7 @@ async def unload_model(request: web.Request) -> web.Response:
     scheduler, fleet = app[SCHEDULER], app[FLEET].snapshot()
     action = await read_model(request, UnloadAction)
     model_id = app[LIVE].catalogue.resolve(action.model)
-    _check_instance(fleet, action)
+    check_instance(fleet, action)
     requested, adapter = app[LIVE].catalogue.requested(model_id), _adapter(app, model_id)
     if action.for_secs is not None and (requested.variant is not None or adapter is not None):
         part = "one variant" if adapter is None else "an adapter"
@@ -224,8 +250,8 @@ async def unload_model(request: web.Request) -> web.Response:
             f"--for (for_secs) holds back a model, not {part}: leave one of them out", param="for_secs"
         )
     if action.node is not None:
-        node = _usable_node(fleet, action.node)
-        engines = [each for each in fleet.engines(model_id, node) if _is_meant(action, each)]
+        node = usable_node(fleet, action.node)
+        engines = [each for each in fleet.engines(model_id, node) if is_meant(action, each)]
     else:
         engines = [
             engine
@@ -236,6 +262,8 @@ async def unload_model(request: web.Request) -> web.Response:
         engines = [engine for engine in engines if adapter in engine.view.adapters]
     if not engines and (action.for_secs is None or not _is_known(app, model_id)):
         raise _nothing_to_unload(fleet, model_id, action)
+    if is_dry_run(request):
+        return _would_unload(app, model_id, engines, action)
     hold = await _hold_back(app, model_id, action)
     unloads = (
         _unload(scheduler, engine.key, drain=action.drain)
@@ -311,11 +339,11 @@ async def _unload(scheduler: Scheduler, key: ReplicaKey, *, drain: bool) -> Serv
     except NeuronUnreachable as error:
         return Unavailable(str(error), code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
     except (CommandAbandoned, NodeRemoved):
-        return _removed(node, f"unloading {model_id!r}")
+        return removed_error(node, f"unloading {model_id!r}")
     return None
 
 
-def _removed(node: str, meanwhile: str) -> Unavailable:
+def removed_error(node: str, meanwhile: str) -> Unavailable:
     message = f"{node} was removed from the configuration while {meanwhile}"
     return Unavailable(message, code=ErrorCode.NEURON_UNAVAILABLE, retry_after=NEURON_DOWN_SECS)
 
@@ -354,7 +382,7 @@ def _node_named(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
     return node
 
 
-def _usable_node(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
+def usable_node(fleet: FleetSnapshot, name: str) -> NodeSnapshot:
     node = _node_named(fleet, name)
     if not node.healthy:
         raise Unavailable(

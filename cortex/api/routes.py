@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from cortex.api import keys, models, openapi, operator, sign_in, usage
+from cortex.api import engine_actions, keys, models, openapi, operator, sign_in, usage
 from cortex.api.dashboard import pages
 from cortex.api.engines import scraping
-from cortex.api.fleet import configuration, logs, requests
+from cortex.api.fleet import configuration, logs, registration, requests
 from cortex.api.fleet import handlers as fleet
 from cortex.proxy.paths import INFERENCE_PATHS
 
@@ -28,10 +28,14 @@ CONTROL_ROUTES = (
     web.get("/fleet/timeline", fleet.show_timeline),
     web.get("/fleet/requests", requests.show_requests),
     web.get("/fleet/logs", logs.show_logs),
+    web.post("/fleet/register", registration.register_neuron),
     web.get("/fleet/configuration", configuration.show_configuration),
     web.post("/fleet/configuration/reload", configuration.reload_configuration),
     web.post("/fleet/load", operator.load_model),
     web.post("/fleet/unload", operator.unload_model),
+    web.post("/fleet/sleep", engine_actions.sleep_model),
+    web.post("/fleet/wake", engine_actions.wake_model),
+    web.post("/fleet/restart", engine_actions.restart_model),
     web.post("/fleet/nodes/{name}/drain", operator.drain_node),
     web.post("/fleet/nodes/{name}/resume", operator.resume_node),
     web.get("/keys", keys.list_keys),

@@ -15,6 +15,7 @@ from cortex.cli.live.live_commands import live_app
 from cortex.cli.options import (
     DEFAULT_URL,
     ConfigFile,
+    DryRun,
     Json,
     Model,
     Node,
@@ -82,7 +83,8 @@ def doctor(
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex. Default: from the file.")
+        str | None,
+        typer.Option(help="Address of the running cortex. Default: from the file; CORTEX_URL is not read."),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -286,13 +288,23 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 
 @app.command()
 def load(
-    model: Model, node: On = None, instance: Instance = None, url: Url = DEFAULT_URL, as_json: Json = False
+    model: Model,
+    *,
+    node: On = None,
+    instance: Instance = None,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
 ) -> int:
     """Load a model and wait until it is ready. A bar shows how far it is."""
+    from cortex.cli.live.engine_actions import run_dry
     from cortex.cli.live.loading import load_with_progress
     from cortex.cli.tables import loaded_line
 
-    answer = load_with_progress(url, {"model": model, "node": node, "instance": instance})
+    body = {"model": model, "node": node, "instance": instance}
+    if dry_run:
+        return run_dry(url, "load", body, as_json=as_json)
+    answer = load_with_progress(url, body)
     print_answer(url, answer, as_json, loaded_line)
     return 0
 
@@ -308,10 +320,12 @@ def unload(
         str | None,
         typer.Option("--for", metavar="DURATION", help="Do not load it again for this long: 2h, 90m, 1d, 45s."),
     ] = None,
+    dry_run: DryRun = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> int:
     """Unload a model. Default: from every neuron, after its requests in flight have finished."""
+    from cortex.cli.live.engine_actions import run_dry
     from cortex.cli.tables import unloaded_line
     from cortex.config.durations import parse_duration
 
@@ -320,6 +334,8 @@ def unload(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--for") from error
     body = {"model": model, "node": node, "instance": instance, "drain": drain, **held}
+    if dry_run:
+        return run_dry(url, "unload", body, as_json=as_json)
     return _act(url, "/fleet/unload", body, as_json, unloaded_line)
 
 

@@ -71,6 +71,8 @@ def run_serve(
         for warning in tls_warnings(config, config_file):
             log.warning("%s", warning)
         config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
+        if config.discovery.kind == "register":
+            config.discovery.registration_token()  # likewise
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -103,6 +105,8 @@ def run_check(config_file: Path) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     neurons, models = counted(len(config.neurons), "neuron"), counted(len(catalogue.models), "model")
+    if config.discovery.finds:
+        neurons += f" and those that {config.discovery.kind!r} finds"
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
 
@@ -150,7 +154,7 @@ async def serve(
         ) as parts,
     ):
         _check_keys(socks[0], config, keys, files.path)
-        warn_of_absent(state, parts.fleet)
+        warn_of_absent(state, parts.fleet, config)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
         reloader = _reloader(parts, files, reload_asked)
@@ -165,13 +169,13 @@ async def serve(
                 front = workers.running(stop)
             settle()
             async with recorder, front, running({"configuration": reloader.watch_loop}):
-                await _until_stopped(stop, restarting, url, config)
+                await _until_stopped(stop, restarting, url, len(parts.membership.clients))
                 closing.set()  # first: event streams are requests in flight, too
 
 
-async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, config: CortexConfig) -> None:
+async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, neurons: int) -> None:
     """From here on cortex serves. When it is told to stop for good, systemd closes its copies of the sockets, too."""
-    log.info("cortex listening on %s, %s", url, counted(len(config.neurons), "neuron"))
+    log.info("cortex listening on %s, %s", url, counted(neurons, "neuron"))
     notify_ready()
     await stop.wait()
     if not restarting.is_set():

@@ -158,8 +158,8 @@ def _place_of(model: str, variant: str, given: frozenset[str], key: str) -> str:
 
 def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Path) -> list[str]:
     """Settings that are valid but probably unintended."""
-    names = {entry.name for entry in config.neurons}
-    warnings = [] if names else [f"{path}: neurons: empty, no model can be served"]
+    names, finds = {entry.name for entry in config.neurons}, config.discovery.finds
+    warnings = [] if names or finds else [f"{path}: neurons: empty, no model can be served"]
     for where, profile in _entries(catalogue, config.models_path(path)):
         close = difflib.get_close_matches(profile.harness, HARNESSES, n=1, cutoff=0.8)
         if close and profile.harness not in HARNESSES:
@@ -170,7 +170,7 @@ def configuration_warnings(config: CortexConfig, catalogue: Catalogue, path: Pat
         warnings += [
             f"{where('pinned_on')}: {profile.id!r} is pinned on {neuron!r}, which is not listed in {path}"
             for neuron in profile.pinned_on
-            if neuron not in names
+            if neuron not in names and not finds
         ]
     return list(dict.fromkeys(warnings))
 

@@ -16,6 +16,11 @@ from shared.tls import TlsFiles
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
+def is_node_name(text: str) -> bool:
+    """Whether a neuron may have this name."""
+    return _NODE_NAME.fullmatch(text) is not None
+
+
 @dataclass(frozen=True)
 class HostNetwork:
     """How a GPU host is connected to the others. Hosts that give the same `name` share a network; so do all without
@@ -46,7 +51,7 @@ class NeuronEntry(SettingsModel):
     @field_validator("name", "network")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NODE_NAME.fullmatch(value):
+        if value is not None and not is_node_name(value):
             raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
         return value
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from cortex.config.discovery import DiscoverySettings
 from cortex.config.gateway import GatewaySettings
 from cortex.config.neurons import HostNetwork, NeuronEntry, NeuronTlsSettings
 from cortex.config.sign_in import AuthSettings
@@ -196,6 +197,7 @@ class CortexConfig(SettingsModel):
     usage: UsageSettings = UsageSettings()
     energy: EnergySettings = EnergySettings()
     neuron_tls: NeuronTlsSettings = NeuronTlsSettings()
+    discovery: DiscoverySettings = DiscoverySettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
 
     @field_validator("database")
@@ -235,6 +237,7 @@ class CortexConfig(SettingsModel):
         tables = {
             "gateway": found(self.gateway, "tls_cert", "tls_key"),
             "neuron_tls": found(self.neuron_tls, "ca", "cert", "key"),
+            "discovery": found(self.discovery, "registration_token_file"),
             "auth": self.auth.model_copy(update={"oidc": found(self.auth.oidc, "client_secret_file")}),
         }
         return self.model_copy(update=tables)

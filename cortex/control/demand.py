@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cortex.accounts.caller import ANONYMOUS, Caller
-from cortex.accounts.fairness.device_time import DeviceTime, EngineUse
+from cortex.accounts.fairness.device_time import Charge, DeviceTime, EngineUse
 from cortex.config.catalogue import Catalogue
 from cortex.fleet.groups import serving_engine
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot, instance_of
@@ -198,6 +198,11 @@ class Demand:
     def several_callers(self) -> bool:
         """Whether more than one caller has used this cortex."""
         return self._device_time.several_callers
+
+    @property
+    def charged(self) -> Mapping[Charge, float]:
+        """As of `DeviceTime`."""
+        return self._device_time.charged
 
     @property
     def accounts(self) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cortex.fleet.engine_url import reachable
-from cortex.fleet.membership import NeuronCommands, Refreshable
+from cortex.fleet.members.membership import NeuronCommands, Refreshable
 from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet

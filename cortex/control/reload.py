@@ -15,7 +15,7 @@ from cortex.config.files import ConfigurationFiles, catalogue_problems, configur
 from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from cortex.control.route_table import RouteTable
-from cortex.fleet.membership import Membership
+from cortex.fleet.members.membership import Membership
 from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from shared.settings import SettingsError
@@ -155,24 +155,20 @@ class Reloader:
     def _apply(self, found: Difference) -> None:
         """In one step: no reader sees half of it."""
         config = found.config
-        self._fleet.configure(
-            [(entry.name, entry.endpoint) for entry in config.neurons],
-            unhealthy_after=config.poll.unhealthy_after,
-            drained=self._state.drained,
-        )
         others = self._membership.configure(config.neurons, config.poll)
         self._live.replace(config, found.catalogue, [str(path) for path in self._files.paths])
         self._routes.forget(others)
         log.info("configuration reloaded: %s", found)
         for line in found.restart:
             log.warning("configuration: %s takes effect after a restart", line)
-        warn_of_absent(self._state, self._fleet)
+        warn_of_absent(self._state, self._fleet, config)
 
 
-def warn_of_absent(state: StateFile, fleet: Fleet) -> None:
-    """Warns of drained neurons that are not in the configuration."""
+def warn_of_absent(state: StateFile, fleet: Fleet, config: CortexConfig) -> None:
+    """Warns of drained neurons that are not in the configuration. Not for a fleet whose neurons are found: they may yet
+    come."""
     absent = sorted(set(state.drained) - fleet.snapshot().nodes.keys())
-    if absent:
+    if absent and not config.discovery.finds:
         log.warning(
             "drained neurons that are not in the configuration (`cortex resume NODE` drops one): %s", ", ".join(absent)
         )

@@ -23,7 +23,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.control.wait_note import waited_too_long, waiting_note
-from cortex.fleet.membership import Refreshable
+from cortex.fleet.members.membership import Refreshable
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.http.errors import shutting_down

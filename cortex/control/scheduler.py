@@ -18,15 +18,15 @@ from cortex.control.load_backoff import BackoffCause, Backoffs
 from cortex.control.load_failure import LoadFailure, cause_of, is_permanent
 from cortex.control.loads.evictor import Evictor, NoLongerNeeded
 from cortex.control.loads.loader import Loader, LoadJob
+from cortex.control.loads.operator_plan import operator_plan
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import EngineSnapshot
+from cortex.fleet.snapshot import EngineSnapshot, Reservation
 from cortex.fleet.state import Fleet, NodeRemoved
 from cortex.fleet.store import StateFile
 from cortex.placement.fair_queue import LoadSchedule, schedule_loads
-from cortex.placement.inputs import PlanningView, WaitingRequests
+from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
-from cortex.placement.planner import all_verdicts, best_plan, candidate_verdicts, plan_variant
-from cortex.placement.refusal import node_refusal_error, placement_error
+from cortex.placement.planner import best_plan, candidate_verdicts, plan_variant
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
 from shared.protocol import ModelStatus, ModelView
@@ -212,32 +212,12 @@ class Scheduler:
         """
         requested = self._live.catalogue.requested(model_id)
         self._backoffs.clear({requested.model_id, *self._live.catalogue.names_of(model_id)})
-        view = self.view()
-        view = replace(view, waiting={**view.waiting, model_id: WaitingRequests(1, float("-inf"))})
-        profile = view.profile(model_id) or self._failed_profile(view, model_id, node_name)
-        if profile is None:
-            raise placement_error(view, model_id, ())
-        if node_name is None:
-            if (job := self._loader.job(model_id)) is not None:
-                job.needed = True
-                return job
-            if view.fleet.loading_on(model_id) is not None:
-                return None
-            found = all_verdicts(view, profile)
-            plan = best_plan(found)
-            if plan is None:
-                raise placement_error(view, model_id, found)
-        else:
-            node = view.fleet.nodes[node_name]
-            engines = view.fleet.engines(model_id, node)
-            if any(each.view.coming and instance in (None, each.instance) for each in engines):
-                return None
-            if instance is not None:
-                view = replace(view, named_instances={(requested.model_id, node_name): instance})
-            verdict = plan_variant(view, profile, node)
-            if verdict.plan is None:
-                raise node_refusal_error(model_id, verdict)
-            plan = verdict.plan
+        if node_name is None and (job := self._loader.job(model_id)) is not None:
+            job.needed = True
+            return job
+        plan = operator_plan(self.view(), model_id, node_name, instance)
+        if plan is None:
+            return None
         return self._start(plan, "an operator asked", for_waiters=False, leased=node_name is None)
 
     async def unload(self, key: ReplicaKey, *, drain: bool) -> None:
@@ -247,6 +227,24 @@ class Scheduler:
         self._demand.record_removed(key.model_id)
         with self._evictor.no_new_requests(key):
             await self._evictor.evict(key, method="unload", patient=lambda: drain and self._clock() < deadline)
+
+    async def sleep(self, key: ReplicaKey) -> None:
+        """An operator puts an engine to sleep, after its requests in flight as in `unload`. Raises as
+        `Evictor.sleep`."""
+        deadline = self._clock() + self._loader.timeout_secs
+        self._demand.record_removed(key.model_id)
+        with self._evictor.no_new_requests(key):
+            await self._evictor.sleep(key, patient=lambda: self._clock() < deadline)
+
+    async def restart(self, key: ReplicaKey, name: str, reservation: Reservation, *, drain: bool) -> LoadJob | None:
+        """An operator has an engine of the model `name` unloaded and loaded again in the same place. Its memory stays
+        reserved for it. Returns when the load has begun. Raises as `unload` and `load`."""
+        self._fleet.reserve(reservation)
+        try:
+            await self.unload(key, drain=drain)
+        finally:
+            self._fleet.release(reservation)
+        return self.load(name, key.node, key.instance or None)
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -349,15 +347,6 @@ class Scheduler:
         if all(job.plan.key != key for job in self._loader.jobs()):
             self._foreign_loads.add(key)
 
-    def _failed_profile(self, view: PlanningView, model_id: str, node_name: str | None) -> ModelProfile | None:
-        """For an operator: a model known only to neurons may be loaded again after a failure."""
-        known = [
-            node
-            for node in view.fleet.holders(model_id)
-            if node.healthy and node_name in (None, node.name) and node.has_status(model_id, ModelStatus.FAILED)
-        ]
-        return view.profile_from_nodes(model_id, known)
-
     def _start_removal(self, removal: ReplicaRemoval) -> None:
         key = removal.key
         if key not in self._removing:
@@ -374,6 +363,7 @@ class Scheduler:
             await self._evictor.evict(
                 key,
                 method="sleep_if_idle" if removal.sleep else "unload",
+                reason=removal.kind,
                 still_needed=lambda: not self._queue.count(*self._live.catalogue.names_of(removal.model_id)),
             )
         except NoLongerNeeded:

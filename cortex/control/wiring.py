@@ -41,7 +41,9 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
-from cortex.fleet.membership import Membership, NeuronCommands, Refreshable
+from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
+from cortex.fleet.members.opening import open_discovery
+from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import IDLE_SECS, NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet, RouteChanges
@@ -123,6 +125,7 @@ class Parts(ControlCore):
     timeline: Timeline
     requests: RequestHistory
     sign_in: SignIn | None
+    registrations: Registrations | None
     storage: Storage
 
     @property
@@ -159,8 +162,8 @@ def build(
     endpoints.refusals.subscribe(backoffs.record_refused_endpoint)
     room = EngineRoom(fleet=fleet, counts=counts, queue=queue, demand=demand)
     routes, neurons = _routes(live, fleet, endpoints, counts, room), NeuronAccess(fleet, clients, pollers)
-    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle)
-    metrics = Metrics(fleet, counts.all_in_flight, counts.counters, waiting=queue.counts, state_dir=state.directory)
+    metrics = _metrics(fleet, counts, queue, demand, state.directory)
+    evictor = Evictor(neurons, live=live, counts=counts, settle_routes=routes.settle, displaced=metrics.displaced)
     loader = Loader(
         neurons=neurons, evictor=evictor, live=live, metrics=metrics, state=state, leases=leases, clock=clock
     )
@@ -196,6 +199,15 @@ def build(
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
     return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+
+
+def _metrics(
+    fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, demand: Demand, state_dir: Path | None
+) -> Metrics:
+    in_flight, counters = counts.all_in_flight, counts.counters
+    return Metrics(
+        fleet, in_flight, counters, waiting=queue.counts, charged=lambda: demand.charged, state_dir=state_dir
+    )
 
 
 def _label_variants(live: LiveConfig, fleet: Fleet) -> None:
@@ -247,15 +259,12 @@ async def running_control(
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
     paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
-    fleet = Fleet(
-        [(entry.name, entry.endpoint) for entry in config.neurons],
-        unhealthy_after=config.poll.unhealthy_after,
-        drained=state.drained,
-    )
+    listed = [(entry.name, entry.endpoint) for entry in config.neurons]
+    fleet = Fleet(listed, unhealthy_after=config.poll.unhealthy_after, drained=state.drained)
     pems = config.neuron_tls.files
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
     with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
-        membership = Membership(pool, fleet)
+        membership = Membership(pool, fleet, lambda: state.drained)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
@@ -263,15 +272,18 @@ async def running_control(
         keys, neurons = keys or KeyRing(), (membership.clients, membership.pollers)
         core = build(live, state, fleet, *neurons, leases=leases, limiter=limiter, caller_of=keys.caller)
         membership.configure(config.neurons, config.poll)
+        core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
+        membership.moved.subscribe(core.routes.forget)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool)
         _use_keys(keys, core)
-        loops = {**core.loops, **keys.loops, "state file": state.write_loop, "limits": limiter.run}
+        own = {"state file": state.write_loop, "limits": limiter.run}
+        loops = {**core.loops, **keys.loops, **discovery.loops, **own}
         if sign_in is not None:
             loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline, storage = _timeline(core), Storage(state.directory)
-        loops |= {"storage": storage.run}
-        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
+        timeline, storage = _timeline(core), _storage(state, database)
+        loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
             loops["energy"] = books.run
@@ -286,6 +298,7 @@ async def running_control(
                     timeline=timeline,
                     requests=RequestHistory(),
                     sign_in=sign_in,
+                    registrations=discovery.registrations,
                     storage=storage,
                 )
         finally:
@@ -294,6 +307,10 @@ async def running_control(
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await timeline.flush()
             await state.close()
+
+
+def _storage(state: StateFile, database: Database | None) -> Storage:
+    return Storage(state.directory, opened_unwritable=database is None or database.read_only)
 
 
 def _timeline(core: ControlCore) -> Timeline:

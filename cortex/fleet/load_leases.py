@@ -14,7 +14,7 @@ import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
-from cortex.fleet.membership import Refreshable
+from cortex.fleet.members.membership import Refreshable
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet

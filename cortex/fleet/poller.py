@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,6 +46,15 @@ def poll_offset(position: int, interval_secs: float) -> float:
     return interval_secs * int(position * _GOLDEN % 1 * POLL_SLOTS) / POLL_SLOTS
 
 
+@dataclass
+class PollCounts:
+    """Polls of one neuron: those that were answered, how long these took together, and those that failed."""
+
+    answered: int = 0
+    answer_secs: float = 0.0
+    failed: int = 0
+
+
 class NeuronPoller:
     """Polls one neuron, listens to its events, and updates the fleet's state."""
 
@@ -57,6 +67,7 @@ class NeuronPoller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = client.name
+        self.counts = PollCounts()
         self._client = client
         self._fleet = fleet
         self._settings = settings
@@ -145,6 +156,7 @@ class NeuronPoller:
         self._wake.set()
 
     async def _poll_once(self) -> None:
+        began = self._clock()
         try:
             async with timeout(self._settings.timeout_secs):
                 await self._request_state()
@@ -154,7 +166,10 @@ class NeuronPoller:
             hint = _TLS_HINT if error.reason == CLOSED and not self._discovery_known else ""
             self._miss(error.reason + hint)
         else:
+            self.counts.answered += 1
+            self.counts.answer_secs += self._clock() - began
             return
+        self.counts.failed += 1
         self._model_polls_due = max(self._model_polls_due, 1)  # it may have been due in the poll that failed
 
     def _miss(self, reason: str) -> None:

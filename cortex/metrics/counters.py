@@ -18,6 +18,7 @@ from cortex.routing.replica import ModelOnNode
 Buckets: TypeAlias = tuple[float, ...]  # of any length: compiled code takes one of fixed length apart
 REQUEST_BUCKETS: Buckets = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 FIRST_BYTE_BUCKETS: Buckets = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+TOKEN_BUCKETS: Buckets = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 """Upper bounds in seconds; one more bucket holds what is above the last."""
 
 UNKNOWN: Final = "unknown"
@@ -56,6 +57,11 @@ class Series(msgspec.Struct):
     tokens: dict[str, int] = {}  # by kind: prompt, completion, cached
     duration: Histogram = msgspec.field(default_factory=lambda: Histogram.of(REQUEST_BUCKETS))
     first_byte: Histogram = msgspec.field(default_factory=lambda: Histogram.of(FIRST_BYTE_BUCKETS))
+    first_event: Histogram = msgspec.field(default_factory=lambda: Histogram.of(FIRST_BYTE_BUCKETS))  # of streams
+    per_token: Histogram = msgspec.field(default_factory=lambda: Histogram.of(TOKEN_BUCKETS))  # of streams, after it
+    waits: Histogram = msgspec.field(default_factory=lambda: Histogram.of(REQUEST_BUCKETS))  # without those of no time
+    failovers: dict[str, int] = {}  # by kind of failure
+    body_bytes: dict[str, int] = {}  # by kind: request, answer
 
     def add(self, other: Series) -> None:
         """Adds the counts of another."""
@@ -64,6 +70,23 @@ class Series(msgspec.Struct):
         _add(self.tokens, other.tokens)
         self.duration.add(other.duration)
         self.first_byte.add(other.first_byte)
+        self.first_event.add(other.first_event)
+        self.per_token.add(other.per_token)
+        self.waits.add(other.waits)
+        _add(self.failovers, other.failovers)
+        _add(self.body_bytes, other.body_bytes)
+
+
+class CallerSeries(msgspec.Struct):
+    """The counts of one API key for one model. `add` must sum every field."""
+
+    statuses: dict[int, int] = {}
+    tokens: dict[str, int] = {}  # by kind, as of `Series`
+
+    def add(self, other: CallerSeries) -> None:
+        """Adds the counts of another."""
+        _add(self.statuses, other.statuses)
+        _add(self.tokens, other.tokens)
 
 
 class Counters(msgspec.Struct):
@@ -71,6 +94,7 @@ class Counters(msgspec.Struct):
 
     series: dict[str, dict[str, Series]] = {}  # by model and neuron
     dropped_usage_records: int = 0
+    callers: dict[str, dict[str, CallerSeries]] = {}  # by name of the key and model
 
     def items(self) -> Iterator[tuple[ModelOnNode, Series]]:
         """Each series with its model and neuron."""
@@ -87,6 +111,10 @@ class Counters(msgspec.Struct):
         for key, series in other.items():
             self._of(*key).add(series)
         self.dropped_usage_records += other.dropped_usage_records
+        for caller, models in other.callers.items():
+            mine = self.callers.setdefault(caller, {})
+            for model, counts in models.items():
+                mine.setdefault(model, CallerSeries()).add(counts)
 
     def _of(self, model: str, node: str) -> Series:
         try:

@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
+from cortex.accounts.fairness.device_time import Charge
 from cortex.accounts.usage.journal_file import USAGE_DIRECTORY, total_bytes
+from cortex.fleet.poller import PollCounts
 from cortex.fleet.state import Fleet
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, merged
+from cortex.metrics.counters import (
+    FIRST_BYTE_BUCKETS,
+    REQUEST_BUCKETS,
+    TOKEN_BUCKETS,
+    Counters,
+    Histogram,
+    merged,
+)
 from cortex.metrics.energy import EnergyTotals
-from cortex.routing.replica import ModelOnNode, ReplicaKey
+from cortex.routing.replica import LoadPhase, ModelOnNode, ReplicaKey
 
 COLD_START_BUCKETS = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _LABELS = ("model", "node")
@@ -26,7 +41,7 @@ _LABELS = ("model", "node")
 class Metrics:
     """The registry of one control app. Labels are bounded: only models and neurons that exist.
 
-    Workers count requests; the control process counts cold starts here.
+    Workers count requests; the control process counts loads and evictions here. `polls`: of each neuron, by name.
     """
 
     def __init__(
@@ -36,15 +51,18 @@ class Metrics:
         counters: Callable[[], Iterable[Counters]],
         *,
         waiting: Callable[[], Mapping[str, int]] = dict,
+        charged: Callable[[], Mapping[Charge, float]] = dict,
         state_dir: Path | None = None,
     ) -> None:
-        """`waiting`: how many requests wait, by the name of their model."""
-        self._cold_starts: dict[ModelOnNode, Histogram] = {}
-        self._failed_loads: Counter[ModelOnNode] = Counter()
+        """`waiting`: how many requests wait, by the name of their model. `charged`: as of `DeviceTime`."""
+        self.polls: Callable[[], Mapping[str, PollCounts]] = dict
+        self._loads = _Loads()
         self._failed_scrapes: Counter[ModelOnNode] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(_Requests(counters))
-        self._registry.register(_ColdStarts(self._cold_starts, self._failed_loads))
+        self._registry.register(self._loads)
+        self._registry.register(_Fairness(charged))
+        self._registry.register(_Polls(self))
         self._registry.register(_FleetGauges(fleet, in_flight, waiting))
         self._registry.register(_EngineScrapes(self._failed_scrapes))
         self._disk = _StateDisk(state_dir)
@@ -52,14 +70,17 @@ class Metrics:
         self.energy = EnergyTotals()
         self._registry.register(_Energy(self.energy))
 
-    def cold_start(self, model: str, node: str, secs: float) -> None:
+    def cold_start(self, model: str, node: str, secs: float, phases: Sequence[LoadPhase] = ()) -> None:
         """Counts a model that was loaded for a request."""
-        started = self._cold_starts.setdefault((model, node), Histogram.of(COLD_START_BUCKETS))
-        started.observe(COLD_START_BUCKETS, secs)
+        self._loads.succeeded(model, node, secs, phases)
 
     def load_failed(self, model: str, node: str) -> None:
         """Counts a load that failed."""
-        self._failed_loads[model, node] += 1
+        self._loads.failed[model, node] += 1
+
+    def displaced(self, key: ReplicaKey, reason: str) -> None:
+        """Counts an engine that was unloaded or put to sleep."""
+        self._loads.displaced[key.model_id, key.node, reason] += 1
 
     def engine_scrape_failed(self, model: str, node: str) -> None:
         """Counts an engine whose metrics could not be read."""
@@ -88,6 +109,13 @@ class _Requests(Collector):
         tokens = CounterMetricFamily("cortex_tokens", "Tokens as the engines report them", labels=[*_LABELS, "kind"])
         duration = _family("cortex_request_duration_seconds", "Whole requests")
         first_byte = _family("cortex_time_to_first_byte_seconds", "From a request's arrival to its answer's head")
+        first_event = _family("cortex_time_to_first_token_seconds", "From the arrival to a stream's first event")
+        per_token = _family("cortex_time_per_token_seconds", "Mean time between the tokens of a stream")
+        waits = _family("cortex_request_wait_seconds", "Time that requests waited for an engine")
+        failovers = CounterMetricFamily(
+            "cortex_failovers", "Engines that did not answer a request", labels=[*_LABELS, "kind"]
+        )
+        relayed = CounterMetricFamily("cortex_relayed_bytes", "Bodies passed on", labels=[*_LABELS, "kind"])
         dropped = CounterMetricFamily("cortex_usage_records_dropped", "Records of usage that could not be written")
         total = merged(self._counters())
         dropped.add_metric([], total.dropped_usage_records)
@@ -99,27 +127,99 @@ class _Requests(Collector):
             for kind, count in series.tokens.items():
                 tokens.add_metric([*key, kind], count)
             _add(duration, key, REQUEST_BUCKETS, series.duration)
+            for kind, count in series.failovers.items():
+                failovers.add_metric([*key, kind], count)
+            for kind, count in series.body_bytes.items():
+                relayed.add_metric([*key, kind], count)
             _add(first_byte, key, FIRST_BYTE_BUCKETS, series.first_byte)
-        yield from (requests, errors, tokens, duration, first_byte, dropped)
+            _add(first_event, key, FIRST_BYTE_BUCKETS, series.first_event)
+            _add(per_token, key, TOKEN_BUCKETS, series.per_token)
+            _add(waits, key, REQUEST_BUCKETS, series.waits)
+        yield from (requests, errors, tokens, duration, first_byte, first_event, per_token, waits, failovers, relayed)
+        yield from (dropped, *_by_caller(total))
 
 
-class _ColdStarts(Collector):
-    """Counted by the control process."""
+def _by_caller(total: Counters) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "cortex_caller_requests", "Requests answered, by API key", labels=["key", "model", "status"]
+    )
+    tokens = CounterMetricFamily("cortex_caller_tokens", "Tokens by API key", labels=["key", "model", "kind"])
+    for caller, models in total.callers.items():
+        for model, counts in models.items():
+            for status, count in counts.statuses.items():
+                requests.add_metric([caller, model, str(status)], count)
+            for kind, count in counts.tokens.items():
+                tokens.add_metric([caller, model, kind], count)
+    yield from (requests, tokens)
 
-    def __init__(self, cold_starts: Mapping[ModelOnNode, Histogram], failed: Mapping[ModelOnNode, int]) -> None:
-        self._cold_starts = cold_starts
-        self._failed = failed
+
+class _Loads(Collector):
+    """Loads and their opposite, counted by the control process."""
+
+    def __init__(self) -> None:
+        self._cold_starts: dict[ModelOnNode, Histogram] = {}
+        self._phases: dict[tuple[str, str, str], list[float]] = {}  # by model, node and phase
+        self.failed: Counter[ModelOnNode] = Counter()
+        self.displaced: Counter[tuple[str, str, str]] = Counter()  # by model, node and reason
+
+    def succeeded(self, model: str, node: str, secs: float, phases: Sequence[LoadPhase]) -> None:
+        started = self._cold_starts.setdefault((model, node), Histogram.of(COLD_START_BUCKETS))
+        started.observe(COLD_START_BUCKETS, secs)
+        for phase in phases:
+            count_and_secs = self._phases.setdefault((model, node, phase.name), [0, 0.0])
+            count_and_secs[0] += 1
+            count_and_secs[1] += phase.secs
 
     def collect(self) -> Iterator[Metric]:
         loads = CounterMetricFamily("cortex_cold_starts", "Models loaded on request", labels=_LABELS)
         failures = CounterMetricFamily("cortex_load_failures", "Loads that failed", labels=_LABELS)
         took = _family("cortex_cold_start_seconds", "Loads on request")
-        for key, failed in self._failed.items():
+        phases = SummaryMetricFamily(
+            "cortex_cold_start_phase_seconds", "Phases of loads on request", labels=[*_LABELS, "phase"]
+        )
+        displaced = CounterMetricFamily(
+            "cortex_displacements", "Engines unloaded or put to sleep", labels=[*_LABELS, "reason"]
+        )
+        for key, failed in self.failed.items():
             failures.add_metric(key, failed)
         for key, histogram in self._cold_starts.items():
             loads.add_metric(key, sum(histogram.counts))
             _add(took, key, COLD_START_BUCKETS, histogram)
-        yield from (loads, failures, took)
+        for place, (count, secs) in self._phases.items():
+            phases.add_metric(place, int(count), secs)
+        for place, times in self.displaced.items():
+            displaced.add_metric(place, times)
+        yield from (loads, failures, took, phases, displaced)
+
+
+class _Fairness(Collector):
+    """Counted by the control process."""
+
+    def __init__(self, charged: Callable[[], Mapping[Charge, float]]) -> None:
+        self._charged = charged
+
+    def collect(self) -> Iterator[Metric]:
+        seconds = CounterMetricFamily(
+            "cortex_caller_device_seconds", "GPU time that callers are charged with", labels=["key", "kind"]
+        )
+        for charge, secs in self._charged().items():
+            seconds.add_metric(charge, secs)
+        yield seconds
+
+
+class _Polls(Collector):
+    """Counted by the neurons' pollers."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        took = SummaryMetricFamily("cortex_node_poll_seconds", "Polls that the neuron answered", labels=["node"])
+        failed = CounterMetricFamily("cortex_node_poll_failures", "Polls that failed", labels=["node"])
+        for node, counts in self._metrics.polls().items():
+            took.add_metric([node], counts.answered, counts.answer_secs)
+            failed.add_metric([node], counts.failed)
+        yield from (took, failed)
 
 
 class _EngineScrapes(Collector):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from cortex.config.profile import ModelProfile
 from cortex.fleet.groups import serving_engine, sick_because
@@ -36,15 +37,18 @@ MAX_LOAD_AHEAD = 4
 IN_USE_SECS = 60.0
 """A model used this recently moves to another place when its neuron is drained or its device is sick."""
 
+RemovalKind: TypeAlias = Literal["idle", "surplus", "sick_device"]
+
 
 @dataclass(frozen=True)
 class ReplicaRemoval:
-    """A replica that is no longer needed. `sleep`: it stays in host memory."""
+    """A replica that is no longer needed, with the reason in words. `sleep`: it stays in host memory."""
 
     model_id: str
     node: str
     instance: str
     sleep: bool
+    kind: RemovalKind
     reason: str
 
     @property
@@ -253,7 +257,7 @@ def _on_sick_devices(view: PlanningView, profile: ModelProfile) -> list[ReplicaR
             engine.view.loaded and not profile.replicas.min and not _is_in_use(view, serving_engine(view.fleet, engine))
         )
         if asleep or (engine.view.loaded and replaced) or (idle and _over_idle(view, profile, "")):
-            found.append(ReplicaRemoval(*engine.key, False, why))
+            found.append(ReplicaRemoval(*engine.key, False, "sick_device", why))
     return found
 
 
@@ -272,16 +276,16 @@ def _replicas_to_remove(view: PlanningView, profile: ModelProfile) -> Iterator[R
         ttl = profile.idle_ttl_secs
         if ttl is not None and idle_secs >= ttl:
             left -= 1
-            yield ReplicaRemoval(*key, profile.when_idle == "sleep", f"idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, profile.when_idle == "sleep", "idle", f"idle for {idle_secs:.0f} s")
         elif left > profile.replicas.max and idle_secs >= surplus_secs:
             why = f"one of {left} replicas, replicas.max is {profile.replicas.max}; idle for {idle_secs:.0f} s"
             left -= 1
-            yield ReplicaRemoval(*key, False, why)
+            yield ReplicaRemoval(*key, False, "surplus", why)
         elif profile.replicas.max > 1 and left > 1 and idle_secs >= view.rules.scale_down_secs:
             if total > view.rules.replica_target * (left - 1):
                 continue  # the remaining load would bring it back
             left -= 1
-            yield ReplicaRemoval(*key, False, f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
+            yield ReplicaRemoval(*key, False, "surplus", f"one of {left + 1} replicas, idle for {idle_secs:.0f} s")
 
 
 def _surplus_idle_secs(view: PlanningView, serving: Iterable[EngineSnapshot]) -> float:

@@ -63,6 +63,7 @@ class Relay:
         "_straight",
         "answer",
         "first_byte_at",
+        "first_event_at",
         "lost_because",
         "on_refusal",
         "on_start",
@@ -95,6 +96,7 @@ class Relay:
         self.status = 0
         self.only_head = False
         self.first_byte_at: float | None = None
+        self.first_event_at = 0.0  # of an event stream: its first bytes after the head
         self.lost_because: str | None = None
         self.on_start: Callable[[bytes], bool] | None = None  # gets the body so far, until it returns True
         # Called if the engine does not accept the request itself. True if it is sent again, which ends the relay.
@@ -165,9 +167,11 @@ class Relay:
         self._head = b""
         answer = self.answer
         self._straight = answer.begin(head, body, first) and not body.ended
-        if answer.events and not first:
-            self.only_head = True
-            return
+        if answer.events:
+            if not first:
+                self.only_head = True
+                return
+            self.first_event_at = self.first_byte_at
         self._request.forget()
         if head.status == 101:
             self._open_tunnel()
@@ -198,6 +202,7 @@ class Relay:
         if starts_dead(data) and self._refused("dead", self.status):
             return
         self.only_head = False
+        self.first_event_at = monotonic()
         self._request.forget()
         self.answer.write(data)
         if self.on_start is not None:

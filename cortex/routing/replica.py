@@ -123,6 +123,18 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     kind: FailureKind
 
 
+class LoadPhase(NamedTuple):
+    """A phase of a load, in seconds of this host's monotonic clock."""
+
+    name: str
+    since: float
+    until: float
+
+    @property
+    def secs(self) -> float:
+        return self.until - self.since
+
+
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request goes. `cold`: it waited for the model to load."""
 

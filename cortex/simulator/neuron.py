@@ -68,7 +68,7 @@ class GroupStarts:
 
 class SimulatedNeuron:
     """Owns the engines of one node. Satisfies `NeuronCommands` and `Refreshable` of
-    `cortex.fleet.membership`."""
+    `cortex.fleet.members.membership`."""
 
     def __init__(
         self,

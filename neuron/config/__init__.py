@@ -1,6 +1,7 @@
 """neuron.toml, table by table: what a host offers, how its engines are started and watched, validated by pydantic. The
 docstring below each key is its entry in docs/reference/neuron.md. Every package of neuron may read it."""
 
+from neuron.config.announcing import AnnouncingSettings
 from neuron.config.devices import AcceleratorEntry, SimulatedDevice, SimulateSettings
 from neuron.config.harness import (
     ActivitySettings,
@@ -17,6 +18,7 @@ __all__ = [
     "DEFAULT_HARNESS",
     "AcceleratorEntry",
     "ActivitySettings",
+    "AnnouncingSettings",
     "EngineDescription",
     "ErrorPattern",
     "GroupSettings",

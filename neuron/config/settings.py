@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from neuron.config.announcing import AnnouncingSettings
 from neuron.config.devices import AcceleratorEntry, SimulateSettings
 from neuron.config.harness import HarnessEntry, HarnessSettings
 from neuron.config.tables import GroupSettings, HealthSettings, RecoverySettings, SleepSettings
@@ -90,6 +91,7 @@ class NeuronConfig(SettingsModel):
     sleep: SleepSettings = Field(default_factory=SleepSettings)
     accelerators: list[AcceleratorEntry] = Field(default_factory=list)  # not empty: no driver is asked
     simulate: SimulateSettings | None = None
+    cortex: AnnouncingSettings = Field(default_factory=AnnouncingSettings)
     model_roots: list[Path] = Field(default_factory=list)
     """Absolute directories; a model given as a path must be below one of them. Default: any path."""
     default_models: list[DefaultModel] = Field(default_factory=list)

@@ -100,6 +100,7 @@ async def discovery_of(
     ram = topology.ram
     simulated_name = config.name if topology.simulated else None
     return Discovery(
+        name=config.name,
         hostname=simulated_name or facts.hostname,
         os=facts.os,
         kernel=facts.kernel,

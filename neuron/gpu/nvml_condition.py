@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -74,6 +75,7 @@ class ConditionTracker:
         self._events = XidEvents()
         self._records: dict[int, XidRecord] = {}
         self._conditions: dict[int, GpuCondition] = {}
+        self._xids: defaultdict[int, Counter[int]] = defaultdict(Counter)
 
     def start(self, handles: Mapping[int, Handle]) -> None:
         """From now on the Xids of these GPUs count."""
@@ -83,6 +85,7 @@ class ConditionTracker:
         """Counts the Xids since the last call."""
         for index, xid in self._events.take():
             self._records[index] = with_xid(self._records.get(index, NO_XIDS), xid)
+            self._xids[index][xid] += 1
 
     def read(self, index: int, handle: Handle) -> None:
         """Asks the driver.
@@ -101,7 +104,8 @@ class ConditionTracker:
         """The figures with the condition of the GPU `gpu`, as of its last reading."""
         record, condition = self._records.get(gpu, NO_XIDS), self._conditions.get(gpu, HEALTHY)
         found = {"fault": fault_of(record, condition), "warnings": warnings_of(record, condition)}
-        return health.model_copy(update=found)
+        xids = dict(self._xids[gpu]) if health.index == gpu else {}  # not once more for each MIG instance
+        return health.model_copy(update={**found, "xids": xids})
 
     def close(self) -> None:
         """Ends the thread that listens."""

@@ -102,7 +102,8 @@ def _with_condition(
     found = conditions.get(str(device.index)) or conditions.get(device.uuid or "")
     if found is None:
         return health
-    return health.model_copy(update={"fault": found.fault, "warnings": list(found.warnings)})
+    told = {"fault": found.fault, "warnings": list(found.warnings), "xids": dict(found.xids)}
+    return health.model_copy(update=told)
 
 
 def health_of(device: Device, used_mb: int, requests: int = 0) -> DeviceHealth:

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.system.files import replace_file
@@ -32,10 +32,11 @@ simulated GPUs sick, by index or uuid."""
 
 @dataclass(frozen=True)
 class SimulatedCondition:
-    """The `DeviceHealth.fault` and `warnings` of one simulated GPU."""
+    """The `DeviceHealth.fault`, `warnings` and `xids` of one simulated GPU."""
 
     fault: str | None = None
     warnings: tuple[str, ...] = ()
+    xids: Mapping[int, int] = field(default_factory=dict)
 
 
 def process_start_ticks(pid: int) -> int | None:
@@ -82,7 +83,11 @@ def conditions(directory: Path) -> dict[str, SimulatedCondition]:
     try:
         entries = json.loads((directory / CONDITIONS_FILE).read_text(encoding="utf-8"))
         return {
-            str(key): SimulatedCondition(entry.get("fault"), tuple(map(str, entry.get("warnings", ()))))
+            str(key): SimulatedCondition(
+                entry.get("fault"),
+                tuple(map(str, entry.get("warnings", ()))),
+                {int(xid): int(count) for xid, count in entry.get("xids", {}).items()},
+            )
             for key, entry in entries.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):

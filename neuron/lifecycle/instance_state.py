@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -147,6 +147,11 @@ class InstanceState:
         if sample is None:
             return Resident(self.key, placement.indices, requests=None)
         return Resident(self.key, placement.indices, sample.running, sample.marks)
+
+    def device_memory_mb(self) -> Mapping[int, int]:
+        """What its engine holds on each device, as last measured; without devices whose driver does not report it."""
+        placement = None if self.request is None else self.request.placement
+        return {} if placement is None else self._ledger.held_mb(placement.number)
 
     def publish(self) -> None:
         self._events.changed(self.view())

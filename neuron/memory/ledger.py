@@ -263,6 +263,13 @@ class Ledger:
         booking = self._bookings.get(number)
         return 0 if booking is None else sum(mb for index, mb in booking.promised_mb.items() if index != RAM)
 
+    def held_mb(self, number: int) -> Mapping[int, int]:
+        """What booking `number` held on each device when it was last measured; without devices whose driver does not
+        report that."""
+        booking = self._bookings.get(number)
+        held = {} if booking is None else booking.held_mb
+        return {index: mb for index, mb in held.items() if index != RAM}
+
     def promised_ram_mb(self, number: int) -> int | None:
         """What is promised to booking `number` in the host's RAM; None where none is counted."""
         booking = self._bookings.get(number)

@@ -47,6 +47,7 @@ from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
+from shared.protocol.registration import Registration, RegistrationReply
 from shared.protocol.topology import RAM, Device, Discovery, HostResources
 
 __all__ = [
@@ -92,6 +93,8 @@ __all__ = [
     "Progress",
     "ReachCommand",
     "ReachReply",
+    "Registration",
+    "RegistrationReply",
     "SleepCommand",
     "SpareView",
     "Transition",

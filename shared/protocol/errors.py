@@ -41,6 +41,7 @@ class ErrorCode(str, Enum):
     MODEL_FILES_NOT_FOUND = "model_files_not_found"
     MODEL_NOT_ALLOWED = "model_not_allowed"
     MODEL_NOT_FOUND = "model_not_found"
+    NEURON_NAME_TAKEN = "neuron_name_taken"
     NEURON_STOPPING = "neuron_stopping"
     NEURON_UNAVAILABLE = "neuron_unavailable"
     NO_FEASIBLE_NEURON = "no_feasible_neuron"

@@ -18,7 +18,8 @@ class DeviceHealth(WireModel):
     engines when they wake: `vram_asleep_mb`.
 
     `fault`: why nothing may be placed on the GPU now; None if it is fit for use. `warnings`: what an operator should
-    know of a GPU that is still used, such as a slowdown.
+    know of a GPU that is still used, such as a slowdown. `xids`: how many errors of each number the driver has reported
+    since the neuron started.
 
     `energy_wh`: what it has used since `NeuronHealth.energy_epoch` began, in Wh; None without a meter of its own, as of
     a MIG instance, which has its GPU's. (Within neuron, from the driver: since that was loaded.)
@@ -37,6 +38,7 @@ class DeviceHealth(WireModel):
     energy_wh: float | None = None
     fault: Text | None = None
     warnings: list[Text] = Field(default_factory=list)
+    xids: dict[int, Annotated[int, WHOLE]] = Field(default_factory=dict)
 
 
 class HostMemoryHealth(WireModel):

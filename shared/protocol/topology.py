@@ -72,6 +72,7 @@ class HostResources(WireModel):
 class Discovery(WireModel):
     """Reply to `GET /discovery`.
 
+    `name` is that of its neuron.toml, None without one.
     Without an `instance_id` (protocol v1) a restart cannot be told from a pause. `leases`: it answers
     `POST /models/lease`. `instances`: it can run several engines of one model. `groups`: it can run a part of an engine
     that spans several neurons. `network_mbps`: the speed of this host's interface for such engines, in Mbit/s; None if
@@ -79,6 +80,7 @@ class Discovery(WireModel):
     tell. `harness_paths`: the paths that engines of a harness serve, for each harness that says so.
     """
 
+    name: Text | None = None
     hostname: Text = ""
     os: Text = ""
     kernel: Text = ""

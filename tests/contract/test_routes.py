@@ -11,9 +11,12 @@ from aiohttp import web
 
 from cortex.api.authorization import NEEDED_ROLES
 from cortex.api.routes import CONTROL_ROUTES, METRICS_ROUTES
+from cortex.fleet.poller import PollCounts
 from cortex.fleet.state import Fleet
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.request_tally import RequestTally
+from cortex.routing.replica import LoadPhase
+from cortex.upstream.usage import Usage
 from neuron.app import build_app
 from neuron.config import NeuronConfig
 from neuron.metrics import NeuronMetrics
@@ -69,10 +72,14 @@ CORTEX_TABLE = {
     ("GET", "/fleet/timeline"),
     ("GET", "/fleet/requests"),
     ("GET", "/fleet/logs"),
+    ("POST", "/fleet/register"),
     ("GET", "/fleet/configuration"),
     ("POST", "/fleet/configuration/reload"),
     ("POST", "/fleet/load"),
     ("POST", "/fleet/unload"),
+    ("POST", "/fleet/sleep"),
+    ("POST", "/fleet/wake"),
+    ("POST", "/fleet/restart"),
     ("POST", "/fleet/nodes/{name}/drain"),
     ("POST", "/fleet/nodes/{name}/resume"),
     ("GET", "/usage"),
@@ -103,6 +110,18 @@ CORTEX_METRICS = {
     "cortex_requests_in_flight": {"model", "node"},
     "cortex_instance_requests_in_flight": {"model", "node", "engine"},
     "cortex_node_healthy": {"node"},
+    "cortex_time_to_first_token_seconds": {"model", "node"},
+    "cortex_time_per_token_seconds": {"model", "node"},
+    "cortex_request_wait_seconds": {"model", "node"},
+    "cortex_failovers_total": {"model", "node", "kind"},
+    "cortex_relayed_bytes_total": {"model", "node", "kind"},
+    "cortex_caller_requests_total": {"key", "model", "status"},
+    "cortex_caller_tokens_total": {"key", "model", "kind"},
+    "cortex_caller_device_seconds_total": {"key", "kind"},
+    "cortex_cold_start_phase_seconds": {"model", "node", "phase"},
+    "cortex_displacements_total": {"model", "node", "reason"},
+    "cortex_node_poll_seconds": {"node"},
+    "cortex_node_poll_failures_total": {"node"},
     "cortex_tokens_total": {"model", "node", "kind"},
     "cortex_usage_records_dropped_total": set(),
     "cortex_energy_wh_total": {"model", "kind"},
@@ -178,12 +197,23 @@ async def test_cortex_metrics_match_the_contract_and_are_documented(tmp_path: Pa
     fleet, counts = Fleet([("beast", "http://beast")], unhealthy_after=3), RequestTally()
     in_flight = {replica_key("m", "beast", "1"): 1}
     metrics = Metrics(
-        fleet, lambda: in_flight, lambda: [counts.collect()], waiting=lambda: {"m": 1}, state_dir=tmp_path
+        fleet,
+        lambda: in_flight,
+        lambda: [counts.collect()],
+        waiting=lambda: {"m": 1},
+        charged=lambda: {("ci", "serving"): 1.0},
+        state_dir=tmp_path,
     )
-    counts.request("m", "beast", 200, 1.0, 0.1)
+    metrics.polls = lambda: {"beast": PollCounts(answered=1, failed=1)}
+    counts.request("m", "beast", 200, 1.0, 0.1, waited_secs=0.1)
+    counts.answer("m", "beast", 1, 1)
+    counts.stream("m", "beast", 0.1, 0.9, 9)
+    counts.failover("m", "beast", "reset")
+    counts.caller("ci", "m", 200, Usage(1, 1))
+    metrics.displaced(replica_key("m", "beast"), "idle")
     counts.error("m", "beast", "code")
     counts.tokens("m", "beast", prompt=1, completion=1, cached=0)
-    metrics.cold_start("m", "beast", 1.0)
+    metrics.cold_start("m", "beast", 1.0, [LoadPhase("starting", 0.0, 1.0)])
     metrics.energy.wh["m", "request"] = 1.0
     metrics.load_failed("m", "beast")
     metrics.engine_scrape_failed("m", "beast")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from cortex.accounts.caller import ANONYMOUS, Caller
 
@@ -20,6 +21,10 @@ model. Until then it has a claim to what it uses, and is not idle."""
 NEGLIGIBLE = 0.01
 """Accounts below this are forgotten, in device-seconds."""
 STORE_SECS = 5.0
+ChargeKind: TypeAlias = Literal["serving", "loading", "waiting_caused"]
+"""What a caller is charged for: an engine that serves it, one that loads for it, and the others that wait meanwhile."""
+Charge: TypeAlias = tuple[str, ChargeKind]
+"""A caller's label in metrics, and what for."""
 MAX_SAMPLE_SECS = 10.0
 """At most this long is charged for one sample: the process may have been stopped meanwhile."""
 
@@ -60,6 +65,12 @@ class DeviceTime:
         self._waited: dict[str, dict[str, float]] = {}  # model -> key id -> when it last waited for it
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
         self._as_of: float | None = None
+        self._charged: dict[Charge, float] = {}
+
+    @property
+    def charged(self) -> Mapping[Charge, float]:
+        """Device-seconds charged since the process began, before weights and fading."""
+        return self._charged
 
     @property
     def accounts(self) -> Mapping[str, float]:
@@ -119,8 +130,10 @@ class DeviceTime:
             whole = sum(charged.values())
             for key_id, share in charged.items():
                 if key_id:
-                    cost = secs * each.devices * share / whole * (1 + len(delayed - {key_id}))
-                    self._charge(key_id, cost)
+                    own, others = secs * each.devices * share / whole, len(delayed - {key_id})
+                    self._charge(key_id, own * (1 + others))
+                    self._count(key_id, "loading" if each.loading else "serving", own)
+                    self._count(key_id, "waiting_caused", own * others)
         if now >= self._store_at and self._accounts:
             self._store(self._accounts)
             self._store_at = now + STORE_SECS
@@ -158,6 +171,11 @@ class DeviceTime:
 
     def _charge(self, key_id: str, secs: float) -> None:
         self._accounts[key_id] = self._accounts.get(key_id, 0.0) + secs / self._caller(key_id).weight
+
+    def _count(self, key_id: str, kind: ChargeKind, secs: float) -> None:
+        if secs:
+            charge = self._caller(key_id).label, kind
+            self._charged[charge] = self._charged.get(charge, 0.0) + secs
 
     def _see(self, key_id: str, now: float) -> None:
         self._known.add(key_id)

@@ -8,6 +8,7 @@ import typer
 
 from cortex.cli.options import (
     DEFAULT_URL,
+    DryRun,
     Json,
     Model,
     On,
@@ -106,3 +107,62 @@ def config(
     from cortex.cli.live.configuration import run_config
 
     return run_config(url, check=check, reload=reload, as_json=as_json)
+
+
+OnAll = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=complete_node),
+]
+Engine = Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only this engine of the neuron.")]
+
+
+@live_app.command()
+def sleep(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Put a model to sleep: it leaves the GPU's memory and wakes faster than it loads."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance}
+    return run_engine_action(url, "sleep", body, dry_run=dry_run, as_json=as_json)
+
+
+@live_app.command()
+def wake(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """Wake a model that sleeps, and wait until it is ready."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance}
+    return run_engine_action(url, "wake", body, dry_run=dry_run, as_json=as_json)
+
+
+@live_app.command()
+def restart(
+    model: Model,
+    *,
+    node: OnAll = None,
+    instance: Engine = None,
+    drain: Annotated[bool, typer.Option("--drain/--no-drain", help="Let requests in flight finish first.")] = True,
+    dry_run: DryRun = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> int:
+    """End a model's engines, start them again in the same place, and wait until they are ready."""
+    from cortex.cli.live.engine_actions import run_engine_action
+
+    body = {"model": model, "node": node, "instance": instance, "drain": drain}
+    return run_engine_action(url, "restart", body, dry_run=dry_run, as_json=as_json)

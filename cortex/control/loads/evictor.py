@@ -15,6 +15,7 @@ from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.unless_down import unless_down
 from cortex.metrics.worker_counts import CountTotals
+from cortex.placement.replicas import RemovalKind
 from cortex.routing.replica import ReplicaKey
 from shared.protocol import MAX_DRAIN_SECS, ErrorCode, ModelStatus
 from shared.tasks import cancel_all, first_of
@@ -26,6 +27,9 @@ DRAIN_POLL_SECS = 0.05
 EvictionMethod: TypeAlias = Literal["unload", "sleep", "sleep_if_idle"]
 """What happens to an evicted model. `sleep`: it is unloaded if it cannot sleep. `sleep_if_idle`: the same, but it stays
 if its neuron will not put it to sleep while other clients use it."""
+
+EvictionReason: TypeAlias = Literal["operator", "swap"] | RemovalKind
+"""`swap`: another model gets the memory."""
 
 
 class NoLongerNeeded(Exception):
@@ -42,13 +46,16 @@ class Evictor:
         live: LiveConfig,
         counts: CountTotals,
         settle_routes: Callable[[], Awaitable[None]],
+        displaced: Callable[[ReplicaKey, str], None],
     ) -> None:
-        """`settle_routes` returns when every worker has the current route table."""
+        """`settle_routes` returns when every worker has the current route table. `displaced` counts the evictions, with
+        their reasons."""
         self._neurons = neurons
         self._fleet = neurons.fleet
         self._live = live
         self._counts = counts
         self._settle_routes = settle_routes
+        self._displaced = displaced
 
     @property
     def _timeout_secs(self) -> float:
@@ -61,6 +68,7 @@ class Evictor:
         method: EvictionMethod,
         still_needed: Callable[[], bool] = lambda: True,
         patient: Callable[[], bool] = lambda: True,
+        reason: EvictionReason = "operator",
     ) -> None:
         """Drains an engine, as long as `patient`, and unloads it or puts it to sleep. Only the scheduler and
         its loads call this. The caller marks it as `evicting` before and clears that afterwards.
@@ -79,6 +87,13 @@ class Evictor:
                 await self._evict(first, method="unload", still_needed=still_needed, patient=patient)
         # Rank 0 has no requests any more, and the others have none of their own.
         await asyncio.gather(*(self._unload(part, drain_secs=0) for part in others))
+        self._displaced(key, reason)
+
+    async def sleep(self, key: ReplicaKey, *, patient: Callable[[], bool]) -> None:
+        """Drains an engine, as long as `patient`, and puts it to sleep. The caller marks it as `evicting` before and
+        clears that afterwards. Raises as `evict`; NeuronRefused also if it cannot sleep there."""
+        await self._drained(key, lambda: True, patient)
+        await self._sleep(key)
 
     @contextlib.contextmanager
     def no_new_requests(self, key: ReplicaKey) -> Iterator[None]:
@@ -110,6 +125,15 @@ class Evictor:
         patient: Callable[[], bool],
     ) -> None:
         node = key.node
+        await self._drained(key, still_needed, patient)
+        if method != "unload" and await self._put_to_sleep(key, if_idle=method == "sleep_if_idle"):
+            return
+        drain = min(self._timeout_secs, MAX_DRAIN_SECS) if self._neurons.has_extensions(node) and patient() else 0
+        await self._unload(key, drain_secs=drain)
+
+    async def _drained(self, key: ReplicaKey, still_needed: Callable[[], bool], patient: Callable[[], bool]) -> None:
+        """Waits for its requests in flight, as long as `patient`. Raises as `evict`."""
+        node = key.node
         await self._settle_routes()
         while self._counts.in_flight(key) and patient():
             if not still_needed():
@@ -120,10 +144,6 @@ class Evictor:
             await asyncio.sleep(DRAIN_POLL_SECS)
         if not still_needed():
             raise NoLongerNeeded
-        if method != "unload" and await self._put_to_sleep(key, if_idle=method == "sleep_if_idle"):
-            return
-        drain = min(self._timeout_secs, MAX_DRAIN_SECS) if self._neurons.has_extensions(node) and patient() else 0
-        await self._unload(key, drain_secs=drain)
 
     async def _unload(self, key: ReplicaKey, *, drain_secs: float) -> None:
         model_id, node, instance = key
@@ -139,18 +159,22 @@ class Evictor:
 
     async def _put_to_sleep(self, key: ReplicaKey, *, if_idle: bool) -> bool:
         """False if the model cannot sleep there. Raises NoLongerNeeded as `evict`."""
+        try:
+            await self._sleep(key)
+        except NeuronRefused as refused:
+            if if_idle and refused.code == ErrorCode.MODEL_BUSY:
+                raise NoLongerNeeded from refused
+            log.info("unloading %s on %s, because it cannot sleep: %s", key.model_id, key.node, refused)
+            return False
+        return True
+
+    async def _sleep(self, key: ReplicaKey) -> None:
         model_id, node, instance = key
         try:
             sleep = self._neurons.client(node).sleep(model_id, instance, timeout_secs=self._timeout_secs)
             await unless_down(self._fleet, node, sleep)
-        except NeuronRefused as refused:
-            if if_idle and refused.code == ErrorCode.MODEL_BUSY:
-                raise NoLongerNeeded from refused
-            log.info("unloading %s on %s, because it cannot sleep: %s", model_id, node, refused)
-            return False
         finally:
             await self._neurons.refresh(node)
-        return True
 
     @contextlib.asynccontextmanager
     async def evicting(
@@ -189,7 +213,7 @@ class Evictor:
                 log.warning("evicting %s from %s failed: %s", key.model_id, key.name, outcome)
 
     async def _evict_one(self, key: ReplicaKey, *, method: EvictionMethod, still_needed: Callable[[], bool]) -> None:
-        await self.evict(key, method=method, still_needed=still_needed)
+        await self.evict(key, method=method, still_needed=still_needed, reason="swap")
         self._fleet.end_eviction(key)  # it may be loaded again at once if both fit
 
     async def _until_memory_promised(self, key: ReplicaKey, sending: asyncio.Task[None]) -> None:

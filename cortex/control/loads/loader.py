@@ -15,6 +15,7 @@ from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure, cause_of, failure_of, is_permanent
 from cortex.control.loads.evictor import Evictor, NoLongerNeeded
 from cortex.control.loads.group_loads import GroupLoads
+from cortex.control.loads.load_phases import EVICTING, LoadPhases
 from cortex.control.loads.neurons import NeuronAccess
 from cortex.control.loads.served_contexts import ServedContexts
 from cortex.fleet.load_leases import LoadedElsewhere, LoadLeases
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 class LoadJob:
     """A load under way; `started` is Unix time, `phase` its current step. `needed`: it continues without waiting
     requests, for an operator or as a replica. `leased`: not at the same moment as another cortex. `elsewhere`: it ended
-    because another cortex loads the model on that node."""
+    because another cortex loads the model on that node. `phases`: those that have begun."""
 
     plan: LoadPlan
     why: str
@@ -49,6 +50,7 @@ class LoadJob:
     elsewhere: str | None = None
     task: asyncio.Task[LoadFailure | None] | None = field(default=None, repr=False)
     loading_since: float | None = None  # monotonic: when the neuron was asked
+    phases: LoadPhases = field(default_factory=LoadPhases, repr=False)
 
     @property
     def model_id(self) -> str:
@@ -126,7 +128,7 @@ class Loader:
         key = plan.key
         if key in self._jobs:
             return self._jobs[key]
-        job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased)
+        job = self._jobs[key] = LoadJob(plan, why, time.time(), leased=leased, phases=LoadPhases(self._clock))
         lease = self._lease(job)
         for reservation in plan.reservations:
             self._fleet.reserve(reservation)
@@ -198,10 +200,13 @@ class Loader:
         )
         evicting = {each.resident.key: each.resident.asleep for each in job.plan.eviction_plan.evictions}
         if evicting:
+            job.phases.begin(EVICTING)
             job.phase = f"evicting {', '.join(key.model_id for key in evicting)} before loading"
         async with self._evictor.evicting(evicting, still_needed):
             job.phase = "loading"
-            await (self._load_parts(job) if plan.parts else self._load(job))
+            job.phases.begin("starting")
+            async with job.phases.following(self._fleet, plan.key):
+                await (self._load_parts(job) if plan.parts else self._load(job))
 
     async def _load_parts(self, job: LoadJob) -> None:
         """Loads an engine that spans several neurons."""
@@ -213,7 +218,7 @@ class Loader:
         await self._groups.load(plan, profile, self.until_loaded)
         took = self._clock() - started
         self._state.set_load_secs(plan.requested.name, plan.node, took)
-        self._metrics.cold_start(plan.model_id, plan.node, took)
+        self._metrics.cold_start(plan.model_id, plan.node, took, job.phases.ended())
         log.info("loaded %s on %s in %.1f s", plan.model_id, ", ".join(plan.nodes), took)
 
     async def _load(self, job: LoadJob) -> None:
@@ -263,7 +268,7 @@ class Loader:
         )
         if choice is not None and not plan.wakes:
             self.contexts.loaded(plan.key, choice)
-        self._metrics.cold_start(plan.model_id, plan.node, took)
+        self._metrics.cold_start(plan.model_id, plan.node, took, job.phases.ended())
         log.info("loaded %s on %s in %.1f s", plan.model_id, plan.key.name, took)
         if not reports_bookable_memory(self._neurons.node(plan.node)):
             # Its last figures are from before the load: until there are new ones the memory stays reserved, or the next

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cortex.fleet.membership import NeuronCommands, Refreshable
+from cortex.fleet.members.membership import NeuronCommands, Refreshable
 from cortex.fleet.snapshot import NodeSnapshot
 from cortex.fleet.state import Fleet, NodeRemoved
 

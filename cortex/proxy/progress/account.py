@@ -187,6 +187,7 @@ class RequestAccount:
         at, key = monotonic() - self._request.received, replica.key
         attempt = FailedAttempt(key.node, key.instance, kind, shortened(reason), at)
         self._failed = [*(self._failed or ()), attempt]
+        self._context.counters.failover(self.label, self.node, kind)
         self.relay = None
 
     def shown(self) -> LiveRequest:
@@ -247,15 +248,22 @@ class RequestAccount:
             if usage is not None and self.key_id:
                 context.expected_tokens.learn(self.key_id, self.model_id, usage.prompt + usage.completion)
             sent, streamed = relay.answer.tail.fed_bytes, relay.answer.events
-            if relay.first_byte_at is not None:
-                first_byte_secs = relay.first_byte_at - request.received
             if relay.lost_because is not None:
                 left, code, message = True, _LOST, relay.lost_because
                 more = f" lost={relay.lost_because!r}"
+            if relay.first_byte_at is not None:
+                first_byte_secs = relay.first_byte_at - request.received
+                context.counters.answer(model, node, request.content_length or 0, sent)
+            if relay.first_event_at:
+                first_event_secs = relay.first_event_at - request.received
+                later_tokens = 0 if usage is None or left else usage.completion - 1
+                context.counters.stream(model, node, first_event_secs, took - first_event_secs, later_tokens)
         if error is not None:
             code, message = error.code, error.message
             context.counters.error(model, node, code)
-        context.counters.request(model, node, status, took, first_byte_secs)
+        context.counters.request(model, node, status, took, first_byte_secs, waited_secs=self.waited)
+        if self.key_id:
+            context.counters.caller(self.caller.name, model, status, usage)
         if self._grant is not None:
             self._settle(self._grant, usage, relay, sent, left=left)
         record = self._record(status, usage, first_byte_secs, took, complete=not left)

@@ -35,6 +35,7 @@ def test_engines_are_charged_to_the_callers_they_serve() -> None:
     accounts.sample(engines, {}, 0)
     accounts.sample(engines, {}, 4)
     assert accounts.accounts == pytest.approx({"a": 6 + 2, "b": 2, "h": 2})
+    assert accounts.charged == pytest.approx({("a", "serving"): 8, ("b", "serving"): 2, ("h", "serving"): 4})
 
 
 def test_making_others_wait_costs_more() -> None:
@@ -44,6 +45,7 @@ def test_making_others_wait_costs_more() -> None:
     accounts.sample(engines, waiting, 0)
     accounts.sample(engines, waiting, 1)
     assert accounts.accounts == pytest.approx({"a": 3})
+    assert accounts.charged == pytest.approx({("a", "serving"): 1, ("a", "waiting_caused"): 2})
 
 
 def test_a_load_is_charged_to_those_that_caused_it() -> None:
@@ -53,6 +55,7 @@ def test_a_load_is_charged_to_those_that_caused_it() -> None:
     accounts.sample(loading, {"m": [A]}, 0)
     accounts.sample(loading, {"m": [A]}, 10)
     assert accounts.accounts == pytest.approx({"a": 10})
+    assert accounts.charged == pytest.approx({("a", "loading"): 10})
     accounts.evicted(["m"], [B])
     accounts.sample(loading, {"m": [A]}, 15)
     assert accounts.accounts == pytest.approx({"a": 10, "b": 10})  # one caller waits for it meanwhile

@@ -177,6 +177,17 @@ async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1
     assert beast.models == {}
 
 
+async def test_a_restart_and_what_it_would_do(cortex: RunningCortex, benjy: V1Neuron) -> None:
+    benjy.models = {"org/small": "loaded"}
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().serving("org/small")))
+    result = await run("restart", "small", "--dry-run", "--url", cortex.url)
+    assert (result.status, benjy.unloads) == (0, [])
+    assert result.out.startswith("small is started again on benjy, GPU 0: no request is running there.\n")
+    result = await run("restart", "small", "--url", cortex.url)
+    assert (result.status, result.out) == (0, "small is loaded on benjy\n")
+    assert (benjy.unloads, len(benjy.loads)) == (["org/small"], 1)
+
+
 async def test_unload_for_some_time(cortex: RunningCortex) -> None:
     """The hold shows in status until the model is loaded again."""
     result = await run("unload", "small", "--for", "1h30m", "--url", cortex.url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from cortex.config.gateway import parse_listen
 from cortex.config.settings import CortexConfig
-from shared.settings import SettingsError, load_settings
+from shared.settings import SettingsError, load_settings, validate_settings
 
 TOP = Path(__file__).parents[3]
 NEURON = "[[neurons]]\nname = 'beast'\nendpoint = 'http://beast:13131'\n"
@@ -269,3 +270,32 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"{tmp_path}/cortex.toml: wrong: unknown key (value 1)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ({"kind": "dns"}, "host: with kind"),
+        ({"kind": "register"}, "registration_token_env or registration_token_file"),
+        ({"kind": "register", "registration_token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
+        ({"kind": "dns", "host": "x", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
+        ({"kind": "kubernetes"}, "'static', 'dns' or 'register'"),
+    ],
+)
+def test_discovery_needs_what_its_kind_needs(table: dict[str, str], problem: str) -> None:
+    """A missing host, token or variable is found by `cortex check`."""
+    with pytest.raises(SettingsError, match=re.escape(problem)):
+        validate_settings(CortexConfig, {"discovery": table}, source="cortex.toml")
+
+
+def test_registration_token_file_is_beside_cortex_toml(tmp_path: Path) -> None:
+    """Read each time; an empty file is an error that names it."""
+    table = {"kind": "register", "registration_token_file": "token"}
+    config = CortexConfig.model_validate({"discovery": table}).beside(tmp_path / "cortex.toml")
+    with pytest.raises(SettingsError, match="No such file"):
+        config.discovery.registration_token()
+    (tmp_path / "token").write_text("\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="is empty"):
+        config.discovery.registration_token()
+    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
+    assert config.discovery.registration_token() == "secret"

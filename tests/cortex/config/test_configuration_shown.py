@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cortex.config.shown import HIDDEN, without_secrets
+from tests.cortex.cli.test_cli import run
 from tests.cortex.config.test_reload import OTHER, SMALL, running
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
@@ -47,6 +48,9 @@ async def test_what_is_in_force_and_what_a_reload_would_change(benjy: V1Neuron, 
         (error,) = (await cortex.get(CONFIGURATION))["errors"]
         assert error["file"] == str(tmp_path / "models.toml")
         assert "org/none" in error["message"]
+        told = await run("config", "--check", "--url", cortex.process.url)
+        assert told.status == 1
+        assert told.out.startswith(f"error: {tmp_path / 'models.toml'}: ")
         refused = await cortex.post(f"{CONFIGURATION}/reload")
         assert refused["error"]["code"] == "configuration_invalid"
         assert "org/none" in refused["error"]["message"]

@@ -100,6 +100,12 @@ async def test_the_next_model_does_not_count_on_memory_that_the_last_load_took(
         assert await _status(cortex.chat(name)) == 200
         assert list(benjy.models) == [name]
     assert benjy.unloads == ["org/a", "org/b", "org/a"]
+    async with cortex.http.get(f"{cortex.metrics_url}/metrics") as response:
+        page = await response.text()
+    assert 'cortex_displacements_total{model="org/a",node="benjy",reason="swap"} 2.0' in page
+    assert 'cortex_cold_start_phase_seconds_count{model="org/a",node="benjy",phase="evicting"} 1.0' in page
+    assert 'cortex_request_wait_seconds_count{model="org/b",node="benjy"} 2.0' in page
+    assert 'cortex_node_poll_seconds_count{node="benjy"} ' in page
 
 
 async def test_unloaded_model_of_the_neuron_is_loaded_again_there(

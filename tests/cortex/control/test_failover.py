@@ -103,6 +103,8 @@ async def test_other_replica_when_the_first_answers_502_or_503(
     seen = len(engine.requests)
     await answered_by(two, "benjy")
     assert (len(engine.requests) - seen, len(other.requests)) == (1, 1)
+    async with two.http.get(f"{two.metrics_url}/metrics") as page:
+        assert f'cortex_failovers_total{{kind="status",model="{MODEL}",node="beast"}} 1.0' in await page.text()
 
 
 @pytest.mark.parametrize("status", ["500 Internal Server Error", "504 Gateway Timeout", "429 Too Many", "400 Bad"])

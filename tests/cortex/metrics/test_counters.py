@@ -5,16 +5,31 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cortex.metrics.counters import FIRST_BYTE_BUCKETS, REQUEST_BUCKETS, Counters, Histogram, Series, merged
+from cortex.metrics.counters import (
+    FIRST_BYTE_BUCKETS,
+    REQUEST_BUCKETS,
+    CallerSeries,
+    Counters,
+    Histogram,
+    Series,
+    merged,
+)
 from cortex.metrics.request_tally import RequestTally
+from cortex.upstream.usage import Usage
 
 
 def counted(times: int = 1) -> Counters:
     """Counters of everything that is counted, each `times` times."""
     counts = RequestTally()
     for _ in range(times):
-        counts.request("m", "beast", 200, 0.25, 0.004)
+        counts.request("m", "beast", 200, 0.25, 0.004, waited_secs=0.125)
         counts.request("m", "beast", 502, 0.5, None)
+        counts.answer("m", "beast", 70, 900)
+        counts.stream("m", "beast", 0.25, 1.5, 3)
+        counts.failover("m", "beast", "reset")
+        counts.caller("ci", "m", 200, Usage(3, 5, 2))
+        counts.caller("ci", "m", 502, None)
+        counts.caller("oidc:ann@example.com", "m", 200, None)
         counts.error("m", "beast", "upstream_unreachable")
         counts.tokens("m", "beast", 3, 5, 2)
         counts.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
@@ -31,7 +46,26 @@ def test_everything_is_counted_once() -> None:
     assert here.tokens == {"prompt": 3, "completion": 5, "cached": 2}
     assert (sum(here.duration.counts), here.duration.secs) == (2, 0.75)
     assert (sum(here.first_byte.counts), here.first_byte.secs) == (1, 0.004)
+    assert (sum(here.first_event.counts), here.first_event.secs) == (1, 0.25)
+    assert (sum(here.per_token.counts), here.per_token.secs) == (1, 0.5)
+    assert (sum(here.waits.counts), here.waits.secs) == (1, 0.125)
+    assert (here.failovers, here.body_bytes) == ({"reset": 1}, {"request": 70, "answer": 900})
     assert counted(2).dropped_usage_records == 2
+
+
+def test_requests_are_counted_by_key_and_people_only_together() -> None:
+    """Addresses of people are not for a page of metrics."""
+    callers = counted().callers
+    assert callers["ci"]["m"] == CallerSeries({200: 1, 502: 1}, {"prompt": 3, "completion": 5, "cached": 2})
+    assert callers["oidc:people"]["m"] == CallerSeries({200: 1})
+    assert len(callers) == 2
+
+
+def test_a_stream_of_one_token_has_no_time_between_tokens() -> None:
+    counts = RequestTally()
+    counts.stream("m", "beast", 0.25, 0.0, 0)
+    (series,) = (series for _, series in counts.collect().items())
+    assert (sum(series.first_event.counts), sum(series.per_token.counts)) == (1, 0)
 
 
 def test_what_was_collected_changes_no_more() -> None:
@@ -84,7 +118,7 @@ def test_the_sum_of_several_workers_has_every_field(field: str) -> None:
 
 def test_the_sum_of_several_workers_has_all_fields() -> None:
     """A new field of Counters needs a line in `Counters.add`."""
-    assert Counters.__struct_fields__ == ("series", "dropped_usage_records")
+    assert Counters.__struct_fields__ == ("series", "dropped_usage_records", "callers")
     assert merged([Counters(dropped_usage_records=1), Counters(dropped_usage_records=2)]).dropped_usage_records == 3
 
 

@@ -55,7 +55,11 @@ async def test_usage_is_counted_however_it_is_cut(
     deadline = time.monotonic() + DEADLINE_SECS
     while (found := tokens(await metrics(cortex))) != {"prompt": 3.0, "completion": 5.0}:
         assert time.monotonic() < deadline, found
-    assert f'cortex_requests_total{{model="{MODEL}",node="benjy",status="200"}} 1.0' in await metrics(cortex)
+    page, labels = await metrics(cortex), f'model="{MODEL}",node="benjy"'
+    assert f'cortex_requests_total{{{labels},status="200"}} 1.0' in page
+    assert f'cortex_relayed_bytes_total{{kind="request",{labels}}} 21.0' in page
+    for name in ("cortex_time_to_first_token_seconds_count", "cortex_time_per_token_seconds_count"):
+        assert (f"{name}{{{labels}}} 1.0" in page) == ("plain" not in kind)
 
 
 async def test_cached_prompt_tokens_are_counted(cortex: RunningCortex, engine: RawEngine) -> None:

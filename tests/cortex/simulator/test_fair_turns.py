@@ -22,7 +22,7 @@ FLEET = (
     + "[serving]\nmodels = { b = 4, c = 4 }\n"
 )
 QUIET_KEYS = [f"quiet{number}" for number in range(9)]
-SECS = 900.0
+SECS = 600.0
 
 
 def _quiet(models: str = "a") -> list[Ask]:
@@ -37,7 +37,7 @@ def _quiet(models: str = "a") -> list[Ask]:
     return asks
 
 
-def _noisy(count: int = 500) -> list[Ask]:
+def _noisy(count: int = 300) -> list[Ask]:
     """One key that asks for two other models, which do not fit beside."""
     return [Ask(60 + number, "bc"[number % 2], 1.0, "noisy") for number in range(count)]
 
@@ -101,7 +101,7 @@ def test_one_key_or_none_changes_nothing(tmp_path: Path, key: str) -> None:
 def test_a_workload_and_its_trace_name_the_keys(tmp_path: Path) -> None:
     fleet = fleet_of(tmp_path, ONE_CARD)
     path = tmp_path / "workload.toml"
-    path.write_text('[[users]]\nmodel = "a"\nkey = "k"\n[[users]]\nmodel = "b"\n', encoding="utf-8")
+    path.write_text('hours = 0.1\n[[users]]\nmodel = "a"\nkey = "k"\n[[users]]\nmodel = "b"\n', encoding="utf-8")
     asks = make_trace(load_workload(path, fleet.catalogue), fleet.catalogue, seed=1)
     assert {(ask.model, ask.key) for ask in asks} == {("a", "k"), ("b", "")}
     for name in ("trace.csv", "trace.jsonl"):

@@ -331,7 +331,7 @@ def test_the_command_shows_the_policies_side_by_side(tmp_path: Path, capsys: pyt
 
 def test_the_command_makes_a_trace_that_it_replays_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A trace written by `--make-trace` gives the same figures as its workload."""
-    workload = trace_file(tmp_path, "hours = 0.2\n[[users]]\nmodel = 'a'\n[[users]]\nmodel = 'b'\n", "workload.toml")
+    workload = trace_file(tmp_path, "hours = 0.05\n[[users]]\nmodel = 'a'\n[[users]]\nmodel = 'b'\n", "workload.toml")
     fleet_of(tmp_path, ONE_CARD)
     base = ["simulate", "--fleet", str(tmp_path / "fleet.toml")]
     made = [*base, "--workload", str(workload), "--seed", "5", "--load", "2"]

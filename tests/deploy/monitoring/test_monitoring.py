@@ -30,7 +30,13 @@ GRAFANA = TOP / "deploy" / "grafana"
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
 OF_TARGET = {"job", "instance"}
 """Labels that Prometheus itself adds."""
-PASSING = ("cortex_requests_waiting", "cortex_requests_in_flight", "cortex_energy_wh_total")
+AS_JSON = {"Content-Type": "application/json"}
+PASSING = (
+    "cortex_requests_waiting",
+    "cortex_requests_in_flight",
+    "cortex_energy_wh_total",
+    "cortex_time_per_token_seconds_bucket",
+)
 """Metrics that are not on the page all the time, or not at once."""
 
 
@@ -47,7 +53,7 @@ def model(name: str, *args: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
-    """The metrics and labels that Prometheus would have of a fleet in which everything happened once: an answer, a
+    """The metrics and labels that Prometheus would have of a fleet in which everything happened once: a stream, a
     failed load, an engine without metrics, a sick GPU, a request that waits."""
     directory = tmp_path_factory.mktemp("fleet")
     conditions = directory / "state" / "vram" / CONDITIONS_FILE
@@ -66,6 +72,10 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
         for name in ("good", "mute", "bad", "slow"):
             body = {"model": name, "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
             assert (fleet.cortex.request("/v1/chat/completions", body).status == 200) == (name != "bad")
+        body = {"model": "good", "max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+        ask = urllib.request.Request(f"{fleet.cortex.url}/v1/chat/completions", json.dumps(body).encode(), AS_JSON)
+        with urllib.request.urlopen(ask, timeout=60) as stream:
+            assert b"[DONE]" in stream.read()
         config = (directory / "cortex.toml").read_text(encoding="utf-8")
         base = "http://" + re.search(r'metrics_listen = "(.*)"', config)[1]  # type: ignore[index]
         found: defaultdict[str, set[str]] = defaultdict(set, {"up": OF_TARGET})

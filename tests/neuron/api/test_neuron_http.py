@@ -154,6 +154,8 @@ async def test_metrics(neuron: Neuron) -> None:
         ("neuron_model_load_seconds_count", model, 1),
         ("neuron_device_memory_used_bytes", {"index": "0", "uuid": uuid}, used * 2**20),
         ("neuron_device_memory_total_bytes", {"index": "0", "uuid": uuid}, 32607 * 2**20),
+        ("neuron_device_memory_free_bytes", {"index": "0", "uuid": uuid}, (32607 - used) * 2**20),
+        ("neuron_engine_device_memory_bytes", {**model, "engine": "0", "index": "0", "uuid": uuid}, used * 2**20),
     ):
         assert (name, labels, value) in samples
 

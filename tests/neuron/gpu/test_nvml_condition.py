@@ -66,6 +66,9 @@ def test_xids_of_a_program_and_of_the_log_leave_the_gpu_in_use(library: dict[str
         )
         assert health[0]["fault"] is None
         assert [warning.split(":")[0] for warning in health[0]["warnings"]] == ["Xid 63", "Xid 92", "Xid 94"]
+        assert {int(xid): count for xid, count in health[0]["xids"].items()} == dict.fromkeys(
+            (13, 31, 43, 45, 63, 92, 94, 109, 9999), 1
+        )
 
 
 def test_a_contained_error_is_a_fault_if_the_driver_wants_a_reset(library: dict[str, str], hardware: Path) -> None:

@@ -62,11 +62,12 @@ async def test_the_reason_is_on_health_events_and_metrics(neuron: Neuron) -> Non
     """Each change is one event; warnings are told and change nothing else."""
     uuid = (await neuron.call("GET", "/discovery")).body["devices"][1]["uuid"]
     async with device_events(neuron) as next_event:
-        make_sick(neuron, 1, fault=FAULT)
+        make_sick(neuron, 1, fault=FAULT, xids={"79": 2})
         assert [device["fault"] for device in await devices_of(neuron)] == [None, FAULT]
         assert await next_event() == {"index": 1, "uuid": uuid, "fault": FAULT, "warnings": []}
         page = (await neuron.call("GET", "/metrics")).body
         assert f'neuron_device_fault{{index="1",reason="{FAULT}",uuid="{uuid}"}} 1.0' in page
+        assert f'neuron_device_xids_total{{index="1",uuid="{uuid}",xid="79"}} 2.0' in page
         make_sick(neuron, 1, warnings=["slowed down because it is too hot"])
         assert (await devices_of(neuron))[1]["warnings"] == ["slowed down because it is too hot"]
         event = await next_event()

@@ -1,7 +1,7 @@
 // Every model: where it is, who uses it, what is being loaded and why, and what an operator can do about it.
 
 import { html, useState } from "../html.js";
-import { get, post } from "../api.js";
+import { post } from "../api.js";
 import { ago, clock, compareNames, plural, secs } from "../format.js";
 import { Confirm, Problem, Status, modelClass, useRead } from "../parts.js";
 
@@ -39,12 +39,17 @@ function Progress({ node, view }) {
   </div>`;
 }
 
-function Engine({ node, view }) {
+// What an operator can do to an engine, by its status.
+const ACTIONS = { loaded: ["Sleep", "Restart"], sleeping: ["Wake", "Restart"], failed: ["Restart"] };
+
+function Engine({ node, view, row, mayAct, ask }) {
+  const verbs = (mayAct && node.healthy && ACTIONS[view.status]) || [];
   return html`<li>
     <${Status} status=${node.healthy ? view.status : "unknown"} title=${node.healthy ? view.reason : "its host does not answer"} /> on ${node.name}
     <span class="small">
       ${view.devices?.length ? ` ${view.devices.length > 1 ? "GPUs" : "GPU"} ${view.devices.join(" and ")}` : view.status === "failed" ? "" : " CPU"}${view.variant ? `, ${view.variant}` : ""}${view.activity ? `; ${view.activity.in_flight ?? 0} running, ${view.activity.queue_depth ?? 0} queued in the engine` : ""}${view.since ? `; for ${ago(view.since).replace(" ago", "")}` : ""}
     </span>
+    ${verbs.map((verb) => html` <button class="quiet" aria-label=${`${verb} ${view.id} on ${node.name}${view.instance ? ` #${view.instance}` : ""}`} onClick=${() => ask({ verb, row, node, view })}>${verb}</button>`)}
     <${Progress} node=${node} view=${view} />
     ${view.error && html`<p class="problem"><span aria-hidden="true">✕ </span>${view.error.split("\n")[0]}</p>`}
   </li>`;
@@ -63,35 +68,33 @@ function Model({ row, aliases, mayAct, ask }) {
       ${mayAct && isThere && html`<button class="quiet" onClick=${() => ask({ verb: "Unload", row })}>Unload</button>`}
     </div>
     <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}${row.rate ? html`. ${rateText(row.rate)}` : ""}</p>
-    <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} />`)}</ul>
+    <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} row=${row} mayAct=${mayAct} ask=${ask} />`)}</ul>
     ${row.loads.map((load) => html`<p class="small">Loading on ${load.node}, begun ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
     ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${clock(held.until)}.</p>`)}
   </section>`;
 }
 
-// What a load would do now, as `explain` says.
-function Plan({ model }) {
-  const [plan, error] = useRead((signal) => get(`/fleet/explain?model=${encodeURIComponent(model)}`, signal), [model]);
+const bodyOf = ({ row, node, view }) => ({ model: row.id, ...(node && { node: node.name }), ...(view?.instance && { instance: view.instance }) });
+
+// What the action would do now: cortex is asked without doing it.
+function Effects({ asked }) {
+  const { verb, row, node, view } = asked;
+  const [plan, error] = useRead((signal) => post(`/fleet/${verb.toLowerCase()}?dry_run=true`, bodyOf(asked), signal), [verb, row.id, node?.name, view?.instance]);
   if (error) return html`<${Problem} error=${error} />`;
   if (!plan) return html`<p>Asking cortex …</p>`;
-  const { decision } = plan;
-  return html`<p>${decision.reason}</p>
-    ${decision.node && html`<p>On <strong>${decision.node}</strong>${decision.devices?.length ? `, GPU ${decision.devices.join(", ")}` : ""}${decision.expected_load_secs ? `, about ${secs(decision.expected_load_secs)}` : ""}.</p>`}
-    ${decision.evict?.length ? html`<p><strong>Displaces ${decision.evict.join(", ")}.</strong></p>` : null}`;
+  return html`${plan.evict.length ? html`<p><strong>Displaces ${plan.evict.join(", ")}.</strong></p>` : null}
+    <ul>${plan.effects.map((effect) => html`<li>${effect}</li>`)}</ul>`;
 }
 
-function consequence({ verb, row }) {
-  if (verb === "Load") return html`<${Plan} model=${row.id} />`;
-  return html`<p>${row.inFlight ? html`<strong>${plural(row.inFlight, "request")} of ${row.id} will be finished first.</strong>` : "No request is using it now."} The next request loads it again, unless it is held back.</p>`;
-}
+const WITHOUT_WAIT = ["Load", "Restart"];
 
 export function ModelsPage({ fleet, mayAct, search }) {
   const [asked, ask] = useState(null);
   const wanted = search.toLowerCase();
   const rows = modelsOf(fleet).filter((row) => row.id.toLowerCase().includes(wanted));
-  const act = ({ verb, row }) => post(verb === "Load" ? "/fleet/load?wait=false" : "/fleet/unload", { model: row.id });
+  const act = (action) => post(`/fleet/${action.verb.toLowerCase()}${WITHOUT_WAIT.includes(action.verb) ? "?wait=false" : ""}`, bodyOf(action));
   return html`<h1>Models</h1>
     ${rows.length ? null : html`<p>No model matches.</p>`}
     ${rows.map((row) => html`<${Model} key=${row.id} row=${row} aliases=${fleet.aliases} mayAct=${mayAct} ask=${ask} />`)}
-    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.row.id}?`} verb=${asked.verb} consequence=${consequence(asked)} act=${() => act(asked)} onClose=${() => ask(null)} />`}`;
+    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.row.id}${asked.node ? ` on ${asked.node.name}` : ""}?`} verb=${asked.verb} consequence=${html`<${Effects} asked=${asked} />`} act=${() => act(asked)} onClose=${() => ask(null)} />`}`;
 }

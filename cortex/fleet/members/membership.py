@@ -1,14 +1,15 @@
-"""The neurons of the configuration: a client, a poller and two background loops for each."""
+"""The neurons that are listed or found: a client, a poller and two background loops for each."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cortex.config.neurons import NeuronEntry
 from cortex.config.settings import PollSettings
+from cortex.fleet.members.roster import combined
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.poller import NeuronPoller
 from cortex.fleet.state import Fleet
@@ -22,6 +23,7 @@ from shared.protocol import (
     ReachCommand,
     ReachReply,
 )
+from shared.subscribers import Subscribers
 from shared.tasks import TaskSet, cancel_all, keep_running
 
 log = logging.getLogger(__name__)
@@ -54,10 +56,19 @@ class Refreshable(Protocol):
 
 
 class Membership:
-    """Follows the configuration. `clients` and `pollers` are by name, for the current neurons. They are changed in
-    place: every holder of a reference sees each change."""
+    """Follows the configuration and what is found, and tells the fleet. `clients` and `pollers` are by name, for the
+    current neurons. They are changed in place: every holder of a reference sees each change."""
 
-    def __init__(self, pool: EnginePool, fleet: Fleet) -> None:
+    def __init__(self, pool: EnginePool, fleet: Fleet, drained: Callable[[], Collection[str]] = tuple) -> None:
+        """`drained`: the names of the neurons that an operator has taken out of use."""
+        self.moved: Subscribers[[Collection[str]]] = Subscribers()
+        """Announces the neurons that were found and are now gone, or have another endpoint or token."""
+        self.listed: Mapping[str, NeuronEntry] = {}
+        """Those of the configuration, by name."""
+        self._found: Sequence[NeuronEntry] = ()
+        self._poll = PollSettings()
+        self._drained = drained
+        self._clashes: frozenset[str] = frozenset()
         self.clients: dict[str, NeuronClient] = {}
         self.pollers: dict[str, NeuronPoller] = {}
         self._pool = pool
@@ -68,9 +79,31 @@ class Membership:
         self._tasks = TaskSet()
 
     def configure(self, entries: Iterable[NeuronEntry], poll: PollSettings) -> set[str]:
-        """Polls exactly these neurons, which the fleet must already know; leaves unchanged ones alone. Returns the
-        names of those removed or given another endpoint or token: what they reported is no longer valid."""
-        wanted = {entry.name: entry for entry in entries}
+        """The neurons of the configuration from now on; leaves unchanged ones alone. Returns the names of those removed
+        or given another endpoint or token: what they reported is no longer valid."""
+        self.listed, self._poll = {entry.name: entry for entry in entries}, poll
+        return self._apply()
+
+    def use_found(self, entries: Iterable[NeuronEntry]) -> None:
+        """The neurons that have been found, from now on, beside those of the configuration."""
+        found = list(entries)
+        if found != self._found:
+            self._found = found
+            others = self._apply()
+            if others:
+                self.moved.announce(others)
+
+    def _apply(self) -> set[str]:
+        wanted, clashes = combined(self.listed.values(), self._found)
+        for clash in clashes:
+            if clash not in self._clashes:
+                log.warning("%s", clash)
+        self._clashes, poll = frozenset(clashes), self._poll
+        self._fleet.configure(
+            [(entry.name, entry.endpoint) for entry in wanted.values()],
+            unhealthy_after=poll.unhealthy_after,
+            drained=self._drained(),
+        )
         others = {
             name for name, entry in self._entries.items() if name not in wanted or wanted[name].access != entry.access
         }

@@ -1,0 +1,83 @@
+"""`[discovery]` of cortex.toml: how cortex finds neurons that it does not list."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shared.settings import SettingsError, SettingsModel
+
+
+class DiscoverySettings(SettingsModel):
+    """`[discovery]`: how neurons are found that `[[neurons]]` does not list."""
+
+    kind: Literal["static", "dns", "register"] = "static"
+    """`"static"`: only those of `[[neurons]]`. `"dns"`: also each address of `host`. `"register"`: also those that
+    [announce themselves](discovery.md#how-do-neurons-announce-themselves)."""
+    host: str | None = Field(default=None, min_length=1)
+    """`dns`: the name whose addresses are neurons, such as that of a headless Service. Default: required with
+    `dns`."""
+    port: int = Field(default=13131, ge=1, le=65535)
+    """`dns`: the port of all of them."""
+    tls: bool = False
+    """`dns`: whether they speak HTTPS; their certificates must then have their addresses."""
+    token: str | None = Field(default=None, min_length=1)
+    """`dns`: the bearer token that all of them expect, if you may store it in the file; overrides `token_env`. Default:
+    see `token_env`."""
+    token_env: str | None = None
+    """`dns`: the environment variable that holds the token; it must be set. Default: without `token` too, none is
+    sent."""
+    interval_secs: float = Field(default=10, gt=0)
+    """`dns`: time between two look-ups."""
+    grace_secs: float = Field(default=60, ge=0)
+    """`dns`: how long a neuron stays after DNS has dropped its address."""
+    registration_token_env: str | None = None
+    """`register`: the environment variable that holds the token with which neurons register; it must be set. Default:
+    with `register` it or the next key is required."""
+    registration_token_file: Path | None = None
+    """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Default: none."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> DiscoverySettings:
+        if self.kind == "dns" and self.host is None:
+            raise ValueError('host: with kind = "dns", set it to the name whose addresses are the neurons')
+        sources = (self.registration_token_env, self.registration_token_file)
+        if self.kind == "register" and len([each for each in sources if each is not None]) != 1:
+            raise ValueError('with kind = "register", set either registration_token_env or registration_token_file')
+        for key in ("token_env", "registration_token_env"):
+            variable = getattr(self, key)
+            needed = not (key == "token_env" and self.token is not None)
+            if needed and variable is not None and not os.environ.get(variable):
+                raise ValueError(f"{key}: the environment variable {variable} is not set")
+        return self
+
+    @property
+    def finds(self) -> bool:
+        """Whether there may be neurons that `[[neurons]]` does not list."""
+        return self.kind != "static"
+
+    @property
+    def bearer_token(self) -> str | None:
+        """`dns`: the token to send to the neurons; None when they need none."""
+        return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+    def registration_token(self) -> str:
+        """`register`: the token that neurons must send. Blocks.
+
+        Raises:
+            SettingsError: its file cannot be read, or is empty.
+        """
+        file = self.registration_token_file
+        if file is None:
+            return os.environ[self.registration_token_env or ""]
+        try:
+            found = file.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SettingsError([f"{file}: {reason}: [discovery] registration_token_file must be readable"]) from error
+        if not found:
+            raise SettingsError([f"{file}: is empty: write the token into it with which neurons register"])
+        return found

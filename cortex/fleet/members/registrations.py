@@ -1,0 +1,83 @@
+"""The neurons that have announced themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from cortex.config.neurons import NeuronEntry
+from cortex.fleet.members.membership import Membership
+from cortex.fleet.members.roster import Registered, registered_until, registration_refusal
+from cortex.fleet.state import Fleet
+from cortex.upstream.address import parse_url
+from shared.errors import Conflict, InvalidRequest
+from shared.protocol import ErrorCode, Registration, RegistrationReply, first_problem
+from shared.tasks import timeout
+
+log = logging.getLogger(__name__)
+
+
+class Registrations:
+    """Owns them, and tells the membership of each that comes, moves or has stopped coming."""
+
+    def __init__(self, membership: Membership, fleet: Fleet, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._membership = membership
+        self._fleet = fleet
+        self._clock = clock
+        self._known: dict[str, Registered] = {}
+        self._changed = asyncio.Event()
+
+    def register(self, wanted: Registration) -> RegistrationReply:
+        """Accepts an announcement.
+
+        Raises:
+            InvalidRequest: its name, endpoint or token cannot be used.
+            Conflict: another neuron has this name.
+        """
+        try:
+            parse_url(wanted.endpoint)
+            entry = NeuronEntry(name=wanted.name, endpoint=wanted.endpoint, token=wanted.token)
+        except ValidationError as error:
+            where, reason = first_problem(error)
+            raise InvalidRequest(f"{where}: {reason}", param=where) from error
+        except ValueError as error:
+            raise InvalidRequest(f"endpoint: {error}", param="endpoint") from error
+        now, node = self._clock(), self._fleet.snapshot().nodes.get(entry.name)
+        wanted = wanted.model_copy(update={"endpoint": entry.endpoint})
+        refusal = registration_refusal(wanted, listed=self._membership.listed, registered=self._known, node=node)
+        if refusal is not None:
+            log.warning("registration refused: %s", refusal)
+            raise Conflict(refusal, code=ErrorCode.NEURON_NAME_TAKEN, param="name")
+        until = registered_until(wanted, now)
+        if entry.name not in self._membership.listed:
+            if entry.name not in self._known:
+                log.info("neuron %s at %s has registered", entry.name, entry.endpoint)
+            self._known[entry.name] = Registered(entry, wanted.instance_id, until)
+            self._tell()
+        return RegistrationReply(name=entry.name, expires_secs=until - now)
+
+    async def run(self) -> None:
+        """Removes neurons whose registration has expired. Never returns."""
+        while True:
+            self._changed.clear()
+            self._expire()
+            due = min((each.expires_at for each in self._known.values()), default=None)
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with timeout(None if due is None else max(due - self._clock(), 0)):
+                    await self._changed.wait()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for name in [name for name, each in self._known.items() if each.expires_at <= now]:
+            log.warning("neuron %s is removed: it has missed three registrations", name)
+            del self._known[name]
+        self._membership.use_found(each.entry for each in self._known.values())
+
+    def _tell(self) -> None:
+        self._membership.use_found(each.entry for each in self._known.values())
+        self._changed.set()

@@ -1,0 +1,148 @@
+"""Which neurons are in the fleet, and under which names. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from cortex.config.neurons import NeuronEntry, is_node_name
+from cortex.fleet.snapshot import NodeSnapshot
+from shared.protocol import Discovery, Registration
+
+ALLOWED_MISSES = 3.5
+"""A registration ends when three announcements have not come and half the time to the fourth has passed."""
+
+
+def combined(listed: Iterable[NeuronEntry], found: Iterable[NeuronEntry]) -> tuple[dict[str, NeuronEntry], list[str]]:
+    """All neurons by name, those of cortex.toml first, and why some that were found are left out. The entry of
+    cortex.toml wins, because a found neuron must not take the requests of a listed one."""
+    entries = {entry.name: entry for entry in listed}
+    clashes = []
+    for entry in found:
+        known = entries.setdefault(entry.name, entry)
+        if known.endpoint != entry.endpoint:
+            clashes.append(
+                f"the neuron found at {entry.endpoint} is left out: {entry.name!r} is the name of the one at "
+                f"{known.endpoint}; give each neuron a name of its own in neuron.toml"
+            )
+    return entries, clashes
+
+
+@dataclass(frozen=True)
+class FoundAddress:
+    """An endpoint that DNS has for the neurons' name. `name` and `process` (its `instance_id`) are what the neuron
+    there has said; `name` is None until it has answered. `seen_at`: when DNS had it last, in monotonic seconds."""
+
+    endpoint: str
+    seen_at: float
+    name: str | None = None
+    process: str | None = None
+
+
+Addresses = Mapping[str, FoundAddress]
+"""By endpoint, in the order in which they were found."""
+
+
+def after_lookup(known: Addresses, endpoints: Iterable[str] | None, *, now: float, grace_secs: float) -> Addresses:
+    """The addresses after a look-up. One that DNS no longer has stays for `grace_secs`. `endpoints` is None when DNS
+    gave no answer: then nothing is known to have left."""
+    if endpoints is None:
+        return {endpoint: replace(address, seen_at=now) for endpoint, address in known.items()}
+    seen = dict.fromkeys(endpoints)
+    kept = {
+        endpoint: replace(address, seen_at=now) if endpoint in seen else address
+        for endpoint, address in known.items()
+        if endpoint in seen or now - address.seen_at < grace_secs
+    }
+    return {**kept, **{endpoint: FoundAddress(endpoint, now) for endpoint in seen if endpoint not in kept}}
+
+
+def to_ask(known: Addresses, nodes: Mapping[str, NodeSnapshot]) -> list[str]:
+    """The endpoints whose neuron has to say its name: it has not done so yet, or another process answers there."""
+    changed = {address.name for address in known.values() if _is_another(address, nodes.get(address.name or ""))}
+    return [each.endpoint for each in known.values() if each.name is None or each.name in changed]
+
+
+def _is_another(address: FoundAddress, node: NodeSnapshot | None) -> bool:
+    """Whether polls of this address have found another process than the one that has said its name."""
+    if node is None or node.endpoint != address.endpoint or node.discovery is None:
+        return False
+    return node.discovery.instance_id != address.process
+
+
+def after_answers(known: Addresses, answers: Mapping[str, Discovery]) -> Addresses:
+    """The addresses with what their neurons have said, by endpoint."""
+    return {
+        endpoint: replace(address, name=name_of(answers[endpoint], endpoint), process=answers[endpoint].instance_id)
+        if endpoint in answers
+        else address
+        for endpoint, address in known.items()
+    }
+
+
+def name_of(discovery: Discovery, endpoint: str) -> str:
+    """The name of a found neuron: that of its neuron.toml, else its host's, else its address."""
+    for name in (discovery.name, discovery.hostname):
+        if name and is_node_name(name):
+            return name
+    plain = endpoint.partition("//")[2]
+    return "".join(character if character.isalnum() or character == "." else "-" for character in plain).strip("-")
+
+
+def named(known: Addresses) -> tuple[list[FoundAddress], list[str]]:
+    """One address for each name, and why others are left out. Several addresses of one process are the same neuron, for
+    example over IPv4 and IPv6. Of two neurons that give the same name the one that DNS still has wins."""
+    chosen: dict[str, FoundAddress] = {}
+    clashes = []
+    for address in sorted(known.values(), key=lambda each: -each.seen_at):  # stable: else the first one found
+        if address.name is None:
+            continue
+        other = chosen.setdefault(address.name, address)
+        if other.process != address.process and other.seen_at == address.seen_at:
+            clashes.append(
+                f"the neuron found at {address.endpoint} is left out: the one at {other.endpoint} also gives the name "
+                f"{address.name!r}; give each neuron a name of its own in neuron.toml"
+            )
+    order = list(known)
+    return sorted(chosen.values(), key=lambda each: order.index(each.endpoint)), clashes
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A neuron that has announced itself. `expires_at`: monotonic seconds."""
+
+    entry: NeuronEntry
+    process: str | None
+    expires_at: float
+
+
+def registration_refusal(
+    wanted: Registration,
+    *,
+    listed: Mapping[str, NeuronEntry],
+    registered: Mapping[str, Registered],
+    node: NodeSnapshot | None,
+) -> str | None:
+    """Why a neuron must not have the name that it announces; None if it may. `node` is what is known of the neuron
+    that has this name now. Another endpoint takes the name over once the neuron at the old one no longer answers."""
+    if wanted.name in listed:
+        if listed[wanted.name].endpoint == wanted.endpoint:
+            return None
+        return (
+            f"{wanted.name!r} is listed in cortex.toml with the endpoint {listed[wanted.name].endpoint}: remove it "
+            "there, or give this neuron another name"
+        )
+    other = registered.get(wanted.name)
+    if other is None or other.entry.endpoint == wanted.endpoint or node is None or not node.healthy:
+        return None
+    if wanted.instance_id is not None and wanted.instance_id == other.process:
+        return None  # the same process under another address
+    return (
+        f"{wanted.name!r} is the name of another neuron, at {other.entry.endpoint}, which answers: give this one a "
+        "name of its own in neuron.toml"
+    )
+
+
+def registered_until(wanted: Registration, now: float) -> float:
+    """When a registration ends without another one, in monotonic seconds."""
+    return now + ALLOWED_MISSES * wanted.interval_secs

@@ -1,0 +1,64 @@
+"""`[cortex]` of neuron.toml: the cortexes that this neuron announces itself to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.settings import SettingsModel
+
+
+def _checked_url(value: str) -> str:
+    parts = urlsplit(value)
+    _ = parts.port  # raises ValueError for an invalid port
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f"must be a URL such as http://cortex:31313, got {value!r}")
+    return value.rstrip("/")
+
+
+class AnnouncingSettings(SettingsModel):
+    """`[cortex]`: the cortexes that this neuron announces itself to, so that they need not list it."""
+
+    urls: list[str] = Field(default_factory=list)
+    """Their URLs, such as `["http://cortex:31313"]`; each needs [`[discovery] kind =
+    "register"`](discovery.md#how-do-neurons-announce-themselves). Default: none."""
+    token_env: str | None = None
+    """The environment variable that holds their registration token; it must be set. Default: with `urls` it or the next
+    key is required."""
+    token_file: Path | None = None
+    """Instead, a file that holds it, relative to neuron.toml, read at each announcement. Default: none."""
+    endpoint: str | None = None
+    """The URL at which they reach this neuron. Default: `host` and `port`; where `host` means all addresses, the one
+    that connections to the cortex come from."""
+    interval_secs: float = Field(default=10, ge=0.1, le=3600)
+    """Time between two announcements. A cortex removes a neuron after three that have not come."""
+    ca: Path | None = None
+    """PEM file with the authorities that sign their certificates, relative to neuron.toml. Default: those of the
+    system."""
+
+    @field_validator("urls")
+    @classmethod
+    def _urls(cls, value: list[str]) -> list[str]:
+        return [_checked_url(url) for url in value]
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint_url(cls, value: str | None) -> str | None:
+        return None if value is None else _checked_url(value)
+
+    @model_validator(mode="after")
+    def _token_is_there(self) -> AnnouncingSettings:
+        if self.urls and (self.token_env is None) == (self.token_file is None):
+            raise ValueError("with urls, set either token_env or token_file, for the cortexes' registration token")
+        if self.token_env is not None and not os.environ.get(self.token_env):
+            raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        return self
+
+    def token(self) -> str:
+        """The registration token. Blocks. Raises OSError or ValueError if its file cannot be read."""
+        if self.token_file is None:
+            return os.environ[self.token_env or ""]
+        return self.token_file.read_text(encoding="utf-8").strip()

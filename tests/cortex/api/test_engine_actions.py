@@ -1,0 +1,77 @@
+"""Sleep, wake and restart, and what an action would do before it is done. With real engines: tests/browser."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.cortex.api.test_operator import Gated, chat
+from tests.cortex.conftest import RunningCortex, StartCortex
+from tests.cortex.protocol_v1_neuron import V1Neuron
+
+SMALL, OTHER = {"id": "org/small", "vram_mb": 20000}, {"id": "org/other", "vram_mb": 20000}
+
+
+async def act(cortex: RunningCortex, path: str, **body: object) -> tuple[int, Any]:
+    async with cortex.http.post(f"{cortex.url}/fleet/{path}", json={"model": "org/small", **body}) as response:
+        return response.status, await response.json()
+
+
+async def test_a_load_says_before_what_it_displaces(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    benjy.models, benjy.used_mb = {"org/other": "loaded"}, [20000]
+    benjy.entries = {"org/other": {"vram_used_mb": 20000}}
+    cortex = await start_cortex([benjy], [SMALL, OTHER], placement={"min_residency_secs": 0})
+    status, answer = await act(cortex, "load?dry_run=true")
+    assert (status, answer["evict"]) == (200, ["org/other"])
+    assert "Displaces org/other on benjy." in answer["effects"]
+    status, answer = await act(cortex, "unload?dry_run=true", model="org/other")
+    assert answer["effects"] == [
+        "org/other is unloaded from benjy, GPU 0: no request is running there.",
+        "Nothing else serves it.",
+    ]
+    assert (await act(cortex, "load?dry_run=maybe"))[0] == 400
+    assert (benjy.loads, benjy.unloads) == ([], [])
+
+
+async def test_a_restart(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """Requests in flight finish first; those that come meanwhile wait for the new engine."""
+    benjy.models, benjy.engine.answer = {"org/small": "loaded"}, (answer := Gated())
+    cortex = await start_cortex([benjy], [SMALL])
+    before = asyncio.create_task(chat(cortex))
+    await answer.entered.wait()
+    _, would = await act(cortex, "restart?dry_run=true")
+    assert would["effects"][0] == ("org/small is started again on benjy, GPU 0: 1 running request is finished first.")
+    restarting = asyncio.create_task(act(cortex, "restart", node="benjy"))
+    await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().evicting))
+    during = asyncio.create_task(chat(cortex))
+    assert (benjy.unloads, benjy.loads) == ([], [])
+    answer.gate.set()
+    assert await before == (200, {"whole": True})
+    status, done = await restarting
+    assert (status, done["results"]) == (200, [{"node": "benjy", "status": "loaded"}])
+    assert await during == (200, {"whole": True})
+    assert (benjy.unloads, [load["model_id"] for load in benjy.loads]) == (["org/small"], ["org/small"])
+    assert not cortex.parts.fleet.snapshot().reservations
+
+
+@pytest.mark.parametrize(
+    ("action", "model", "expected"),
+    [
+        ("sleep", "org/small", (502, "sleep_failed")),  # a neuron of protocol v1 cannot
+        ("wake", "org/small", (404, "model_not_found")),
+        ("restart", "org/foreign", (404, "model_not_found")),
+        ("sleep", "org/none", (404, "model_not_found")),
+    ],
+)
+async def test_refusals(
+    start_cortex: StartCortex, benjy: V1Neuron, action: str, model: str, expected: tuple[int, str]
+) -> None:
+    """The engine stays as it is."""
+    benjy.models = {"org/small": "loaded", "org/foreign": "loaded"}
+    cortex = await start_cortex([benjy], [SMALL])
+    status, answer = await act(cortex, action, model=model)
+    assert (status, answer["error"]["code"]) == expected
+    assert (benjy.unloads, benjy.loads) == ([], [])
+    assert not cortex.parts.fleet.snapshot().evicting
