@@ -163,6 +163,8 @@ def test_containers_run_with_few_rights(results: list[Any], number: int) -> None
     objects = results[number]["objects"]
     for kind, component in (("Deployment", "cortex"), ("DaemonSet", "neuron")):
         one = container(objects, kind, component)
+        pod = found(objects, kind, f"prod-cortex-neuron-{component}")["spec"]["template"]["spec"]
+        assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
         security = one["securityContext"]
         assert (security["runAsNonRoot"], security["readOnlyRootFilesystem"]) == (True, True)
         assert security["capabilities"] == {"drop": ["ALL"]}
