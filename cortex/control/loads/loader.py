@@ -28,7 +28,7 @@ from cortex.metrics.exporter import Metrics
 from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.feasibility import is_feasible_elsewhere
 from cortex.placement.load_plan import LoadPlan, load_command
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import LoadPhase, ModelOnNode, ReplicaKey
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
@@ -66,7 +66,8 @@ class LoadJob:
 
 
 class Loader:
-    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served."""
+    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served. `last_phases`: of the
+    last load of a model on a node."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class Loader:
         self._groups = GroupLoads(neurons, live)
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
+        self.last_phases: dict[ModelOnNode, tuple[LoadPhase, ...]] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -160,6 +162,7 @@ class Loader:
         try:
             async with lease:
                 await self._carry_out(job, still_needed)
+            self.last_phases[job.model_id, job.node] = job.phases.ended()
         except LoadedElsewhere as found:
             job.elsewhere = found.node
             log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)
