@@ -154,7 +154,7 @@ class Scheduler:
 
     def route(self, replica: Replica, *, cold: bool) -> Route:
         """To this replica. `cold`: it was loaded for the request."""
-        phases = self._loader.last_phases.get((replica.model_id, replica.node), ()) if cold else ()
+        phases = self._loader.phases(replica.model_id, replica.node) if cold else ()
         return Route(replica=replica, cold=cold, phases=phases)
 
     def job(self, model_id: str) -> LoadJob | None:

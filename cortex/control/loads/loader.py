@@ -66,8 +66,7 @@ class LoadJob:
 
 
 class Loader:
-    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served. `last_phases`: of the
-    last load of a model on a node."""
+    """Owns the loads that this cortex has asked for, and `contexts`: what their engines served."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class Loader:
         self._groups = GroupLoads(neurons, live)
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
-        self.last_phases: dict[ModelOnNode, tuple[LoadPhase, ...]] = {}
+        self._last_phases: dict[ModelOnNode, tuple[LoadPhase, ...]] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -104,6 +103,12 @@ class Loader:
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
         """Seconds that the last load took, by model and node."""
         return self._state.load_secs
+
+    def phases(self, model_id: str, node: str) -> tuple[LoadPhase, ...]:
+        """Of the last load of a model on a node, which may not have ended quite yet; empty without any."""
+        running = (job for job in self._jobs.values() if (job.model_id, job.node) == (model_id, node))
+        job = next(running, None)
+        return self._last_phases.get((model_id, node), ()) if job is None else job.phases.ended()
 
     def jobs(self) -> list[LoadJob]:
         return list(self._jobs.values())
@@ -162,7 +167,7 @@ class Loader:
         try:
             async with lease:
                 await self._carry_out(job, still_needed)
-            self.last_phases[job.model_id, job.node] = job.phases.ended()
+            self._last_phases[job.model_id, job.node] = job.phases.ended()
         except LoadedElsewhere as found:
             job.elsewhere = found.node
             log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)

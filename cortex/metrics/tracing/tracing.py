@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -50,7 +51,10 @@ class Tracing:
 
     async def close(self) -> None:
         """Sends what is left, if that does not take long."""
-        await asyncio.to_thread(self._provider.force_flush, int(CLOSE_SECS * 1000))
+        # A collector that is down must not hold cortex back: the SDK tries for minutes.
+        last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        await asyncio.to_thread(last.join, CLOSE_SECS)
 
 
 class QuietExporter(SpanExporter):
