@@ -168,11 +168,11 @@ class EnergySettings(SettingsModel):
 
 
 class TracingSettings(SettingsModel):
-    """`[tracing]`: [OpenTelemetry traces](tracing.md) of requests."""
+    """`[tracing]`: OpenTelemetry traces of requests."""
 
     endpoint: str | None = None
-    """Base URL of an OTLP/HTTP collector, such as `http://127.0.0.1:4318`; the spans go to `/v1/traces` there. Needs
-    the packages of `cortex-neuron[tracing]`. Default: no traces."""
+    """Base URL of an OTLP/HTTP collector, such as `http://127.0.0.1:4318`; [spans](tracing.md) go to `/v1/traces`
+    there. Needs the packages of `cortex-neuron[tracing]`. Default: no traces."""
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
     """Which part of the requests is traced, 0 to 1; a request with a `traceparent` is traced if its client says so."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from cortex.config.settings import TracingSettings
@@ -15,5 +14,6 @@ def open_tracing(settings: TracingSettings) -> Tracing | None:
     """None if no endpoint is configured."""
     if settings.endpoint is None:
         return None
-    found: Tracing = importlib.import_module("cortex.metrics.tracing.tracing").Tracing(settings)
-    return found
+    from cortex.metrics.tracing.tracing import Tracing  # noqa: PLC0415 - only where the packages are there
+
+    return Tracing(settings)

@@ -30,7 +30,7 @@ class RequestTrace:
             request.shown,
             client,
             SpanKind.SERVER,
-            {"url.path": request.path.decode("latin-1"), "cortex.request_id": request_id},
+            {"url.path": request.path.decode("latin-1"), "request_id": request_id},
             start_time=self._unix(request.received),
         )
         self._below_root = set_span_in_context(self._root, client)
@@ -55,7 +55,7 @@ class RequestTrace:
         if self._attempt is not None:
             self._attempt.end()
         key = replica.key
-        names = {"cortex.model": key.model_id, "cortex.node": key.node, "cortex.instance": key.instance}
+        names = {"model": key.model_id, "node": key.node, "instance": key.instance}
         self._attempt = self._tracer.start_span("engine", self._below_root, SpanKind.CLIENT, names)
         carrier: dict[str, str] = {}
         _W3C.inject(carrier, set_span_in_context(self._attempt, self._below_root))

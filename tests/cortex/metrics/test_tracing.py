@@ -97,7 +97,7 @@ async def test_a_failed_engine_is_a_span_with_its_error(
         assert answer.status == 502
     spans = await collector.until("POST /v1/chat/completions")
     attributes = {each.key: each.value.string_value for each in spans["engine"].attributes}
-    assert (attributes["error.type"], attributes["cortex.node"]) == ("refused", "benjy")
+    assert (attributes["error.type"], attributes["node"]) == ("refused", "benjy")
     root = {each.key: each.value.string_value for each in spans["POST /v1/chat/completions"].attributes}
     assert root["error.type"] == "upstream_unreachable"
 
