@@ -51,12 +51,14 @@ LONGEST: Final = (
     "tests/clients",
     "tests/browser",
     "tests/container",
+    "tests/cortex/accounts",
+    "tests/e2e/eviction",
     "tests/cortex/control",
     "tests/cortex/config",
     "tests/cortex/simulator",
     "tests/cortex/fleet",
-    "tests/cortex/accounts",
     "tests/e2e_engines",
+    "tests/e2e/replicas",
     "tests/cortex/http",
 )
 """They start first, so that no lane is left with a long one at the end."""

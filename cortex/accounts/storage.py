@@ -29,9 +29,11 @@ log = logging.getLogger(__name__)
 class Storage:
     """Tries the state directory every LOOK_SECS, and is told by the recorder how the database does."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        """None: nothing is kept, so nothing can be wrong."""
+    def __init__(self, directory: Path | None = None, *, opened_unwritable: bool = False) -> None:
+        """None: nothing is kept, so nothing can be wrong. `opened_unwritable`: the database could not be made or
+        written when cortex started, so the control does not write it any more."""
         self._directory = directory
+        self._opened_unwritable = opened_unwritable and directory is not None
         self._of_directory = ""
         self._of_recorder = ""
 
@@ -39,7 +41,17 @@ class Storage:
     def warnings(self) -> list[str]:
         """What cannot be written now, and what to do."""
         problem = self._of_directory or self._of_recorder  # the recorder's follows from the directory's
+        if not problem and self._opened_unwritable:
+            problem = (
+                f"{self._directory} could not be written when cortex started: restart cortex, or keys cannot be "
+                "changed and limits are not saved"
+            )
         return [problem] if problem else []
+
+    @property
+    def is_failing(self) -> bool:
+        """Usage cannot be written now."""
+        return bool(self._of_directory or self._of_recorder)
 
     def recorder_says(self, problem: str) -> None:
         """Why usage cannot be written to the database; empty if it can."""

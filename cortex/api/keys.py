@@ -5,7 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from cortex.accounts.keys.key_terms import KeyTerms, key_object
-from cortex.api.app_keys import KEYS
+from cortex.accounts.keys.unmatched_globs import unmatched_globs
+from cortex.api.app_keys import KEYS, LIVE
 from shared.http import read_model
 
 
@@ -16,8 +17,10 @@ async def list_keys(request: web.Request) -> web.Response:
 
 async def create_key(request: web.Request) -> web.Response:
     """201 with the secret in `key`, this once."""
-    key, secret = await request.app[KEYS].create(await read_model(request, KeyTerms))
-    return web.json_response({**key_object(key), "key": secret}, status=201)
+    terms = await read_model(request, KeyTerms)
+    key, secret = await request.app[KEYS].create(terms)
+    warnings = unmatched_globs(terms, request.app[LIVE].catalogue)
+    return web.json_response({**key_object(key), "key": secret, "warnings": warnings}, status=201)
 
 
 async def revoke_key(request: web.Request) -> web.Response:

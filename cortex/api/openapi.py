@@ -271,7 +271,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/organization/costs"): _organization("What was used, in money."),
     ("GET", "/openapi.json"): Operation("This description.", "fleet"),
     ("GET", "/"): Operation(
-        "For browsers, where people can sign in: their name and role.", "sign-in", content_types=_PAGE
+        "The dashboard, for browsers; for other clients where everything is.",
+        "dashboard",
+        content_types=(*_PAGE, "application/json"),
     ),
     ("GET", "/dashboard/me"): Operation("Who is looking at the dashboard, and whether they may act.", "dashboard"),
     ("GET", "/dashboard/{path}"): Operation(

@@ -7,22 +7,39 @@ import html
 import re
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from aiohttp import web
 
-from cortex.accounts.sign_in.person import SESSION_PREFIX
+from cortex.accounts.sign_in.person import SESSION_COOKIE, SESSION_PREFIX
 from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import LIVE, SIGN_IN
 from cortex.http.headers import forwarded_https
-from cortex.proxy.authentication import SESSION_COOKIE
 from shared.errors import InvalidRequest, NotFound, ServiceError, render, shortened
 from shared.http import error_response, request_id_of
 
-_SESSION = SESSION_COOKIE.decode()
-_JOURNEY = "cortex_login"
-"""The cookie of a browser that is on its way to the issuer and back."""
+
+class _Cookie(NamedTuple):
+    """Scripts cannot read it, and a page of another site can only send it by a link."""
+
+    name: str
+    path: str
+
+    def set(self, answer: web.Response, value: str, *, secs: int, secure: bool) -> None:
+        answer.set_cookie(self.name, value, path=self.path, max_age=secs, httponly=True, samesite="Lax", secure=secure)
+
+    def delete(self, answer: web.Response) -> None:
+        answer.del_cookie(self.name, path=self.path)
+
+    def of(self, request: web.Request) -> str:
+        """What the browser has sent, "" for nothing."""
+        return request.cookies.get(self.name, "")
+
+
+_SESSION = _Cookie(SESSION_COOKIE.decode(), "/")
+_JOURNEY = _Cookie("cortex_login", "/login")
+"""Of a browser that is on its way to the issuer and back."""
 _JOURNEY_SECS = 600
 _LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,1000}|/")
 _POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -43,7 +60,7 @@ def _as_page(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
             again = '<p><a href="/login">Sign in again</a></p>'
             page = _page("Sign-in", f"<p>{html.escape(error.message)}</p>{again}", status=error.status)
             page.headers.update({name: value for name, value in rendered.headers.items() if name != "content-type"})
-            page.del_cookie(_JOURNEY, path="/login")
+            _JOURNEY.delete(page)
             return page
 
     return shown
@@ -56,7 +73,7 @@ async def login(request: web.Request) -> web.Response:
     after = request.query.get("next", "/")
     answer = web.Response(status=303, headers={"Location": departure.url, "Cache-Control": "no-store"})
     kept = ".".join((departure.state, departure.nonce, departure.verifier, quote(_local(after), safe="")))
-    _set_cookie(answer, _JOURNEY, kept, path="/login", secs=_JOURNEY_SECS, secure=_secure(request))
+    _JOURNEY.set(answer, kept, secs=_JOURNEY_SECS, secure=_secure(request))
     return answer
 
 
@@ -64,7 +81,7 @@ async def login(request: web.Request) -> web.Response:
 async def login_callback(request: web.Request) -> web.Response:
     """The browser comes back from the issuer: it gets a session."""
     sign_in, query = _sign_in(request), request.query
-    kept = request.cookies.get(_JOURNEY, "").split(".", 3)
+    kept = _JOURNEY.of(request).split(".", 3)
     if len(kept) != 4 or not hmac.compare_digest(_bytes(kept[0]), _bytes(query.get("state", ""))):
         raise InvalidRequest(
             "this is not the end of a sign-in that this browser has begun, or that was too long ago; begin at /login"
@@ -79,9 +96,9 @@ async def login_callback(request: web.Request) -> web.Response:
     # A page, not a redirect: to the browser a redirect would still come from the issuer's site.
     target = html.escape(_local(unquote(after)))
     answer = _page("cortex", f'<p>You have signed in: <a href="{target}">go on</a></p>', go_to=target)
-    answer.del_cookie(_JOURNEY, path="/login")
+    _JOURNEY.delete(answer)
     secs = int(sign_in.settings.session_hours * 3600)
-    _set_cookie(answer, _SESSION, secret, path="/", secs=secs, secure=_secure(request))
+    _SESSION.set(answer, secret, secs=secs, secure=_secure(request))
     return answer
 
 
@@ -106,13 +123,8 @@ async def logout(request: web.Request) -> web.Response:
             await sign_in.leave(secret)
         except ServiceError as error:  # the browser must not stay signed in
             answer = error_response(request, error)
-        answer.del_cookie(_SESSION, path="/")
+        _SESSION.delete(answer)
     return answer
-
-
-def _set_cookie(answer: web.Response, name: str, value: str, *, path: str, secs: int, secure: bool) -> None:
-    """Scripts cannot read it, and a page of another site can only send it by a link."""
-    answer.set_cookie(name, value, path=path, max_age=secs, httponly=True, samesite="Lax", secure=secure)
 
 
 def _sign_in(request: web.Request) -> SignIn:
@@ -124,7 +136,7 @@ def _sign_in(request: web.Request) -> SignIn:
 
 def session_of(request: web.Request) -> bytes | None:
     """The secret of the browser's session."""
-    secret = _bytes(request.cookies.get(_SESSION, ""))
+    secret = _bytes(_SESSION.of(request))
     return secret if secret.startswith(SESSION_PREFIX) else None
 
 

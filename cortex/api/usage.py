@@ -35,7 +35,7 @@ async def show_usage(request: web.Request) -> web.Response:
             "currency": currency,
             "rows": [_with_energy_cost(row, price) for row in rows],
             "totals": _with_energy_cost(totals[0], price),
-            "warnings": [_INCOMPLETE] if request.app[STORAGE].warnings else [],
+            "warnings": [_INCOMPLETE] if request.app[STORAGE].is_failing else [],
         }
     )
 

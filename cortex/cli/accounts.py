@@ -16,6 +16,7 @@ from cortex.accounts.database.source import DatabaseSource, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_terms import KeyTerms, key_object
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
+from cortex.accounts.keys.unmatched_globs import unmatched_globs
 from cortex.config.files import KEYS_VARIABLE, read_configuration, state_directory
 from cortex.config.settings import CortexConfig
 from shared.protocol import first_problem
@@ -96,7 +97,7 @@ def act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) -> Any:
 
 
 async def _act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) -> Any:
-    config, _ = read_configuration(config_file)
+    config, catalogue = read_configuration(config_file)
     async with opened_accounts(config, config_file, state_directory(config, config_file)) as (database, keys):
         shown = {"database": str(database)}
         if action == "list":
@@ -104,8 +105,12 @@ async def _act_on_keys(config_file: Path, action: str, body: Mapping[str, Any]) 
         if action == "revoke":
             await keys.revoke(body["name"])
             return {"name": body["name"], "revoked": True, **shown}
-        key, secret = await (keys.create(_terms(body)) if action == "create" else keys.rotate(body["name"]))
-        return {**key_object(key), "key": secret, **shown}
+        if action == "rotate":
+            key, secret = await keys.rotate(body["name"])
+            return {**key_object(key), "key": secret, **shown}
+        terms = _terms(body)
+        key, secret = await keys.create(terms)
+        return {**key_object(key), "key": secret, "warnings": unmatched_globs(terms, catalogue), **shown}
 
 
 def _terms(body: Mapping[str, Any]) -> KeyTerms:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import html
 import http.client
 import json
 import os
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -21,6 +23,9 @@ CALL_TIMEOUT_SECS = 30.0
 _NEEDS_KEY = ", set CORTEX_API_KEY to a valid key, or sign in with `cortex login` where that is possible"
 _TRUST = "set CORTEX_CA to a PEM file with the certificate of the authority that signed it"
 _NAME = "set --url or CORTEX_URL to an address with a name that is in the certificate"
+_PAGE_BYTES = 1 << 16
+_EXCERPT_CHARS = 120
+_TAGS = re.compile(r"<(script|style|title)\b.*?(?:</\1\s*>|$)|<[^>]*>", re.IGNORECASE | re.DOTALL)
 _OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
@@ -35,9 +40,10 @@ class NotConnected(CallFailed):
 class ErrorAnswer(CallFailed):
     """Something answered with an HTTP error. `body`: its JSON, None if it is not JSON."""
 
-    def __init__(self, text: str, body: Any) -> None:
+    def __init__(self, text: str, body: Any, status: int) -> None:
         super().__init__(text)
         self.body = body
+        self.status = status
 
 
 class StreamEvent(NamedTuple):
@@ -103,7 +109,7 @@ def _answer(
     except urllib.error.HTTPError as error:
         hint = _NEEDS_KEY if error.code == HTTPStatus.UNAUTHORIZED else ""
         text = error.read()
-        raise ErrorAnswer(_message(text, error.code) + hint, _json(text)) from error
+        raise ErrorAnswer(_message(text, error.code) + hint, _json(text), error.code) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -161,7 +167,15 @@ def _message(text: bytes, status: int) -> str:
     try:
         return str(_json(text)["error"]["message"])
     except (LookupError, TypeError):
-        return f"HTTP {status}: {text[:300].decode('utf-8', 'replace')}"
+        said = _excerpt(text)
+        return f"HTTP {status}: {said}" if said else f"HTTP {status}"
+
+
+def _excerpt(body: bytes) -> str:
+    """The beginning of a text, or of the text of a page, on one line."""
+    text = html.unescape(_TAGS.sub(" ", body[:_PAGE_BYTES].decode("utf-8", "replace")))
+    line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return line if len(line) <= _EXCERPT_CHARS else f"{line[:_EXCERPT_CHARS]}…"
 
 
 def _json(text: bytes) -> Any:

@@ -83,7 +83,8 @@ def doctor(
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(envvar="CORTEX_URL", help="Address of the running cortex. Default: from the file.")
+        str | None,
+        typer.Option(help="Address of the running cortex. Default: from the file; CORTEX_URL is not read."),
     ] = None,
     as_json: Json = False,
 ) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -31,11 +32,12 @@ def create(
     name: Name,
     *,
     models: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Models that it may use, repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Ids of the models that it may use, repeatable. Default: all."),
     ] = None,
-    rpm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Requests per minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Tokens per minute.")] = None,
-    parallel: Annotated[int | None, typer.Option(metavar="N", min=0, help="Requests at a time.")] = None,
+    rpm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Requests per minute; 0 allows none.")] = None,
+    tpm: Annotated[int | None, typer.Option(metavar="N", min=0, help="Tokens per minute; 0 allows none.")] = None,
+    parallel: Annotated[int | None, typer.Option(metavar="N", min=0, help="Requests at a time; 0 allows none.")] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(metavar="BUDGET", help="20EUR/month, 1000000tokens/day, 5EUR/7d (rolling); repeatable."),
@@ -78,8 +80,10 @@ def create(
         "weight": weight,
         "expires": expires,
     }
-    answer = ask(url, "POST", "/keys", body) if config is None else _directly(config, "create", body)
+    answer = _asked(url, "POST", "/keys", body) if config is None else _directly(config, "create", body)
     print_answer(url, answer, as_json, new_key_text)
+    for warning in () if as_json else answer.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
@@ -88,7 +92,7 @@ def list_keys(config: Database = None, url: Url = DEFAULT_URL, as_json: Json = F
     """List the keys and what they allow."""
     from cortex.cli.tables import keys_table
 
-    answer = ask(url, "GET", "/keys") if config is None else _directly(config, "list", {})
+    answer = _asked(url, "GET", "/keys") if config is None else _directly(config, "list", {})
     print_answer(url, answer, as_json, keys_table)
     return 0
 
@@ -97,7 +101,7 @@ def list_keys(config: Database = None, url: Url = DEFAULT_URL, as_json: Json = F
 def revoke(name: Name, config: Database = None, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
     """Revoke a key, within two seconds everywhere."""
     path = f"/keys/{quote(name, safe='')}"
-    answer = ask(url, "DELETE", path) if config is None else _directly(config, "revoke", {"name": name})
+    answer = _asked(url, "DELETE", path) if config is None else _directly(config, "revoke", {"name": name})
     print_answer(url, answer, as_json, lambda revoked: f"revoked {revoked['name']}")
     return 0
 
@@ -108,9 +112,13 @@ def rotate(name: Name, config: Database = None, url: Url = DEFAULT_URL, as_json:
     from cortex.cli.tables import new_key_text
 
     path = f"/keys/{quote(name, safe='')}/rotate"
-    answer = ask(url, "POST", path, {}) if config is None else _directly(config, "rotate", {"name": name})
+    answer = _asked(url, "POST", path, {}) if config is None else _directly(config, "rotate", {"name": name})
     print_answer(url, answer, as_json, new_key_text)
     return 0
+
+
+def _asked(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    return ask(url, method, path, body, otherwise="; on cortex's host, `--config FILE` works without a key")
 
 
 def _directly(config_file: Path, action: str, body: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,15 +61,18 @@ On = Annotated[
 ]
 
 
-def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    from cortex.cli.client import CALL_TIMEOUT_SECS, LOAD_TIMEOUT_SECS, CallFailed, call
+def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None, *, otherwise: str = "") -> Any:
+    """`otherwise`: what users can do instead if cortex does not run, or they have no key for this."""
+    from cortex.cli.client import CALL_TIMEOUT_SECS, LOAD_TIMEOUT_SECS, CallFailed, ErrorAnswer, NotConnected, call
 
     timeout = CALL_TIMEOUT_SECS if body is None else LOAD_TIMEOUT_SECS
     try:
         key = credential_for(url)
         return call(url, method, path, api_key=key, body=body, timeout_secs=timeout)
     except CallFailed as error:
-        fail("cortex", error)
+        status = error.status if isinstance(error, ErrorAnswer) else None
+        hinted = isinstance(error, NotConnected) or status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        fail("cortex", f"{error}{otherwise}" if hinted and "--config" not in str(error) else error)
 
 
 def credential_for(url: str) -> str | None:

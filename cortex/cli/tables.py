@@ -81,6 +81,7 @@ def keys_table(answer: dict[str, Any]) -> str:
     rows = [
         [
             key["name"],
+            key["id"],
             f"{key['prefix']}…" if key["prefix"] else "-",
             key["role"],
             ", ".join(key["models"]) or "all",
@@ -90,7 +91,7 @@ def keys_table(answer: dict[str, Any]) -> str:
         ]
         for key in answer["keys"]
     ]
-    return table([["NAME", "KEY", "ROLE", "MODELS", "LIMITS", "EXPIRES", "SOURCE"], *rows])
+    return table([["NAME", "ID", "KEY", "ROLE", "MODELS", "LIMITS", "EXPIRES", "SOURCE"], *rows])
 
 
 def _limits_text(limits: dict[str, Any]) -> str:

@@ -29,6 +29,14 @@ def parse_duration(text: str) -> float:
     return secs
 
 
+def exact_duration(secs: float) -> str:
+    """`7d`, `90m`, `45s`: in the largest unit that divides it, as `parse_duration` reads it."""
+    for unit in ("d", "h", "m"):
+        if secs % _UNIT_SECS[unit] == 0:
+            return f"{secs / _UNIT_SECS[unit]:g}{unit}"
+    return f"{secs:g}s"
+
+
 def duration_text(secs: float) -> str:
     """`45 s`, `12 min`, `1 h 59 min`, `3 d 2 h`: rounded up, in at most two units."""
     left = math.ceil(secs)

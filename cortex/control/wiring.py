@@ -282,7 +282,7 @@ async def running_control(
             loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline, storage = _timeline(core), Storage(state.directory)
+        timeline, storage = _timeline(core), _storage(state, database)
         loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
         if books is not None:
@@ -307,6 +307,10 @@ async def running_control(
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await timeline.flush()
             await state.close()
+
+
+def _storage(state: StateFile, database: Database | None) -> Storage:
+    return Storage(state.directory, opened_unwritable=database is None or database.read_only)
 
 
 def _timeline(core: ControlCore) -> Timeline:

@@ -7,7 +7,7 @@ from typing import Final
 
 from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
 from cortex.accounts.keys.key_table import KeyTable
-from cortex.accounts.sign_in.person import SESSION_PREFIX, Identified, People, is_token
+from cortex.accounts.sign_in.person import SESSION_COOKIE, SESSION_PREFIX, Identified, People, is_token
 from cortex.config.settings import CortexConfig
 from cortex.http.request import Request
 from shared.errors import ServiceError, Unauthorized
@@ -15,8 +15,6 @@ from shared.errors import ServiceError, Unauthorized
 _MISSING: Final = "this cortex requires an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
 _INVALID: Final = "invalid API key: it is unknown, expired or revoked"
 
-
-SESSION_COOKIE: Final = b"cortex_session"
 _MAX_REMEMBERED: Final = 4096
 
 
@@ -96,12 +94,13 @@ class Authentication:
         return found.caller
 
     def _find(self, api_key: bytes) -> Caller:
-        caller = self._keys.find(api_key)
-        if caller is None:
+        found = self._keys.find(api_key)
+        if found is None:
             if self._people is not None and is_token(api_key):
                 return self._remembered(api_key)
             raise Unauthorized(_INVALID)
-        if self._keys.is_permanent(api_key):
+        caller, permanent = found
+        if permanent:
             self._found[api_key] = caller
         return caller
 

@@ -25,6 +25,7 @@ from cortex.proxy.context import ProxyContext
 from cortex.proxy.cross_site import CrossSiteCheck, allowed_page, is_of_other_page, preflight_answer
 from cortex.proxy.paths import (
     INFERENCE,
+    METRICS,
     REALTIME,
     RESPONSES,
     START_PAGE,
@@ -145,8 +146,10 @@ class Gateway:
 
     def _handle_stranger(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
         request.notice_anthropic_client()
-        path = meant_path(request.raw_path, reads=request.method in {b"GET", b"HEAD"})
-        if not is_open(path) or (path == START_PAGE and not self._shows_page(request)):
+        path = meant_path(request.raw_path, reads=_reads(request))
+        if path == METRICS:  # Prometheus has no key, and would not find them with one
+            return self._refuse(client, request, no_route(request))
+        if not is_open(path) or (path == START_PAGE and not _reads(request)):
             return self._refuse(client, request, error)
         if path != request.raw_path:
             request.use_path(path)
@@ -160,7 +163,7 @@ class Gateway:
         path = meant_path(request.raw_path, reads=method in {b"GET", b"HEAD"})
         if path != request.raw_path:
             request.use_path(path)
-        own = is_own(request.path) or (request.path == START_PAGE and self._shows_page(request))
+        own = is_own(request.path) or (request.path == START_PAGE and _reads(request))
         if own or (request.path in INFERENCE and method != b"POST"):
             return ControlRequest(self._context, client, request, self._control_address, caller)
         response_id = stored_response_id(method, request.path)
@@ -173,10 +176,6 @@ class Gateway:
             kind = TranslatableRelatedResponse if request.path in TRANSLATORS else RelatedResponse
             return kind(self._context, client, request, caller)
         return self._infer(client, request, caller)
-
-    def _shows_page(self, request: Request) -> bool:
-        """Whether a request for `/` comes from a browser that gets a page."""
-        return request.method in {b"GET", b"HEAD"} and b"text/html" in (request.passed_value(b"accept") or b"")
 
     def _infer(self, client: ClientConnection, request: Request, caller: Caller) -> Handler:
         if request.streamed is not None and isinstance(request.streamed, SpooledForm):
@@ -232,6 +231,10 @@ class Gateway:
 
     async def refresh(self) -> None:
         """Does nothing: the counts are always current."""
+
+
+def _reads(request: Request) -> bool:
+    return request.method in {b"GET", b"HEAD"}
 
 
 def _is_preflight(request: Request) -> bool:

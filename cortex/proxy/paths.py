@@ -46,7 +46,9 @@ OWN_PATHS: Final = (
 REGISTER: Final = b"/fleet/register"
 """Neurons show the registration token there, which is not an API key."""
 START_PAGE: Final = b"/"
-"""The dashboard, for browsers."""
+"""The dashboard, for browsers; for others a hint."""
+METRICS: Final = b"/metrics"
+"""Not here, but on `metrics_listen`."""
 SIGN_IN_PAGES: Final = frozenset({START_PAGE, b"/login", b"/login/callback"})
 """A browser may come to these from the page of another site, the issuer's among them: they change nothing."""
 _OPEN_PATHS: Final = SIGN_IN_PAGES | {b"/health", b"/openapi.json", b"/login/settings", b"/logout", REGISTER}
@@ -180,6 +182,11 @@ def not_for_clients(request: Request) -> Forbidden:
 
 def no_route(request: Request) -> NotFound:
     """The error for an unknown path. It gives the base URLs, with https if a proxy in front says so."""
+    if request.path == METRICS:
+        return NotFound(
+            "no metrics here: cortex serves them at /metrics of the address in [gateway] metrics_listen of cortex.toml,"
+            " by default http://127.0.0.1:31314/metrics on its host"
+        )
     scheme = "https" if forwarded_https(request.passed_value(b"x-forwarded-proto") or b"") else "http"
     base = f"{scheme}://{shortened((request.host or b'HOST').decode('latin-1'))}"
     method, path = request.method.decode("latin-1"), shortened(request.raw_path.decode("latin-1"))

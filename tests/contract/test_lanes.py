@@ -9,6 +9,12 @@ import pytest
 from tests.lanes import LONGEST, TOGETHER, directories, main
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests here start pytest 15 times, and most of a start is the import of plugins."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 def test_every_test_file_is_run_once() -> None:
     files = [file for found in directories(["tests"]).values() for file in found]
     assert sorted(files) == sorted(path.as_posix() for path in Path("tests").rglob("test_*.py"))

@@ -49,6 +49,7 @@ async def test_adapters_of_a_real_vllm(real_vllm: RealVllm, mark: str, tmp_path:
         "extra_args": ["--enforce-eager", "--kv-cache-memory-bytes", "64M", "--max-model-len", "256"],
         "env": {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         "port_range": [28400, 28449],
+        "spare": False,  # there is no second load
     }
     async with neuron_here(config_of(tmp_path / "state", harness={"vllm": vllm})) as neuron:
         models: list[dict[str, Any]] = [

@@ -69,7 +69,9 @@ class Database:
         """A transaction that writes; committed at the end of the body, undone by an exception. SQLite has one at a
         time, over all processes."""
         if self.read_only:
-            raise DatabaseError(f"{self} cannot be written")
+            raise DatabaseError(
+                f"{self} cannot be written (a running cortex notices a change of that when it restarts)"
+            )
         return self._transaction(self._writing)
 
     @contextlib.asynccontextmanager

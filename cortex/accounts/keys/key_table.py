@@ -29,19 +29,16 @@ class KeyTable(msgspec.Struct, frozen=True):
         to everyone."""
         return not (self.callers or self.configured)
 
-    def find(self, api_key: bytes) -> Caller | None:
-        """The caller with this key; None if it is unknown or has expired."""
+    def find(self, api_key: bytes) -> tuple[Caller, bool] | None:
+        """The caller with this key, and whether the key never expires; None if it is unknown or has expired."""
         digest = sha256(api_key).digest()
         caller = self.callers.get(digest)
-        if caller is not None and self.expiries:
-            expiry = self.expiries.get(digest)
-            if expiry is not None and expiry <= time.time():
-                return None
-        return caller
-
-    def is_permanent(self, api_key: bytes) -> bool:
-        """Whether this key, which `find` has found, never expires."""
-        return sha256(api_key).digest() not in self.expiries
+        if caller is None:
+            return None
+        expiry = self.expiries.get(digest)
+        if expiry is None:
+            return caller, True
+        return None if expiry <= time.time() else (caller, False)
 
 
 NO_KEYS = KeyTable()

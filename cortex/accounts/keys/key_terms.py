@@ -12,7 +12,7 @@ from cortex.accounts.caller import Role
 from cortex.accounts.keys.api_key import ApiKey
 from cortex.accounts.limits.budget_window import CALENDAR
 from cortex.accounts.limits.terms import Budget, KeyLimits, Limits
-from cortex.config.durations import parse_duration
+from cortex.config.durations import exact_duration, parse_duration
 from cortex.config.model_tables import MAX_COUNT
 from shared.settings import SettingsModel
 
@@ -54,15 +54,8 @@ def parse_budget(text: str) -> Budget:
 
 def budget_text(budget: Budget) -> str:
     """The budget as `parse_budget` reads it."""
-    window = budget.window if isinstance(budget.window, str) else _window_text(budget.window)
+    window = budget.window if isinstance(budget.window, str) else exact_duration(budget.window)
     return f"{budget.amount:.15g}{budget.unit}/{window}"
-
-
-def _window_text(secs: float) -> str:
-    for unit, unit_secs in (("d", 86400), ("h", 3600), ("m", 60)):
-        if secs % unit_secs == 0:
-            return f"{secs / unit_secs:g}{unit}"
-    return f"{secs:g}s"
 
 
 Moment: TypeAlias = str | datetime | date

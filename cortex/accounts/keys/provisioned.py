@@ -26,6 +26,7 @@ else:
 
 ENVIRONMENT = "environment"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TOML_LINE = re.compile(r"\s*(?:\[keys\]|(?:keys|name|key|sha256)\s*=)")
 _SECRET = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -108,6 +109,8 @@ def keys_in_environment(environ: Mapping[str, str], currency: str = "EUR") -> li
         name, colon, key = line.strip().partition(":")
         if not line.strip() or line.lstrip().startswith("#"):
             continue
+        if _TOML_LINE.match(line):
+            raise SettingsError([f"{where}: line {number} looks like TOML: put [[keys]] on a line before each key"])
         if not colon:
             raise SettingsError([f"{where}: line {number} must be NAME:KEY"])
         key = key.strip()

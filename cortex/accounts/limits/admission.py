@@ -7,9 +7,10 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import astuple
 
+from cortex.accounts.limits.budget_window import BudgetWindow
 from cortex.accounts.limits.exceeded import limit_exceeded, rate_state
-from cortex.accounts.limits.scope import Refusal, Reserved, Scope
-from cortex.accounts.limits.terms import KeyLimits, Limits, ModelTerms, TokenBound
+from cortex.accounts.limits.scope import Reserved, Scope, longest
+from cortex.accounts.limits.terms import WHOLE_CONTEXT, KeyLimits, Limits, ModelTerms, TokenBound
 
 UNKNOWN_CONTEXT: Final = 131072
 """Tokens of context of a model of which nothing is known."""
@@ -71,8 +72,8 @@ class RequestTerms:
         of_prompt = (prompt - cached) * self._input_price + cached * self._cached_price
         return of_prompt + completion * self._output_price
 
-    def check(self, tokens: int, cost: float, now: float) -> None:
-        """Whether all scopes admit a request that may use so much.
+    def check(self, bound: TokenBound, tokens: int, cost: float, now: float) -> None:
+        """Whether all scopes admit a request of this bound, which may use so much (`most`).
 
         Raises:
             LimitExceeded: a scope refuses it.
@@ -84,8 +85,36 @@ class RequestTerms:
                 refused = True
         if refused:
             found = [scope.refusal(tokens, cost) for scope in self.scopes]
-            worst = max([refusal for refusal in found if refusal is not None], key=_how_long)
-            raise limit_exceeded(worst, rate_state(self.scopes))
+            worst = longest([refusal for refusal in found if refusal is not None])
+            made_of, advice = self._made_of(bound), self._advice(bound, worst.window)
+            raise limit_exceeded(worst, rate_state(self.scopes), made_of=made_of, advice=advice)
+
+    def _made_of(self, bound: TokenBound) -> str:
+        """What the tokens of a refused request are, for people."""
+        if bound.prompts == 1 and bound.prompt >= self._context:
+            return "the model's whole context"
+        if bound.output is None:
+            return "its prompt and, as it sets no max_tokens, the longest answer"
+        return "its prompt and max_tokens" if bound.output else "its prompt"
+
+    def _advice(self, bound: TokenBound, window: BudgetWindow | None) -> str:
+        """How a request gets within this budget that is larger than all of it."""
+        if window is None:
+            return ""
+        if bound.prompt >= WHOLE_CONTEXT:
+            return "images, audio and files count as the model's whole context, so the budget must allow that much"
+        fits = self._longest_answer(bound, window)
+        if fits > 0:
+            return f"send max_tokens, at most {fits}" if bound.output is None else f"lower max_tokens to {fits}"
+        return "shorten the prompt" if bound.prompts == 1 else "send less text at a time"
+
+    def _longest_answer(self, bound: TokenBound, window: BudgetWindow) -> int:
+        """The highest max_tokens with which the request is within the whole budget; 0 for none."""
+        in_tokens = window.in_tokens
+        prompt = min(bound.prompt, self._context) if bound.prompts == 1 else bound.prompt
+        left = window.amount - prompt * (1.0 if in_tokens else self._input_price)
+        each = bound.answers * (1.0 if in_tokens else self._output_price)
+        return int(left / each) if left > 0.0 and each > 0.0 and bound.output != 0 else 0
 
     def reserve(self, tokens: int, cost: float) -> HeldTokens:
         """Counts a request that all scopes admit."""
@@ -119,7 +148,3 @@ class HeldTokens:
     def settle_estimate(self, tokens: int, cost: float, now: float) -> None:
         """The request has ended, and used about so much: at most what it has reserved."""
         self.settle(min(tokens, self.most_tokens), min(cost, self.most_cost), now)
-
-
-def _how_long(refusal: Refusal) -> float:
-    return float("inf") if refusal.wait_secs is None else refusal.wait_secs

@@ -6,6 +6,8 @@ import math
 from datetime import datetime, timedelta, timezone
 from typing import Final
 
+from cortex.config.durations import exact_duration
+
 BINS: Final = 60
 """A rolling window is counted in this many parts. A part leaves once all of it is outside the window."""
 
@@ -59,7 +61,7 @@ class BudgetWindow:
     @property
     def name(self) -> str:
         """As in `20 EUR per month`."""
-        period = self.window or f"{_duration(self.secs)} (rolling)"
+        period = self.window or f"{exact_duration(self.secs)} (rolling)"
         return f"{self.amount:.15g} {self.unit} per {period}"
 
     def advance(self, now: float) -> None:
@@ -117,10 +119,3 @@ class BudgetWindow:
 
     def _part(self, now: float) -> int:
         return 0 if self.window else math.floor(now / (self.secs / BINS))
-
-
-def _duration(secs: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if secs >= size and secs % size == 0:
-            return f"{secs / size:g} {unit}"
-    return f"{secs:g} s"

@@ -15,14 +15,15 @@ class LimitExceeded(TooManyRequests):
     rates: RateState = NO_RATES
 
 
-def limit_exceeded(refusal: Refusal, rates: RateState) -> LimitExceeded:
-    """What the client of a refused request gets."""
-    code = ErrorCode.INSUFFICIENT_QUOTA if refusal.budget else ErrorCode.RATE_LIMIT_EXCEEDED
+def limit_exceeded(refusal: Refusal, rates: RateState, *, made_of: str, advice: str) -> LimitExceeded:
+    """What the client of a refused request gets. `made_of`: what the tokens of the request are. `advice`: how it gets
+    within a budget that is too small for it."""
+    code = ErrorCode.RATE_LIMIT_EXCEEDED if refusal.window is None else ErrorCode.INSUFFICIENT_QUOTA
     wait = refusal.wait_secs
     if refusal.runs:
         wait = max(RUNNING_REQUEST_SECS, wait or 0.0)
     error = LimitExceeded(
-        f"{refusal.scope.label} {_reason(refusal, wait)}",
+        f"{refusal.scope.label} {_reason(refusal, wait, made_of, advice)}",
         code=code,
         retry_after=wait,
         permanent=wait is None,
@@ -31,21 +32,16 @@ def limit_exceeded(refusal: Refusal, rates: RateState) -> LimitExceeded:
     return error
 
 
-def _reason(refusal: Refusal, wait: float | None) -> str:
-    needs = f": this request may use up to {refusal.needs}" if refusal.needs else ""
-    if not refusal.budget:
-        reached = f"has reached its limit of {refusal.limit}{needs}"
-        return (
-            f"{reached}; {_when(refusal, wait)}"
-            if wait is not None
-            else f"may send no request (limit: {refusal.limit})"
-        )
+def _reason(refusal: Refusal, wait: float | None, made_of: str, advice: str) -> str:
+    most, window = f"may use up to {refusal.needs} ({made_of})", refusal.window
+    if wait is None and (window is None or not window.amount):
+        return f"may send no request ({'limit' if window is None else 'budget'}: {refusal.limit})"
     if wait is None:
-        return (
-            f"cannot send this request: it may use up to {refusal.needs}, more than the whole budget of "
-            f"{refusal.limit}; lower max_tokens or shorten the prompt"
-        )
-    return f"has not enough left of its budget of {refusal.limit}{needs}; {_when(refusal, wait)}"
+        return f"cannot send this request: it {most}, more than the whole budget of {refusal.limit}; {advice}"
+    text = f"has reached its limit of {refusal.limit}"
+    if window is not None:
+        text = f"has not enough left of its budget of {refusal.limit}"
+    return f"{text}{f': this request {most}' if refusal.needs else ''}; {_when(refusal, wait)}"
 
 
 def _when(refusal: Refusal, wait: float) -> str:

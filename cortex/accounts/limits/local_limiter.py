@@ -80,7 +80,7 @@ class LocalLimiter:
         if not terms.scopes:
             return UNLIMITED
         tokens, cost = terms.most(bound)
-        terms.check(tokens, cost, now)
+        terms.check(bound, tokens, cost, now)
         if self._states is not None:
             for scope in terms.scopes:
                 if not scope.is_allowed_unwritten(tokens, cost):

@@ -6,6 +6,7 @@ running requests may still use is within the limit: one minute's amount and what
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from cortex.accounts.limits.budget_window import TOLERANCE, BudgetWindow
@@ -20,18 +21,24 @@ Reserved = list[tuple[BudgetWindow, float]]
 
 class Refusal:
     """Why a scope does not admit a request. `wait_secs`: when it would be admitted at the earliest, None if never.
-    `limit` is what stands in its way, for people. `runs`: it also has to wait for requests that run. `budget`: the
-    limit is a budget. `needs`: what the request may use, for people, "" if it does not matter."""
+    `limit` is what stands in its way, for people. `runs`: it also has to wait for requests that run. `window`: of the
+    budget that refuses, None for another limit. `needs`: what the request may use, for people, "" if it does not
+    matter."""
 
     def __init__(
-        self, scope: Scope, limit: str, wait_secs: float | None, *, runs: bool, budget: bool, needs: str
+        self, scope: Scope, limit: str, wait_secs: float | None, *, runs: bool, window: BudgetWindow | None, needs: str
     ) -> None:
         self.scope = scope
         self.limit = limit
         self.wait_secs = wait_secs
         self.runs = runs
-        self.budget = budget
+        self.window = window
         self.needs = needs
+
+    @property
+    def how_long(self) -> float:
+        """As `wait_secs`, infinite for never."""
+        return math.inf if self.wait_secs is None else self.wait_secs
 
 
 class Scope:
@@ -107,9 +114,9 @@ class Scope:
 
     def needed(self, tokens: int) -> float:
         """What a request that may use so many tokens reserves of the bucket: at most all of it, so that a
-        large request is admitted at all."""
+        large request is admitted at all. A limit of 0 admits none."""
         wanted = float(tokens)
-        return wanted if wanted < self.tpm else self.tpm
+        return wanted if wanted < self.tpm or self.tpm == 0.0 else self.tpm
 
     def refuses(self, tokens: int, cost: float) -> bool:
         """After `advance`: whether a request that may use so many tokens, or so much money, is not admitted."""
@@ -133,29 +140,32 @@ class Scope:
         """The refusing limit with the longest wait."""
         found: list[Refusal] = []
         if 0 <= self.parallel <= self.running:
-            found.append(self._refused(_counted(self.parallel, "parallel request"), 0.0, runs=True))
+            limit = _counted(self.parallel, "parallel request")
+            found.append(self._refused(limit, 0.0 if self.parallel else None, runs=self.parallel > 0))
         if self.rpm >= 0 and self.requests + TOLERANCE < 1.0:
             wait = (1.0 - self.requests) * 60.0 / self.rpm if self.rpm else None
             found.append(self._refused(f"{_counted(self.rpm, 'request')} per minute", wait))
         lacking = self.needed(tokens) - self.tokens_free
         if self.tpm >= 0 and lacking > TOLERANCE:
-            runs = self.needed(tokens) + self.reserved > self.tpm + TOLERANCE
+            runs = self.tpm > 0 and self.needed(tokens) + self.reserved > self.tpm + TOLERANCE
             lacking -= self.reserved if runs else 0.0
             wait = max(0.0, lacking) * 60.0 / self.tpm if self.tpm else None
             found.append(
-                self._refused(f"{_counted(self.tpm, 'token')} per minute", wait, runs=runs, needs=_tokens(tokens))
+                self._refused(
+                    f"{_counted(self.tpm, 'token')} per minute", wait, runs=runs, needs=_counted(tokens, "token")
+                )
             )
         for window in self.windows:
             amount = float(tokens) if window.in_tokens else cost
             if not window.has_room(amount):
                 runs = window.total + amount <= window.amount + TOLERANCE
                 wait = 0.0 if runs else window.room_in(amount, self.at)
-                needs = _tokens(tokens) if window.in_tokens else f"{cost:.6g} {window.unit}"
-                found.append(Refusal(self, window.name, wait, runs=runs, budget=True, needs=needs))
-        return max(found, key=_how_long)
+                needs = _counted(tokens, "token") if window.in_tokens else f"{cost:.6g} {window.unit}"
+                found.append(Refusal(self, window.name, wait, runs=runs, window=window, needs=needs))
+        return longest(found)
 
     def _refused(self, limit: str, wait_secs: float | None, *, runs: bool = False, needs: str = "") -> Refusal:
-        return Refusal(self, limit, wait_secs, runs=runs, budget=False, needs=needs)
+        return Refusal(self, limit, wait_secs, runs=runs, window=None, needs=needs)
 
     def reserve(self, tokens: int, cost: float, budgets: Reserved) -> float:
         """Counts a request. Returns what it reserves of the token bucket; adds to `budgets` what of them."""
@@ -201,12 +211,9 @@ def _counted(number: float, noun: str) -> str:
     return f"{number:.15g} {noun}{'' if number == 1 else 's'}"
 
 
-def _tokens(tokens: int) -> str:
-    return f"{_counted(tokens, 'token')} (prompt length plus max_tokens)"
-
-
-def _how_long(refusal: Refusal) -> float:
-    return float("inf") if refusal.wait_secs is None else refusal.wait_secs
+def longest(refusals: list[Refusal]) -> Refusal:
+    """The one with the longest wait."""
+    return max(refusals, key=lambda refusal: refusal.how_long)
 
 
 def _window(budget: Budget, before: dict[tuple[str, str, float], BudgetWindow]) -> BudgetWindow:

@@ -47,9 +47,10 @@ _CORTEX: Final = "cortex:"
 
 
 class _Asked(NamedTuple):
-    """A request that waits for admission. It may use so many tokens, which cost so much."""
+    """A request of this bound that waits for admission. It may use so many tokens, which cost so much."""
 
     terms: RequestTerms
+    bound: TokenBound
     tokens: int
     cost: float
     answer: asyncio.Future[Grant]
@@ -100,7 +101,7 @@ class SharedLimiter:
         if not terms.scopes:
             return UNLIMITED
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
-        self._asked.append(_Asked(terms, *terms.most(bound), answer))
+        self._asked.append(_Asked(terms, bound, *terms.most(bound), answer))
         self._wanted.set()
         try:
             return await answer
@@ -244,7 +245,7 @@ def _by_name(asked: Iterable[_Asked], settled: Iterable[_Settled]) -> dict[str, 
 
 def _decision(asked: _Asked, now: float) -> HeldTokens | LimitExceeded:
     try:
-        asked.terms.check(asked.tokens, asked.cost, now)
+        asked.terms.check(asked.bound, asked.tokens, asked.cost, now)
     except LimitExceeded as refused:
         return refused
     return asked.terms.reserve(asked.tokens, asked.cost)

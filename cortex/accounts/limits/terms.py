@@ -48,6 +48,10 @@ class KeyLimits(msgspec.Struct, frozen=True):
         return self.total.unlimited and all(limits.unlimited for limits in self.by_models.values())
 
 
+WHOLE_CONTEXT: Final = 1 << 40
+"""As the tokens of one prompt: as many as the model's context."""
+
+
 class TokenBound(msgspec.Struct, frozen=True, gc=False):
     """The tokens that a request can use at most, as far as its body says.
 

@@ -13,8 +13,10 @@ from cortex.accounts.caller import PERSON_PREFIX, Caller, Role
 from cortex.config.sign_in import OidcSettings
 from shared.errors import Forbidden, Unauthorized, shortened
 
+SESSION_COOKIE: Final = b"cortex_session"
+"""The name of a browser's cookie."""
 SESSION_PREFIX: Final = b"cortex-session-"
-"""Of the secret in a browser's cookie."""
+"""Begins the secret in this cookie."""
 
 _NAME_CLAIMS: Final = ("preferred_username", "email", "name")
 _UNUSUAL: Final = re.compile(r"[^A-Za-z0-9._@+-]")

@@ -58,9 +58,19 @@ class NoUsageLog:
 class UsageJournal:
     """Implements UsageLog with files in a directory. Needs a running loop."""
 
-    def __init__(self, directory: Path, prices: PriceList, count_dropped: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        prices: PriceList,
+        count_dropped: Callable[[int], None],
+        *,
+        max_pending: int = MAX_PENDING,
+        retry_secs: float = RETRY_SECS,
+    ) -> None:
         """`count_dropped` is told how many records were dropped, each time some are."""
         self._directory = directory
+        self._max_pending = max_pending
+        self._retry_secs = retry_secs
         self._count_dropped = count_dropped
         self._pending: list[UsageRecord] = []
         self._prices = prices
@@ -125,13 +135,13 @@ class UsageJournal:
         problem = self._writer.problem
         if problem:
             self._drop_excess()
-            self._write_in(RETRY_SECS)
+            self._write_in(self._retry_secs)
         if problem and not self._failed:
             log.error(
                 "usage cannot be written to %s: %s; up to %d records are kept in memory, older ones are dropped",
                 self._directory,
                 problem,
-                MAX_PENDING,
+                self._max_pending,
             )
         elif self._failed and not problem:
             log.warning("usage is written to %s again; %d records were dropped", self._directory, self._dropped)
@@ -139,7 +149,7 @@ class UsageJournal:
         self._failed = bool(problem)
 
     def _drop_excess(self) -> None:
-        excess = len(self._pending) - MAX_PENDING
+        excess = len(self._pending) - self._max_pending
         if excess > 0:
             del self._pending[:excess]
             self._dropped += excess

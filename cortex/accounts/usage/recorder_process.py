@@ -96,6 +96,7 @@ class RecorderProcess:
                 log.warning("the usage recorder cannot be started: %s", error.strerror)
             else:
                 self._tell()
+                self._tell_problem("")  # of the one before
                 assert self._process.stdout is not None
                 async for line in self._process.stdout:
                     self._tell_problem(line.decode("utf-8", "replace").strip())

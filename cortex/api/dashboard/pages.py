@@ -28,8 +28,17 @@ _HEADERS = {
     ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
+    "Vary": "Accept",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",  # asked for again each time: an update of cortex must not meet old scripts
+}
+_WHERE = {
+    "service": "cortex",
+    "dashboard": "open this address in a browser",
+    "base_url": {"openai": "/v1", "anthropic": "/"},
+    "health": "/health",
+    "openapi": "/openapi.json",
+    "metrics": "at /metrics of the address in [gateway] metrics_listen of cortex.toml, not here",
 }
 
 
@@ -48,8 +57,11 @@ _FILES = {path.relative_to(_STATIC).as_posix(): _read(path) for path in _STATIC.
 
 
 async def show_page(request: web.Request) -> web.Response:
-    """The dashboard's page. It asks for a key or a sign-in itself where one is needed."""
-    return _answer(request, _FILES["index.html"])
+    """The dashboard's page. It asks for a key or a sign-in itself where one is needed. Clients other than browsers get
+    JSON that says where everything is."""
+    if "text/html" in request.headers.get("Accept", ""):
+        return _answer(request, _FILES["index.html"])
+    return web.json_response(_WHERE, headers={"Vary": "Accept", "Cache-Control": "no-cache"})
 
 
 async def show_file(request: web.Request) -> web.Response:

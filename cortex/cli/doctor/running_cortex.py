@@ -24,11 +24,14 @@ def check_cortex(
     except NotConnected as error:
         yield from _not_running(url, files, model, str(error))
         return
+    except ErrorAnswer as error:
+        yield fault("cortex", str(error)) if isinstance(error.body, dict) else _stranger(url, files, f": {error}")
+        return
     except CallFailed as error:
-        yield fault("cortex", str(error))
+        yield fault("cortex", str(error).replace(" or CORTEX_URL", ""))  # doctor does not read it
         return
     if nodes is None:
-        yield fault("cortex", f"{url} answers, but not like a cortex", "end that program, or change [gateway] listen")
+        yield _stranger(url, files)
         return
     yield _of_health(url, nodes.get("healthy"), nodes.get("total"))
     try:
@@ -41,6 +44,13 @@ def check_cortex(
         return
     yield from _of_fleet(fleet, files)
     yield check_completion(url, fleet, model, api_key, tell)
+
+
+def _stranger(url: str, files: DeploymentFiles, said: str = "") -> Finding:
+    """Another program has the address. `said`: its answer."""
+    here = base_url(url) == listen_url(files.config)
+    advice = "end that program, or change [gateway] listen" if here else "correct --url"
+    return fault("cortex", f"{url} answers, but not like a cortex{said}", advice)
 
 
 def _health(url: str) -> Any:

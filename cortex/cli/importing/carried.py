@@ -44,6 +44,11 @@ class CarriedOver:
         value = self.aliases.get(alias)
         return value["model"] if isinstance(value, dict) else value
 
+    def changes(self, alias: str) -> dict[str, Any]:
+        """What the alias changes in requests."""
+        value = self.aliases.get(alias)
+        return {key: each for key, each in value.items() if key != "model"} if isinstance(value, dict) else {}
+
     def add_alias(self, alias: str, target: str, **changes: Any) -> None:
         """Another name for a model, which may change requests. Notes a name that is taken, and changes that differ
         from those of the same alias before."""
@@ -102,6 +107,10 @@ def drop_invalid(found: CarriedOver) -> None:
             found.note(str(table["id"]), f"left out: {': '.join(first_problem(error))}")
     for alias, value in list(found.aliases.items()):
         model_id = found.target(alias)
+        if found.model(alias) is not None:
+            del found.aliases[alias]
+            found.note(alias, f"the alias for {model_id!r} is left out: the name is taken")
+            continue
         try:
             Catalogue.model_validate({"models": [{"id": model_id}], "aliases": {alias: value}})
         except ValidationError as error:

@@ -45,7 +45,7 @@ def read_litellm(config: Mapping[str, Any]) -> CarriedOver:
         if found.model(model_id) is None:
             found.note(str(alias), f"the alias for {name!r} is left out: that model is not carried over")
         else:
-            found.add_alias(str(alias), model_id)
+            found.add_alias(str(alias), model_id, **found.changes(str(name)))
     for table in (router, settings):
         for key in table:
             if key.endswith("fallbacks"):
@@ -87,7 +87,14 @@ def _read_entry(entry: Mapping[str, Any], found: CarriedOver) -> None:
     defaults = {key: parameters[key] for key in _DEFAULTS if parameters.get(key) is not None}
     extra = defaults.pop("extra_body", {})
     changes = {**(extra if isinstance(extra, dict) else {}), **defaults}
-    if name and name != rest:
+    other = name if found.model(name) is not None else found.target(name)
+    if other not in (None, rest):
+        found.note(
+            name,
+            f"LiteLLM sends some of its requests to {rest!r}: left out, as a name stands for one model in cortex; "
+            f"{name!r} stays {other!r}, and clients can request {rest!r} by its id",
+        )
+    elif name and name != rest:
         found.add_alias(name, rest, **({"default": changes} if changes else {}))
     elif changes:
         found.note(rest, f"{', '.join(changes)}: left out; make an alias with `default` for them")

@@ -12,16 +12,13 @@ from typing import Final
 
 import msgspec
 
-from cortex.accounts.limits.terms import TokenBound
+from cortex.accounts.limits.terms import WHOLE_CONTEXT, TokenBound
 from cortex.proxy.body.form_scan import is_form
 from cortex.proxy.body.json_scan import may_have
 from cortex.proxy.body.model_field import JSON_TYPE, made_strict, read_fields
 from cortex.proxy.body.request_fields import ABSENT, RequestFields, TextFields, decode_list, decode_texts
 
 _CHAT: Final = b"/v1/chat/completions"
-
-WHOLE_CONTEXT: Final = 1 << 40
-"""As the tokens of one prompt: as many as the model's context."""
 
 _WITHOUT_OUTPUT: Final = frozenset(
     b"/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /classify /v1/classify /pooling /v1/pooling "

@@ -69,7 +69,7 @@ async def test_a_directory_that_cannot_be_written_at_first(tmp_path: Path, benjy
         assert await status_of(cortex.url, "") == 404
         (tmp_path / "file").unlink()
         await until(lambda: usage_in(state / "cortex.db") == ["/v1/chat/completions"])
-        await warned(cortex.url, "", None)
+        await warned(cortex.url, "", f"{state} could not be written when cortex started: restart cortex")
 
 
 async def test_a_database_that_cannot_be_written(

@@ -20,7 +20,9 @@ from cortex.accounts.keys.key_terms import (
     parse_model_limits,
 )
 from cortex.accounts.keys.provisioned import keys_in_environment, keys_in_file
+from cortex.accounts.keys.unmatched_globs import unmatched_globs
 from cortex.accounts.limits.terms import Budget, Limits
+from cortex.config.catalogue import Catalogue
 from shared.settings import SettingsError
 
 SECRET = "sk-very-secret-0123456789"
@@ -151,8 +153,8 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
     assert alice.limits.by_models == {"org/big*": Limits(tpm=1000, budgets=(Budget(1, "EUR", "day"),))}
     assert alice.expires_at == datetime(2099, 1, 31, tzinfo=timezone.utc).timestamp()
     table = key_table([alice, bob])
-    assert table.find(SECRET.encode()) == alice.caller
-    assert table.find(b"bob's") == bob.caller
+    assert table.find(SECRET.encode()) == (alice.caller, False)
+    assert table.find(b"bob's") == (bob.caller, True)
     assert not bob.caller.limited
     assert table.find(b"") is None
     assert table.find("ä".encode()) is None
@@ -253,6 +255,31 @@ def test_a_hash_in_place_of_a_key(kind: str) -> None:
     text = f'[[keys]]\nname = "ci"\nkey = "{kind}:{digest_of(SECRET).hex()}"'
     with pytest.raises(SettingsError, match=r"keys\[0\] \(ci\): key: is a SHA-256, not a key: write sha256 instead"):
         keys_in_environment({"CORTEX_KEYS": text})
+
+
+@pytest.mark.parametrize("text", ['name = "ci"\nkey = "sk:secret"', "# ours\n[keys]\n", 'keys = [{name = "ci"}]'])
+def test_toml_without_its_table_in_the_environment(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"CORTEX_KEYS: line \d looks like TOML: put \[\[keys\]\]") as caught:
+        keys_in_environment({"CORTEX_KEYS": text})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("globs", "said"),
+    [
+        (["org/*"], []),
+        (["fast"], ["'fast' matches no model, because globs are compared with model ids: fast is an alias of org/a"]),
+        (["org/a@q4"], ["name 'org/a', for all its variants"]),
+        (["org/a", "orgs/*"], ["'orgs/*' matches no model of models.toml"]),
+    ],
+)
+@pytest.mark.parametrize("field", ["models", "limits"])
+def test_globs_that_allow_no_model(field: str, globs: list[str], said: list[str]) -> None:
+    catalogue = Catalogue.model_validate({"models": [{"id": "org/a"}], "aliases": {"fast": "org/a"}})
+    terms = KeyTerms.model_validate({"name": "x", field: globs if field == "models" else {glob: {} for glob in globs}})
+    warnings = unmatched_globs(terms, catalogue)
+    assert len(warnings) == len(said)
+    assert all(text in warning for warning, text in zip(warnings, said, strict=True))
 
 
 def test_wrong_lines_of_the_environment() -> None:

@@ -135,6 +135,14 @@ async def test_refusals_of_the_commands(tmp_path: Path, benjy: V1Neuron) -> None
         status, _, errors = await keys("list", url=cortex.url)
         assert status == 1
         assert "set CORTEX_API_KEY to a valid key" in errors
+        assert errors.endswith("; on cortex's host, `--config FILE` works without a key\n")
+        created = [
+            keys("create", f"ci{place}", "--models", "nothing", place, where, key=admin)
+            for place, where in (("--url", cortex.url), ("--config", str(file)))
+        ]
+        for status, output, errors in await asyncio.gather(*created):
+            assert (status, errors.count("warning: 'nothing' matches no model of models.toml")) == (0, 1)
+            assert output.splitlines()[-1].startswith("sk-cortex-")
     status, _, errors = await keys("create", "x", "--limit", "nonsense")
     assert status == 2
     assert "invalid limit 'nonsense'" in errors

@@ -36,9 +36,10 @@ async def test_a_browser_gets_the_page(running: RunningCortex) -> None:
             assert response.status == 200
 
 
-async def test_other_clients_do_not_get_the_page(running: RunningCortex) -> None:
+async def test_other_clients_learn_where_everything_is(running: RunningCortex) -> None:
     async with running.http.get(f"{running.url}/", headers={"Accept": "application/json"}) as response:
-        assert response.status == 404
+        assert (response.status, response.headers["Vary"]) == (200, "Accept")
+        assert (await response.json())["openapi"] == "/openapi.json"
 
 
 @pytest.mark.parametrize(

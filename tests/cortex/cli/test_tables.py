@@ -194,7 +194,14 @@ def test_variants_in_the_tables() -> None:
     [(None, "never"), (1700000000.0, "2023-11-14 22:13 UTC (expired)"), (4102444800.0, "2100-01-01 00:00 UTC")],
 )
 def test_expired_keys_are_marked(expires_at: float | None, shown: str) -> None:
-    key: dict[str, Any] = {"name": "a", "prefix": "", "role": "user", "models": [], "source": "database"}
+    key: dict[str, Any] = {
+        "name": "a",
+        "id": "file:a",
+        "prefix": "",
+        "role": "user",
+        "models": [],
+        "source": "database",
+    }
     key |= {"rpm": None, "tpm": None, "parallel": None, "budget": [], "expires_at": expires_at}
     row = keys_table({"keys": [key]}).splitlines()[-1]
-    assert re.split(r" {2,}", row) == ["a", "-", "user", "all", "none", shown, "database"]
+    assert re.split(r" {2,}", row) == ["a", "file:a", "-", "user", "all", "none", shown, "database"]

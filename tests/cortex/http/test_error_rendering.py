@@ -23,6 +23,7 @@ from shared.errors import (
 )
 from shared.http import error_middleware
 from shared.serve import Site, bind, serving
+from tests.cortex.http.idle_dispatcher import IdleDispatcher
 from tests.cortex.raw_http import Answer, connected, request
 
 ERRORS = (
@@ -41,23 +42,11 @@ OWN_FRAMING = {"connection", "content-length", "date", "server"}
 """Headers of the transport."""
 
 
-class RefusesAll:
+class RefusesAll(IdleDispatcher):
     """A dispatcher and handler that refuses each request with the same error."""
-
-    max_body_bytes = 1000
-    draining = False
 
     def __init__(self, error: ServiceError) -> None:
         self._error = error
-
-    def rejected(self, request: Request | None, error: ServiceError) -> str:
-        raise AssertionError(error)
-
-    def spool(self, request: Request) -> None:
-        return None
-
-    def can_begin(self, request: Request, start: bytes) -> bool:
-        return False
 
     def handle(self, client: ClientConnection, request: Request) -> RefusesAll:
         self._client = client
@@ -65,16 +54,6 @@ class RefusesAll:
 
     def begin(self) -> None:
         self._client.refuse(self._error, "an-id")
-
-    def abandon(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def pause(self) -> None: ...
-
-    def resume(self) -> None: ...
-
-    def tick(self, now: float) -> None: ...
 
 
 async def from_aiohttp(error: ServiceError, sent: bytes) -> Answer:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cortex.accounts.caller import ANONYMOUS, GUEST, LOOPBACK, Caller
+from cortex.accounts.keys import key_table
 from cortex.accounts.keys.key_table import KeyTable
 from cortex.accounts.sign_in.person import Identified
 from cortex.config.settings import CortexConfig
@@ -194,6 +195,22 @@ def test_a_wrong_key_is_an_error_even_where_none_is_needed() -> None:
         with pytest.raises(Unauthorized, match="invalid API key"):
             Authentication(keys, config).caller_of(request_from("127.0.0.1", "x-api-key: sk-bob"))
     assert Authentication(KeyTable(), config).caller_of(request_from("127.0.0.1", "x-api-key: any")) is ANONYMOUS
+
+
+@pytest.mark.parametrize(("expiries", "hashed"), [({}, 1), ({sha256(b"sk-alice").digest(): 4e9}, 2)])
+def test_how_often_a_key_is_hashed(monkeypatch: pytest.MonkeyPatch, expiries: dict[bytes, float], hashed: int) -> None:
+    """Once; one that expires once for each request."""
+    seen: list[bytes] = []
+
+    def noted(key: bytes) -> object:
+        seen.append(key)
+        return sha256(key)
+
+    monkeypatch.setattr(key_table, "sha256", noted)
+    authentication = Authentication(KeyTable(SOME_KEY.callers, expiries), CortexConfig())
+    for _ in range(2):
+        assert authentication.caller_of(request_from("192.0.2.1", "x-api-key: sk-alice")).name == "alice"
+    assert len(seen) == hashed
 
 
 def test_trust_follows_a_reload() -> None:

@@ -111,7 +111,6 @@ async def test_one_model_is_served_too(client: RawClient, target: str) -> None:
         ("POST", "/v1/chat/"),
         ("POST", "/api/chat"),
         ("GET", "/v1"),
-        ("GET", "/"),
         ("GET", "/api/tags"),
         ("PUT", "/v1/files/x"),
         ("HEAD", "/nowhere"),
@@ -129,6 +128,15 @@ async def test_other_paths_get_a_404_with_the_base_url(
         assert "http://ai.internal:31313/v1 for OpenAI" in text
         assert target in text
     assert engine.requests == []
+
+
+async def test_other_paths_that_people_try(client: RawClient) -> None:
+    """They say where the dashboard and the metrics are."""
+    answer = await client.ask(request(method="GET", target="/"), "GET")
+    assert (answer.status, answer.get("content-type")) == (200, "application/json; charset=utf-8")
+    assert json.loads(answer.body)["dashboard"] == "open this address in a browser"
+    answer = await client.ask(request(method="GET", target="/metrics"), "GET")
+    assert "[gateway] metrics_listen" in message(answer, 404, "not_found")
 
 
 async def test_refused_head_request_gets_no_body(client: RawClient) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cortex.accounts.limits.admission import UNKNOWN_CONTEXT, RequestTerms
-from cortex.accounts.limits.terms import ModelTerms, TokenBound
+from cortex.accounts.limits.terms import WHOLE_CONTEXT, ModelTerms, TokenBound
 from cortex.accounts.prices import Prices
-from cortex.proxy.body.token_bound import WHOLE_CONTEXT, token_bound
+from cortex.proxy.body.token_bound import token_bound
 
 JSON = "application/json"
 

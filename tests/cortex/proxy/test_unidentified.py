@@ -13,8 +13,9 @@ from cortex.http.handler import Handler
 from cortex.http.request import Request
 from cortex.http.server import accepting
 from cortex.proxy.request_kinds.unidentified import UnidentifiedRequest
-from shared.errors import ServiceError, internal_error
+from shared.errors import internal_error
 from shared.serve import bind
+from tests.cortex.http.idle_dispatcher import IdleDispatcher
 from tests.cortex.raw_http import Truncated, connected, request
 
 
@@ -35,24 +36,12 @@ async def test_a_client_that_leaves_at_once() -> None:
     assert (waiting._task.cancelled(), begun) == (True, False)
 
 
-class BuggyDispatcher:
+class BuggyDispatcher(IdleDispatcher):
     """Finds no handler or, as a handler itself, fails to begin."""
-
-    max_body_bytes = 1000
-    draining = False
 
     def __init__(self, *, finds: bool) -> None:
         self._finds = finds
         self.abandoned = asyncio.Event()
-
-    def rejected(self, request: Request | None, error: ServiceError) -> str:
-        raise AssertionError(error)
-
-    def spool(self, request: Request) -> None:
-        return None
-
-    def can_begin(self, request: Request, start: bytes) -> bool:
-        return False
 
     def handle(self, client: ClientConnection, request: Request) -> Handler:
         return UnidentifiedRequest(client, request, self._find)
@@ -67,14 +56,6 @@ class BuggyDispatcher:
 
     def abandon(self) -> None:
         self.abandoned.set()
-
-    def stop(self) -> None: ...
-
-    def pause(self) -> None: ...
-
-    def resume(self) -> None: ...
-
-    def tick(self, now: float) -> None: ...
 
 
 @pytest.mark.parametrize("finds", [False, True])

@@ -18,7 +18,7 @@ from cortex.accounts.limits import local_limiter
 from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.opening import kept_states
-from cortex.accounts.limits.terms import UNLIMITED, Budget, KeyLimits, Limits, RateState, TokenBound
+from cortex.accounts.limits.terms import UNLIMITED, WHOLE_CONTEXT, Budget, KeyLimits, Limits, RateState, TokenBound
 from shared.protocol import ErrorCode
 from shared.tasks import timeout
 from tests.cortex.accounts.limits.owners import ALICE, BOB, DAY, SMALL, Clock, granted, refused, terms
@@ -49,7 +49,45 @@ def test_a_refusal_says_which_limit_and_when_to_retry() -> None:
     assert "'bob' has not enough left of its budget of 100 tokens per day" in error.message
     error = refused(limiter, BOB, TokenBound(100, 10))
     assert (error.retry_after, error.permanent) == (None, True)
-    assert "lower max_tokens" in error.message
+
+
+NO_MAX_TOKENS = "its prompt and, as it sets no max_tokens, the longest answer"
+
+
+@pytest.mark.parametrize(
+    ("bound", "made_of", "advice"),
+    [
+        (
+            TokenBound(30, None),
+            "its prompt and, as it sets no max_tokens, the longest answer",
+            "send max_tokens, at most 70",
+        ),
+        (TokenBound(30, 400, answers=2), "its prompt and max_tokens", "lower max_tokens to 35"),
+        (TokenBound(100, 10), "its prompt and max_tokens", "shorten the prompt"),
+        (TokenBound(120, 0, prompts=2), "its prompt", "send less text at a time"),
+        (TokenBound(WHOLE_CONTEXT, None), "the model's whole context", "images, audio and files count as"),
+    ],
+)
+def test_a_refusal_says_what_fits(bound: TokenBound, made_of: str, advice: str) -> None:
+    """Also to a client that has sent no max_tokens. What it recommends is admitted, and not one token more."""
+    limiter = LocalLimiter(terms(), clock=Clock())
+    limiter.use_keys({"b": KeyLimits(Limits(budgets=(DAY,)))})
+    message = refused(limiter, BOB, bound).message
+    assert f"tokens ({made_of}), more than the whole budget of 100 tokens per day; {advice}" in message
+    if "max_tokens" in advice:
+        fits = int(advice.rsplit(maxsplit=1)[-1])
+        refused(limiter, BOB, TokenBound(bound.prompt, fits + 1, bound.answers))
+        granted(limiter, BOB, bound=TokenBound(bound.prompt, fits, bound.answers))
+
+
+@pytest.mark.parametrize("limits", [Limits(rpm=0), Limits(parallel=0), Limits(tpm=0)])
+def test_a_limit_of_0_admits_nothing(limits: Limits) -> None:
+    """And does not tell the client to try again."""
+    limiter = LocalLimiter(terms(), clock=Clock())
+    limiter.use_keys({"b": KeyLimits(limits)})
+    error = refused(limiter, BOB)
+    assert (error.permanent, error.retry_after) == (True, None)
+    assert "'bob' may send no request (limit: 0 " in error.message
 
 
 def test_all_scopes_of_a_request_count_it_or_none() -> None:

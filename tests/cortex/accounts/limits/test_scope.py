@@ -191,7 +191,7 @@ def test_new_limits_count_what_was_used_before() -> None:
     assert scope.refusal(10, 0) is None
     refusal = scope.refusal(11, 0)
     assert refusal is not None
-    assert refusal.budget
+    assert refusal.window is scope.windows[0]
 
 
 def test_a_clock_that_is_set_back_neither_refills_nor_forgets() -> None:

@@ -101,14 +101,12 @@ async def test_new_prices_begin_another_file(tmp_path: Path) -> None:
 
 
 async def test_records_wait_in_memory_while_the_directory_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It says so once, drops the oldest beyond the limit, counts them, and goes on once it can write."""
-    monkeypatch.setattr(journal, "RETRY_SECS", 0.01)
-    monkeypatch.setattr(journal, "MAX_PENDING", 100)
     (tmp_path / "usage").touch()  # not a directory
     dropped: list[int] = []
-    usage = UsageJournal(tmp_path / "usage", PRICES, dropped.append)
+    usage = UsageJournal(tmp_path / "usage", PRICES, dropped.append, max_pending=100, retry_secs=0.01)
     records = [usage_record() for _ in range(130)]
     for record in records:
         usage.add(record)

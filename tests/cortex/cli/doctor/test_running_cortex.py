@@ -89,6 +89,11 @@ def gateway(address: str, **keys: Any) -> dict[str, Any]:
     ("status", "body", "said"),
     [
         (421, {"error": {"message": "wrong host"}}, "cortex: wrong host"),
+        (
+            404,
+            "<!doctype html><title>x</title><style>p {color: red}</style><h1>Not Found</h1>\n<p>&copy; nginx</p>",
+            "cortex: {url} answers, but not like a cortex: HTTP 404: Not Found © nginx; end that program, or change",
+        ),
         (200, "<html>", "cortex: {url} does not answer like a cortex, check --url"),
         (200, [], "cortex: {url} answers, but not like a cortex; end that program, or change [gateway] listen"),
         (503, {**HEALTH, "nodes": {"healthy": 0, "total": 1}}, "cortex: {url} answers; it reaches 0 of 1 neurons; see"),
@@ -129,7 +134,7 @@ def test_a_cortex_without_a_healthy_neuron(tmp_path: Path) -> None:
     ("name", "trusted", "said"),
     [
         ("127.0.0.1", False, "set CORTEX_CA to a PEM file"),
-        ("cortex.example", True, "set --url or CORTEX_URL to an address with a name that is in the certificate"),
+        ("cortex.example", True, "set --url to an address with a name that is in the certificate"),
     ],
 )
 def test_a_certificate_that_is_not_trusted(tmp_path: Path, name: str, trusted: bool, said: str) -> None:
@@ -150,6 +155,14 @@ def test_an_address_elsewhere_says_nothing_of_the_ports_here(tmp_path: Path) -> 
         report = doctor(config, "--url", f"http://127.0.0.1:{free_port()}")
     assert report.of("fault") == []
     assert any(line.startswith("cortex: does not run: ") for line in report.of("warning"))
+
+
+def test_the_file_counts_more_than_the_environment(tmp_path: Path) -> None:
+    """CORTEX_URL may name another cortex than the one whose file is checked."""
+    with running({"/health": (421, {"error": {"message": "wrong host"}})}) as program:
+        config = config_file(tmp_path, gateway=gateway(program.address))
+        report = doctor(config, prefix=("env", "CORTEX_URL=http://127.0.0.1:1"))
+    assert report.of("fault") == ["cortex: wrong host"]
 
 
 def test_lines_come_before_the_completion(tmp_path: Path) -> None:

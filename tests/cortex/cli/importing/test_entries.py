@@ -88,6 +88,23 @@ def test_several_deployments_of_one_model(
     )
 
 
+def test_one_name_for_several_models(tmp_path: Path) -> None:
+    """LiteLLM shares its requests among them. The note says which one it is now, and how to reach the other."""
+    catalogue, models, notes = litellm(tmp_path, deployment(), deployment(model="hosted_vllm/org/n"))
+    assert (set(models), catalogue.targets) == ({"org/m", "org/n"}, {"small": "org/m"})
+    assert about(notes, "small") == (
+        "LiteLLM sends some of its requests to 'org/n': left out, as a name stands for one model in cortex; 'small' "
+        "stays 'org/m', and clients can request 'org/n' by its id"
+    )
+
+
+def test_an_alias_that_is_the_id_of_a_later_model(tmp_path: Path) -> None:
+    """models.toml allows no such alias."""
+    catalogue, models, notes = litellm(tmp_path, deployment("org/n"), deployment(model="hosted_vllm/org/n"))
+    assert (set(models), catalogue.targets) == ({"org/m", "org/n"}, {"small": "org/n"})
+    assert about(notes, "org/n") == "the alias for 'org/m' is left out: the name is taken"
+
+
 @pytest.mark.parametrize("entry", ["a\nid = 1\n[[models]]\nid = 'mine'", "a\0\x1b[2Jb"])
 def test_a_name_cannot_write_into_the_file(tmp_path: Path, entry: str) -> None:
     """A line break would end the comment, and a control character makes the file invalid."""

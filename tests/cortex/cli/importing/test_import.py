@@ -185,6 +185,7 @@ def test_litellm(tmp_path: Path) -> None:
     qwen = catalogue.alias_of("qwen")
     assert qwen is not None
     assert qwen.default == {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 0.2}
+    assert catalogue.alias_of("gpt-4") == qwen  # an alias of that alias
     for entry, word in (
         ("gpt-4o", "azure is a service"),
         ("claude", "anthropic is a service"),

@@ -1,11 +1,12 @@
 """neuron's estimates, compared with what the real vLLM logs.
 
-After the other tests of this folder, which want to see the first load of the models that are loaded here.
+Right after test_real_vllm.py, which leaves its engines loaded for these tests.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -18,6 +19,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 CACHE_BYTES = 64 << 20  # of each device: `--kv-cache-memory-bytes 64M` of every engine of this fleet
 _CACHE = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unload_the_pair(fleet: Fleet) -> Iterator[None]:
+    """No later test needs it."""
+    yield
+    fleet.unload(PAIR)
 
 
 def loaded_log(fleet: Fleet, model: str) -> str:
