@@ -59,15 +59,11 @@ def far_host(*, mtu: int = 1500) -> Iterator[FarHost]:
     """Skips the test where network namespaces cannot be made."""
     if os.getuid() != 0 or shutil.which("ip") is None or shutil.which("iptables") is None:
         pytest.skip("needs root, ip and iptables")
-    number = os.getpid() % 4096 * 8 + next(_numbers) % 8  # distinct among tests that run at once
+    number = _new_namespace()
     name, near = f"far{number}", f"near{number}"
     high, low = divmod(number, 64)
     network = f"10.{128 + high // 256}.{high % 256}"
     host = FarHost(name, f"{network}.{low * 4 + 1}", f"{network}.{low * 4 + 2}")
-    try:
-        _ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     try:
         _ip(
             "link", "add", near, "mtu", str(mtu), "type", "veth", "peer", "name", "eth0", "mtu", str(mtu), "netns", name
@@ -81,6 +77,19 @@ def far_host(*, mtu: int = 1500) -> Iterator[FarHost]:
         _ip("netns", "delete", name)
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "delete", near)  # a namespace with open sockets lives on
+
+
+def _new_namespace() -> int:
+    """The number of a new namespace, `far<number>`. Another test may use one at the same time, or have left one."""
+    while True:
+        number = (os.getpid() * 8 + next(_numbers)) % 32768
+        try:
+            _ip("netns", "add", f"far{number}")
+        except subprocess.CalledProcessError as error:
+            if "File exists" not in error.stderr:
+                pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        else:
+            return number
 
 
 def _ip(*arguments: str) -> None:

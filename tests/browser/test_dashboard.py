@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from tests.services import NODE, running_fleet
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 MODEL, LARGE = "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
-PAGES = ("fleet", "models", "timeline", "usage", "logs", "playground", "configuration")
+PAGES = ("fleet", "models", "requests", "timeline", "usage", "logs", "playground", "configuration")
 
 
 def opened(page: Page, dev: Dev, name: str) -> None:
@@ -62,6 +65,33 @@ def test_a_cold_start_in_the_playground(page: Page, dev: Dev) -> None:
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("status").first).to_be_visible()
     expect(page.get_by_role("article", name="Model")).to_contain_text("first token after", timeout=60_000)
+
+
+def test_a_request_from_its_wait_to_its_end(page: Page, dev: Dev) -> None:
+    """A cold start is seen while it waits, and then, still open, with the phases of its load; an error is seen."""
+    with contextlib.suppress(urllib.error.HTTPError):  # it is not loaded
+        post(dev, "/fleet/unload", {"model": MODEL})
+    opened(page, dev, "requests")
+    live, ended = page.get_by_role("list", name="Live requests"), page.get_by_role("list", name="Ended requests")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+    asking = threading.Thread(target=post, args=(dev, "/v1/chat/completions", body))
+    asking.start()
+    waiting = live.get_by_role("button", name=re.compile("waiting for an engine.*Qwen3-8B"))
+    waiting.focus()
+    page.keyboard.press("Enter")
+    expect(live).to_contain_text(re.compile("loading.* on (one|two)"))
+    asking.join()
+    found = ended.get_by_role("listitem").first
+    expect(found.get_by_role("button", name=re.compile("200.*Qwen3-8B.*cold start"))).to_be_visible(timeout=10_000)
+    expect(found.get_by_role("list", name="Where its time went")).to_contain_text(
+        re.compile("loading: .* on (one|two)")
+    )
+    with pytest.raises(urllib.error.HTTPError):
+        post(dev, "/v1/chat/completions", {**body, "model": "nowhere"})
+    page.get_by_label("Only errors").check()
+    failed = ended.get_by_role("button", name=re.compile("404 model_not_found"))
+    expect(failed).to_contain_text("nowhere", timeout=10_000)
+    expect(ended.get_by_role("button", name=re.compile("200"))).to_have_count(0)
 
 
 def test_a_drain(page: Page, dev: Dev) -> None:

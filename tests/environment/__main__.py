@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tests.environment.cache import EnvironmentUnavailable, MachineUnsuitable
 from tests.environment.clients import node_clients, old_python_clients, python_clients
+from tests.environment.helm import helm_environment
 from tests.environment.infinity import infinity_environment
 from tests.environment.llama_cpp import llama_cpp_environment
 from tests.environment.models import minilm, tiny_qwen3
@@ -21,6 +22,7 @@ def main() -> int:
         _built("llama.cpp", _build_llama_cpp),
         _built("infinity", _build_infinity),
         _built("clients", _build_clients),
+        _built("Helm", _build_helm),
     ]
     return 1 if os.environ.get("CI") == "true" and not all(complete) else 0
 
@@ -43,6 +45,10 @@ def _build_infinity() -> None:
 
 def _build_clients() -> None:
     print(f"clients: {python_clients()} {old_python_clients()} {node_clients().directory}")
+
+
+def _build_helm() -> None:
+    print(f"Helm: {helm_environment()}")
 
 
 def _built(what: str, build: Callable[[], None]) -> bool:

@@ -17,11 +17,14 @@ from cortex.fleet.state import Fleet, RouteChanges
 from cortex.fleet.timeline.spans import Cause, Minute, StatusSpan, StatusSpanId, continues, evicted, follow, seen
 from cortex.fleet.timeline.timeline_file import Kept, TimelineFile
 from cortex.routing.replica import ReplicaKey
+from shared.protocol import ModelStatus
 from shared.tasks import first_of
 
 HOURS = 24.0
 LOOK_SECS = 1.0
-"""Between two looks, if no status changes: for the phases of loads, and for who waits."""
+"""Between two looks, if no status changes: for who waits."""
+LOADING_LOOK_SECS = 0.1
+"""The same while a model loads: its phases may be short."""
 MINUTE_SECS = 60.0
 WRITE_SECS = 2.0
 RETRY_SECS = 30.0
@@ -39,7 +42,7 @@ class ModelCounts(NamedTuple):
 
 class Timeline:
     """Owns the timeline, in memory and, if there is one, in the file. Looks at the fleet after each change of a status,
-    and at least once per LOOK_SECS."""
+    and at least once per LOOK_SECS or LOADING_LOOK_SECS."""
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class Timeline:
                 self._look()
                 if self._clock() >= self._minute_ends:
                     self._end_minute(await self._counts())
-                await first_of({"change": changes.next()}, timeout_secs=LOOK_SECS)
+                await first_of({"change": changes.next()}, timeout_secs=LOADING_LOOK_SECS if self._loads else LOOK_SECS)
 
     async def write_loop(self) -> None:
         """Writes what is new to the file. Never returns."""
@@ -100,6 +103,10 @@ class Timeline:
             await self._file.replace([*self._ended.values(), *open_spans], list(self._minutes))
         elif self._file is not None:
             await self._file.write()
+
+    @property
+    def _loads(self) -> bool:
+        return any(span.status == ModelStatus.LOADING for spans in self._open.values() for span in spans.values())
 
     def _look(self) -> None:
         now, fleet = self._clock(), self._fleet.snapshot()

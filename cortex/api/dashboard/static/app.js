@@ -10,12 +10,14 @@ import { FleetPage } from "./pages/fleet.js";
 import { LogsPage } from "./pages/logs.js";
 import { ModelsPage } from "./pages/models.js";
 import { PlaygroundPage } from "./pages/playground.js";
+import { RequestsPage } from "./pages/requests.js";
 import { TimelinePage } from "./pages/timeline.js";
 import { UsagePage } from "./pages/usage.js";
 
 const PAGES = {
   fleet: ["Fleet", FleetPage],
   models: ["Models", ModelsPage],
+  requests: ["Requests", RequestsPage],
   timeline: ["Timeline", TimelinePage],
   usage: ["Usage", UsagePage],
   logs: ["Logs", LogsPage],
