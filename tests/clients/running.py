@@ -29,7 +29,7 @@ BROKEN = {agent: f"sim/broken-for-{agent}" for agent in ("claude", "codex", "ope
 TEXT_CASES = ("cold_stream", "cold_plain", "warm_stream", "warm_plain")
 TOOL_CASES = ("tool_stream", "tool_plain")
 TIMEOUT_SECS = 200
-"""A client that hangs is ended. On a busy machine codex needed 52 s for a whole run against a real vLLM."""
+"""A client that hangs is ended. On a busy machine codex with a real vLLM was not done after 50 s."""
 
 
 @dataclass
