@@ -84,7 +84,7 @@ def fleet(podman: Podman) -> Iterator[Fleet]:
     """The running fleet; stopped afterwards unless a test has stopped it."""
     fleet = Fleet(podman)
     fleet.compose(BUILD, "build", "cortex")
-    fleet.compose("up", "--detach", "--no-build")
+    fleet.compose("up", "--detach", "--no-build", *SERVICES)  # the images of the others cannot be had everywhere
     try:
         yield fleet
     finally:
