@@ -54,6 +54,7 @@ from cortex.control.reload import Reloader
 from cortex.control.wiring import Parts
 from cortex.http.access_log import AccessLog
 from cortex.http.server import accepting
+from cortex.metrics.tracing.opening import open_tracing
 from cortex.proxy.authentication import Authentication
 from cortex.proxy.context import ProxyContext
 from cortex.proxy.gateway import Gateway
@@ -180,6 +181,7 @@ async def working(
         config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
     )
+    context.tracing = open_tracing(config.tracing)
     if usage_directory is not None:
         context.usage = UsageJournal(usage_directory, prices, context.counters.usage_records_dropped)
     max_body_bytes = config.gateway.max_body_mib * 1024 * 1024

@@ -60,6 +60,8 @@ RELOAD_OF: Mapping[str, Reload] = {
     "usage.retention_days": Reload.APPLIES,
     "usage.daily_retention_days": Reload.APPLIES,
     "energy.price_per_kwh": Reload.APPLIES,
+    "tracing.endpoint": Reload.NEEDS_RESTART,
+    "tracing.sample_ratio": Reload.NEEDS_RESTART,
     "state_dir": Reload.NEEDS_RESTART,
     "database": Reload.NEEDS_RESTART,
     "log_level": Reload.NEEDS_RESTART,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -166,6 +167,27 @@ class EnergySettings(SettingsModel):
     """Price of a kWh, in `[usage] currency`, for usage reports."""
 
 
+class TracingSettings(SettingsModel):
+    """`[tracing]`: OpenTelemetry traces of requests."""
+
+    endpoint: str | None = None
+    """Base URL of an OTLP/HTTP collector, such as `http://127.0.0.1:4318`; [spans](tracing.md) go to `/v1/traces`
+    there. Needs the packages of `cortex-neuron[tracing]`. Default: no traces."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Which part of the requests is traced, 0 to 1; a request with a `traceparent` is traced if its client says so."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _usable(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must be a URL such as http://127.0.0.1:4318")
+        if not _has_opentelemetry():
+            raise ValueError("needs OpenTelemetry: run `pip install 'cortex-neuron[tracing]'`")
+        return value.rstrip("/")
+
+
 class CortexConfig(SettingsModel):
     """The whole of cortex.toml."""
 
@@ -196,6 +218,7 @@ class CortexConfig(SettingsModel):
     waiting: WaitingSettings = WaitingSettings()
     usage: UsageSettings = UsageSettings()
     energy: EnergySettings = EnergySettings()
+    tracing: TracingSettings = TracingSettings()
     neuron_tls: NeuronTlsSettings = NeuronTlsSettings()
     discovery: DiscoverySettings = DiscoverySettings()
     neurons: list[NeuronEntry] = Field(default_factory=list)
@@ -249,6 +272,14 @@ class CortexConfig(SettingsModel):
     def models_path(self, config_file: Path) -> Path:
         """The catalogue's path, relative to the file that names it."""
         return config_file.parent / self.models_config
+
+
+def _has_opentelemetry() -> bool:
+    """Whether the packages of `cortex-neuron[tracing]` are installed."""
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _is_unambiguous(url: str) -> bool:

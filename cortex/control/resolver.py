@@ -229,7 +229,7 @@ class Resolver:
                 if replica is not None:
                     ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
-                    return Route(replica=replica, cold=cold)
+                    return self._scheduler.route(replica, cold=cold)
                 if self._shutdown.begun:
                     raise shutting_down()
 

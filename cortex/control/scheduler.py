@@ -28,7 +28,7 @@ from cortex.placement.inputs import PlanningView
 from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import best_plan, candidate_verdicts, plan_variant
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
-from cortex.routing.replica import ANY_NODE, ModelOnNode, ReplicaKey
+from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey, Route
 from shared.protocol import ModelStatus, ModelView
 from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
@@ -151,6 +151,11 @@ class Scheduler:
             expected_secs=None if job is None else job.plan.expected_secs,
             elapsed_secs=0.0 if job is None or job.loading_since is None else now - job.loading_since,
         )
+
+    def route(self, replica: Replica, *, cold: bool) -> Route:
+        """To this replica. `cold`: it was loaded for the request."""
+        phases = self._loader.phases(replica.model_id, replica.node) if cold else ()
+        return Route(replica=replica, cold=cold, phases=phases)
 
     def job(self, model_id: str) -> LoadJob | None:
         """Our load of this model, if one is under way."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
@@ -40,6 +40,9 @@ from cortex.upstream.usage import Usage
 from shared.protocol import ErrorCode
 from shared.tasks import TaskSet
 
+if TYPE_CHECKING:  # needs packages that may be missing
+    from cortex.metrics.tracing.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 Choice: TypeAlias = Literal["only", "prefix", "least_busy", "control", "loaded", "maker", ""]
@@ -70,6 +73,7 @@ class ProxyContext:
         self.stream_usages = StreamUsages()
         self.speeds = Speeds()
         self.counters = RequestTally()
+        self.tracing: Tracing | None = None
         self.requests = RequestRing()
         self.usage: UsageLog = NoUsageLog()
         self.tasks = TaskSet()
@@ -232,6 +236,8 @@ class ProxyContext:
     async def close(self) -> None:
         await self.tasks.close()
         await self.usage.close()
+        if self.tracing is not None:
+            await self.tracing.close()
         await self._token_counter.close()
         self.pool.close()
         self.access_log.flush()

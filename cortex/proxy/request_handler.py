@@ -282,7 +282,7 @@ class RequestHandler:
         caller, able = self._account.caller, self._is_able
         route = await self._context.resolve(self._request, self._name, self._failures, caller, able)
         self._resolved()
-        self._account.found(cold=route.cold)
+        self._account.found(route)
         if route.cold:
             self._context.stream_usages.forget(route.replica)
             self._failures = [f for f in self._failures if f.replica.key != route.replica.key or f.kind == "dead"]

@@ -136,10 +136,11 @@ class LoadPhase(NamedTuple):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request goes. `cold`: it waited for the model to load."""
+    """Where a request goes. `cold`: it waited for the model to load, in these `phases` if they are known."""
 
     replica: Replica
     cold: bool = False
+    phases: tuple[LoadPhase, ...] = ()
 
 
 class WaitNote(msgspec.Struct, frozen=True, kw_only=True):

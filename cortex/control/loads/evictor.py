@@ -94,6 +94,7 @@ class Evictor:
         clears that afterwards. Raises as `evict`; NeuronRefused also if it cannot sleep there."""
         await self._drained(key, lambda: True, patient)
         await self._sleep(key)
+        self._displaced(key, "operator")
 
     @contextlib.contextmanager
     def no_new_requests(self, key: ReplicaKey) -> Iterator[None]:

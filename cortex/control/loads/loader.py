@@ -28,7 +28,7 @@ from cortex.metrics.exporter import Metrics
 from cortex.placement.capacity import reports_bookable_memory
 from cortex.placement.feasibility import is_feasible_elsewhere
 from cortex.placement.load_plan import LoadPlan, load_command
-from cortex.routing.replica import ReplicaKey
+from cortex.routing.replica import LoadPhase, ModelOnNode, ReplicaKey
 from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.tasks import TaskSet, timeout
 
@@ -92,6 +92,7 @@ class Loader:
         self._groups = GroupLoads(neurons, live)
         self._tasks = TaskSet()
         self._jobs: dict[ReplicaKey, LoadJob] = {}
+        self._last_phases: dict[ModelOnNode, tuple[LoadPhase, ...]] = {}
 
     @property
     def timeout_secs(self) -> float:
@@ -102,6 +103,12 @@ class Loader:
     def load_secs(self) -> Mapping[str, Mapping[str, float]]:
         """Seconds that the last load took, by model and node."""
         return self._state.load_secs
+
+    def phases(self, model_id: str, node: str) -> tuple[LoadPhase, ...]:
+        """Of the last load of a model on a node, which may not have ended quite yet; empty without any."""
+        running = (job for job in self._jobs.values() if (job.model_id, job.node) == (model_id, node))
+        job = next(running, None)
+        return self._last_phases.get((model_id, node), ()) if job is None else job.phases.ended()
 
     def jobs(self) -> list[LoadJob]:
         return list(self._jobs.values())
@@ -160,6 +167,7 @@ class Loader:
         try:
             async with lease:
                 await self._carry_out(job, still_needed)
+            self._last_phases[job.model_id, job.node] = job.phases.ended()
         except LoadedElsewhere as found:
             job.elsewhere = found.node
             log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)

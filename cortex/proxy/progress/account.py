@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cortex.accounts.caller import Caller
 from cortex.accounts.limits.admission import UNKNOWN_CONTEXT
@@ -21,11 +21,14 @@ from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import Choice, ProxyContext
 from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import FailureKind, Replica
+from cortex.routing.replica import FailureKind, Replica, Route
 from cortex.upstream.usage import Usage
 from shared.errors import MAX_SHOWN_CHARS, Forbidden, ServiceError, shortened
 from shared.protocol import ErrorCode
 from shared.request_ids import request_id as make_request_id
+
+if TYPE_CHECKING:  # needs packages that may be missing
+    from cortex.metrics.tracing.request_trace import RequestTrace
 
 CLIENT_DISCONNECTED: Final = 499
 """nginx's status for a client that disconnected before its answer."""
@@ -85,6 +88,7 @@ class RequestAccount:
         "replica",
         "request_id",
         "retrieves",
+        "trace",
         "waited",
     )
 
@@ -112,6 +116,9 @@ class RequestAccount:
         self._failed: list[FailedAttempt] | None = None
         self._waits: list[Wait] | None = None
         self._stage = ""
+        self.trace: RequestTrace | None = None
+        if context.tracing is not None:
+            self.trace = context.tracing.begin(request, self.request_id)
         context.requests.began(self)
 
     def check_model(self) -> None:
@@ -165,6 +172,8 @@ class RequestAccount:
         self.label, self.node = self.model_id, replica.key.node
         self.attempts += 1
         self._stage = ""
+        if self.trace is not None:
+            self.trace.sent_to(replica)
 
     def waits(self, stage: str, name: str) -> None:
         """A task works on the request from now on: `stage` as of `_STAGES`, for the model `name`."""
@@ -175,12 +184,16 @@ class RequestAccount:
         now, came = monotonic(), self._request.received
         self.waited += now - since
         self._waits = [*(self._waits or ()), (since - came, now - came)]
+        if self.trace is not None:
+            self.trace.waited("queue" if self._stage == "resolve" else self._stage or "queue", since, now)
         self._stage = ""
 
-    def found(self, *, cold: bool) -> None:
-        """The control has named an engine. `cold`: it was loaded in the meantime."""
-        self.cold = self.cold or cold
-        self.choice = "loaded" if cold else "control"
+    def found(self, route: Route) -> None:
+        """The control has named an engine."""
+        self.cold = self.cold or route.cold
+        self.choice = "loaded" if route.cold else "control"
+        if self.trace is not None:
+            self.trace.loaded(route.phases)
 
     def failed(self, replica: Replica, reason: str, kind: FailureKind) -> None:
         """This engine had no answer."""
@@ -188,6 +201,8 @@ class RequestAccount:
         attempt = FailedAttempt(key.node, key.instance, kind, shortened(reason), at)
         self._failed = [*(self._failed or ()), attempt]
         self._context.counters.failover(self.label, self.node, kind)
+        if self.trace is not None:
+            self.trace.failed(reason, kind)
         self.relay = None
 
     def shown(self) -> LiveRequest:
@@ -255,9 +270,7 @@ class RequestAccount:
                 first_byte_secs = relay.first_byte_at - request.received
                 context.counters.answer(model, node, request.content_length or 0, sent)
             if relay.first_event_at:
-                first_event_secs = relay.first_event_at - request.received
-                later_tokens = 0 if usage is None or left else usage.completion - 1
-                context.counters.stream(model, node, first_event_secs, took - first_event_secs, later_tokens)
+                self._count_stream(relay.first_event_at - request.received, took, None if left else usage)
         if error is not None:
             code, message = error.code, error.message
             context.counters.error(model, node, code)
@@ -274,8 +287,18 @@ class RequestAccount:
             asked = shortened(asked)
         note = (record, asked, code, shortened(message), streamed, self.choice, self._failed, self._waits)
         context.requests.ended(self, note)
+        self._end_trace(status, code, message)
         if context.access_log.on:
             self._log(status, sent, usage, took, more)
+
+    def _end_trace(self, status: int, code: str, message: str) -> None:
+        if self.trace is not None:
+            self.trace.end(status, code, message)
+
+    def _count_stream(self, first_event_secs: float, took: float, usage: Usage | None) -> None:
+        """`usage`: None if it is not known, or not all of the stream arrived."""
+        later_tokens = 0 if usage is None else usage.completion - 1
+        self._context.counters.stream(self.label, self.node, first_event_secs, took - first_event_secs, later_tokens)
 
     def _take(self, grant: Grant) -> None:
         if grant.number:
