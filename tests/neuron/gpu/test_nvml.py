@@ -84,6 +84,7 @@ def test_each_call_reads_health_again(library: dict[str, str], hardware: Path) -
                 "energy_wh": None,
                 "fault": None,
                 "warnings": [],
+                "xids": {},
             }
         ]
         write_scenario(hardware, (replace(LONE_4090[0], used_mib=20000),))
