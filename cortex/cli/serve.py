@@ -91,7 +91,7 @@ def run_check(config_file: Path) -> int:
     try:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
-        problems += key_problems(config, config_file)
+        problems += [*key_problems(config, config_file), *config.discovery.problems()]
         warnings = configuration_warnings(config, catalogue, config_file)
         try:
             warnings += tls_warnings(config, config_file)
@@ -236,11 +236,12 @@ def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> 
 
 
 def _wrong_beside(config_file: Path, config: CortexConfig) -> list[str]:
-    """What is wrong with the files of keys and certificates. Blocks."""
+    """What is wrong with the files of keys, certificates and the registration token. Blocks."""
+    problems = [*key_problems(config, config_file), *config.discovery.problems()]
     try:
-        return [*key_problems(config, config_file), *tls_warnings(config, config_file)]
+        return [*problems, *tls_warnings(config, config_file)]
     except SettingsError as error:
-        return [*key_problems(config, config_file), *error.problems]
+        return [*problems, *error.problems]
 
 
 def _state_directory(config: CortexConfig, files: ConfigurationFiles) -> Path | None:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cortex.config.neurons import check_token
 from shared.settings import SettingsError, SettingsModel
 
 
@@ -40,6 +41,16 @@ class DiscoverySettings(SettingsModel):
     registration_token_file: Path | None = None
     """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Default: none."""
 
+    @field_validator("host")
+    @classmethod
+    def _host_name(cls, value: str | None) -> str | None:
+        """The resolver would refuse it with the same error, each time."""
+        try:
+            (value or "").encode("idna")
+        except UnicodeError as error:
+            raise ValueError(f"not a host name: {error}") from error
+        return value
+
     @model_validator(mode="after")
     def _complete(self) -> DiscoverySettings:
         if self.kind == "dns" and self.host is None:
@@ -52,6 +63,7 @@ class DiscoverySettings(SettingsModel):
             needed = not (key == "token_env" and self.token is not None)
             if needed and variable is not None and not os.environ.get(variable):
                 raise ValueError(f"{key}: the environment variable {variable} is not set")
+        check_token(self.bearer_token)
         return self
 
     @property
@@ -63,6 +75,15 @@ class DiscoverySettings(SettingsModel):
     def bearer_token(self) -> str | None:
         """`dns`: the token to send to the neurons; None when they need none."""
         return self.token or (os.environ[self.token_env] if self.token_env else None)
+
+    def problems(self) -> list[str]:
+        """Why neurons could not register, though the table itself is valid. Blocks."""
+        try:
+            if self.kind == "register":
+                self.registration_token()
+        except SettingsError as error:
+            return list(error.problems)
+        return []
 
     def registration_token(self) -> str:
         """`register`: the token that neurons must send. Blocks.

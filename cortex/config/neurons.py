@@ -13,12 +13,19 @@ from pydantic import Field, field_validator, model_validator
 from shared.settings import SettingsModel
 from shared.tls import TlsFiles
 
-_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # as long as a name in DNS or of a node of Kubernetes
+NODE_NAME_RULE = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-', at most 253 in all"
 
 
 def is_node_name(text: str) -> bool:
     """Whether a neuron may have this name."""
     return _NODE_NAME.fullmatch(text) is not None
+
+
+def check_token(token: str | None) -> None:
+    """Raises ValueError for a bearer token that cannot be sent in a header. White space around it is not sent."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in (token or "").strip()):
+        raise ValueError("token: must not contain line breaks or other control characters")
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class NeuronEntry(SettingsModel):
     """`[[neurons]]`: one GPU host."""
 
     name: str
-    """Its name in answers, metrics and `pinned_on`: letters, digits, `.`, `_`, `-`; unique."""
+    """Its name in answers, metrics and `pinned_on`: at most 253 letters, digits, `.`, `_` and `-`; unique."""
     endpoint: str
     """URL of its neuron, `http://` or `https://`."""
     token: str | None = Field(default=None, min_length=1)
@@ -52,7 +59,7 @@ class NeuronEntry(SettingsModel):
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         if value is not None and not is_node_name(value):
-            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_' and '-'")
+            raise ValueError(NODE_NAME_RULE)
         return value
 
     @field_validator("endpoint")
@@ -68,6 +75,7 @@ class NeuronEntry(SettingsModel):
     def _token_is_there(self) -> NeuronEntry:
         if self.token is None and self.token_env is not None and not os.environ.get(self.token_env):
             raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
+        check_token(self.bearer_token)
         return self
 
     @property

@@ -53,8 +53,9 @@ dead."""
 IDLE_SECS = 30.0
 """How long a connection to a neuron is kept between two polls."""
 
-NO_CREDENTIALS = "it needs a token: set token or token_env of this neuron in cortex.toml to that of neuron.toml"
-WRONG_CREDENTIALS = "it refuses the token: token or token_env of this neuron in cortex.toml differs from neuron.toml"
+_WHERE = "token or token_env in cortex.toml ([[neurons]] or [discovery])"
+NO_CREDENTIALS = f"it needs a token: set {_WHERE} to that of neuron.toml"
+WRONG_CREDENTIALS = f"it refuses the token: {_WHERE} differs from that of neuron.toml"
 
 Wanted = TypeVar("Wanted")
 
@@ -316,12 +317,7 @@ class NeuronClient:
             answer = await fetch(self._pool, self._address, head, body, again=method == "GET")
         except AnswerTooLarge as error:
             raise NeuronRefused(error.status, f"{context}: {error}", reason=str(error)) from error
-        except (
-            NoConnection,
-            OSError,
-            UnicodeError,
-            asyncio.TimeoutError,
-        ) as error:  # UnicodeError: an invalid host name
+        except (NoConnection, OSError, UnicodeError, asyncio.TimeoutError) as error:  # UnicodeError: no host name
             reason = _reason(error)
             raise NeuronUnreachable(f"{context}: {reason}", reason) from error
         if answer.status < 300:

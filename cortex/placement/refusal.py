@@ -18,6 +18,7 @@ from shared.errors import MAX_SHOWN_CHARS, Conflict, NotFound, ServiceError, Una
 from shared.protocol import ErrorCode, ModelStatus
 from shared.retry_after import MEMORY_TAKEN_SECS, NEURON_DOWN_SECS, until_retry
 
+NO_NEURON: Final = "no neuron is known: add [[neurons]] to cortex.toml, or see [discovery] there"
 MAX_COMPARED: Final = 300
 """Names that an unknown one is compared with: a client must not keep cortex busy with guesses."""
 
@@ -169,7 +170,7 @@ def _unservable(model_id: str, nodes: Iterable[NodeSnapshot]) -> ServiceError | 
 
 def no_healthy_neurons_error(fleet: FleetSnapshot) -> ServiceError:
     why = "; ".join(f"{node.name}: {_absence(node)}" for node in fleet.nodes.values())
-    message = f"no neuron is healthy ({why})" if why else "no neuron is configured: add [[neurons]] to cortex.toml"
+    message = f"no neuron is healthy ({why})" if why else NO_NEURON
     return Unavailable(message, code=ErrorCode.NO_HEALTHY_NEURONS, retry_after=NEURON_DOWN_SECS)
 
 

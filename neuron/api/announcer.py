@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import json
 import logging
 import random
 import socket
 import ssl
 from collections.abc import Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from neuron.config import NeuronConfig
 from shared.protocol import Registration
-from shared.tasks import timeout
+from shared.tasks import keep_running, timeout
 from shared.tls import TlsError, TlsFiles, client_context
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECS = 5.0
+_READ_BYTES = 4096
 _SHOWN_CHARS = 500
 """Of an answer that is not an error of cortex."""
 
@@ -36,7 +40,8 @@ class Announcer:
 
     async def run(self) -> None:
         """Each cortex by itself: one that does not answer must not delay the others."""
-        await asyncio.gather(*(self._keep_announcing(url) for url in self._settings.urls))
+        loops = {f"announcements to {url}": partial(self._keep_announcing, url) for url in self._settings.urls}
+        await asyncio.gather(*(keep_running(name, loop) for name, loop in loops.items()))
 
     async def _keep_announcing(self, url: str) -> None:
         problem: str | None = ""  # the last one; None: it was accepted
@@ -81,28 +86,57 @@ class Announcer:
         async with request as answer:
             if answer.status == 200:
                 return None
-            text = (await answer.content.read(_SHOWN_CHARS)).decode("utf-8", "replace")
-            return f"HTTP {answer.status}: {text}"
+            return f"HTTP {answer.status}: {shown(await answer.content.read(_READ_BYTES))}"
 
     def _context(self) -> ssl.SSLContext:
         return client_context(TlsFiles(ca=self._settings.ca))
 
 
+def shown(body: bytes) -> str:
+    """What a refusal says: the message of cortex's error, or the beginning of another server's answer."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body.decode("utf-8", "replace")[:_SHOWN_CHARS]
+
+
 def endpoint_for(config: NeuronConfig, port: int, url: str) -> str:
-    """Where the cortex at `url` reaches this neuron. Blocks. Raises OSError if the system has no way there."""
+    """Where the cortex at `url` reaches this neuron. Blocks.
+
+    Raises:
+        OSError: the system has no way there.
+        ValueError: the cortex is on another host, and neuron listens on this host's loopback address only.
+    """
     if config.cortex.endpoint is not None:
         return config.cortex.endpoint
-    host = _address_towards(url) if config.binds_all_addresses else config.host
+    return endpoint_towards(config, port, *_route(url))
+
+
+def endpoint_towards(config: NeuronConfig, port: int, here: str, there: str) -> str:
+    """As `endpoint_for`, with the addresses of a connection from here to that cortex. Pure."""
+    if _is_loopback(config.host) and not _is_loopback(here) and here != there:
+        raise ValueError(
+            f"it cannot reach host = {config.host!r} of neuron.toml: set host to an address of this host that it can "
+            "reach, or [cortex] endpoint"
+        )
+    host = here if config.binds_all_addresses else config.host
     scheme = "http" if config.tls_files is None else "https"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _address_towards(url: str) -> str:
-    """This host's address of connections to there. Nothing is sent: a datagram socket only chooses its route."""
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _route(url: str) -> tuple[str, str]:
+    """The addresses of a connection to there. Nothing is sent: a datagram socket only chooses its route."""
     parts = urlsplit(url)
     found: Sequence[tuple[int, int, int, str, tuple[str | int, ...]]]
     found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)  # type: ignore[assignment]
     family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
-        return str(probe.getsockname()[0])
+        return str(probe.getsockname()[0]), str(probe.getpeername()[0])

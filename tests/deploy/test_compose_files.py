@@ -97,6 +97,7 @@ def test_gpu_services_get_what_engines_need() -> None:
     assert neuron["cap_drop"] == ["ALL"]
     dockerfile = (DEPLOY / "Dockerfile.gpu").read_text(encoding="utf-8")
     assert "\nUSER 10001:10001\n" in dockerfile
+    assert "CORTEX_COMPILE=no uv pip install" in dockerfile  # it runs neuron only
     (base,) = re.findall(r"^ARG BASE=(.+)$", dockerfile, re.MULTILINE)
     assert neuron["build"]["args"]["BASE"] == f"${{VLLM:-{base}}}"
     assert base.endswith(f":v{vllm._VERSION}")  # the version that the tests run

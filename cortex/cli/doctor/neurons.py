@@ -16,8 +16,10 @@ import aiohttp
 from cortex.cli.doctor.findings import Finding, fault, ok, warning
 from cortex.cli.doctor.this_host import DeploymentFiles
 from cortex.config.catalogue import Catalogue
+from cortex.config.discovery import DiscoverySettings
 from cortex.config.neurons import NeuronEntry
 from cortex.fleet.engine_url import reachable_url
+from cortex.fleet.members.dns import resolve
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool
@@ -52,7 +54,28 @@ async def check_neurons(files: DeploymentFiles) -> list[Finding]:
     asked = await asyncio.gather(*(_check(entry, tls) for entry in files.config.neurons))
     answers = [answer for answer, _ in asked if answer is not None]
     found = [finding for _, findings in asked for finding in findings]
-    return [*found, *check_twins(answers), *check_harnesses(answers, files.catalogue)]
+    found += await _discovery(files.config.discovery)
+    if not files.config.discovery.finds:  # else a found neuron may have the harness
+        found += check_harnesses(answers, files.catalogue)
+    return [*found, *check_twins(answers)]
+
+
+async def _discovery(settings: DiscoverySettings) -> list[Finding]:
+    """The neurons that cortex finds have names only there; here it is checked that it can find some."""
+    subject, elsewhere = "discovery", "they are not checked here: see `cortex status`"
+    if settings.kind == "register":
+        return [ok(subject, f"neurons register themselves; {elsewhere}")]
+    if settings.kind == "static" or settings.host is None:
+        return []
+    try:
+        async with timeout(ANSWER_SECS):
+            addresses = await resolve(settings.host, settings.port)
+    except (OSError, asyncio.TimeoutError) as error:
+        reason = str(error) or f"no answer within {ANSWER_SECS:g} s"
+        return [fault(subject, f"{settings.host} cannot be looked up: {reason}", "is DNS of this host in order?")]
+    if not addresses:
+        return [warning(subject, f"{settings.host} has no address", "set [discovery] host to the name of the neurons")]
+    return [ok(subject, f"{settings.host} has the addresses {', '.join(addresses)}; {elsewhere}")]
 
 
 async def _check(entry: NeuronEntry, tls: RenewedContext | None) -> tuple[NeuronAnswers | None, list[Finding]]:

@@ -49,7 +49,7 @@ def check_files(path: Path) -> tuple[DeploymentFiles | None, list[Finding]]:
     except SettingsError as error:
         return None, [fault("configuration", problem, _advice(problem)) for problem in error.problems]
     files, models = DeploymentFiles(path, config, catalogue), config.models_path(path)
-    found = [fault("configuration", each) for each in key_problems(config, path)]
+    found = [fault("configuration", each) for each in [*key_problems(config, path), *config.discovery.problems()]]
     try:
         warnings = tls_warnings(config, path)
     except SettingsError as error:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from cortex.config.discovery import DiscoverySettings
-from cortex.config.neurons import NeuronEntry
+from cortex.config.neurons import NODE_NAME_RULE, NeuronEntry, is_node_name
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.roster import Addresses, after_answers, after_lookup, name_of, named, to_ask
 from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
@@ -81,6 +81,8 @@ class DnsDiscovery:
         self._known = after_answers(known, said)
         found, clashes = named(self._known)
         self._warn("clashes", "; ".join(clashes))
+        current = {"lookup", "clashes", *self._known}
+        self._said = {subject: text for subject, text in self._said.items() if subject in current}
         self._membership.use_found(self._entry(address.endpoint, address.name) for address in found)
 
     def _entry(self, endpoint: str, name: str | None) -> NeuronEntry:
@@ -93,7 +95,7 @@ class DnsDiscovery:
         try:
             async with timeout(TIMEOUT_SECS):
                 addresses = await self._resolve(settings.host or "", settings.port)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (OSError, ValueError, asyncio.TimeoutError) as error:  # ValueError: not a host name
             reason = str(error) or f"no answer within {TIMEOUT_SECS:g} s"
             self._warn("lookup", f"[discovery] host {settings.host!r} cannot be looked up: {reason}")
             return None
@@ -114,13 +116,25 @@ class DnsDiscovery:
         except asyncio.TimeoutError:
             reason = f"no answer within {TIMEOUT_SECS:g} s"
         else:
-            self._warn(endpoint, "")
+            self._warn(endpoint, _unusable_name(answer, endpoint))
             return answer
         self._warn(endpoint, f"the neuron found at {endpoint} cannot be used yet: {reason}")
         return None
 
     def _warn(self, subject: str, text: str) -> None:
         """Once for each text, until the subject has another; "": all is well."""
-        if text and self._said.get(subject) != text:
+        if not text:
+            self._said.pop(subject, None)
+        elif self._said.get(subject) != text:
             log.warning("%s", text)
-        self._said[subject] = text
+            self._said[subject] = text
+
+
+def _unusable_name(answer: Discovery, endpoint: str) -> str:
+    """A warning about the name that the neuron gives itself; "" if it can be used."""
+    if not answer.name or is_node_name(answer.name):
+        return ""
+    return (
+        f"the neuron found at {endpoint} is called {name_of(answer, endpoint)!r} here, because its own name "
+        f"{answer.name!r} cannot be used: {NODE_NAME_RULE}; change name in its neuron.toml"
+    )

@@ -30,6 +30,7 @@ class Registrations:
         self._fleet = fleet
         self._clock = clock
         self._known: dict[str, Registered] = {}
+        self._refused: dict[str, str] = {}  # the last refusal of each name, which is logged once
         self._changed = asyncio.Event()
 
     def register(self, wanted: Registration) -> RegistrationReply:
@@ -51,15 +52,33 @@ class Registrations:
         wanted = wanted.model_copy(update={"endpoint": entry.endpoint})
         refusal = registration_refusal(wanted, listed=self._membership.listed, registered=self._known, node=node)
         if refusal is not None:
-            log.warning("registration refused: %s", refusal)
+            if self._refused.get(wanted.name) != refusal:
+                log.warning("registration refused: %s", refusal)
+                self._refused[wanted.name] = refusal
             raise Conflict(refusal, code=ErrorCode.NEURON_NAME_TAKEN, param="name")
         until = registered_until(wanted, now)
         if entry.name not in self._membership.listed:
-            if entry.name not in self._known:
-                log.info("neuron %s at %s has registered", entry.name, entry.endpoint)
-            self._known[entry.name] = Registered(entry, wanted.instance_id, until)
-            self._tell()
+            self._accept(entry, wanted.instance_id, until)
         return RegistrationReply(name=entry.name, expires_secs=until - now)
+
+    def _accept(self, entry: NeuronEntry, process: str | None, until: float) -> None:
+        """Most announcements only renew: these must cost little, because each neuron sends one all the time."""
+        known = self._known.get(entry.name)
+        if known is not None and known.entry == entry:
+            self._known[entry.name] = Registered(known.entry, process, until)
+            if until < known.expires_at:
+                self._changed.set()
+            return
+        for name in [name for name, each in self._known.items() if each.entry.endpoint == entry.endpoint]:
+            if name != entry.name:
+                log.warning("neuron %s at %s is now called %s", name, entry.endpoint, entry.name)
+                del self._known[name]
+        if known is None:
+            log.info("neuron %s at %s has registered", entry.name, entry.endpoint)
+        self._refused.pop(entry.name, None)
+        self._known[entry.name] = Registered(entry, process, until)
+        self._tell()
+        self._changed.set()
 
     async def run(self) -> None:
         """Removes neurons whose registration has expired. Never returns."""
@@ -73,11 +92,14 @@ class Registrations:
 
     def _expire(self) -> None:
         now = self._clock()
-        for name in [name for name, each in self._known.items() if each.expires_at <= now]:
-            log.warning("neuron %s is removed: it has missed three registrations", name)
+        expired = [name for name, each in self._known.items() if each.expires_at <= now]
+        for name in expired:
+            if name not in self._membership.listed:  # else it stays in the fleet, and needs no registration
+                log.warning("neuron %s is removed: it has missed three registrations", name)
             del self._known[name]
-        self._membership.use_found(each.entry for each in self._known.values())
+            self._refused.pop(name, None)
+        if expired:
+            self._tell()
 
     def _tell(self) -> None:
         self._membership.use_found(each.entry for each in self._known.values())
-        self._changed.set()

@@ -15,15 +15,24 @@ ALLOWED_MISSES = 3.5
 
 def combined(listed: Iterable[NeuronEntry], found: Iterable[NeuronEntry]) -> tuple[dict[str, NeuronEntry], list[str]]:
     """All neurons by name, those of cortex.toml first, and why some that were found are left out. The entry of
-    cortex.toml wins, because a found neuron must not take the requests of a listed one."""
+    cortex.toml wins, because a found neuron must not take the requests of a listed one, and one host under two names
+    would have its memory counted twice."""
     entries = {entry.name: entry for entry in listed}
+    names = {entry.endpoint: entry.name for entry in entries.values()}
     clashes = []
     for entry in found:
+        listed_as = names.get(entry.endpoint, entry.name)
+        if listed_as != entry.name:
+            clashes.append(
+                f"the neuron found at {entry.endpoint} with the name {entry.name!r} is used under the name that "
+                f"cortex.toml gives it: {listed_as!r}"
+            )
+            continue
         known = entries.setdefault(entry.name, entry)
         if known.endpoint != entry.endpoint:
             clashes.append(
                 f"the neuron found at {entry.endpoint} is left out: {entry.name!r} is the name of the one at "
-                f"{known.endpoint}; give each neuron a name of its own in neuron.toml"
+                f"{known.endpoint}; if they are two hosts, give each neuron a name of its own in neuron.toml"
             )
     return entries, clashes
 
@@ -31,12 +40,14 @@ def combined(listed: Iterable[NeuronEntry], found: Iterable[NeuronEntry]) -> tup
 @dataclass(frozen=True)
 class FoundAddress:
     """An endpoint that DNS has for the neurons' name. `name` and `process` (its `instance_id`) are what the neuron
-    there has said; `name` is None until it has answered. `seen_at`: when DNS had it last, in monotonic seconds."""
+    there has said; `name` is None until it has answered. `seen_at`: when DNS had it last, in monotonic seconds.
+    `returned`: DNS had dropped it for a while, and it has not answered since. It may belong to another host now."""
 
     endpoint: str
     seen_at: float
     name: str | None = None
     process: str | None = None
+    returned: bool = False
 
 
 Addresses = Mapping[str, FoundAddress]
@@ -45,12 +56,16 @@ Addresses = Mapping[str, FoundAddress]
 
 def after_lookup(known: Addresses, endpoints: Iterable[str] | None, *, now: float, grace_secs: float) -> Addresses:
     """The addresses after a look-up. One that DNS no longer has stays for `grace_secs`. `endpoints` is None when DNS
-    gave no answer: then nothing is known to have left."""
+    gave no answer: then nothing is known to have left, and those that it had dropped before still count as dropped."""
+    last = max((address.seen_at for address in known.values()), default=now)
     if endpoints is None:
-        return {endpoint: replace(address, seen_at=now) for endpoint, address in known.items()}
+        silent = now - last
+        return {endpoint: replace(address, seen_at=address.seen_at + silent) for endpoint, address in known.items()}
     seen = dict.fromkeys(endpoints)
     kept = {
-        endpoint: replace(address, seen_at=now) if endpoint in seen else address
+        endpoint: replace(address, seen_at=now, returned=address.returned or address.seen_at < last)
+        if endpoint in seen
+        else address
         for endpoint, address in known.items()
         if endpoint in seen or now - address.seen_at < grace_secs
     }
@@ -58,9 +73,10 @@ def after_lookup(known: Addresses, endpoints: Iterable[str] | None, *, now: floa
 
 
 def to_ask(known: Addresses, nodes: Mapping[str, NodeSnapshot]) -> list[str]:
-    """The endpoints whose neuron has to say its name: it has not done so yet, or another process answers there."""
+    """The endpoints whose neuron has to say its name: it has not done so yet, or another process answers there, or may
+    do so."""
     changed = {address.name for address in known.values() if _is_another(address, nodes.get(address.name or ""))}
-    return [each.endpoint for each in known.values() if each.name is None or each.name in changed]
+    return [each.endpoint for each in known.values() if each.name is None or each.returned or each.name in changed]
 
 
 def _is_another(address: FoundAddress, node: NodeSnapshot | None) -> bool:
@@ -72,10 +88,13 @@ def _is_another(address: FoundAddress, node: NodeSnapshot | None) -> bool:
 
 def after_answers(known: Addresses, answers: Mapping[str, Discovery]) -> Addresses:
     """The addresses with what their neurons have said, by endpoint."""
+
+    def answered(address: FoundAddress, said: Discovery) -> FoundAddress:
+        name = name_of(said, address.endpoint)
+        return replace(address, name=name, process=said.instance_id, returned=False)
+
     return {
-        endpoint: replace(address, name=name_of(answers[endpoint], endpoint), process=answers[endpoint].instance_id)
-        if endpoint in answers
-        else address
+        endpoint: answered(address, answers[endpoint]) if endpoint in answers else address
         for endpoint, address in known.items()
     }
 
@@ -91,14 +110,16 @@ def name_of(discovery: Discovery, endpoint: str) -> str:
 
 def named(known: Addresses) -> tuple[list[FoundAddress], list[str]]:
     """One address for each name, and why others are left out. Several addresses of one process are the same neuron, for
-    example over IPv4 and IPv6. Of two neurons that give the same name the one that DNS still has wins."""
+    example over IPv4 and IPv6. Of two neurons that give the same name the one that DNS still has wins, and one that has
+    confirmed it."""
     chosen: dict[str, FoundAddress] = {}
     clashes = []
-    for address in sorted(known.values(), key=lambda each: -each.seen_at):  # stable: else the first one found
+    best_first = sorted(known.values(), key=lambda each: (each.returned, -each.seen_at))  # stable: else as found
+    for address in best_first:
         if address.name is None:
             continue
         other = chosen.setdefault(address.name, address)
-        if other.process != address.process and other.seen_at == address.seen_at:
+        if other.process != address.process and other.seen_at == address.seen_at and not address.returned:
             clashes.append(
                 f"the neuron found at {address.endpoint} is left out: the one at {other.endpoint} also gives the name "
                 f"{address.name!r}; give each neuron a name of its own in neuron.toml"

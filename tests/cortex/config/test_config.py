@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cortex.cli.doctor.this_host import check_files
+from cortex.cli.serve import run_check
 from cortex.config.gateway import parse_listen
+from cortex.config.neurons import NeuronEntry
 from cortex.config.settings import CortexConfig
 from shared.settings import SettingsError, load_settings, validate_settings
 
@@ -280,6 +283,8 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
         ({"kind": "register", "registration_token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
         ({"kind": "dns", "host": "x", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
         ({"kind": "kubernetes"}, "'static', 'dns' or 'register'"),
+        ({"kind": "dns", "host": "neurons..svc"}, "host: not a host name"),
+        ({"kind": "dns", "host": "x", "token": "two\nlines"}, "token: must not contain line breaks"),
     ],
 )
 def test_discovery_needs_what_its_kind_needs(table: dict[str, str], problem: str) -> None:
@@ -299,3 +304,22 @@ def test_registration_token_file_is_beside_cortex_toml(tmp_path: Path) -> None:
         config.discovery.registration_token()
     (tmp_path / "token").write_text("secret\n", encoding="utf-8")
     assert config.discovery.registration_token() == "secret"
+
+
+def test_check_and_doctor_read_the_registration_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cortex would not start without it, and a reload warns of it."""
+    path = tmp_path / "cortex.toml"
+    path.write_text("discovery = {kind = 'register', registration_token_file = 'token'}", encoding="utf-8")
+    (tmp_path / "models.toml").touch()
+    assert run_check(path) == 1
+    assert "registration_token_file must be readable" in capsys.readouterr().err
+    assert any("registration_token_file must be readable" in finding.text for finding in check_files(path)[1])
+    (tmp_path / "token").write_text("secret", encoding="utf-8")
+    assert run_check(path) == 0
+
+
+def test_names_may_be_as_long_as_those_of_kubernetes() -> None:
+    """A node's name has up to 253 characters there."""
+    assert NeuronEntry(name="n" * 253, endpoint="http://n:13131").name == "n" * 253
+    with pytest.raises(ValueError, match="at most 253"):
+        NeuronEntry(name="n" * 254, endpoint="http://n:13131")

@@ -54,7 +54,9 @@ async def test_nothing_listens(start_cortex: StartCortex) -> None:
 @pytest.mark.parametrize(
     ("script", "token", "pattern"),
     [
-        pytest.param(answering(UNAUTHORIZED), None, "needs a token: set token or token_env", id="no-token"),
+        pytest.param(
+            answering(UNAUTHORIZED), None, "needs a token: set token or token_env in cortex.toml", id="no-token"
+        ),
         pytest.param(answering(UNAUTHORIZED), "x", "refuses the token: token or token_env", id="token"),
         pytest.param(answering(TLS_ALERT), None, "needs https://", id="tls-alert"),
         pytest.param(closing(b""), None, "needs https://", id="tls-closes"),
@@ -83,7 +85,8 @@ async def test_unknown_host(start_cortex: StartCortex) -> None:
 
 
 async def test_a_fleet_without_neurons(start_cortex: StartCortex) -> None:
-    """The message says what to configure."""
+    """The message says what to configure. A fleet that finds its neurons has none at first, either."""
     cortex = await start_cortex([], [{"id": "m"}])
     async with cortex.chat("m") as answer:
-        assert (await answer.json())["error"]["message"] == "no neuron is configured: add [[neurons]] to cortex.toml"
+        message = (await answer.json())["error"]["message"]
+    assert message == "no neuron is known: add [[neurons]] to cortex.toml, or see [discovery] there"

@@ -88,7 +88,7 @@ def found(objects: list[Object], kind: str, name: str) -> Any:
     return one
 
 
-pytestmark = pytest.mark.timeout(600)  # the environment may have to be built
+pytestmark = pytest.mark.timeout(1500)  # the environment may have to be built: 120 + 900 s at most
 
 
 @pytest.mark.parametrize("number", [0, 1])

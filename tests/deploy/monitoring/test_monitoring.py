@@ -39,6 +39,8 @@ PASSING = (
 )
 """Metrics that are not on the page all the time, or not at once."""
 
+pytestmark = pytest.mark.timeout(600)  # the first test's time includes the fleet and what happens there
+
 
 def page(url: str, token: str | None = None) -> str:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -86,7 +88,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
         _note(page(address, TOKEN), found, OF_TARGET | labels)
         with open_request(fleet.cortex.url, "endless"), open_request(fleet.cortex.url, "slow"):
             awaited = {f"{name}{{" for name in PASSING}
-            eventually(lambda: all(name in page(f"{base}/metrics") for name in awaited), f"{awaited}", within_secs=50)
+            eventually(lambda: all(name in page(f"{base}/metrics") for name in awaited), f"{awaited}", within_secs=300)
             _note(page(f"{base}/metrics"), found, OF_TARGET)
     return found
 

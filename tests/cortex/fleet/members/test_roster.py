@@ -46,6 +46,14 @@ def test_a_listed_neuron_keeps_its_name() -> None:
     assert combined([entry("a", A)], [entry("a", A)])[1] == []
 
 
+def test_a_listed_neuron_is_not_found_under_another_name() -> None:
+    """Its GPUs would count twice."""
+    entries, (clash,) = combined([entry("gpu-1", A)], [entry("node1", A), entry("node2", B)])
+    assert {name: each.endpoint for name, each in entries.items()} == {"gpu-1": A, "node2": B}
+    assert "gpu-1" in clash
+    assert "node1" in clash
+
+
 def test_an_address_stays_for_the_grace_period() -> None:
     """DNS may drop an address for a moment. Without an answer of DNS nothing is known to be gone."""
     known = looked_up({}, A, B, now=0)
@@ -53,6 +61,31 @@ def test_an_address_stays_for_the_grace_period() -> None:
     assert list(looked_up(known, A, now=60)) == [A]
     silent = after_lookup(known, None, now=500, grace_secs=60)
     assert list(looked_up(silent, A, now=559)) == [A, B]
+
+
+def test_a_neuron_that_has_moved_stays_there_while_dns_is_silent() -> None:
+    """The old address, which only waits for the end of its grace period, does not become as good as the new one."""
+    known = after_answers(looked_up({}, A, now=0), {A: said("beast", "1")})
+    known = after_answers(looked_up(known, B, now=10), {B: said("beast", "2")})
+    for now in (20, 30):
+        known = after_lookup(known, None, now=now, grace_secs=60)
+        chosen, clashes = named(known)
+        assert [each.endpoint for each in chosen] == [B]
+        assert clashes == []
+
+
+def test_an_address_that_comes_back_has_to_say_its_name_again() -> None:
+    """Another host may have it now. Until it has answered it keeps its name, unless another neuron has it meanwhile."""
+    known = after_answers(looked_up({}, A, now=0), {A: said("beast", "1")})
+    known = after_answers(looked_up(known, B, now=10), {B: said("beast", "2")})
+    known = looked_up(known, A, B, now=20)
+    assert to_ask(known, {}) == [A]
+    chosen, clashes = named(known)
+    assert [each.endpoint for each in chosen] == [B]
+    assert clashes == []
+    known = after_answers(known, {A: said("benjy", "3")})
+    assert to_ask(known, {}) == []
+    assert {each.name: each.endpoint for each in named(known)[0]} == {"benjy": A, "beast": B}
 
 
 def test_names_come_from_the_neurons() -> None:
