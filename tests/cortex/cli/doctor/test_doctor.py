@@ -80,7 +80,7 @@ def test_a_wrong_token(fleet: Fleet, tmp_path: Path) -> None:
     report = doctor(config_file(tmp_path, fleet), token="another")
     assert report.status == 1
     (line,) = report.of("fault")
-    assert line.startswith(f"{NODE}: it refuses the token: token or token_env of this neuron in cortex.toml differs")
+    assert line.startswith(f"{NODE}: it refuses the token: token or token_env in cortex.toml (")
 
 
 def test_no_token(fleet: Fleet, tmp_path: Path) -> None:
