@@ -79,6 +79,17 @@ async def test_errors_and_filters(start_cortex: StartCortex, benjy: V1Neuron) ->
     assert [each["id"] for each in only.json["ended"]] == [failed["id"]]
 
 
+async def test_a_client_that_left_does_not_count_as_an_error(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    cortex = await start_cortex([benjy], MODELS)
+    benjy.load_gate.clear()
+    asking = asyncio.create_task(cortex.chat("a").__aenter__())
+    await benjy.load_started.wait()
+    asking.cancel()
+    while not (await seen(cortex, "?status=499"))["ended"]:
+        pass
+    assert (await seen(cortex, "?status=error"))["ended"] == []
+
+
 async def test_a_user_sees_its_own(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     cortex = await start_cortex([benjy], MODELS, keys=KEYS)
     for key in ("sk-alice", "sk-watcher"):

@@ -60,6 +60,7 @@ async def test_looks_at_two_workers() -> None:
     late = await history.since(first.place)
     assert (late.whole, len(late.ended)) == (True, KEPT_REQUESTS)
     assert (await RequestHistory().since(first.place)).whole
+    assert (await history.since(first.place + "9" * 5000)).whole
 
 
 def steps(*spans: StatusSpan, waits: list[tuple[float, float]], secs: float = 10.0) -> list[tuple[str, str, int, int]]:
