@@ -87,6 +87,7 @@ async def cortex_process(
     models: list[dict[str, Any]],
     *,
     poll_secs: float = 0.05,
+    unhealthy_after: int = 3,
     routing: Mapping[str, Any] | None = None,
     waiting: Mapping[str, Any] | None = None,
     placement: Mapping[str, Any] | None = None,
@@ -102,7 +103,7 @@ async def cortex_process(
     url = f"{'https' if 'tls_cert' in gateway else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
     config: dict[str, Any] = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},
-        "poll": {"interval_secs": poll_secs},
+        "poll": {"interval_secs": poll_secs, "unhealthy_after": unhealthy_after},
         "routing": dict(routing or {}),
         "waiting": dict(waiting or {}),
         "keys": dict(keys or {}),

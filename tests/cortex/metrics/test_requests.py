@@ -76,7 +76,7 @@ def test_a_swap_step_by_step() -> None:
     load = StatusSpan(node="n", model="m", status="loading", since=103, until=108, phases=phases)
     other = StatusSpan(node="n", model="other", status="loading", since=100, until=109)
     assert steps(old, load, other, waits=[(0, 8)]) == [
-        ("wait", "waiting for an engine", 0, 1),
+        ("wait", "waiting", 0, 1),
         ("unload", "old", 1, 3),
         ("load", "starting", 3, 4),
         ("load", "loading weights", 4, 6),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -91,9 +92,10 @@ async def test_silent_stream_gets_signs_of_life(
 ) -> None:
     """Comments arrive while the engine sends nothing, and the engine's events are unchanged."""
     engine.script = script
+    began = time.monotonic()
     body, _ = await stream_of(cortex, asking(target))
     assert without_signs(body) == EVENTS
-    assert 1 <= signs(body) <= QUIET / SECS
+    assert 1 <= signs(body) <= (time.monotonic() - began) / SECS
     assert body.count(PING) == (signs(body) if target == "/v1/messages" else 0)
     assert b"\n\n\n" not in body
     assert b"\n\n: " in body or body.startswith(b": ")
