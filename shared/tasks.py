@@ -23,6 +23,7 @@ from shared.errors import ServiceError
 log = logging.getLogger(__name__)
 
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 RESTART_DELAY_SECS = 1.0
 CANCEL_AGAIN_SECS = 1.0
@@ -90,7 +91,7 @@ class TaskSet:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+    def spawn(self, work: Coroutine[Any, Any, Result], *, name: str) -> asyncio.Task[Result]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)

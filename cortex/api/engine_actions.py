@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -19,7 +19,14 @@ from cortex.api.operator import (
     until_loaded,
     usable_node,
 )
-from cortex.control.loads.operator_plan import end_effects, load_effects, operator_plan, without_pauses
+from cortex.control.loads.operator_plan import (
+    after_end,
+    end_effects,
+    load_effects,
+    operator_plan,
+    without_engine,
+    without_pauses,
+)
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot, Reservation
 from cortex.fleet.state import NodeRemoved
@@ -44,14 +51,17 @@ class RestartAction(EngineAction):
 
 
 async def sleep_model(request: web.Request) -> web.Response:
-    """Puts engines to sleep, after their requests in flight. Answers when they sleep."""
+    """Puts engines to sleep, after their requests in flight. Answers when they sleep, and says what becomes of the
+    model."""
     app, action = request.app, await read_model(request, EngineAction)
     engines = _engines(app, action, frozenset({ModelStatus.LOADED}), "loaded")
+    view, name = app[SCHEDULER].view(), app[LIVE].catalogue.resolve(action.model)
+    after = after_end(view, engines, name, asleep=True)
     if is_dry_run(request):
-        effects = end_effects(app[SCHEDULER].view(), engines, action.model, "goes to sleep on", drain=True)
-        return dry_run_answer(action.model, [*effects, "The next request wakes it, or loads it elsewhere."])
+        effects = end_effects(view, engines, name, "goes to sleep on", drain=True)
+        return dry_run_answer(action.model, [*effects, *after])
     works = (_error_of(each, app[SCHEDULER].sleep(each.key), ErrorCode.SLEEP_FAILED) for each in engines)
-    return await _answer(app, action, "sleeping", engines, works)
+    return await _answer(app, action, "sleeping", engines, works, after=after)
 
 
 async def wake_model(request: web.Request) -> web.Response:
@@ -61,12 +71,8 @@ async def wake_model(request: web.Request) -> web.Response:
     if is_dry_run(request):
         plans = [_wake_plan(app, each) for each in engines]
         effects = [effect for plan in plans for effect in load_effects(plan)]
-        return dry_run_answer(
-            action.model, effects, [name for plan in plans if plan is not None for name in plan.displaces]
-        )
-    for each in engines:
-        if app[STATE].end_holds(each.view.id, each.node.name):
-            app[FLEET].notify()
+        return dry_run_answer(action.model, effects, _displaced(plans))
+    _end_holds(app, engines)
     works = (_error_of(each, _wake(app, each), ErrorCode.WAKE_FAILED) for each in engines)
     return await _answer(app, action, "loaded", engines, works)
 
@@ -79,15 +85,30 @@ async def restart_model(request: web.Request) -> web.Response:
     for each in engines:
         _check_comes_back(app, each)
     if is_dry_run(request):
-        effects = end_effects(app[SCHEDULER].view(), engines, action.model, "is started again on", drain=action.drain)
-        return dry_run_answer(action.model, [*effects, "Its memory is kept for it: displaces nothing."])
-    works = [_error_of(each, _restart(app, each, action.drain), ErrorCode.UNLOAD_FAILED) for each in engines]
-    answer = _answer(app, action, "loaded", engines, works)
+        return _would_restart(app, action, engines)
+    _end_holds(app, engines)
+    works = (_error_of(each, _restart(app, each, action.drain), ErrorCode.UNLOAD_FAILED) for each in engines)
+    # Not the handler's own work: an engine that has ended must come back even if the client leaves.
+    restarting = app[ADAPTERS].in_background(
+        _answer(app, action, "loaded", engines, works), name=f"restart {action.model}"
+    )
     if request.query.get("wait") == "false":
-        app[ADAPTERS].in_background(answer, name=f"restart {action.model}")
         where = [{**place(each.key), "status": "restarting"} for each in engines]
         return web.json_response({"status": "restarting", "model": action.model, "results": where}, status=202)
-    return await answer
+    return await asyncio.shield(restarting)
+
+
+def _would_restart(app: web.Application, action: RestartAction, engines: list[EngineSnapshot]) -> web.Response:
+    """An engine that is loaded keeps its memory; for another one, which holds little or none, others may have to go."""
+    view, name = app[SCHEDULER].view(), app[LIVE].catalogue.resolve(action.model)
+    effects = end_effects(view, engines, name, "is started again on", drain=action.drain)
+    plans = [_restart_plan(app, each) for each in engines if each.view.known_status is not ModelStatus.LOADED]
+    if not plans:
+        effects.append("Its memory is kept for it: displaces nothing.")
+    elif len(plans) < len(engines):
+        effects.append("Where it is loaded, its memory is kept for it.")
+    effects += [effect for plan in plans for effect in load_effects(plan)]
+    return dry_run_answer(action.model, effects, _displaced(plans))
 
 
 def _engines(
@@ -139,6 +160,22 @@ def _wake_plan(app: web.Application, engine: EngineSnapshot) -> LoadPlan | None:
     return operator_plan(view, _name(app, engine), engine.node.name, engine.instance or None)
 
 
+def _restart_plan(app: web.Application, engine: EngineSnapshot) -> LoadPlan | None:
+    """For the load after the engine's end."""
+    view = without_engine(without_pauses(app[SCHEDULER].view(), engine.view.id), engine)
+    return operator_plan(view, _name(app, engine), engine.node.name, engine.instance or None)
+
+
+def _displaced(plans: Iterable[LoadPlan | None]) -> list[str]:
+    return [name for plan in plans if plan is not None for name in plan.displaces]
+
+
+def _end_holds(app: web.Application, engines: Iterable[EngineSnapshot]) -> None:
+    for each in engines:
+        if app[STATE].end_holds(each.view.id, each.node.name):
+            app[FLEET].notify()
+
+
 async def _wake(app: web.Application, engine: EngineSnapshot) -> None:
     job = app[SCHEDULER].load(_name(app, engine), engine.node.name, engine.instance or None)
     await until_loaded(app, engine.key, job)
@@ -177,8 +214,10 @@ async def _answer(
     status: str,
     engines: list[EngineSnapshot],
     works: Iterable[Awaitable[ServiceError | None]],
+    *,
+    after: Sequence[str] = (),
 ) -> web.Response:
-    """Every engine's result. Raises the first error, with all results, if there is one."""
+    """Every engine's result, and what comes after. Raises the first error, with all results, if there is one."""
     errors = await app[SHUTDOWN].unless_begun(_all(works))
     results: list[dict[str, Any]] = [
         {**place(each.key), "status": status}
@@ -190,7 +229,8 @@ async def _answer(
     if failed is not None:
         failed.extra = {**failed.extra, "results": results}
         raise failed
-    return web.json_response({"status": status, "model": action.model, "results": results})
+    following = {"next": " ".join(after)} if after else {}
+    return web.json_response({"status": status, "model": action.model, "results": results, **following})
 
 
 async def _all(works: Iterable[Awaitable[ServiceError | None]]) -> list[ServiceError | None]:

@@ -19,7 +19,7 @@ from cortex.control.explain import after_unload
 from cortex.control.load_backoff import BackoffCause
 from cortex.control.load_failure import LoadFailure
 from cortex.control.loads.loader import LoadJob
-from cortex.control.loads.operator_plan import end_effects, load_effects, operator_plan, without_pauses
+from cortex.control.loads.operator_plan import after_end, end_effects, load_effects, operator_plan, without_pauses
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
@@ -80,7 +80,7 @@ async def load_model(request: web.Request) -> web.Response:
         able = [job.plan.key if job is not None else _coming(app[FLEET].snapshot(), model_id, action)]
     if request.query.get("wait") == "false":
         if adapter is not None:  # the caller does not wait for its base
-            app[ADAPTERS].in_background(_all_loaded(app, able, job, adapter), name=f"load {adapter}")
+            _ = app[ADAPTERS].in_background(_all_loaded(app, able, job, adapter), name=f"load {adapter}")
         return web.json_response({"status": "loading", "model": model_id, **place(able[0])}, status=202)
     key = await app[SHUTDOWN].unless_begun(_all_loaded(app, able, job, adapter))
     took = round(time.monotonic() - started, 3)
@@ -103,9 +103,12 @@ def _would_load(app: web.Application, model_id: str, action: LoadAction, serving
 def _would_unload(
     app: web.Application, model_id: str, engines: list[EngineSnapshot], action: UnloadAction
 ) -> web.Response:
-    effects = end_effects(app[SCHEDULER].view(), engines, model_id, "is unloaded from", drain=action.drain)
+    view = app[SCHEDULER].view()
+    effects = end_effects(view, engines, model_id, "is unloaded from", drain=action.drain)
     if action.for_secs is not None:
         effects.append(f"It is not loaded again for {duration_text(action.for_secs)}.")
+    else:
+        effects += after_end(view, engines, model_id)
     return dry_run_answer(model_id, effects)
 
 

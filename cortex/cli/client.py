@@ -25,7 +25,7 @@ _TRUST = "set CORTEX_CA to a PEM file with the certificate of the authority that
 _NAME = "set --url or CORTEX_URL to an address with a name that is in the certificate"
 _PAGE_BYTES = 1 << 16
 _EXCERPT_CHARS = 120
-_TAGS = re.compile(r"<(script|style|title)\b.*?(?:</\1\s*>|$)|<[^>]*>", re.IGNORECASE | re.DOTALL)
+_TAGS = re.compile(r"<(script|style|title)\b.*?(?:</\1\s*>|$)|<[^<>]*>", re.IGNORECASE | re.DOTALL)
 _OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 

@@ -115,6 +115,9 @@ class Reloader:
     async def _reload(self) -> None:
         try:
             found, warnings = await asyncio.to_thread(self._compare, self._live.config, self._live.catalogue)
+        except asyncio.CancelledError:
+            self._asked.set()  # the files count as read, so that nothing else would apply them
+            raise
         except SettingsError as error:
             self._refuse(error.problems)
         except Exception as error:

@@ -205,7 +205,8 @@ class Resolver:
         evict the model as idle."""
         if self._shutdown.begun:
             raise shutting_down()
-        deadline = self._clock() + self._live.config.cold_load.timeout_secs
+        since = self._clock()
+        deadline = since + self._live.config.cold_load.timeout_secs
         self._demand.record_waiting(self._live.catalogue.requested(model_id).model_id, caller)
         engines = self._engines_for(model_id)
         with self._queue.ticket(engines, self._scheduler.retry_after, caller, tokens) as ticket:
@@ -229,7 +230,7 @@ class Resolver:
                 if replica is not None:
                     ticket.admitted = True
                     self._demand.record_admission(self._live.catalogue.requested(model_id).model_id)
-                    return self._scheduler.route(replica, cold=cold)
+                    return self._scheduler.route(replica, cold=cold, since=since)
                 if self._shutdown.begun:
                     raise shutting_down()
 

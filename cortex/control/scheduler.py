@@ -152,9 +152,9 @@ class Scheduler:
             elapsed_secs=0.0 if job is None or job.loading_since is None else now - job.loading_since,
         )
 
-    def route(self, replica: Replica, *, cold: bool) -> Route:
-        """To this replica. `cold`: it was loaded for the request."""
-        phases = self._loader.phases(replica.model_id, replica.node) if cold else ()
+    def route(self, replica: Replica, *, cold: bool, since: float) -> Route:
+        """To this replica. `cold`: it was loaded for the request, which has waited since then."""
+        phases = self._loader.phases(replica.model_id, replica.node, since=since) if cold else ()
         return Route(replica=replica, cold=cold, phases=phases)
 
     def job(self, model_id: str) -> LoadJob | None:

@@ -204,7 +204,7 @@ def build(
 def _metrics(
     fleet: Fleet, counts: CountTotals, queue: AdmissionQueue, demand: Demand, state_dir: Path | None
 ) -> Metrics:
-    in_flight, counters = counts.all_in_flight, counts.counters
+    in_flight, counters = counts.all_in_flight, partial(counts.counters, callers=True)
     return Metrics(
         fleet, in_flight, counters, waiting=queue.counts, charged=lambda: demand.charged, state_dir=state_dir
     )

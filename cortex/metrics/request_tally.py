@@ -7,6 +7,7 @@ travels to the control process.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Set as AbstractSet
 
 from cortex.accounts.caller import PEOPLE, PERSON_PREFIX
 from cortex.metrics.counters import (
@@ -95,8 +96,8 @@ class _CallerCounts:
 
 
 class RequestTally:
-    """Everything counted since the worker began. Numbers only grow. Callers bound the labels: models and neurons that
-    exist, and UNKNOWN."""
+    """Everything counted since the worker began. Numbers only grow, but those of a key that is gone end. Callers bound
+    the labels: models and neurons that exist, and UNKNOWN."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str, _Counts]] = {}  # by model and neuron
@@ -186,15 +187,21 @@ class RequestTally:
         """Counts records of usage that could not be written and are lost."""
         self._dropped_usage_records += count
 
-    def collect(self) -> Counters:
-        """The counts up to now, which change no more."""
+    def keep_callers(self, names: AbstractSet[str]) -> None:
+        """Forgets the API keys that have other names: they are gone."""
+        for name in self._callers.keys() - names - {PEOPLE}:
+            del self._callers[name]
+
+    def collect(self, *, callers: bool = False) -> Counters:
+        """The counts up to now, which change no more. `callers`: also those by API key, which may be thousands."""
         series = {
             model: {node: counts.series() for node, counts in nodes.items()} for model, nodes in self._models.items()
         }
-        callers = {
-            name: {model: counts.series() for model, counts in models.items()} for name, models in self._callers.items()
-        }
-        return Counters(series, self._dropped_usage_records, callers)
+        by_key: dict[str, dict[str, CallerSeries]] = {}
+        if callers:
+            for name, models in self._callers.items():
+                by_key[name] = {model: counts.series() for model, counts in models.items()}
+        return Counters(series, self._dropped_usage_records, by_key)
 
     def _of(self, model: str, node: str) -> _Counts:
         nodes = self._models.get(model)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Protocol
 
+import msgspec
+
 from cortex.metrics.counters import Counters, merged
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.replica import ReplicaKey
@@ -14,8 +16,8 @@ from cortex.routing.replica import ReplicaKey
 class WorkerCounts(Protocol):
     """One worker's counts, live or as last reported."""
 
-    def collect(self) -> Counters:
-        """Everything counted since the worker began."""
+    def collect(self, *, callers: bool = False) -> Counters:
+        """Everything counted since the worker began; what it counted by API key only with `callers`."""
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]: ...
 
@@ -25,8 +27,8 @@ class WorkerCounts(Protocol):
     def take_callers(self) -> Mapping[CallerAt, CallerCount]:
         """By API key, the requests in flight, and those begun since the last call. Without requests that have none."""
 
-    async def refresh(self) -> None:
-        """Brings the counts up to date."""
+    async def refresh(self, *, callers: bool = False) -> None:
+        """Brings the counts up to date, with `callers` also those by API key."""
 
 
 class CountTotals:
@@ -41,13 +43,14 @@ class CountTotals:
 
     def detach(self, worker: WorkerCounts) -> None:
         self.workers.remove(worker)
-        self._ended = merged([self._ended, worker.collect()])
+        self._ended = merged([self._ended, worker.collect(callers=True)])
 
-    async def refresh(self) -> None:
-        await asyncio.gather(*(worker.refresh() for worker in self.workers))
+    async def refresh(self, *, callers: bool = False) -> None:
+        await asyncio.gather(*(worker.refresh(callers=callers) for worker in self.workers))
 
-    def counters(self) -> list[Counters]:
-        return [self._ended, *(worker.collect() for worker in self.workers)]
+    def counters(self, *, callers: bool = False) -> list[Counters]:
+        ended = self._ended if callers else msgspec.structs.replace(self._ended, callers={})
+        return [ended, *(worker.collect(callers=callers) for worker in self.workers)]
 
     def in_flight(self, key: ReplicaKey) -> int:
         return sum(worker.in_flight_here().get(key, 0) for worker in self.workers)

@@ -155,10 +155,8 @@ class ProxyContext:
             self.control.release(replica)
 
     def choose(self, request: Request, replicas: tuple[Replica, ...]) -> tuple[Replica, Choice]:
-        """The replica with the least work, or one with the prompt's prefix in its cache and not much more work; and
-        why."""
-        if len(replicas) == 1:
-            return replicas[0], "only"
+        """Of several replicas the one with the least work, or one with the prompt's prefix in its cache and not much
+        more work; and why."""
         keys: list[ReplicaKey] = []
         names: list[str] = []
         outstanding: list[int] = []

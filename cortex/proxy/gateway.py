@@ -93,6 +93,7 @@ class Gateway:
         """These are the keys from now on."""
         self._authentication.use_keys(keys)
         self._context.has_keys = self._authentication.has_keys
+        self._context.counters.keep_callers({caller.name for caller in keys.callers.values()})
 
     def use_prices(self, prices: PriceList) -> None:
         """What the tokens of requests that end from now on cost."""
@@ -214,8 +215,8 @@ class Gateway:
             context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
         return request_id
 
-    def collect(self) -> Counters:
-        return self._context.counters.collect()
+    def collect(self, *, callers: bool = False) -> Counters:
+        return self._context.counters.collect(callers=callers)
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return self._context.in_flight.here
@@ -229,7 +230,7 @@ class Gateway:
     async def requests_since(self, place: int) -> SeenRequests:
         return self._context.requests.since(place)
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, callers: bool = False) -> None:
         """Does nothing: the counts are always current."""
 
 

@@ -72,6 +72,14 @@ _VERSION: Final = re.compile(r"v\d+")
 
 RESPONSES: Final = b"/v1/responses"
 _BELOW_RESPONSES: Final = RESPONSES + b"/"
+NAMING_PATHS: Final = frozenset(
+    (
+        *INFERENCE_PATHS,
+        REALTIME.decode(),
+        *(f"/v1/responses/{{id}}{action}" for action in ("", "/cancel", "/input_items")),
+    )
+)
+"""Paths, as `recorded_path` has them, that may name something: clients cannot make up others."""
 _BACKGROUND: Final = re.compile(rb'(?<!\\)"background"\s*:\s*[^\s{\[fn]')
 """Neither false nor null: an engine may read `1` or `"true"` as true."""
 _OWN_BELOW: Final = tuple(path + b"/" for path in OWN_PATHS)

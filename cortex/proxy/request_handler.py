@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
 """Most engines that one request is sent to: a request that kills its engine must not kill the fleet."""
-
 STOPPING: Final = "cortex is stopping"
 
 
@@ -152,11 +151,10 @@ class RequestHandler:
 
     def tick(self, now: float) -> None:
         state = self._state
-        if not isinstance(state, Sent):
-            return
-        state.relay.tick(now, neuron_down=state.replica.node in self._context.control.down)
-        if self._state is state:
-            self._break_silence(state, now)
+        if isinstance(state, Sent):
+            state.relay.tick(now, neuron_down=state.replica.node in self._context.control.down)
+            if self._state is state:
+                self._break_silence(state, now)
 
     def _break_silence(self, sent: Sent, now: float) -> None:
         """Tells a client that has heard nothing for a while that its request is still worked on."""
@@ -239,7 +237,9 @@ class RequestHandler:
     def _send_to_one_of(self, replicas: tuple[Replica, ...]) -> None:
         """Without a replica, or if it has as many requests as its neuron allows, asks the control."""
         if replicas:
-            replica, self._account.choice = self._context.choose(self._request, replicas)
+            replica, self._account.choice = replicas[0], "only"
+            if len(replicas) > 1:
+                replica, self._account.choice = self._context.choose(self._request, replicas)
             if replica.limit is None or self._context.control.take(replica):
                 self._send(replica, compared=len(replicas) > 1)
                 return

@@ -51,7 +51,7 @@ class SimulatedWorker:
     def __init__(self) -> None:
         self.requests = InFlight()
 
-    def collect(self) -> Counters:
+    def collect(self, *, callers: bool = False) -> Counters:
         return Counters()
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
@@ -63,7 +63,7 @@ class SimulatedWorker:
     def take_callers(self) -> Mapping[CallerAt, CallerCount]:
         return self.requests.take_callers()
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, callers: bool = False) -> None:
         """Nothing to do: the counts are live."""
 
 

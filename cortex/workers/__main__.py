@@ -96,7 +96,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")
         channel.send(Ready())
         await stop.wait()
-    channel.send(_counted(0, gateway))
+    channel.send(_counted(0, gateway, callers=True))
     await cancel_all([listening])
     await channel.close()
 
@@ -154,11 +154,11 @@ async def _told(question: Collect | AskRequests, gateway: Gateway) -> Counted | 
     if isinstance(question, AskRequests):
         return RequestsSeen(question.number, await gateway.requests_since(question.place))
     await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
-    return _counted(question.number, gateway)
+    return _counted(question.number, gateway, callers=question.callers)
 
 
-def _counted(number: int, gateway: Gateway) -> Counted:
-    return Counted(number, gateway.collect(), counts_to_wire(gateway.in_flight.here))
+def _counted(number: int, gateway: Gateway, *, callers: bool) -> Counted:
+    return Counted(number, gateway.collect(callers=callers), counts_to_wire(gateway.in_flight.here), callers)
 
 
 def _report_in_flight(gateway: Gateway, channel: Channel[ToWorker]) -> None:

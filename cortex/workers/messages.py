@@ -170,9 +170,10 @@ class Notes(msgspec.Struct, frozen=True, tag=True):
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
-    """Asks for a Counted with the same number."""
+    """Asks for a Counted with the same number. `callers`: with the counts by API key."""
 
     number: int
+    callers: bool = False
 
 
 class AskRequests(msgspec.Struct, frozen=True, tag=True):
@@ -309,11 +310,13 @@ class RouteUnused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
-    """Everything counted since the worker started. `number` is that of the Collect, 0 for a worker's final report."""
+    """Everything counted since the worker started. `number` is that of the Collect, 0 for a worker's final report.
+    `callers`: with those by API key."""
 
     number: int
     counters: Counters
     in_flight: Counts
+    callers: bool
 
 
 class RequestsSeen(msgspec.Struct, frozen=True, tag=True):

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from cortex.accounts.sign_in.person import People
 from cortex.config.live import LiveConfig
 from cortex.control.resolver import Resolver
-from cortex.metrics.counters import Counters
+from cortex.metrics.counters import CallerSeries, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.metrics.requests.entries import SeenRequests
 from cortex.metrics.worker_counts import CountTotals
@@ -78,7 +80,8 @@ class WorkerProcess:
         self._resolver = resolver
         self._counts = counts
         self._channel = channel
-        self._counters = Counters()
+        self._counters = Counters()  # without those by API key
+        self._by_key: dict[str, dict[str, CallerSeries]] = {}  # of the last report that had them
         self._in_flight: Mapping[ReplicaKey, int] = {}
         # Routes sent since the last report, which does not have them yet.
         self._granted: Counter[ReplicaKey] = Counter()
@@ -96,8 +99,8 @@ class WorkerProcess:
         self._questions = WorkerQuestions(resolver, people, channel.send, self._tasks)
         self._numbers = 0
 
-    def collect(self) -> Counters:
-        return self._counters
+    def collect(self, *, callers: bool = False) -> Counters:
+        return msgspec.structs.replace(self._counters, callers=self._by_key) if callers else self._counters
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
         return Counter(self._in_flight) + self._granted if self._granted else self._in_flight
@@ -110,12 +113,12 @@ class WorkerProcess:
         self._callers_begun = Counter()
         return {at: CallerCount(now.get(at, 0), begun[at]) for at in now.keys() | begun.keys()}
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, callers: bool = False) -> None:
         """Asks for the latest counts. Without an answer in time the last ones stay."""
         self._numbers += 1
         number, future = self._numbers, asyncio.get_running_loop().create_future()
         self._collecting[number] = future
-        self._channel.send(Collect(number))
+        self._channel.send(Collect(number, callers))
         try:
             with contextlib.suppress(asyncio.TimeoutError):
                 async with timeout(COLLECT_TIMEOUT_SECS):
@@ -174,7 +177,9 @@ class WorkerProcess:
 
     def _told(self, answer: Counted | RequestsSeen) -> None:
         if isinstance(answer, Counted):
-            self._counters = answer.counters
+            if answer.callers:
+                self._by_key = answer.counters.callers
+            self._counters = msgspec.structs.replace(answer.counters, callers={})
             self._reported(answer.in_flight)
             _answered(self._collecting.get(answer.number))
             return
@@ -187,6 +192,9 @@ class WorkerProcess:
         self._reported([])
         for waiting in self._collecting.values():
             _answered(waiting)  # no further report will come
+        for looking in self._looking.values():
+            if not looking.done():
+                looking.set_result(SeenRequests(0, [], []))
         if self._noting is not None:
             self._noting.cancel()
         await self._tasks.close()

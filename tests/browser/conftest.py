@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 from tests.e2e.dev import Dev, running_dev
@@ -19,6 +19,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 EXPECTED = ("ERR_CONNECTION_REFUSED", "status of 401", "status of 404")
 """What Chromium prints for answers that tests provoke."""
+
+expect.set_options(timeout=60_000)  # a busy machine takes longer than the five seconds of Playwright
 
 
 @pytest.fixture(scope="package")

@@ -33,12 +33,12 @@ def test_displacement_sleep_wake_and_restart(page: Page, tmp_path: Path) -> None
             expect(dialog).to_contain_text(f"{verb} org/a on {NODE}?")
             expect(dialog).to_contain_text(re.compile(effect))
             dialog.get_by_role("button", name=verb).click()
-            expect(dialog).to_have_count(0, timeout=60_000)
+            expect(dialog).to_have_count(0)
 
         act("Sleep", "goes to sleep on")
         expect(engine).to_contain_text("sleeping")
         act("Wake", "Displaces nothing")
-        expect(engine).to_contain_text("loaded", timeout=60_000)
+        expect(engine).to_contain_text("loaded")
         process, before = fleet.engine_of("org/a")[0].pid, fleet.status_of("org/a")
         assert before is not None
 
@@ -48,6 +48,6 @@ def test_displacement_sleep_wake_and_restart(page: Page, tmp_path: Path) -> None
 
         act("Restart", "is started again on .*displaces nothing")
         eventually(again, "the engine is started again", within_secs=60)
-        expect(engine).to_contain_text("loaded", timeout=60_000)
+        expect(engine).to_contain_text("loaded")
         assert fleet.engine_of("org/a")[0].pid != process
         assert fleet.status_of("org/b") is None

@@ -199,7 +199,7 @@ async def test_cortex_metrics_match_the_contract_and_are_documented(tmp_path: Pa
     metrics = Metrics(
         fleet,
         lambda: in_flight,
-        lambda: [counts.collect()],
+        lambda: [counts.collect(callers=True)],
         waiting=lambda: {"m": 1},
         charged=lambda: {("ci", "serving"): 1.0},
         state_dir=tmp_path,

@@ -70,6 +70,8 @@ class V1Neuron:
         self.load_gate = asyncio.Event()  # a load ends when it is set
         self.load_gate.set()
         self.load_started = asyncio.Event()
+        self.unload_gate = asyncio.Event()  # an unload ends when it is set
+        self.unload_gate.set()
         self.load_error: tuple[int, Any] | None = None
         self.answers = asyncio.Event()  # calls are answered when it is set
         self.answers.set()
@@ -134,6 +136,7 @@ class V1Neuron:
     async def _unload(self, request: web.Request) -> web.Response:
         model_id = (await request.json())["model_id"]
         self.unloads.append(model_id)
+        await self.unload_gate.wait()
         if self.models.pop(model_id, None) is None:
             return web.json_response({"error": "unknown model"}, status=404)
         return web.json_response({"status": "unloaded"})

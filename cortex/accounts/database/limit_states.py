@@ -49,7 +49,8 @@ class LimitStates:
 
 
 class LockedStates:
-    """Some rows in a transaction. `now` is the database's Unix time."""
+    """Some rows in a transaction. `now` is the database's Unix time. A row that was deleted before it was locked has no
+    state."""
 
     def __init__(self, connection: AsyncConnection, states: dict[str, State], now: float) -> None:
         self.states = states

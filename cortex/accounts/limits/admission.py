@@ -14,6 +14,9 @@ from cortex.accounts.limits.terms import WHOLE_CONTEXT, KeyLimits, Limits, Model
 
 UNKNOWN_CONTEXT: Final = 131072
 """Tokens of context of a model of which nothing is known."""
+_FIELD_BYTES: Final = 40
+"""A body that says how long its answer may be is longer by that field, and so is its bound."""
+_FIELD: Final = "max_tokens; in /v1/responses max_output_tokens"
 
 
 class ScopeTerms(NamedTuple):
@@ -94,24 +97,30 @@ class RequestTerms:
         if bound.prompts == 1 and bound.prompt >= self._context:
             return "the model's whole context"
         if bound.output is None:
-            return "its prompt and, as it sets no max_tokens, the longest answer"
-        return "its prompt and max_tokens" if bound.output else "its prompt"
+            return "its prompt and, as it does not limit its answer, the longest one"
+        return "its prompt and the longest answer that it allows" if bound.output else "its prompt"
 
     def _advice(self, bound: TokenBound, window: BudgetWindow | None) -> str:
         """How a request gets within this budget that is larger than all of it."""
         if window is None:
             return ""
         if bound.prompt >= WHOLE_CONTEXT:
-            return "images, audio and files count as the model's whole context, so the budget must allow that much"
+            if bound.prompts > 1:
+                return "no budget admits images, audio or files here, because cortex cannot tell their tokens"
+            return (
+                "images, audio, files and earlier responses count as the model's whole context, so the budget must "
+                "allow that much"
+            )
         fits = self._longest_answer(bound, window)
         if fits > 0:
-            return f"send max_tokens, at most {fits}" if bound.output is None else f"lower max_tokens to {fits}"
+            return f"limit the answer to at most {fits} tokens ({_FIELD})"
         return "shorten the prompt" if bound.prompts == 1 else "send less text at a time"
 
     def _longest_answer(self, bound: TokenBound, window: BudgetWindow) -> int:
-        """The highest max_tokens with which the request is within the whole budget; 0 for none."""
+        """The longest answer with which the request is within the whole budget; 0 for none."""
         in_tokens = window.in_tokens
-        prompt = min(bound.prompt, self._context) if bound.prompts == 1 else bound.prompt
+        prompt = bound.prompt + (_FIELD_BYTES if bound.output is None else 0)
+        prompt = min(prompt, self._context) if bound.prompts == 1 else prompt
         left = window.amount - prompt * (1.0 if in_tokens else self._input_price)
         each = bound.answers * (1.0 if in_tokens else self._output_price)
         return int(left / each) if left > 0.0 and each > 0.0 and bound.output != 0 else 0

@@ -186,11 +186,11 @@ class SharedLimiter:
         scopes = _by_name(asked, settled)
         rows_before = {
             name: load_shared(
-                scope, rows.states[name], me=self._name, own=self._own.get(name), alive=alive, now=rows.now
+                scope, rows.states.get(name, {}), me=self._name, own=self._own.get(name), alive=alive, now=rows.now
             )
             for name, scope in scopes.items()
         }
-        committed = int(rows.states[self._name].get("batch", 0))
+        committed = int(rows.states.get(self._name, {}).get("batch", 0))
         for each in settled:
             charged = each.batch <= committed
             each.held.settle(0 if charged else each.tokens, 0.0 if charged else each.cost, rows.now)

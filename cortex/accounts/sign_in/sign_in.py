@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import secrets
 import time
@@ -107,10 +108,7 @@ class SignIn:
         try:
             await self._writable().end(secret)
         except DatabaseError as error:
-            if len(secret) <= _LONGEST_SECRET:
-                self._left[secret] = None
-            if len(self._left) > _MOST_LEFT:
-                del self._left[next(iter(self._left))]
+            await self._remember(secret)
             raise Unavailable(
                 f"this cortex refuses the session from now on, but could not delete it: {error}; it tries again every "
                 f"{_RETRY_SECS:g} s. Until then the session is valid at other cortexes of this database, and here "
@@ -118,6 +116,17 @@ class SignIn:
                 code=ErrorCode.DATABASE_UNAVAILABLE,
                 retry_after=_RETRY_SECS,
             ) from error
+
+    async def _remember(self, secret: bytes) -> None:
+        """A session that has ended, unless the database knows that it is none: anyone may make up secrets."""
+        assert self._sessions is not None
+        with contextlib.suppress(DatabaseError):
+            if await self._sessions.find(secret, time.time()) is None:
+                return
+        if len(secret) <= _LONGEST_SECRET:
+            self._left[secret] = None
+        if len(self._left) > _MOST_LEFT:
+            del self._left[next(iter(self._left))]
 
     async def run(self) -> None:
         """Deletes the sessions that have ended while the database could not be written. Never returns."""

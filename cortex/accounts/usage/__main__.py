@@ -1,7 +1,7 @@
 """The recorder's process: `python -m cortex.accounts.usage`. Only the control starts it; ends with its input.
 
 Reads a `RecorderSettings` per line of its input: the first to begin, later ones when the configuration has changed.
-Writes a line of output when it fails, which says why, and an empty one when it works again.
+Writes a line of output when it fails, or fails for another reason, which says why, and an empty one when it works.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _Process:
         self._lock: int | None = None
         self._clean_at = 0.0
         self._failed = False
+        self._told: str | None = None
 
     async def run(self) -> None:
         while not self.stop.is_set():
@@ -83,14 +84,21 @@ class _Process:
                     self.settings.directory,
                     error,
                 )
-                _tell(str(error))
             self._failed = True
+            self._tell(str(error))
             return False
         if self._failed:
             log.warning("usage is recorded again")
-            _tell("")
             self._failed = False
+        self._tell("")
         return more
+
+    def _tell(self, problem: str) -> None:
+        """Tells cortex what is new, at first also that there is no problem: the recorder before may have had one."""
+        if problem != self._told:
+            self._told = problem
+            with contextlib.suppress(OSError):  # cortex is gone
+                print(" ".join(problem.split()), flush=True)
 
     async def _work(self) -> bool:
         settings = self.settings
@@ -125,11 +133,6 @@ class _Process:
                 return False
             self._lock = fd
         return True
-
-
-def _tell(problem: str) -> None:
-    with contextlib.suppress(OSError):  # cortex is gone
-        print(" ".join(problem.split()), flush=True)
 
 
 async def _main() -> None:

@@ -94,14 +94,15 @@ class RecorderProcess:
                 )
             except OSError as error:
                 log.warning("the usage recorder cannot be started: %s", error.strerror)
+                self._tell_problem(f"the recorder cannot be started: {error.strerror}")
             else:
                 self._tell()
-                self._tell_problem("")  # of the one before
                 assert self._process.stdout is not None
                 async for line in self._process.stdout:
                     self._tell_problem(line.decode("utf-8", "replace").strip())
                 status = await self._process.wait()
                 log.error("the usage recorder exited with status %d; restarting", status)
+                self._tell_problem(f"the recorder exited with status {status}")
             await asyncio.sleep(RESTART_SECS)
 
     async def _end(self) -> None:

@@ -37,7 +37,7 @@ MAX_TOTAL_BYTES: Final = 64 << 20
 
 
 async def expose_metrics(request: web.Request) -> web.Response:
-    await request.app[COUNTS].refresh()
+    await request.app[COUNTS].refresh(callers=True)
     metrics = request.app[METRICS]
     await asyncio.to_thread(metrics.measure_disk)
     return web.Response(body=metrics.exposition(), headers={"Content-Type": METRICS_TYPE})

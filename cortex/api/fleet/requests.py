@@ -16,13 +16,15 @@ from cortex.api.authorization import caller_of
 from cortex.metrics.counters import UNKNOWN
 from cortex.metrics.requests.entries import EndedRequest, LiveRequest
 from cortex.metrics.requests.waterfall import SpansByModel, waterfall
+from cortex.proxy.progress.account import CLIENT_DISCONNECTED
 from shared.errors import Forbidden, InvalidRequest, shortened
 
 DEFAULT_REQUESTS, MOST_REQUESTS = 100, 1000
 
 
 class _Filter(NamedTuple):
-    """What is asked for. `own`: only of the key with this id. `status`: "error", or a status."""
+    """What is asked for. `own`: only of the key with this id. `status`: a status, or "error", which a client that has
+    left is not."""
 
     own: str | None
     model: str | None
@@ -46,7 +48,7 @@ class _Filter(NamedTuple):
 
     def _ended_so(self, each: EndedRequest) -> bool:
         if self.status == "error":
-            return bool(each.error) or each.record.status >= 400
+            return each.record.status != CLIENT_DISCONNECTED and (bool(each.error) or each.record.status >= 400)
         return self.status == str(each.record.status)
 
 

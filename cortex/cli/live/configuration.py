@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cortex.cli.options import ask, print_answer
+from shared.terminal.command_line import fail
 from shared.terminal.tables import table
 from shared.terminal.wording import counted
 
@@ -14,6 +15,8 @@ def run_config(url: str, *, check: bool, reload: bool, as_json: bool) -> int:
     `reload`: after the files have been applied."""
     path = "/fleet/configuration"
     answer = ask(url, "POST", f"{path}/reload", {}) if reload else ask(url, "GET", path)
+    if not isinstance(answer, dict) or "errors" not in answer:
+        fail("cortex", f"{url} does not answer like a cortex, check --url")
     print_answer(url, answer, as_json, problems_text if check else configuration_text)
     return int(bool(answer["errors"]))
 

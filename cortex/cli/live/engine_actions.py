@@ -27,4 +27,5 @@ def effects_text(answer: dict[str, Any]) -> str:
 
 def done_text(answer: dict[str, Any]) -> str:
     places = [f"{each['node']}{'/' + each['instance'] if 'instance' in each else ''}" for each in answer["results"]]
-    return f"{answer['model']} is {answer['status']} on {', '.join(places)}"
+    done = f"{answer['model']} is {answer['status']} on {', '.join(places)}"
+    return f"{done}\n{answer['next']}" if answer.get("next") else done

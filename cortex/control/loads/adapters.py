@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from cortex.config.live import LiveConfig
 from cortex.control.decision import attachable
@@ -24,6 +24,8 @@ from shared.retry_after import LOAD_TIMED_OUT_SECS
 from shared.tasks import TaskSet
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class AdapterNotLoaded(Unavailable):
@@ -109,7 +111,7 @@ class AdapterLoads:
         for node in self._neurons.fleet.snapshot().healthy if outdated else ():
             for key, view in node.listed:
                 for name in outdated.intersection(view.adapters):
-                    self.in_background(self._drop(key, name), name=f"unload {name} on {key.name}")
+                    _ = self.in_background(self._drop(key, name), name=f"unload {name} on {key.name}")
 
     async def _drop(self, key: ReplicaKey, adapter: str) -> None:
         error = await self.unload(key, adapter)
@@ -129,9 +131,9 @@ class AdapterLoads:
                     with contextlib.suppress(AdapterNotLoaded):
                         await self.load(others[0], adapter)
 
-    def in_background(self, work: Coroutine[Any, Any, Any], *, name: str) -> None:
-        """For an operator who does not wait for a load. A failure is logged."""
-        _ = self._tasks.spawn(work, name=name)
+    def in_background(self, work: Coroutine[Any, Any, Result], *, name: str) -> asyncio.Task[Result]:
+        """For an operator's work that goes on whether or not its client waits. A failure is logged."""
+        return self._tasks.spawn(work, name=name)
 
     async def close(self) -> None:
         await self._tasks.close()

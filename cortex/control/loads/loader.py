@@ -104,11 +104,13 @@ class Loader:
         """Seconds that the last load took, by model and node."""
         return self._state.load_secs
 
-    def phases(self, model_id: str, node: str) -> tuple[LoadPhase, ...]:
-        """Of the last load of a model on a node, which may not have ended quite yet; empty without any."""
+    def phases(self, model_id: str, node: str, *, since: float) -> tuple[LoadPhase, ...]:
+        """Of our last load of a model on a node, which may not have ended quite yet; empty without any, and if it ended
+        before `since`."""
         running = (job for job in self._jobs.values() if (job.model_id, job.node) == (model_id, node))
         job = next(running, None)
-        return self._last_phases.get((model_id, node), ()) if job is None else job.phases.ended()
+        phases = self._last_phases.get((model_id, node), ()) if job is None else job.phases.ended()
+        return phases if phases and phases[-1].until >= since else ()
 
     def jobs(self) -> list[LoadJob]:
         return list(self._jobs.values())
@@ -167,7 +169,9 @@ class Loader:
         try:
             async with lease:
                 await self._carry_out(job, still_needed)
-            self._last_phases[job.model_id, job.node] = job.phases.ended()
+            nodes = self._fleet.snapshot().nodes
+            known = {place: phases for place, phases in self._last_phases.items() if place[1] in nodes}
+            self._last_phases = {**known, (job.model_id, job.node): job.phases.ended()}
         except LoadedElsewhere as found:
             job.elsewhere = found.node
             log.info("not loading %s on %s: another cortex loads it on %s", job.model_id, job.node, found.node)

@@ -9,9 +9,10 @@ from dataclasses import replace
 from cortex.config.profile import ModelProfile
 from cortex.fleet.snapshot import EngineSnapshot
 from cortex.placement.inputs import PlanningView, WaitingRequests
+from cortex.placement.instances import coming
 from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import all_verdicts, best_plan, plan_variant
-from cortex.placement.refusal import node_refusal_error, placement_error
+from cortex.placement.refusal import held_back_error, node_refusal_error, placement_error
 from shared.protocol import ModelStatus
 from shared.terminal.wording import counted
 
@@ -66,6 +67,18 @@ def without_pauses(view: PlanningView, name: str) -> PlanningView:
     return replace(view, backoffs=backoffs, holds=holds)
 
 
+def without_engine(view: PlanningView, engine: EngineSnapshot) -> PlanningView:
+    """As it is once the engine has ended, except that the memory it holds does not count as free."""
+    node, models = engine.node, dict(engine.node.models)
+    left = {name: each for name, each in node.instances(engine.view.id).items() if name != engine.instance}
+    if left:
+        models[engine.view.id] = left
+    else:
+        models.pop(engine.view.id, None)
+    nodes = {**view.fleet.nodes, node.name: replace(node, models=models)}
+    return replace(view, fleet=replace(view.fleet, nodes=nodes, index=None))
+
+
 def load_effects(plan: LoadPlan | None) -> list[str]:
     """What carrying out the plan would do, None for a load that is under way."""
     if plan is None:
@@ -93,6 +106,26 @@ def end_effects(
     keys = {engine.key for engine in engines}
     others = [engine.key.name for engine in view.fleet.serving(model_id) if engine.key not in keys]
     return [*effects, f"Still served by {', '.join(others)}." if others else "Nothing else serves it."]
+
+
+def after_end(
+    view: PlanningView, engines: Sequence[EngineSnapshot], model_id: str, *, asleep: bool = False
+) -> list[str]:
+    """Whether cortex loads the model again after the end of these engines, or after they have gone to sleep. Empty if
+    enough others serve it, or an operator holds it back."""
+    catalogue, ended = view.catalogue, {engine.key for engine in engines}
+    if model_id in catalogue.adapters:  # it has no replicas: the next request loads it
+        left, least = {engine.key for engine in view.fleet.serving(model_id)} - ended, 0
+    else:
+        model_id = catalogue.requested(model_id).model_id
+        left, profile = {*view.replicas(model_id), *coming(view, model_id)} - ended, catalogue.profile(model_id)
+        least = 0 if profile is None else profile.replicas.min
+    if held_back_error(view, model_id) is not None:
+        return []
+    again = "wakes it, or loads it elsewhere" if asleep else "loads it again"
+    if len(left) < least:
+        return [f"cortex {again}, as soon as there is room, because its replicas.min is {least}."]
+    return [] if left else [f"The next request {again}."]
 
 
 def _gpus(devices: Sequence[int]) -> str:

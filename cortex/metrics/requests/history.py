@@ -11,6 +11,9 @@ from typing import NamedTuple, Protocol
 from cortex.metrics.requests.entries import EndedRequest, LiveRequest, SeenRequests
 from cortex.metrics.requests.ring import KEPT_REQUESTS
 
+_LONGEST_COUNT = 19
+"""In digits; Python reads no number of more than some thousands."""
+
 
 class RequestSource(Protocol):
     """A worker."""
@@ -70,7 +73,7 @@ class RequestHistory:
     def _behind(self, place: str | None) -> int | None:
         """How many have ended since; None if not all of them are known."""
         origin, _, count = (place or "").partition("-")
-        if origin != self._origin or not count.isdecimal():
+        if origin != self._origin or not (count.isascii() and count.isdigit() and len(count) <= _LONGEST_COUNT):
             return None
         behind = self._count - int(count)
         return behind if 0 <= behind <= len(self._ended) else None

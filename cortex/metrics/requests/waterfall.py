@@ -111,9 +111,9 @@ def _filled(steps: list[WaterfallStep], since: float, until: float) -> list[Wate
     filled, at = [], since
     for step in steps:
         if step.since - at > _SHORTEST:
-            filled.append(WaterfallStep("wait", "waiting for an engine", at, step.since))
+            filled.append(WaterfallStep("wait", "waiting", at, step.since))
         filled.append(step)
         at = max(at, step.until)
     if until - at > _SHORTEST:
-        filled.append(WaterfallStep("wait", "waiting for an engine", at, until))
+        filled.append(WaterfallStep("wait", "waiting", at, until))
     return filled

@@ -20,17 +20,19 @@ class RequestTrace:
     """A span for the request, and below it one for each wait, with a load and its phases, and for each engine that it
     was sent to. Times are monotonic seconds."""
 
-    def __init__(self, tracer: Tracer, request: Request, request_id: str) -> None:
+    def __init__(self, tracer: Tracer, request: Request, request_id: str, path: str, *, named: bool) -> None:
+        """See `Tracing.begin`."""
         given = {name: request.passed_value(name.encode()) for name in _HEADERS}
         client = _W3C.extract({name: value.decode("latin-1") for name, value in given.items() if value is not None})
         self._tracer = tracer
         self._request = request
         self._offset_ns = time.time_ns() - int(time.monotonic() * 1e9)
+        method = request.method.decode("latin-1")
         self._root = tracer.start_span(
-            request.shown,
+            f"{method} {path}" if named else method,
             client,
             SpanKind.SERVER,
-            {"url.path": request.path.decode("latin-1"), "request_id": request_id},
+            {"url.path": path, "request_id": request_id},
             start_time=self._unix(request.received),
         )
         self._below_root = set_span_in_context(self._root, client)
@@ -38,7 +40,8 @@ class RequestTrace:
         self._attempt: Span | None = None
 
     def waited(self, what: str, since: float, until: float) -> None:
-        """It has waited, for a load or a place (`queue`) or for its limits (`admission`)."""
+        """It has waited: for a load or a place (`queue`), for its limits (`admission`), or to learn which engine has
+        made a response (`response`)."""
         span = self._span(what, self._below_root, since, until)
         self._below_wait = set_span_in_context(span, self._below_root)
 

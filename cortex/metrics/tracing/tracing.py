@@ -33,7 +33,7 @@ class Tracing:
 
     def __init__(self, settings: TracingSettings) -> None:
         """`settings` has an endpoint."""
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)  # it logs each failed attempt
+        _quieten()
         exporter = QuietExporter(OTLPSpanExporter(f"{settings.endpoint}/v1/traces", timeout=TIMEOUT_SECS))
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(settings.sample_ratio)),
@@ -45,9 +45,10 @@ class Tracing:
         )
         self._tracer = self._provider.get_tracer("cortex")
 
-    def begin(self, request: Request, request_id: str) -> RequestTrace:
-        """The trace of a request, which continues its client's."""
-        return RequestTrace(self._tracer, request, request_id)
+    def begin(self, request: Request, request_id: str, path: str, *, named: bool) -> RequestTrace:
+        """The trace of a request, which continues its client's. `path`: without what only the client may know; `named`:
+        the trace is named by it."""
+        return RequestTrace(self._tracer, request, request_id, path, named=named)
 
     async def close(self) -> None:
         """Sends what is left, if that does not take long."""
@@ -55,6 +56,25 @@ class Tracing:
         last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         last.start()
         await asyncio.to_thread(last.join, CLOSE_SECS)
+
+
+class _OnceAMinute(logging.Handler):
+    """Passes on what the SDK logs, such as that its queue is full and spans are lost."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._passed_at = float("-inf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() - self._passed_at >= WARN_SECS:
+            self._passed_at = time.monotonic()
+            log.warning("traces: %s", record.getMessage())
+
+
+def _quieten() -> None:
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL + 1)  # it logs each failed attempt
+    sdk = logging.getLogger("opentelemetry")
+    sdk.propagate, sdk.handlers = False, [_OnceAMinute()]
 
 
 class QuietExporter(SpanExporter):

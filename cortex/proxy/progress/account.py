@@ -19,7 +19,7 @@ from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import Choice, ProxyContext
-from cortex.proxy.paths import INFERENCE_TEXT, in_background, recorded_path
+from cortex.proxy.paths import INFERENCE_TEXT, NAMING_PATHS, in_background, recorded_path
 from cortex.proxy.relay import Relay
 from cortex.routing.replica import FailureKind, Replica, Route
 from cortex.upstream.usage import Usage
@@ -46,6 +46,8 @@ _STAGES: Final = {
     "answer": "answering",
 }
 """By the name of the task that works on the request, or what the relay does."""
+_SPANS: Final = {"admission of": "admission", "maker for": "response", "owner for": "response"}
+"""Of waits in traces, by the same names."""
 
 _LOST: Final = ErrorCode.UPSTREAM_LOST.value
 
@@ -58,8 +60,9 @@ class RequestAccount:
 
     `label` and `node` are metric labels: only names that exist, so clients cannot create time series. `replica`: the
     engine that it was sent to last; `attempts`: to how many. `cold`: it waited for a load. `waited`: seconds spent
-    waiting for the control. `retrieves`: its answer is that of an earlier request, which has used the tokens. `asked`:
-    the model as the client names it. `choice`: why this engine. `relay`: the last one, until the end.
+    waiting, `for_engine`: of these, for an engine. `retrieves`: its answer is that of an earlier request, which has
+    used the tokens. `asked`: the model as the client names it. `choice`: why this engine. `relay`: the last one, until
+    the end.
     """
 
     __slots__ = (
@@ -80,6 +83,7 @@ class RequestAccount:
         "choice",
         "closed",
         "cold",
+        "for_engine",
         "key_id",
         "label",
         "model_id",
@@ -105,7 +109,7 @@ class RequestAccount:
         self.cold = False
         self.closed = False
         self.retrieves = False
-        self.waited = 0.0
+        self.waited = self.for_engine = 0.0
         self._bound: TokenBound | None = None
         self._body_bytes = 0  # when it was bounded
         self._background = False
@@ -118,7 +122,8 @@ class RequestAccount:
         self._stage = ""
         self.trace: RequestTrace | None = None
         if context.tracing is not None:
-            self.trace = context.tracing.begin(request, self.request_id)
+            path = recorded_path(request.path)
+            self.trace = context.tracing.begin(request, self.request_id, path, named=path in NAMING_PATHS)
         context.requests.began(self)
 
     def check_model(self) -> None:
@@ -183,9 +188,11 @@ class RequestAccount:
         """It has waited since then, in monotonic seconds."""
         now, came = monotonic(), self._request.received
         self.waited += now - since
+        if self._stage == "resolve":
+            self.for_engine += now - since
         self._waits = [*(self._waits or ()), (since - came, now - came)]
         if self.trace is not None:
-            self.trace.waited("queue" if self._stage == "resolve" else self._stage or "queue", since, now)
+            self.trace.waited(_SPANS.get(self._stage, "queue"), since, now)
         self._stage = ""
 
     def found(self, route: Route) -> None:
@@ -274,7 +281,7 @@ class RequestAccount:
         if error is not None:
             code, message = error.code, error.message
             context.counters.error(model, node, code)
-        context.counters.request(model, node, status, took, first_byte_secs, waited_secs=self.waited)
+        context.counters.request(model, node, status, took, first_byte_secs, waited_secs=self.for_engine)
         if self.key_id:
             context.counters.caller(self.caller.name, model, status, usage)
         if self._grant is not None:
@@ -282,10 +289,12 @@ class RequestAccount:
         record = self._record(status, usage, first_byte_secs, took, complete=not left)
         if self.model_id:
             context.usage.add(record)
-        asked, self.relay = self.asked, None  # it holds this account
+        self.relay = None  # it holds this account
+        asked = self.asked
         if len(asked) > MAX_SHOWN_CHARS:
             asked = shortened(asked)
-        note = (record, asked, code, shortened(message), streamed, self.choice, self._failed, self._waits)
+        shown = shortened(message) if message else ""
+        note = (record, asked, code, shown, streamed, self.choice, self._failed, self._waits)
         context.requests.ended(self, note)
         self._end_trace(status, code, message)
         if context.access_log.on:

@@ -30,6 +30,7 @@ async def test_a_load_says_before_what_it_displaces(start_cortex: StartCortex, b
     assert answer["effects"] == [
         "org/other is unloaded from benjy, GPU 0: no request is running there.",
         "Nothing else serves it.",
+        "The next request loads it again.",
     ]
     assert (await act(cortex, "load?dry_run=maybe"))[0] == 400
     assert (benjy.loads, benjy.unloads) == ([], [])
@@ -54,6 +55,45 @@ async def test_a_restart(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     assert await during == (200, {"whole": True})
     assert (benjy.unloads, [load["model_id"] for load in benjy.loads]) == (["org/small"], ["org/small"])
     assert not cortex.parts.fleet.snapshot().reservations
+
+
+async def test_a_restart_goes_on_without_its_client(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """The engine that it has ended comes back."""
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [SMALL])
+    benjy.unload_gate.clear()
+    restarting = asyncio.create_task(act(cortex, "restart"))
+    await cortex.until(lambda: bool(benjy.unloads))
+    restarting.cancel()
+    await asyncio.gather(restarting, return_exceptions=True)
+    for _ in range(5):  # meanwhile cortex notices that the client has left
+        async with cortex.http.get(f"{cortex.url}/fleet") as response:
+            await response.read()
+    benjy.unload_gate.set()
+    await cortex.until(lambda: [load["model_id"] for load in benjy.loads] == ["org/small"])
+
+
+@pytest.mark.parametrize("status", ["failed", "sleeping"])
+async def test_a_restart_of_an_engine_without_memory_may_displace_others(
+    start_cortex: StartCortex, benjy: V1Neuron, status: str
+) -> None:
+    benjy.models, benjy.used_mb = {"org/small": status, "org/other": "loaded"}, [20000]
+    benjy.entries = {"org/other": {"vram_used_mb": 20000}, "org/small": {"vram_used_mb": 0}}
+    cortex = await start_cortex([benjy], [SMALL, OTHER], placement={"min_residency_secs": 0})
+    _, answer = await act(cortex, "restart?dry_run=true")
+    assert answer["evict"] == ["org/other"]
+    assert "Displaces org/other on benjy." in answer["effects"]
+    assert not any("kept" in effect for effect in answer["effects"])
+
+
+async def test_an_end_says_before_that_the_model_is_loaded_again(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [{**SMALL, "replicas": {"min": 1}}])
+    for action, again in (("unload", "loads it again"), ("sleep", "wakes it, or loads it elsewhere")):
+        _, answer = await act(cortex, f"{action}?dry_run=true")
+        assert answer["effects"][-1] == f"cortex {again}, as soon as there is room, because its replicas.min is 1."
+    _, held = await act(cortex, "unload?dry_run=true", for_secs=60)
+    assert "replicas.min" not in str(held["effects"])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ async def test_a_cold_start_from_its_wait_to_its_end(start_cortex: StartCortex, 
     await benjy.load_started.wait()
     before = await seen(cortex)
     assert (before["ended"], before["live_count"]) == ([], 1)
+    while (await seen(cortex))["live"][0]["secs"] < 0.05:  # a shorter wait is no step
+        pass
     (live,) = before["live"]
     assert (live["model"], live["asked"], live["stage"]) == ("a", "first", "waiting for an engine")
     assert live["note"].startswith("loading a on benjy")
@@ -77,6 +79,17 @@ async def test_errors_and_filters(start_cortex: StartCortex, benjy: V1Neuron) ->
     ]
     only = await run("requests", "--errors", "--json", "--url", cortex.url)
     assert [each["id"] for each in only.json["ended"]] == [failed["id"]]
+
+
+async def test_a_client_that_left_does_not_count_as_an_error(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    cortex = await start_cortex([benjy], MODELS)
+    benjy.load_gate.clear()
+    asking = asyncio.create_task(cortex.chat("a").__aenter__())
+    await benjy.load_started.wait()
+    asking.cancel()
+    while not (await seen(cortex, "?status=499"))["ended"]:
+        pass
+    assert (await seen(cortex, "?status=error"))["ended"] == []
 
 
 async def test_a_user_sees_its_own(start_cortex: StartCortex, benjy: V1Neuron) -> None:

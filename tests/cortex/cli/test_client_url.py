@@ -14,6 +14,7 @@ import pytest
 
 from cortex.cli.client import CallFailed, call
 from tests.certificates import authority_file, pair
+from tests.cortex.cli.test_cli import run
 from tests.cortex.conftest import StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 
@@ -49,6 +50,20 @@ async def test_https(
     assert "CORTEX_CA: " in await ask(cortex.url)
 
 
+class Failing(BaseHTTPRequestHandler):
+    """Answers with the error page of a proxy."""
+
+    def do_GET(self) -> None:
+        body = b"<html><title>Bad</title><p>1 < 2 <b>servers</b> are up</html>"
+        self.send_response(502)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to the output of the tests."""
+
+
 class Redirecting(BaseHTTPRequestHandler):
     """Sends each request to `target`, or answers with the key that it got."""
 
@@ -67,9 +82,13 @@ class Redirecting(BaseHTTPRequestHandler):
         """Not to the output of the tests."""
 
 
+def redirecting(target: str = "") -> contextlib.AbstractContextManager[str]:
+    return serving(type("To", (Redirecting,), {"target": target}))
+
+
 @contextlib.contextmanager
-def redirecting(target: str = "") -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("To", (Redirecting,), {"target": target}))
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -86,3 +105,16 @@ def test_a_redirect_does_not_take_the_key_to_another_server() -> None:
     refused = pytest.raises(CallFailed, match=r"redirects to .*/stolen: if that is cortex, set --url to it")
     with redirecting() as other, redirecting(f"{other}/stolen") as near, refused:
         call(near, "GET", "/fleet", api_key="secret", timeout_secs=10)
+
+
+def test_an_error_page_is_told_as_text() -> None:
+    """A `<` that begins no tag stays; looking for the end of each one would take seconds for a page full of them."""
+    with serving(Failing) as url, pytest.raises(CallFailed, match=r"^HTTP 502: 1 < 2 servers are up$"):
+        call(url, "GET", "/fleet", api_key=None, timeout_secs=10)
+
+
+async def test_the_configuration_of_something_else() -> None:
+    with redirecting() as url:
+        result = await run("config", "--json", "--url", url)
+    assert result.status != 0
+    assert "does not answer like a cortex" in result.err

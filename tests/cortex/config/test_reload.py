@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from cortex.config.catalogue import Catalogue
 from cortex.config.diff import difference
 from cortex.config.files import ConfigurationFiles
 from cortex.config.settings import CortexConfig
+from cortex.control.reload import Reloader
+from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_engine import RawEngine, Received, stream_head
@@ -592,3 +595,40 @@ def test_a_large_catalogue_is_read_and_compared_quickly(tmp_path: Path) -> None:
     assert again.catalogue is found.catalogue
     assert again.config is found.config
     assert again.lines == ()
+
+
+class HeldFiles(ConfigurationFiles):
+    """Reading them ends when `go` is set."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reading, self.go = threading.Event(), threading.Event()
+
+    def look(self) -> tuple[CortexConfig, Catalogue]:
+        self.reading.set()
+        self.go.wait(60)
+        return super().look()
+
+
+async def test_a_reload_whose_client_leaves_is_done_again(start_cortex: StartCortex, tmp_path: Path) -> None:
+    """The files count as read then: without it no look at them would find a change."""
+    for name in ("cortex.toml", "models.toml"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    parts, files, asked = (await start_cortex([], [])).parts, HeldFiles(tmp_path / "cortex.toml"), asyncio.Event()
+    reloader = Reloader(
+        files,
+        asked,
+        live=parts.live,
+        fleet=parts.fleet,
+        membership=parts.membership,
+        routes=parts.routes,
+        state=parts.state,
+        foreign_budgets=parts.keys.foreign_budgets,
+    )
+    reloading = asyncio.create_task(reloader.reload())
+    await asyncio.to_thread(files.reading.wait, 60)
+    reloading.cancel()
+    await asyncio.wait([reloading])
+    files.go.set()
+    assert not files.differ_from_what_was_read(files.stamps())
+    assert asked.is_set()

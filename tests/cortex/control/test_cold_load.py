@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -34,6 +35,18 @@ async def test_first_request_loads_where_it_fits_and_streams_back(
     assert not benjy.loads
     async with cortex.chat("org/large") as response:
         assert response.headers["x-cortex-cold-start"] == "false"
+
+
+async def test_a_request_is_told_of_no_older_load(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """As the phases of its own: what it waited for may have been the load of another cortex."""
+    cortex = await start_cortex([benjy], [SMALL])
+    before = time.monotonic()
+    async with cortex.chat("org/small") as response:
+        assert response.status == 200
+    await cortex.until(lambda: not cortex.parts.loader.jobs())
+    phases = cortex.parts.loader.phases
+    assert phases("org/small", "benjy", since=before)
+    assert phases("org/small", "benjy", since=time.monotonic()) == ()
 
 
 async def test_single_device_models_are_sent_null_tensor_parallel(

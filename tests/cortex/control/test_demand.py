@@ -29,7 +29,7 @@ class Worker:
     def __init__(self) -> None:
         self.in_flight = InFlight()
 
-    def collect(self) -> Counters:
+    def collect(self, *, callers: bool = False) -> Counters:
         return Counters()
 
     def in_flight_here(self) -> Mapping[ReplicaKey, int]:
@@ -41,7 +41,7 @@ class Worker:
     def take_callers(self) -> Mapping[CallerAt, CallerCount]:
         return self.in_flight.take_callers()
 
-    async def refresh(self) -> None: ...
+    async def refresh(self, *, callers: bool = False) -> None: ...
 
     def serve(self, *, times: int = 1) -> None:
         """Requests that come and go."""

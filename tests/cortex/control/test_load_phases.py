@@ -38,10 +38,18 @@ async def test_phases_last_until_the_next_one() -> None:
 
 
 async def test_a_removed_neuron_ends_the_phases() -> None:
+    """And does not fail the load that they belong to."""
+    now = 0.0
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
-    phases = LoadPhases()
+    fleet.record_poll("beast", started=0.0, health=NeuronHealth(), models=[], discovery=Discovery())
+    phases = LoadPhases(lambda: now)
     async with phases.following(fleet, KEY):
-        await asyncio.sleep(0)
+        progress = Progress(phase="starting", fraction=0.1)
+        fleet.update_model("beast", ModelView(id="m", instance="1", status="loading", progress=progress))
+        for _ in range(3):  # the follower's turn
+            await asyncio.sleep(0)
+        (follower,) = [task for task in asyncio.all_tasks() if task.get_name().startswith("phases of m")]
         fleet.configure([], unhealthy_after=3)
-        await asyncio.sleep(0)
-    assert phases.ended() == ()
+        assert await follower is None
+        now = 2.0
+    assert [(phase.name, phase.since, phase.until) for phase in phases.ended()] == [("starting", 0.0, 2.0)]

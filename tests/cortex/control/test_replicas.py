@@ -165,7 +165,7 @@ async def test_a_faster_engine_is_found_out(cortex: RunningCortex, neurons: list
     slow = neurons[0].engine
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
         return await slow.echo(request)
 
     slow.answer = answer

@@ -9,7 +9,6 @@ import os
 import pty
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -30,8 +29,10 @@ ASK = request(json.dumps({"model": MODEL}).encode())
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
 async def process(request: pytest.FixtureRequest, tmp_path: Path, benjy: V1Neuron) -> AsyncIterator[CortexProcess]:
-    """A cortex with the default drain timeout, and a model that is loaded on request."""
-    async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], workers=request.param) as process:
+    """A cortex with a drain timeout longer than any test, and a model that is loaded on request."""
+    async with cortex_process(
+        tmp_path, [benjy], [{"id": MODEL}], workers=request.param, drain_timeout_secs=3600
+    ) as process:
         yield process
 
 
@@ -45,14 +46,12 @@ async def test_requests_that_wait_for_a_load_are_refused_at_once(
     async with connected(process.url) as client:
         await client.send(request(json.dumps({"model": MODEL}).encode(), target=target))
         await bounded(benjy.load_started.wait())
-        started = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
         answer = await client.answer()
     error = json.loads(answer.body)["error"]
     assert (answer.status, error["code"], answer.get("retry-after")) == (503, "cortex_stopping", "5")
     assert answer.get("connection") == "close"
-    assert await process.ended() == 0
-    assert time.monotonic() - started < 10
+    assert await process.ended(secs=60) == 0
     assert benjy.unloads == []
 
 

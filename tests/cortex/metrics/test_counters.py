@@ -34,7 +34,7 @@ def counted(times: int = 1) -> Counters:
         counts.tokens("m", "beast", 3, 5, 2)
         counts.request('odd "name"\n', "benjy", 200, 7200.0, 7200.0)
         counts.usage_records_dropped(1)
-    return counts.collect()
+    return counts.collect(callers=True)
 
 
 def test_everything_is_counted_once() -> None:
@@ -59,6 +59,16 @@ def test_requests_are_counted_by_key_and_people_only_together() -> None:
     assert callers["ci"]["m"] == CallerSeries({200: 1, 502: 1}, {"prompt": 3, "completion": 5, "cached": 2})
     assert callers["oidc:people"]["m"] == CallerSeries({200: 1})
     assert len(callers) == 2
+
+
+def test_keys_that_are_gone_are_forgotten() -> None:
+    """And keys are told only to those that ask for them: there may be thousands."""
+    counts = RequestTally()
+    for name in ("ci", "gone", "oidc:ann@example.com"):
+        counts.caller(name, "m", 200, None)
+    counts.keep_callers({"ci", "new"})
+    assert set(counts.collect(callers=True).callers) == {"ci", "oidc:people"}
+    assert counts.collect().callers == {}
 
 
 def test_a_stream_of_one_token_has_no_time_between_tokens() -> None:

@@ -20,7 +20,9 @@ def samples(metrics: Metrics) -> Samples:
 
 def made(*counted: RequestTally) -> Metrics:
     fleet = Fleet([("beast", "http://beast")], unhealthy_after=3)
-    return Metrics(fleet, lambda: {replica_key("m", "beast"): 2}, lambda: [each.collect() for each in counted])
+    return Metrics(
+        fleet, lambda: {replica_key("m", "beast"): 2}, lambda: [each.collect(callers=True) for each in counted]
+    )
 
 
 def key(name: str, model: str = "m", **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:

@@ -11,12 +11,15 @@ import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from pydantic import ValidationError
 
 import cortex.config.settings
+from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.config.settings import TracingSettings
-from cortex.metrics.tracing.tracing import WARN_SECS, QuietExporter
+from cortex.metrics.tracing import tracing
+from cortex.metrics.tracing.tracing import WARN_SECS, QuietExporter, _quieten
 from shared.serve import Site, bind, serving
 from tests.cortex.conftest import StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -102,6 +105,42 @@ async def test_a_failed_engine_is_a_span_with_its_error(
     assert root["error.type"] == "upstream_unreachable"
 
 
+async def test_a_stored_response_is_named_without_its_id(
+    start_cortex: StartCortex, benjy: V1Neuron, collector: Collector
+) -> None:
+    """By the id others could read the response. A path that cortex does not know names nothing."""
+    cortex = await start_cortex([benjy], [{"id": "org/small"}], tracing={"endpoint": collector.url})
+    async with cortex.http.get(f"{cortex.url}/v1/responses/resp_secret") as answer:
+        assert answer.status == 404
+    async with cortex.http.post(f"{cortex.url}/made/up", json={"model": "none"}) as answer:
+        assert answer.status == 404
+    spans = await collector.until("POST")
+    stored = spans["GET /v1/responses/{id}"]
+    paths = [
+        each.value.string_value for span in (stored, spans["POST"]) for each in span.attributes if "path" in each.key
+    ]
+    assert paths == ["/v1/responses/{id}", "/made/up"]
+
+
+async def test_a_wait_for_limits_is_not_one_for_an_engine(
+    start_cortex: StartCortex, benjy: V1Neuron, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit, waits = LocalLimiter.admit, iter([False, True])  # the second request, as where limits are in PostgreSQL
+    monkeypatch.setattr(LocalLimiter, "admit", lambda *asked: None if next(waits, False) else admit(*asked))
+    benjy.models["org/small"] = "loaded"
+    limited = {"id": "org/small", "limit": {"rpm": 5}}
+    cortex = await start_cortex([benjy], [limited], tracing={"endpoint": collector.url})
+    waits_told = []
+    for _ in range(2):
+        async with cortex.chat("org/small") as answer:
+            assert answer.status == 200
+        async with cortex.http.get(f"{cortex.metrics_url}/metrics") as answer:
+            page = await answer.text()
+        waits_told.append([line for line in page.splitlines() if line.startswith("cortex_request_wait_seconds")])
+    assert "admission" in await collector.until("admission")
+    assert waits_told[0] == waits_told[1]
+
+
 async def test_without_tracing_the_clients_own_context_goes_on(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     benjy.models["org/small"] = "loaded"
     cortex = await start_cortex([benjy], [{"id": "org/small"}])
@@ -112,27 +151,38 @@ async def test_without_tracing_the_clients_own_context_goes_on(start_cortex: Sta
     assert {name: headers[name] for name in CLIENT} == CLIENT
 
 
-async def test_a_collector_that_is_down_fails_no_request(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    benjy.models["org/small"] = "loaded"
-    tracing = {"endpoint": f"http://127.0.0.1:{free_port()}"}
-    cortex = await start_cortex([benjy], [{"id": "org/small"}], tracing=tracing)
-    async with cortex.chat("org/small") as answer:
-        assert answer.status == 200
-
-
 def test_lost_spans_are_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(SpanExporter):
         def export(self, spans: object) -> SpanExportResult:
             return SpanExportResult.FAILURE
 
-    now = 0.0
+    now, span = 0.0, ReadableSpan("request")
     exporter = QuietExporter(Failing(), lambda: now)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            exporter.export([])
+            exporter.export([span, span])
         now = WARN_SECS
-        exporter.export([])
-    assert len(caplog.records) == 2
+        exporter.export([span])
+    assert [message.partition(" spans are lost")[0] for message in caplog.messages] == ["2", "5"]
+
+
+def test_a_full_queue_is_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    _quieten()
+    for _ in range(3):
+        logging.getLogger("opentelemetry.sdk.any").warning("Queue full, dropping %s.", "Span")
+        logging.getLogger("opentelemetry.exporter.any").error("an attempt failed")
+    assert caplog.messages == ["traces: Queue full, dropping Span."]
+
+
+async def test_a_collector_that_is_down_fails_no_request(
+    monkeypatch: pytest.MonkeyPatch, start_cortex: StartCortex, benjy: V1Neuron
+) -> None:
+    monkeypatch.setattr(tracing, "CLOSE_SECS", 0.0)
+    benjy.models["org/small"] = "loaded"
+    settings = {"endpoint": f"http://127.0.0.1:{free_port()}"}
+    cortex = await start_cortex([benjy], [{"id": "org/small"}], tracing=settings)
+    async with cortex.chat("org/small") as answer:
+        assert answer.status == 200
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

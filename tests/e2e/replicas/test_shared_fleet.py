@@ -17,7 +17,7 @@ __all__ = ["mark"]
 
 MODEL = "org/small"
 MINIMUM = 7
-ROUNDS = 6
+ROUNDS = 4
 
 
 async def _started(hosts: Hosts) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from cortex.accounts.limits.exceeded import LimitExceeded
 from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.opening import kept_states
 from cortex.accounts.limits.terms import UNLIMITED, WHOLE_CONTEXT, Budget, KeyLimits, Limits, RateState, TokenBound
+from cortex.proxy.body.token_bound import token_bound
 from shared.protocol import ErrorCode
 from shared.tasks import timeout
 from tests.cortex.accounts.limits.owners import ALICE, BOB, DAY, SMALL, Clock, granted, refused, terms
@@ -51,33 +54,49 @@ def test_a_refusal_says_which_limit_and_when_to_retry() -> None:
     assert (error.retry_after, error.permanent) == (None, True)
 
 
-NO_MAX_TOKENS = "its prompt and, as it sets no max_tokens, the longest answer"
+FIELD = "tokens (max_tokens; in /v1/responses max_output_tokens)"
+UNLIMITED_ANSWER = "its prompt and, as it does not limit its answer, the longest one"
+LIMITED_ANSWER = "its prompt and the longest answer that it allows"
 
 
 @pytest.mark.parametrize(
     ("bound", "made_of", "advice"),
     [
-        (
-            TokenBound(30, None),
-            "its prompt and, as it sets no max_tokens, the longest answer",
-            "send max_tokens, at most 70",
-        ),
-        (TokenBound(30, 400, answers=2), "its prompt and max_tokens", "lower max_tokens to 35"),
-        (TokenBound(100, 10), "its prompt and max_tokens", "shorten the prompt"),
+        (TokenBound(30, None), UNLIMITED_ANSWER, f"limit the answer to at most 30 {FIELD}"),
+        (TokenBound(30, 400, answers=2), LIMITED_ANSWER, f"limit the answer to at most 35 {FIELD}"),
+        (TokenBound(100, 10), LIMITED_ANSWER, "shorten the prompt"),
         (TokenBound(120, 0, prompts=2), "its prompt", "send less text at a time"),
-        (TokenBound(WHOLE_CONTEXT, None), "the model's whole context", "images, audio and files count as"),
+        (TokenBound(WHOLE_CONTEXT, None), "the model's whole context", "images, audio, files and earlier responses"),
+        (TokenBound(WHOLE_CONTEXT, 0, prompts=2), "its prompt", "no budget admits images, audio or files here"),
     ],
 )
 def test_a_refusal_says_what_fits(bound: TokenBound, made_of: str, advice: str) -> None:
-    """Also to a client that has sent no max_tokens. What it recommends is admitted, and not one token more."""
     limiter = LocalLimiter(terms(), clock=Clock())
     limiter.use_keys({"b": KeyLimits(Limits(budgets=(DAY,)))})
     message = refused(limiter, BOB, bound).message
     assert f"tokens ({made_of}), more than the whole budget of 100 tokens per day; {advice}" in message
-    if "max_tokens" in advice:
-        fits = int(advice.rsplit(maxsplit=1)[-1])
-        refused(limiter, BOB, TokenBound(bound.prompt, fits + 1, bound.answers))
-        granted(limiter, BOB, bound=TokenBound(bound.prompt, fits, bound.answers))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "limit"),
+    [
+        ("/v1/chat/completions", {}, "max_tokens"),
+        ("/v1/chat/completions", {"max_completion_tokens": 500}, "max_completion_tokens"),
+        ("/v1/responses", {}, "max_output_tokens"),
+        ("/v1/completions", {"n": 2, "max_tokens": 90}, "max_tokens"),
+    ],
+)
+def test_what_a_refusal_recommends_is_admitted(path: str, fields: dict[str, Any], limit: str) -> None:
+    """Although the field makes the body longer, and so its bound."""
+
+    def bound(**more: Any) -> TokenBound:
+        return token_bound(path.encode(), json.dumps({"model": "m", **fields, **more}).encode(), "application/json")
+
+    limiter = LocalLimiter(terms(), clock=Clock())
+    limiter.use_keys({"b": KeyLimits(Limits(budgets=(DAY,)))})
+    found = re.search(r"at most (\d+) tokens", refused(limiter, BOB, bound()).message)
+    assert found is not None
+    granted(limiter, BOB, bound=bound(**{limit: int(found[1])}))
 
 
 @pytest.mark.parametrize("limits", [Limits(rpm=0), Limits(parallel=0), Limits(tpm=0)])

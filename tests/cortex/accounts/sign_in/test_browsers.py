@@ -299,7 +299,7 @@ async def test_signing_out_while_the_database_fails(tmp_path: Path, benjy: V1Neu
                 await thief.until_refused(cortex.url, secret)
             assert database.execute("SELECT count(*) FROM sessions").fetchone() == (1,)
             database.execute("DROP TRIGGER full")
-            await until(lambda: database.execute("SELECT count(*) FROM sessions").fetchone() == (0,))
+            await until(lambda: database.execute("SELECT count(*) FROM sessions").fetchone() == (0,), secs=600)
 
 
 async def test_two_cortexes(

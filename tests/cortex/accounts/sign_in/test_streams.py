@@ -1,4 +1,4 @@
-"""How long signed-in people keep a stream that does not end."""
+"""How long signed-in people keep a stream that does not end, and how a session ends while the database fails."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from aiohttp import web
 
 from cortex.accounts.caller import Caller, shown_caller
 from cortex.accounts.database.database import open_database
-from cortex.accounts.database.source import database_source
+from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.sign_in import sign_in as sign_in_module
 from cortex.accounts.sign_in.issuer import Issuer
-from cortex.accounts.sign_in.person import Person
+from cortex.accounts.sign_in.person import SESSION_PREFIX, Person
 from cortex.accounts.sign_in.sessions import Sessions
 from cortex.accounts.sign_in.sign_in import SignIn
 from cortex.api.app_keys import KEYS, SIGN_IN
 from cortex.api.authorization import StreamAccess
 from cortex.config.sign_in import OidcSettings
 from cortex.http.headers import CALLER_NAME
+from shared.errors import Unauthorized, Unavailable
 from shared.serve import Site, bind, serving
 from tests.cortex.accounts.sign_in.small_issuer import SmallIssuer
 
@@ -79,6 +80,23 @@ async def signed_in(tmp_path: Path, issuer: SmallIssuer, monkeypatch: pytest.Mon
     yield found
     await found.sign_in.close()
     await database.close()
+
+
+async def test_made_up_secrets_keep_no_session_alive(signed_in: SignedIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anyone can sign out with them. While the database cannot be written, cortex remembers only real sessions."""
+
+    async def full(self: Sessions, secret: bytes) -> None:
+        raise DatabaseError("the disk is full")
+
+    monkeypatch.setattr(Sessions, "end", full)
+    monkeypatch.setattr(sign_in_module, "_MOST_LEFT", 1)
+    now = time.time()
+    session = (await signed_in.sessions.begin(Person("1001", "alice", ("team",)), now, now + 60)).encode()
+    for secret in (session, SESSION_PREFIX + b"made-up"):
+        with pytest.raises(Unavailable):
+            await signed_in.sign_in.leave(secret)
+    with pytest.raises(Unauthorized):
+        await signed_in.sign_in.identify(session)
 
 
 async def test_with_a_session(signed_in: SignedIn) -> None:

@@ -15,13 +15,17 @@ from sqlalchemy import Table, func, select, text
 
 from cortex.accounts.database.database import Database
 from cortex.accounts.database.limit_states import LimitStates
-from cortex.accounts.database.source import DatabaseError, DatabaseSource
+from cortex.accounts.database.source import DatabaseError, DatabaseSource, database_source
 from cortex.accounts.database.tables import LIMIT_STATES, USAGE, USAGE_JOURNALS
 from cortex.accounts.prices import PriceList, Prices
+from cortex.accounts.usage.__main__ import _Process
 from cortex.accounts.usage.journal_file import JournalWriter, journals
 from cortex.accounts.usage.record import UsageRecord
 from cortex.accounts.usage.recorder import Recorder
-from cortex.accounts.usage.recorder_process import MODULE, RecorderSettings
+from cortex.accounts.usage.recorder_process import MODULE, RecorderProcess, RecorderSettings
+from cortex.config.catalogue import Catalogue
+from cortex.config.live import LiveConfig
+from cortex.config.settings import CortexConfig
 from tests.cortex.accounts.usage.records import usage_record
 
 PRICES = PriceList("EUR", {"org/small": Prices(1.0, 0.5, 2.0)})
@@ -207,6 +211,34 @@ def settings_of(source: DatabaseSource, directory: Path) -> bytes:
         log_format="text",
     )
     return msgspec.json.encode(settings) + b"\n"
+
+
+async def test_a_recorder_that_cannot_be_started_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    told: asyncio.Queue[str] = asyncio.Queue()
+    live = LiveConfig(CortexConfig(), Catalogue())
+    async with RecorderProcess(live, DatabaseSource(tmp_path / "db", "", ""), tmp_path, told.put_nowait).running():
+        assert await told.get() == "the recorder cannot be started: No such file or directory"
+
+
+async def test_a_new_reason_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a recorder that fails again and again. At its start also that nothing is wrong."""
+    place, source = tmp_path / "place", database_source(None, tmp_path)
+    assert source is not None
+    process = _Process(msgspec.json.decode(settings_of(source, place / "usage"), type=RecorderSettings))
+    place.touch()
+    for _ in range(2):
+        assert not await process._moved()
+    place.unlink()
+    place.mkdir()
+    (place / "usage").touch()
+    assert not await process._moved()
+    (place / "usage").unlink()
+    assert not await process._moved()
+    process.stop.set()
+    await process.run()
+    reasons = capsys.readouterr().out.splitlines()
+    assert ["Not a directory" in reasons[0], "File exists" in reasons[1], *reasons[2:]] == [True, True, ""]
 
 
 async def test_settings_that_cannot_be_read_end_the_recorder(source: DatabaseSource, tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ function Progress({ node, view }) {
   </div>`;
 }
 
-// What an operator can do to an engine, by its status.
+// What an operator can do to an engine, by its status. One that spans several neurons can only be unloaded.
 const ACTIONS = { loaded: ["Sleep", "Restart"], sleeping: ["Wake", "Restart"], failed: ["Restart"] };
 
 function Engine({ node, view, row, mayAct, ask }) {
-  const verbs = (mayAct && node.healthy && ACTIONS[view.status]) || [];
+  const verbs = (mayAct && node.healthy && !view.group && ACTIONS[view.status]) || [];
   return html`<li>
     <${Status} status=${node.healthy ? view.status : "unknown"} title=${node.healthy ? view.reason : "its host does not answer"} /> on ${node.name}
     <span class="small">
