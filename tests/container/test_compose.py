@@ -108,7 +108,7 @@ def test_image_has_its_request_path_compiled(podman: Podman, fleet: Fleet) -> No
 def test_image_is_small(podman: Podman, fleet: Fleet) -> None:
     """The image contains no compiler, no vLLM and no test tools."""
     sizes = [int(podman("image", "inspect", "--format", "{{.Size}}", image)) for image in (IMAGE, BASE_IMAGE)]
-    assert sizes[0] - sizes[1] < 182 * 2**20  # SQLAlchemy and the drivers are 45 MiB of it, OpenTelemetry 9
+    assert sizes[0] - sizes[1] < 190 * 2**20  # SQLAlchemy and the drivers are 45 MiB of it, OpenTelemetry 9
 
 
 def test_fleet_starts_answers_and_stops_without_leftovers(podman: Podman, fleet: Fleet) -> None:
