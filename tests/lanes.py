@@ -35,7 +35,7 @@ NO_TESTS: Final = 5
 TESTS_FAILED: Final = 1
 """pytest's exit status if all tests have run and some have failed."""
 
-MOST_UNSTEADY: Final = 3
+MOST_UNSTEADY: Final = 6
 """More failed tests than these are not run again."""
 
 REPEATS: Final = 3

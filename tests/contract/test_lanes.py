@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes import LONGEST, TOGETHER, directories, main
+from tests.lanes import LONGEST, MOST_UNSTEADY, TOGETHER, directories, main
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_a_test_that_fails_once_alone_fails_the_run(tmp_path: Path, capfd: pytes
 
 
 def test_many_failed_tests_are_not_run_again(tmp_path: Path) -> None:
-    for name in ("one", "two", "three", "four"):
-        _write_test(tmp_path / name, FIRST_RUN_FAILS)
+    for number in range(MOST_UNSTEADY + 1):
+        _write_test(tmp_path / str(number), FIRST_RUN_FAILS)
     assert main([str(tmp_path)]) == 1
     assert {file.read_text() for file in tmp_path.rglob("runs")} == {"."}

@@ -30,7 +30,7 @@ from tests.processes import EXITED
 MARK_VARIABLE = "ENGINE_TEST_MARK"
 """Inherited by every process that a test starts, so that leftovers can be attributed to the test."""
 REPOSITORY = Path(__file__).parent.parent.parent
-TIMEOUT_SECS = 20.0
+TIMEOUT_SECS = 60.0
 OF_A_CORTEX = {ENGINE_KEYS_HEADER: "1"}
 """Headers of a caller that sends engines their keys."""
 

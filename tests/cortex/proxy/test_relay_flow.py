@@ -233,7 +233,7 @@ async def engine_was_left(engine: RawEngine, left_at: float, case: str) -> None:
     await bounded(wire.gone.wait())
     took = wire.gone_at - left_at
     print(f"{case}: the engine saw it after {took * 1000:.1f} ms")
-    assert took < 5, "not at once"
+    assert took < 30, "not at once"
 
 
 @pytest.mark.parametrize("script", [silence, one_event, a_part_of_a_plain_answer])
