@@ -39,7 +39,7 @@ async def test_a_cold_start_from_its_wait_to_its_end(start_cortex: StartCortex, 
     await benjy.load_started.wait()
     before = await seen(cortex)
     assert (before["ended"], before["live_count"]) == ([], 1)
-    while (await seen(cortex))["live"][0]["secs"] < 0.05:  # a shorter wait is no step
+    while (await seen(cortex))["live"][0]["secs"] < 0.05:  # a shorter wait is not shown
         pass
     (live,) = before["live"]
     assert (live["model"], live["asked"], live["stage"]) == ("a", "first", "waiting for an engine")

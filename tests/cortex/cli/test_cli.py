@@ -183,7 +183,7 @@ async def test_a_restart_and_what_it_would_do(cortex: RunningCortex, benjy: V1Ne
     await cortex.until(lambda: bool(cortex.parts.fleet.snapshot().serving("org/small")))
     result = await run("restart", "small", "--dry-run", "--url", cortex.url)
     assert (result.status, benjy.unloads) == (0, [])
-    assert result.out.startswith("small is started again on benjy, GPU 0: no request is running there.\n")
+    assert result.out.startswith("org/small is started again on benjy, GPU 0: no request is running there.\n")
     result = await run("restart", "small", "--url", cortex.url)
     assert (result.status, result.out) == (0, "small is loaded on benjy\n")
     assert (benjy.unloads, len(benjy.loads)) == (["org/small"], 1)
