@@ -55,8 +55,8 @@ class Storage:
 
     def recorder_says(self, problem: str) -> None:
         """Why usage cannot be written to the database; empty if it can."""
-        self._of_recorder = f"usage cannot be written to the database, and waits in {self._directory}: {problem}"
-        self._of_recorder = self._of_recorder if problem else ""
+        waits = f"usage cannot be written to the database, and waits in {self._directory}: {problem}"
+        self._of_recorder = waits if problem else ""
 
     async def run(self) -> None:
         """Never returns."""

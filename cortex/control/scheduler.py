@@ -29,7 +29,8 @@ from cortex.placement.load_plan import LoadPlan
 from cortex.placement.planner import best_plan, candidate_verdicts, plan_variant
 from cortex.placement.replicas import ReplicaChanges, ReplicaRemoval, needs_reconciliation, reconcile_replicas
 from cortex.routing.replica import ANY_NODE, ModelOnNode, Replica, ReplicaKey, Route
-from shared.protocol import ModelStatus, ModelView
+from shared.errors import Conflict, shortened
+from shared.protocol import ErrorCode, ModelStatus, ModelView
 from shared.request_ids import request_scope
 from shared.retry_after import until_loaded
 from shared.tasks import TaskSet, timeout
@@ -243,7 +244,11 @@ class Scheduler:
 
     async def restart(self, key: ReplicaKey, name: str, reservation: Reservation, *, drain: bool) -> LoadJob | None:
         """An operator has an engine of the model `name` unloaded and loaded again in the same place. Its memory stays
-        reserved for it. Returns when the load has begun. Raises as `unload` and `load`."""
+        reserved for it. Returns when the load has begun. Raises as `unload` and `load`, and Conflict if it
+        is being started already."""
+        if any(each.key == key for each in self._fleet.snapshot().reservations):
+            message = f"{shortened(name)!r} on {key.name} is being started already: wait until it is loaded"
+            raise Conflict(message, code=ErrorCode.LOAD_IN_PROGRESS)
         self._fleet.reserve(reservation)
         try:
             await self.unload(key, drain=drain)

@@ -329,4 +329,5 @@ def _no_memory(candidate: _Candidate, residents: list[ResidentModel]) -> Rejecti
     what = f"needs {candidate.share} MiB" + (f" on each of {size} devices" if size > 1 else "")
     reasons = ((each.key.model_id, protection_reason(each, candidate.profile.residency_priority)) for each in residents)
     stays = "; ".join(f"{name} stays ({why})" for name, why in reasons if why is not None)
-    return Rejection(f"{what}, {free}{taken}" + (f"; {stays}" if stays else ""))
+    free = f", {free}" if free else ""  # empty where the model's instances are on all devices
+    return Rejection(f"{what}{free}{taken}" + (f"; {stays}" if stays else ""))

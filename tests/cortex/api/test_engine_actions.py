@@ -57,6 +57,21 @@ async def test_a_restart(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     assert not cortex.parts.fleet.snapshot().reservations
 
 
+async def test_two_restarts_at_once(start_cortex: StartCortex, benjy: V1Neuron) -> None:
+    """The second one is refused, and the first one goes on."""
+    benjy.models = {"org/small": "loaded"}
+    cortex = await start_cortex([benjy], [SMALL])
+    benjy.unload_gate.clear()
+    first = asyncio.create_task(act(cortex, "restart"))
+    await cortex.until(lambda: bool(benjy.unloads))
+    status, answer = await act(cortex, "restart")
+    assert (status, answer["error"]["code"]) == (409, "load_in_progress")
+    assert answer["error"]["message"] == "'org/small' on benjy is being started already: wait until it is loaded"
+    benjy.unload_gate.set()
+    assert (await first)[0] == 200
+    assert (benjy.unloads, len(benjy.loads)) == (["org/small"], 1)
+
+
 async def test_a_restart_goes_on_without_its_client(start_cortex: StartCortex, benjy: V1Neuron) -> None:
     """The engine that it has ended comes back."""
     benjy.models = {"org/small": "loaded"}

@@ -10,7 +10,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.placement.fair_queue import schedule_loads
 from cortex.placement.inputs import Backoff
-from cortex.placement.planner import all_verdicts
+from cortex.placement.planner import all_verdicts, plan_variant
 from cortex.placement.refusal import placement_error, unknown_model_error
 from cortex.routing.replica import ModelOnNode
 from shared.errors import ServiceError, render
@@ -37,6 +37,13 @@ def test_free_memory_beside_another_instance_does_not_count() -> None:
     verdicts = all_verdicts(view(where, wanted, TOP), wanted)
     expected = "needs 14000 MiB, 4000 MiB free on device 1; another instance is on devices 0, 2; top stays"
     assert expected in str(verdicts)
+
+
+def test_no_free_memory_is_told_where_instances_are_on_all_devices() -> None:
+    where = fleet(host("a", 24000, models={"m": On(14000, (0,))}, instances=True))
+    moment = view(where, M, named_instances={("m", "a"): "1"})
+    verdict = plan_variant(moment, M, where.nodes["a"])
+    assert verdict.reason == "needs 14000 MiB; another instance is on device 0"
 
 
 @pytest.mark.parametrize(
