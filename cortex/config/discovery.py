@@ -36,7 +36,7 @@ class DiscoverySettings(SettingsModel):
     grace_secs: float = Field(default=60, ge=0)
     """`dns`: how long a neuron stays after DNS has dropped its address."""
     registration_token_env: str | None = None
-    """`register`: the environment variable that holds the token with which neurons register; it must be set. Default:
+    """`register`: the environment variable that holds the registration token; it must be set. Default:
     with `register` it or the next key is required."""
     registration_token_file: Path | None = None
     """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Default: none."""
@@ -100,5 +100,5 @@ class DiscoverySettings(SettingsModel):
             reason = getattr(error, "strerror", None) or error
             raise SettingsError([f"{file}: {reason}: [discovery] registration_token_file must be readable"]) from error
         if not found:
-            raise SettingsError([f"{file}: is empty: write the token into it with which neurons register"])
+            raise SettingsError([f"{file}: is empty: write the registration token into it"])
         return found

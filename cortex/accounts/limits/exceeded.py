@@ -40,7 +40,7 @@ def _reason(refusal: Refusal, wait: float | None, made_of: str, advice: str) -> 
         return f"cannot send this request: it {most}, more than the whole budget of {refusal.limit}; {advice}"
     text = f"has reached its limit of {refusal.limit}"
     if window is not None:
-        text = f"has not enough left of its budget of {refusal.limit}"
+        text = f"does not have enough left of its budget of {refusal.limit}"
     return f"{text}{f': this request {most}' if refusal.needs else ''}; {_when(refusal, wait)}"
 
 

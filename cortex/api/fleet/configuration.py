@@ -36,7 +36,7 @@ async def reload_configuration(request: web.Request) -> web.Response:
     await reloader.reload()
     if live.error is not None:
         raise Conflict(
-            f"the previous configuration stays in force: mend the files and reload again\n{live.error}",
+            f"the previous configuration stays in force: fix the files and reload again\n{live.error}",
             code=ErrorCode.CONFIGURATION_INVALID,
         )
     outlook = await reloader.outlook()

@@ -72,7 +72,9 @@ async def _discovery(settings: DiscoverySettings) -> list[Finding]:
             addresses = await resolve(settings.host, settings.port)
     except (OSError, asyncio.TimeoutError) as error:
         reason = str(error) or f"no answer within {ANSWER_SECS:g} s"
-        return [fault(subject, f"{settings.host} cannot be looked up: {reason}", "is DNS of this host in order?")]
+        return [
+            fault(subject, f"{settings.host} cannot be looked up: {reason}", "check that this host can resolve names")
+        ]
     if not addresses:
         return [warning(subject, f"{settings.host} has no address", "set [discovery] host to the name of the neurons")]
     return [ok(subject, f"{settings.host} has the addresses {', '.join(addresses)}; {elsewhere}")]

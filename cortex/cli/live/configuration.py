@@ -43,7 +43,7 @@ def problems_text(answer: dict[str, Any]) -> str:
     lines += [f"warning: {_text(each)}" for each in answer["warnings"]]
     reload = answer["reload"]
     if not reload["possible"]:
-        return "\n".join([*lines, "a reload would change nothing until the errors are mended"])
+        return "\n".join([*lines, "a reload would change nothing until the errors are fixed"])
     lines += [f"a reload changes: {change}" for change in reload["changes"]]
     lines += [f"after a restart: {change}" for change in reload["restart"]]
     if not reload["changes"] and not reload["restart"]:

@@ -49,7 +49,7 @@ def test_a_refusal_says_which_limit_and_when_to_retry() -> None:
     limiter.settle(first, 5, 1, 0)
     error = refused(limiter, BOB, TokenBound(90, 10))
     assert (error.code, error.permanent) == (ErrorCode.INSUFFICIENT_QUOTA, False)
-    assert "'bob' has not enough left of its budget of 100 tokens per day" in error.message
+    assert "'bob' does not have enough left of its budget of 100 tokens per day" in error.message
     error = refused(limiter, BOB, TokenBound(100, 10))
     assert (error.retry_after, error.permanent) == (None, True)
 

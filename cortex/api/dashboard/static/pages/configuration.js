@@ -17,7 +17,7 @@ function Files({ found }) {
     <h2>The files now</h2>
     ${errors.length || warnings.length ? null : html`<p>Nothing is wrong in the files.</p>`}
     <ul>${errors.map((problem) => html`<${Found} kind="error" problem=${problem} />`)}${warnings.map((problem) => html`<${Found} kind="warning" problem=${problem} />`)}</ul>
-    ${errors.length ? html`<p>The configuration from before stays in force. Mend the file: cortex reads it again when it changes.</p>` : null}
+    ${errors.length ? html`<p>The configuration from before stays in force. Fix the file: cortex reads it again when it changes.</p>` : null}
   </section>`;
 }
 
