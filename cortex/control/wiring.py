@@ -77,6 +77,7 @@ class ControlCore:
     counts: CountTotals
     metrics: Metrics
     queue: AdmissionQueue
+    demand: Demand
     routes: RouteTable
     loader: Loader
     scheduler: Scheduler
@@ -198,7 +199,7 @@ def build(
         clock=clock,
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, demand, routes, *work)
 
 
 def _metrics(
