@@ -226,9 +226,7 @@ async def test_a_restart_continues_the_spans(tmp_path: Path) -> None:
     assert Bench(tmp_path, now=AT + 48 * 3600).spans() == []
 
 
-async def test_a_node_that_is_down_before_and_after_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_node_that_is_down_before_and_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is shown once, although each cortex knows only of the silence since its own start."""
     found: list[list[StatusSpan]] = []
     for restart in range(3):
