@@ -47,7 +47,7 @@ async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
 
 
 async def test_memory_of_a_load_is_not_foreign(neuron: Neuron) -> None:
-    """What an engine takes while it loads is its own, although nobody has asked for the models meanwhile."""
+    """What an engine takes while it loads is its own, also when no call asks for the models meanwhile."""
     await neuron.load(MODEL, "--load-secs", "2", wait=False, vram_mb=20_000)
     before = 0
     while before < 20_000:
