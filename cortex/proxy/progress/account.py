@@ -15,13 +15,14 @@ from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
 from cortex.metrics.requests.entries import FailedAttempt, LiveRequest, Wait
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import Choice, ProxyContext
 from cortex.proxy.paths import INFERENCE_TEXT, NAMING_PATHS, in_background, recorded_path
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import FailureKind, Replica, Route
+from cortex.routing.replica import FailureKind, Replica, ReplicaKey, Route
 from cortex.upstream.usage import Usage
 from shared.errors import MAX_SHOWN_CHARS, Forbidden, ServiceError, shortened
 from shared.protocol import ErrorCode
@@ -212,8 +213,20 @@ class RequestAccount:
             self.trace.failed(reason, kind)
         self.relay = None
 
+    def fits(self, asked: RequestFilter) -> bool:
+        """Whether the request is asked for. As `shown`, implements `metrics.requests.ring.OngoingRequest`."""
+        if asked.status is not None:
+            return False
+        key = self._engine()
+        models = (self.model_id, self.asked)
+        return asked.fits(self.key_id, self.caller.name, models, "" if key is None else key.node, self._failed)
+
+    def _engine(self) -> ReplicaKey | None:
+        """Where it is, not where it has failed before."""
+        return None if self.replica is None or self._stage == "resolve" else self.replica.key
+
     def shown(self) -> LiveRequest:
-        """The request as it is now. Implements `metrics.requests.ring.OngoingRequest`."""
+        """The request as it is now."""
         now, came, relay, replica = monotonic(), self._request.received, self.relay, self.replica
         stage, note, waits = self._stage, None, self._waits or []
         if stage:
@@ -222,7 +235,7 @@ class RequestAccount:
         elif relay is not None:
             stage = "answer" if relay.status else "engine"
         head_at = None if relay is None else relay.first_byte_at
-        key = None if replica is None or stage == "resolve" else replica.key
+        key = self._engine()
         return LiveRequest(
             since=time.time() - (now - came),
             request_id=self.request_id,
