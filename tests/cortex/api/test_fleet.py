@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from cortex.api import models
+from cortex.api.fleet import handlers
 from cortex.api.fleet.changes import KEPT_CHANGES, FleetChanges, merge_patch
 from cortex.api.fleet.view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
@@ -23,7 +23,7 @@ from cortex.config.catalogue import Catalogue
 from cortex.control.wiring import Parts
 from cortex.fleet.state import Fleet
 from shared.protocol import Device, Discovery, ModelView, NeuronHealth
-from shared.tasks import timeout
+from shared.tasks import first_of, timeout
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import until
@@ -112,27 +112,38 @@ async def views(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def test_first_change_is_sent_at_once_and_many_together(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """The current view, an event after the first change, and a few per second under constant change; the last event has
-    the last change."""
+class Pauses:
+    """In the place of the pauses between two events: each lasts until the test ends it."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Semaphore(0)
+        self.ended = asyncio.Semaphore(0)
+
+    async def pause(self, secs: float, closing: asyncio.Event) -> None:
+        assert secs == MIN_INTERVAL_SECS
+        self.began.release()
+        await first_of({"end": self.ended.acquire(), "closing": closing.wait()})
+
+
+async def test_first_change_is_sent_at_once_and_many_together(
+    start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current view, an event after the first change, and after a pause one for all changes in it."""
+    pauses = Pauses()
+    monkeypatch.setattr(handlers, "_closing_within", pauses.pause)
     cortex = await start_cortex([benjy], [], poll={"interval_secs": 30})
     fleet, heard = cortex.parts.fleet, views(cortex)
     assert (await anext(heard))["nodes"][0]["name"] == "benjy"
-    await asyncio.sleep(2 * MIN_INTERVAL_SECS)
-    began = time.monotonic()
+    pauses.ended.release()
+    await pauses.began.acquire()
     fleet.update_model("benjy", ModelView(id="m", status="loading"))
     assert [model["status"] for model in (await anext(heard))["nodes"][0]["models"]] == ["loading"]
-    assert time.monotonic() - began < MIN_INTERVAL_SECS
-    told = 0
-    while time.monotonic() - began < 1.0:
-        told += 1
+    await pauses.began.acquire()
+    for told in range(100):
         fleet.update_model("benjy", ModelView(id="m", status="loading", vram_used_mb=told))
-        await asyncio.sleep(0.005)
     fleet.update_model("benjy", ModelView(id="m", status="loaded"))
-    count, last = 0, ""
-    while last != "loaded":
-        count, last = count + 1, (await anext(heard))["nodes"][0]["models"][0]["status"]
-    assert count <= 1.5 / MIN_INTERVAL_SECS
+    pauses.ended.release()
+    assert [model["status"] for model in (await anext(heard))["nodes"][0]["models"]] == ["loaded"]
     await heard.aclose()  # type: ignore[attr-defined]
 
 
