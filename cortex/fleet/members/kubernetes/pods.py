@@ -48,8 +48,8 @@ def after_change(pods: Pods, kind: str, pod: Pod) -> Pods:
 
 
 def endpoints(pods: Pods, *, port: int, tls: bool) -> dict[str, str | None]:
-    """The names of their nodes by endpoint. A pod without an address is not there yet, one that has ended no longer;
-    one that is not ready is: cortex watches the neurons' health itself."""
+    """The names of their nodes by endpoint, for pods that have an address and have not ended. Those that are not ready
+    count: cortex watches the neurons' health itself."""
     return {
         endpoint_of(pod.status.address, port, tls=tls): pod.spec.node_name
         for pod in pods.values()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,15 @@ class ClusterApi:
                         await _send(answer, "BOOKMARK", {"kind": "Pod", "apiVersion": "v1", "metadata": meta})
                     sent = version
                 async with self._news:
-                    last = sent
-                    await self._news.wait_for(lambda last=last: max(self._version, self._oldest) > last)
+                    _ = await self._news.wait_for(partial(self._has_news, sent))
             gone = status(HTTPStatus.GONE, "Expired", f"too old resource version: {sent} ({self._oldest})")
             await _send(answer, "ERROR", gone)
         finally:
             self._watches.discard(request.transport)
         return answer
+
+    def _has_news(self, sent: int) -> bool:
+        return max(self._version, self._oldest) > sent
 
 
 async def _send(answer: web.StreamResponse, kind: str, of: dict[str, Any]) -> None:
