@@ -71,8 +71,8 @@ def run_serve(
         for warning in tls_warnings(config, config_file):
             log.warning("%s", warning)
         config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
-        if config.discovery.kind == "register":
-            config.discovery.registration_token()  # likewise
+        if problems := config.discovery.problems():  # likewise
+            raise SettingsError(problems)
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
