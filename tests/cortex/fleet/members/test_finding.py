@@ -86,6 +86,22 @@ async def test_what_is_not_registered(start_cortex: StartCortex, registering: di
     assert (await register(cortex, **good))[0] == 200
 
 
+async def test_the_registration_token_is_renewed_without_a_gap(start_cortex: StartCortex, tmp_path: Path) -> None:
+    """While cortex's file has both, each of them is good."""
+    file, wanted = tmp_path / "tokens", {"name": "a", "endpoint": "http://127.0.0.1:9"}
+    table = {"kind": "register", "registration_token_file": str(file)}
+    file.write_text("old\nnew\n", encoding="utf-8")
+    cortex = await start_cortex([], [], discovery=table)
+    assert [(await register(cortex, token, **wanted))[0] for token in ("old", "new", "oldnew", "")] == [
+        200,
+        200,
+        401,
+        401,
+    ]
+    file.write_text("new\n", encoding="utf-8")
+    assert [(await register(cortex, token, **wanted))[0] for token in ("old", "new")] == [401, 200]
+
+
 async def test_registration_has_to_be_turned_on(start_cortex: StartCortex) -> None:
     """404, which neuron's log shows with the setting to change."""
     status, answer = await register(await start_cortex([], [MODEL]), name="a", endpoint="http://127.0.0.1:9")
@@ -94,8 +110,9 @@ async def test_registration_has_to_be_turned_on(start_cortex: StartCortex) -> No
 
 
 async def test_neuron_announces_itself(start_cortex: StartCortex, registering: dict[str, Any], tmp_path: Path) -> None:
-    """With its name and the token that it expects, to each cortex that it knows; when it has ended, they forget it."""
-    (tmp_path / "token").write_text(f"{SECRET}\n", encoding="utf-8")
+    """With its name and the token that it expects, to each cortex that it knows; when it has ended, they forget it. Of
+    several registration tokens it sends the first."""
+    (tmp_path / "token").write_text(f"# today's\n\n{SECRET}\nyesterday's\n", encoding="utf-8")
     cortexes = [await start_cortex([], [], discovery=registering) for _ in range(2)]
     cortex_table = {
         "urls": [cortex.url for cortex in cortexes],
