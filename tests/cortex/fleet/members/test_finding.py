@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import stat
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,9 @@ from cortex.fleet.members import dns, found
 from cortex.fleet.members.dns import DnsDiscovery
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
 from cortex.upstream.pool import EnginePool
+from shared.protocol import Registration
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.neuron.neurons import config_of, neuron_here
@@ -72,6 +76,31 @@ async def test_a_registered_neuron_serves_until_it_stops_registering(
     await register(cortex, name="benjy", endpoint=benjy.url, interval_secs=0.1)
     await cortex.until(partial(no_neuron, cortex))
     assert cortex.parts.clients == {}
+
+
+async def test_registered_neurons_survive_a_restart_of_cortex(
+    benjy: V1Neuron, registering: dict[str, Any], tmp_path: Path
+) -> None:
+    """With their tokens, in a file that is this user's alone; not after they have expired, nor with another kind."""
+    config = CortexConfig.model_validate({"discovery": registering})
+    wanted = Registration(name="benjy", endpoint=benjy.url, token="its own", instance_id="p", interval_secs=10)
+    async with running_control(config, Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert parts.registrations is not None
+        parts.registrations.register(wanted)
+        parts.registrations.register(wanted.model_copy(update={"name": "gone", "endpoint": "http://127.0.0.1:9"}))
+    path = tmp_path / "state.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["registrations"][1]["expires_at"] = 1.0
+    path.write_text(json.dumps(stored), encoding="utf-8")
+
+    async with running_control(config, Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert list(parts.clients) == ["benjy"]
+        (kept,) = parts.state.registrations
+        assert (kept.token, kept.process) == ("its own", "p")
+    async with running_control(CortexConfig(), Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert parts.clients == {}
+    assert "its own" not in path.read_text(encoding="utf-8")
 
 
 async def test_what_is_not_registered(start_cortex: StartCortex, registering: dict[str, Any]) -> None:
