@@ -332,6 +332,14 @@ class StateFile:
         return None
 
 
+def kept_registrations(directory: Path) -> Sequence[KeptRegistration]:
+    """What the state file there has of them; empty if it cannot be read. Changes nothing. Blocks."""
+    try:
+        return _State.model_validate_json((directory / NAME).read_bytes()).registrations
+    except (OSError, ValidationError):
+        return []
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         where, reason = first_problem(error)
