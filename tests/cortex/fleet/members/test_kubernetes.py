@@ -18,7 +18,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from cortex.cli.doctor.findings import Verdict
+from cortex.cli.doctor.found import find_neurons
+from cortex.cli.doctor.this_host import DeploymentFiles
 from cortex.cli.serve import run_check
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
 from cortex.fleet.members import found
 from cortex.fleet.members.kubernetes import discovery, pod_api
 from cortex.fleet.members.kubernetes.pods import NO_PODS, Pod, PodMetadata, PodSpec, PodStatus, after_change, endpoints
