@@ -23,9 +23,7 @@ TOP = HERE.parents[1]
 PYTHON = Path("/usr/bin/python3")
 PACKAGES = ("cortex", "neuron")
 EXAMPLES = {"cortex": ["deploy/cortex.example.toml", "models.example.toml"], "neuron": ["deploy/neuron.example.toml"]}
-EXTRAS = (
-    "tokenizers,tracing"  # what the code can use of optional packages; the environment has no pip to add them later
-)
+EXTRAS = "tokenizers,tracing"  # without pip, users cannot add them later
 ROCM = "/opt/rocm/share/amd_smi\n"  # amdsmi must be that of the installed ROCm; a path that does not exist is ignored
 DESCRIPTIONS = {
     "cortex": "one OpenAI-compatible address in front of many GPU hosts",

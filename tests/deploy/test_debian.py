@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def test_files(package: Path, tmp_path: Path) -> None:
     assert {path.name for path in files if path.is_file() and not path.stat().st_mode & 0o077} == {"cortex.env"}
     assert not list(root.rglob("RECORD"))
     assert not [path for path in files if path.suffix == ".pyc" and str(TOP).encode() in path.read_bytes()]
-    assert os.readlink(root / "usr/lib/cortex/bin/python") == "../../../bin/python3"
+    assert (root / "usr/lib/cortex/bin/python").readlink() == Path("../../../bin/python3")
     documents = root / "usr/share/doc/cortex"
     assert gzip.decompress((documents / "CHANGELOG.md.gz").read_bytes()) == (TOP / "CHANGELOG.md").read_bytes()
     assert "GPL-3+" in (documents / "copyright").read_text(encoding="utf-8")
