@@ -76,8 +76,8 @@ def run_serve(
         ):
             log.warning("%s", warning)
         config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
-        if config.discovery.kind == "register":
-            config.discovery.registration_token()  # likewise
+        if problems := config.discovery.problems():  # likewise
+            raise SettingsError(problems)
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -164,7 +164,7 @@ async def serve(
         warn_of_absent(state, parts.fleet, config)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
-        reloader = _reloader(parts, files, reload_asked)
+        reloader = reloader_of(parts, files, reload_asked)
         sites = [Site(build_control_app(parts, reloader), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
@@ -228,7 +228,8 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
     )
 
 
-def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> Reloader:
+def reloader_of(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> Reloader:
+    """Applies changes of these files to a running control. `asked`: as of Reloader."""
     return Reloader(
         files,
         asked,

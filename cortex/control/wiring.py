@@ -75,6 +75,7 @@ class ControlCore:
     shutdown: Shutdown
     fleet: Fleet
     counts: CountTotals
+    demand: Demand
     metrics: Metrics
     queue: AdmissionQueue
     routes: RouteTable
@@ -198,7 +199,7 @@ def build(
         clock=clock,
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+    return ControlCore(live, state, shutdown, fleet, counts, demand, metrics, queue, routes, *work)
 
 
 def _metrics(
@@ -345,6 +346,9 @@ def _use_keys(keys: KeyRing, core: ControlCore) -> None:
 
     def renew() -> None:
         limiter.use_keys(keys.limits)
+        names = {key.name for key in keys.keys}
+        core.counts.keep_callers(names)
+        core.demand.keep_callers(names)
 
     renew()
     keys.changes.subscribe(renew)

@@ -282,7 +282,7 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
         ({"kind": "register"}, "registration_token_env or registration_token_file"),
         ({"kind": "register", "registration_token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
         ({"kind": "dns", "host": "x", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
-        ({"kind": "kubernetes"}, "'static', 'dns' or 'register'"),
+        ({"kind": "kubernetes"}, "selector: with kind"),
         ({"kind": "dns", "host": "neurons..svc"}, "not a host name: "),
         ({"kind": "dns", "host": "x", "token": "two\nlines"}, "token: must not contain line breaks"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from cortex.control.wiring import running_control
-from cortex.fleet.members import dns
+from cortex.fleet.members import dns, found
 from cortex.fleet.members.dns import DnsDiscovery
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.state import Fleet
@@ -42,7 +42,8 @@ async def register(cortex: RunningCortex, bearer: str | None = SECRET, **fields:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """DNS and neurons may take as long as a busy machine needs."""
-    monkeypatch.setattr(dns, "TIMEOUT_SECS", 60.0)
+    for module in (dns, found):
+        monkeypatch.setattr(module, "TIMEOUT_SECS", 60.0)
 
 
 def no_neuron(cortex: RunningCortex) -> bool:
@@ -135,7 +136,8 @@ async def test_neurons_come_and_go_with_their_addresses(benjy: V1Neuron, caplog:
     settings = CortexConfig.model_validate({"discovery": {"kind": "dns", "host": "neurons", "port": port}}).discovery
     fleet, pool = Fleet([], unhealthy_after=3), EnginePool(5)
     membership = Membership(pool, fleet)
-    discovery = DnsDiscovery(settings, membership, fleet, pool, resolve=scripted, clock=lambda: now)
+    neurons = found.FoundNeurons(settings, membership, fleet, pool, grace_secs=60, clock=lambda: now)
+    discovery = DnsDiscovery(settings, neurons, resolve=scripted)
     try:
         benjy.rewrite = lambda answer: []
         await discovery.look()
