@@ -24,8 +24,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(TOP / name, libraries / name)
     (libraries / "cortex_neuron-0.1.0.dist-info").mkdir()
     (libraries / "cortex_neuron-0.1.0.dist-info/RECORD").write_text(f"{TOP}/cortex", encoding="utf-8")
-    command = [sys.executable, TOP / "deploy/debian/build.py", "--environment", directory / "environment"]
-    subprocess.run([*command, "--output", directory, "--version", "1.0"], check=True, timeout=120)
+    command = [sys.executable, str(TOP / "deploy/debian/build.py"), "--environment", str(directory / "environment")]
+    subprocess.run([*command, "--output", str(directory), "--version", "1.0"], check=True, timeout=120)
     return next(directory.glob("cortex_*.deb"))
 
 
@@ -48,6 +48,6 @@ def test_files(package: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("lintian") is None, reason="lintian is not installed")
 def test_lintian(package: Path) -> None:
     """deploy/debian/lintian-overrides gives the reason for each that it allows."""
-    command = ["lintian", "--allow-root", "--fail-on", "error,warning", package]
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning", str(package)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
