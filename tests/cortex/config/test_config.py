@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -197,6 +198,21 @@ def test_check_of_good_files(tmp_path: Path) -> None:
         f"ok: {tmp_path}/cortex.toml: 1 neuron; {tmp_path}/models.toml: 1 model\n",
     )
     assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
+
+
+def test_check_prints_json(tmp_path: Path) -> None:
+    """And nothing else; the exit status is the same."""
+    path = tmp_path / "cortex.toml"
+    path.write_text(NEURON, encoding="utf-8")
+    (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\npinned_on = ['benjy']", encoding="utf-8")
+    good = cortex("check", "--config", str(path), "--json")
+    path.write_text(f"bogus = 1\n{NEURON}", encoding="utf-8")
+    bad = cortex("check", "--config", str(path), "--json")
+    found = json.loads(good.stdout)
+    assert (good.returncode, good.stderr, found["ok"], found["errors"]) == (0, "", True, [])
+    assert "'a' is pinned on 'benjy'" in found["warnings"][0]
+    assert (bad.returncode, bad.stderr) == (1, "")
+    assert json.loads(bad.stdout)["errors"] == [f"{path}: bogus: unknown key (value 1)"]
 
 
 def test_check_warns_of_a_variant_pinned_to_an_unlisted_neuron(tmp_path: Path) -> None:
