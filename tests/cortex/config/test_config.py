@@ -286,7 +286,7 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
     """The service does not start with invalid files."""
     (tmp_path / "cortex.toml").write_text("wrong = 1", encoding="utf-8")
     done = cortex("serve", "--config", str(tmp_path / "cortex.toml"))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert f"{tmp_path}/cortex.toml: wrong: unknown key (value 1)" in done.stderr
     assert "Traceback" not in done.stderr
 
