@@ -136,7 +136,9 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
         device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
-        announcer = Announcer(config, http, port=port, instance_id=own_id)
+        announcer = Announcer(
+            config, http, port=port, instance_id=own_id, engine_ports=functools.partial(_engine_ports, registry)
+        )
         stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
         yield Services(
             config=config,
@@ -188,6 +190,10 @@ async def _meter(state: StateDir) -> EnergyMeter:
 def _residents(registry: Registry) -> list[Resident]:
     found = (model.resident() for model in registry.models)
     return [resident for resident in found if resident is not None]
+
+
+def _engine_ports(registry: Registry) -> set[int]:
+    return {model.engine.port for model in registry.models if model.engine is not None}
 
 
 async def _load_history(state: StateDir) -> LoadHistory:

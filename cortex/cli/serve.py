@@ -39,6 +39,7 @@ from cortex.config.files import (
 from cortex.config.settings import CortexConfig
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
+from cortex.fleet.members.dialled.broker_process import open_broker
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
@@ -139,7 +140,7 @@ async def serve(
     url = settings.url(*socks[0].getsockname()[:2])
     reload_asked, restarting = asyncio.Event(), asyncio.Event()
     directory = _state_directory(config, files)
-    state = StateFile(directory)
+    state, broker = StateFile(directory), open_broker(config)
     async with (
         told_to_stop(
             lifeline=lifeline,
@@ -148,9 +149,16 @@ async def serve(
             on_restart=restarting.set,
             on_forced_exit=kill_workers,
         ) as stop,
+        nullcontext() if broker is None else broker.running(),
         opened_accounts(config, files.path, directory) as (database, keys),
         running_control(
-            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
+            config,
+            catalogue,
+            files=[str(path) for path in files.paths],
+            state=state,
+            database=database,
+            keys=keys,
+            broker=broker,
         ) as parts,
     ):
         _check_keys(socks[0], config, keys, files.path)
@@ -218,6 +226,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         people=parts.sign_in,
         usage_directory=usage,
         requests=parts.requests,
+        broker=parts.broker_address,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.config.gateway import parse_listen
 from cortex.config.neurons import check_token
 from shared.settings import SettingsError, SettingsModel
 
@@ -41,6 +42,18 @@ class DiscoverySettings(SettingsModel):
     registration_token_file: Path | None = None
     """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Default: none."""
 
+    dial_listen: str | None = None
+    """`register`: the address for the connections of neurons with [`dial =
+    "out"`](discovery.md#what-if-cortex-cannot-reach-the-host), `HOST:PORT` or `[IPV6]:PORT`, such as
+    `"0.0.0.0:31315"`. It speaks TLS with `[gateway] tls_cert`. Default: none: such a neuron is refused."""
+
+    @field_validator("dial_listen")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_listen(value)
+        return value
+
     @field_validator("host")
     @classmethod
     def _host_name(cls, value: str | None) -> str | None:
@@ -58,6 +71,8 @@ class DiscoverySettings(SettingsModel):
         sources = (self.registration_token_env, self.registration_token_file)
         if self.kind == "register" and len([each for each in sources if each is not None]) != 1:
             raise ValueError('with kind = "register", set either registration_token_env or registration_token_file')
+        if self.dial_listen is not None and self.kind != "register":
+            raise ValueError('dial_listen: needs kind = "register"')
         for key in ("token_env", "registration_token_env"):
             variable = getattr(self, key)
             needed = not (key == "token_env" and self.token is not None)

@@ -41,6 +41,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
+from cortex.fleet.members.dialled.broker_process import DialBroker
 from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.members.opening import open_discovery
 from cortex.fleet.members.registrations import Registrations
@@ -119,6 +120,7 @@ class Parts(ControlCore):
     is Unix time. `database` is None for a cortex that keeps nothing, `sign_in` if people cannot sign in."""
 
     membership: Membership
+    broker: DialBroker | None
     created: int
     database: Database | None
     keys: KeyRing
@@ -127,6 +129,11 @@ class Parts(ControlCore):
     sign_in: SignIn | None
     registrations: Registrations | None
     storage: Storage
+
+    @property
+    def broker_address(self) -> str | None:
+        """For pools; see `EnginePool`."""
+        return None if self.broker is None else self.broker.address
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -255,15 +262,18 @@ async def running_control(
     state: StateFile | None = None,
     database: Database | None = None,
     keys: KeyRing | None = None,
+    broker: DialBroker | None = None,
 ) -> AsyncIterator[Parts]:
     """A control that watches its fleet inside the body. Needs a running event loop. `files` are the configuration's
-    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded."""
+    paths; without `state` nothing is kept over a restart. `database` stays the caller's; `keys` are loaded; the
+    `broker` runs."""
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     listed = [(entry.name, entry.endpoint) for entry in config.neurons]
     fleet = Fleet(listed, unhealthy_after=config.poll.unhealthy_after, drained=state.drained)
     pems = config.neuron_tls.files
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
-    with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
+    address = None if broker is None else broker.address
+    with contextlib.closing(EnginePool(IDLE_SECS, tls, broker=address)) as pool:
         membership = Membership(pool, fleet, lambda: state.drained)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
@@ -274,7 +284,7 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         membership.moved.subscribe(core.routes.forget)
-        discovery = await open_discovery(config.discovery, membership, fleet, pool)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool, broker)
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
         loops = {**core.loops, **keys.loops, **discovery.loops, **own}
@@ -292,6 +302,7 @@ async def running_control(
                 yield Parts(
                     **vars(core),
                     membership=membership,
+                    broker=broker,
                     created=int(time.time()),
                     database=database,
                     keys=keys,

@@ -62,6 +62,13 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
 
 def _too_few_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why its devices are not enough."""
+    reason = _too_few_devices_reason(profile, node)
+    if reason is not None and profile.span_nodes and node.dials:
+        return f'{reason}; with dial = "out" it shares no engine with other hosts, which cannot connect to it'
+    return reason
+
+
+def _too_few_devices_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     needed, usable = profile.device_count, len(node.devices)
     if not usable:
         gpus = "a GPU" if needed == 1 else f"{needed} GPUs"
@@ -120,7 +127,7 @@ def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
 
 def can_hold_part(part: ModelProfile, node: NodeSnapshot) -> bool:
     """True when the node's topology is known and can hold this part of an engine that spans several nodes."""
-    return node.discovery is not None and node.discovery.groups and is_feasible(part, node)
+    return node.can_span and is_feasible(part, node)
 
 
 def possible_nodes(profile: ModelProfile, fleet: FleetSnapshot) -> list[NodeSnapshot]:
@@ -285,7 +292,7 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
     return _Topology(
         frozenset(node.discovery.harnesses),
         _knows_parallel(node.discovery),
-        node.discovery.groups,
+        node.can_span,
         devices,
         None if node.ram is None else node.ram.vram_total_mb,
     )

@@ -137,11 +137,11 @@ def loaded_engines(fleet: FleetSnapshot) -> Iterator[EngineSnapshot]:
 
 
 async def show_targets(request: web.Request) -> web.Response:
-    """Where there are metrics, as Prometheus reads it (`http_sd_configs`)."""
+    """Where there are metrics, as Prometheus reads it (`http_sd_configs`). It cannot reach a neuron that dials."""
     targets = [
         _target("cortex", "http", request.host, "/metrics"),
         _target("engines", "http", request.host, "/metrics/engines"),
-        *(_neuron_target(node) for node in request.app[FLEET].snapshot().nodes.values()),
+        *(_neuron_target(node) for node in request.app[FLEET].snapshot().nodes.values() if not node.dials),
     ]
     return web.json_response(targets)
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from cortex.config.discovery import DiscoverySettings
+from cortex.fleet.members.dialled.broker_process import DialBroker
 from cortex.fleet.members.dns import DnsDiscovery
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.registrations import Registrations
@@ -22,11 +23,16 @@ class NeuronDiscovery:
 
 
 async def open_discovery(
-    settings: DiscoverySettings, membership: Membership, fleet: Fleet, pool: EnginePool
+    settings: DiscoverySettings,
+    membership: Membership,
+    fleet: Fleet,
+    pool: EnginePool,
+    broker: DialBroker | None = None,
 ) -> NeuronDiscovery:
-    """Returns when the neurons that DNS has now are in the fleet, so that the first request finds them."""
+    """Returns when the neurons that DNS has now are in the fleet, so that the first request finds them. `broker`: None
+    unless neurons may keep connections to this cortex."""
     if settings.kind == "register":
-        registrations = Registrations(membership, fleet)
+        registrations = Registrations(membership, fleet, broker)
         return NeuronDiscovery({"registrations": registrations.run}, registrations)
     if settings.kind == "dns":
         dns = DnsDiscovery(settings, membership, fleet, pool)
