@@ -130,15 +130,13 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             launcher=launcher,
             new_supervisor=new_supervisor,
         )
-        meter.residents = functools.partial(_residents, registry)
+        meter.residents, ports = functools.partial(_residents, registry), functools.partial(_engine_ports, registry)
         stack.push_async_callback(registry.stop_all)
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
         device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
-        announcer = Announcer(
-            config, http, port=port, instance_id=own_id, engine_ports=functools.partial(_engine_ports, registry)
-        )
+        announcer = Announcer(config, http, port=port, instance_id=own_id, engine_ports=ports)
         stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
         yield Services(
             config=config,

@@ -71,8 +71,6 @@ class DiscoverySettings(SettingsModel):
         sources = (self.registration_token_env, self.registration_token_file)
         if self.kind == "register" and len([each for each in sources if each is not None]) != 1:
             raise ValueError('with kind = "register", set either registration_token_env or registration_token_file')
-        if self.dial_listen is not None and self.kind != "register":
-            raise ValueError('dial_listen: needs kind = "register"')
         for key in ("token_env", "registration_token_env"):
             variable = getattr(self, key)
             needed = not (key == "token_env" and self.token is not None)

@@ -41,7 +41,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
-from cortex.fleet.members.dialled.broker_process import DialBroker
+from cortex.fleet.members.dialled.broker_process import DialBroker, address_of
 from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.members.opening import open_discovery
 from cortex.fleet.members.registrations import Registrations
@@ -133,7 +133,7 @@ class Parts(ControlCore):
     @property
     def broker_address(self) -> str | None:
         """For pools; see `EnginePool`."""
-        return None if self.broker is None else self.broker.address
+        return address_of(self.broker)
 
     @property
     def clients(self) -> Mapping[str, NeuronClient]:
@@ -272,8 +272,7 @@ async def running_control(
     fleet = Fleet(listed, unhealthy_after=config.poll.unhealthy_after, drained=state.drained)
     pems = config.neuron_tls.files
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
-    address = None if broker is None else broker.address
-    with contextlib.closing(EnginePool(IDLE_SECS, tls, broker=address)) as pool:
+    with contextlib.closing(EnginePool(IDLE_SECS, tls, broker=address_of(broker))) as pool:
         membership = Membership(pool, fleet, lambda: state.drained)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
@@ -288,15 +287,12 @@ async def running_control(
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
         loops = {**core.loops, **keys.loops, **discovery.loops, **own}
-        if sign_in is not None:
-            loops["sign-out"] = sign_in.run
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
         timeline, storage = _timeline(core), _storage(state, database)
         loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
-        if books is not None:
-            loops["energy"] = books.run
+        loops |= {name: owner.run for name, owner in (("energy", books), ("sign-out", sign_in)) if owner is not None}
         try:
             async with running(loops):
                 yield Parts(

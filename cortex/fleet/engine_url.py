@@ -41,6 +41,11 @@ def reachable_url(url: str, neuron_url: str) -> str:
     return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
 
 
+def dials(neuron_url: str) -> bool:
+    """Whether the neuron keeps connections to cortex: nothing else can be expected to reach its host."""
+    return neuron_url.startswith(f"{DIAL}:")
+
+
 def _reaches_itself(neuron_host: str, engine_host: str) -> bool:
     """True if the neuron is on this host under a name or another address family. The engine's own loopback address then
     works, while it may not listen on the neuron's."""

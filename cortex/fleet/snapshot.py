@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeAlias
 
 from cortex.config.catalogue import NO_MODELS, Catalogue
 from cortex.routing.replica import ReplicaKey
-from cortex.upstream.address import DIAL
 from shared.protocol import (
     RAM,
     Device,
@@ -93,16 +92,6 @@ class NodeSnapshot:
     def instance_id(self) -> str | None:
         """Identifies the neuron's process; None if the neuron does not report it."""
         return None if self.discovery is None else self.discovery.instance_id
-
-    @property
-    def dials(self) -> bool:
-        """Whether it keeps connections to cortex: nothing else can be expected to reach this host."""
-        return self.endpoint.startswith(f"{DIAL}:")
-
-    @property
-    def can_span(self) -> bool:
-        """Whether it can hold a part of an engine that spans several hosts, which connect to each other."""
-        return self.discovery is not None and self.discovery.groups and not self.dials
 
     @property
     def has_instances(self) -> bool:

@@ -1,8 +1,7 @@
-"""A neuron with `dial = "out"`: cortex never connects to its host, and everything works all the same."""
+"""A neuron with `dial = "out"`: cortex never connects to its host, and everything works as with any other."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import signal
@@ -39,7 +38,7 @@ def connected_ports(cortex: CortexProcess) -> set[int]:
     """The ports that any process of this cortex has connections to."""
     root = psutil.Process(cortex.process.pid)
     found = [each for process in (root, *root.children()) for each in process.net_connections("tcp")]
-    return {each.raddr.port for each in found if each.raddr}
+    return {each.raddr.port for each in found if each.status != psutil.CONN_LISTEN}
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,11 @@ async def _is_known(http: aiohttp.ClientSession, cortex: CortexProcess) -> bool:
 
 async def _in_flight(neuron: NeuronProcess, count: int) -> bool:
     health = (await neuron.call("GET", "/health")).body
-    return sum(each["in_flight"] for each in health["models"]) == count
+    return sum(int(each["in_flight"]) for each in health["models"]) == count
 
 
 def _streams(cortex: CortexProcess) -> int:
     """Connections of the neuron that are in use, or no longer of use and still open."""
     broker = broker_of(cortex)
     assert broker is not None
-    return len([each for each in broker.net_connections("tcp") if each.raddr]) - IDLE_CONNECTIONS
+    return len([each for each in broker.net_connections("tcp") if each.status != psutil.CONN_LISTEN]) - IDLE_CONNECTIONS

@@ -94,6 +94,11 @@ class DialBroker:
         )
 
 
+def address_of(broker: DialBroker | None) -> str | None:
+    """Where pools find it; see `EnginePool`."""
+    return None if broker is None else broker.address
+
+
 def open_broker(config: CortexConfig) -> DialBroker | None:
     """None unless neurons may dial.
 
@@ -101,7 +106,7 @@ def open_broker(config: CortexConfig) -> DialBroker | None:
         ListenError: the address is taken.
     """
     listen = config.discovery.dial_listen
-    if listen is None:
+    if listen is None or config.discovery.kind != "register":
         return None
     try:
         return DialBroker(config, bind(*parse_listen(listen)))
