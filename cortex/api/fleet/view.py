@@ -99,7 +99,7 @@ class FleetView:
             "loads": _by_place(self._loads()),
             "in_flight": _by_place(self._in_flight()),
             "waiting": {each["model"]: each for each in self._waiting()},
-            "rates": {model: rate._asdict() for model, rate in self._rates.rates().items()},
+            "rates": {model: rate._asdict() for model, rate in self._rates.rates(time.monotonic()).items()},
             "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
             "warnings": self._storage.warnings,
             "configuration": self._configuration(),
