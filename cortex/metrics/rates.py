@@ -52,7 +52,7 @@ class Rates:
                     before.first_byte_secs + series.first_byte.secs,
                 )
         if self._looks and now - self._looks[-1][0] > WINDOW_SECS:
-            self._looks.clear()  # no one has looked meanwhile: the mean of all that time is not the rate of now
+            self._looks.clear()  # the mean of hours without a look is not the rate of now
         self._looks.append((now, sums))
         while len(self._looks) > 2 and now - self._looks[1][0] >= WINDOW_SECS:
             self._looks.popleft()

@@ -21,8 +21,8 @@ def test_rates_of_the_last_seconds() -> None:
     assert rates.rates(106.0 + WINDOW_SECS) == {}
 
 
-def test_a_look_after_a_long_time_begins_anew() -> None:
-    """The first who opens the dashboard after hours sees what happens now, not the mean of the hours."""
+def test_a_look_after_hours_is_a_first_look() -> None:
+    """The first dashboard that is opened after hours shows what happens now, not the mean of the hours."""
     counts, rates = RequestTally(), Rates()
     rates.look([counts.collect()], 1.0)
     for _ in range(7200):
