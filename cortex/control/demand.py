@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from cortex.accounts.caller import ANONYMOUS, Caller
@@ -203,6 +204,10 @@ class Demand:
     def charged(self) -> Mapping[Charge, float]:
         """As of `DeviceTime`."""
         return self._device_time.charged
+
+    def keep_callers(self, names: AbstractSet[str]) -> None:
+        """As `DeviceTime.keep_callers`."""
+        self._device_time.keep_callers(names)
 
     @property
     def accounts(self) -> Mapping[str, float]:

@@ -75,6 +75,7 @@ class ControlCore:
     shutdown: Shutdown
     fleet: Fleet
     counts: CountTotals
+    demand: Demand
     metrics: Metrics
     queue: AdmissionQueue
     routes: RouteTable
@@ -198,7 +199,7 @@ def build(
         clock=clock,
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+    return ControlCore(live, state, shutdown, fleet, counts, demand, metrics, queue, routes, *work)
 
 
 def _metrics(
@@ -274,7 +275,7 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         membership.moved.subscribe(core.routes.forget)
-        discovery = await open_discovery(config.discovery, membership, fleet, pool)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool, state)
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
         loops = {**core.loops, **keys.loops, **discovery.loops, **own}
@@ -345,6 +346,9 @@ def _use_keys(keys: KeyRing, core: ControlCore) -> None:
 
     def renew() -> None:
         limiter.use_keys(keys.limits)
+        names = {key.name for key in keys.keys}
+        core.counts.keep_callers(names)
+        core.demand.keep_callers(names)
 
     renew()
     keys.changes.subscribe(renew)

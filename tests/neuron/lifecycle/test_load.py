@@ -107,6 +107,16 @@ async def test_caller_that_leaves_cancels_nothing(neuron: Neuron) -> None:
     await neuron.until_status(MODEL, "loaded")
 
 
+async def test_an_engine_that_is_not_installed(mark: str, tmp_path: Path) -> None:
+    """The message says which program is missing, and where neuron.toml names it."""
+    absent = config_of(tmp_path / "state", harness={"vllm": {"command": ["/absent/vllm"]}})
+    async with neuron_here(absent) as neuron:
+        answer = await neuron.load(MODEL, harness="vllm", vram_mb=8000)
+    assert (answer.status, answer.error["code"]) == (500, "load_failed")
+    assert answer.error["message"].startswith("this host has no executable '/absent/vllm': install the engine")
+    assert "`command`" in answer.error["message"]
+
+
 async def test_failed_load_says_why(neuron: Neuron) -> None:
     """The message has the root cause, which is not the last line, and the last lines; the model's entry keeps both."""
     answer = await neuron.load(MODEL, "--fault", "oom-at-load", vram_mb=8000)
