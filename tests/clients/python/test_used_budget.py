@@ -37,7 +37,7 @@ def test_a_used_budget_is_reported_at_once(
     limited_bench: Bench, environment: str, request: pytest.FixtureRequest
 ) -> None:
     python: Path = request.getfixturevalue(environment)
-    command = [python, "-m", "tests.clients.scripts.used_budget", limited_bench.url, MODEL]
+    command: list[str | Path] = [python, "-m", "tests.clients.scripts.used_budget", limited_bench.url, MODEL]
     output = limited_bench.run(command, KEY=KEY, PYTHONPATH=str(TOP), PYTHONDONTWRITEBYTECODE="1")
     refusals = json.loads(output)
     assert refusals.keys() == {"openai", "anthropic"}
