@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from cortex.config.neurons import check_token
-from shared.settings import SettingsError, SettingsModel
+from shared.settings import SettingsError, SettingsModel, token_lines
 from shared.system.cluster import NotInCluster, cluster_here
 
 
@@ -47,7 +47,8 @@ class DiscoverySettings(SettingsModel):
     """`register`: the environment variable that holds the registration token; it must be set. Default:
     with `register` it or the next key is required."""
     registration_token_file: Path | None = None
-    """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Default: none."""
+    """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Each line is a
+    token that is accepted, except blank ones and those that begin with `#`. Default: none."""
 
     @field_validator("host")
     @classmethod
@@ -90,7 +91,7 @@ class DiscoverySettings(SettingsModel):
         """Why neurons could not be found, though the table itself is valid. Blocks."""
         try:
             if self.kind == "register":
-                self.registration_token()
+                self.registration_tokens()
             elif self.kind == "kubernetes":
                 _ = cluster_here(os.environ)
         except SettingsError as error:
@@ -99,20 +100,20 @@ class DiscoverySettings(SettingsModel):
             return [f'[discovery] kind = "kubernetes" works only in a pod: {error}; elsewhere use "dns" or "register"']
         return []
 
-    def registration_token(self) -> str:
-        """`register`: the token that neurons must send. Blocks.
+    def registration_tokens(self) -> list[str]:
+        """`register`: the tokens of which neurons must send one. Blocks.
 
         Raises:
-            SettingsError: its file cannot be read, or is empty.
+            SettingsError: their file cannot be read, or has none.
         """
         file = self.registration_token_file
         if file is None:
-            return os.environ[self.registration_token_env or ""]
+            return [os.environ[self.registration_token_env or ""]]
         try:
-            found = file.read_text(encoding="utf-8").strip()
+            found = token_lines(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SettingsError([f"{file}: {reason}: [discovery] registration_token_file must be readable"]) from error
         if not found:
-            raise SettingsError([f"{file}: is empty: write the registration token into it"])
+            raise SettingsError([f"{file}: has no token: write the registration token into it"])
         return found

@@ -15,6 +15,7 @@ from cortex.fleet.members.kubernetes.pod_api import PodApi
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
 from cortex.upstream.pool import EnginePool
 from shared.system.cluster import cluster_here
 
@@ -28,7 +29,7 @@ class NeuronDiscovery:
 
 
 async def open_discovery(
-    settings: DiscoverySettings, membership: Membership, fleet: Fleet, pool: EnginePool
+    settings: DiscoverySettings, membership: Membership, fleet: Fleet, pool: EnginePool, state: StateFile
 ) -> NeuronDiscovery:
     """Returns when the neurons that can be found now are in the fleet, so that the first request finds them.
 
@@ -36,8 +37,10 @@ async def open_discovery(
         NotInCluster: with `kind = "kubernetes"`, outside a cluster.
     """
     if settings.kind == "register":
-        registrations = Registrations(membership, fleet)
+        registrations = Registrations(membership, fleet, state)
+        registrations.restore()
         return NeuronDiscovery({"registrations": registrations.run}, registrations)
+    state.set_registrations([])  # they have tokens, and are of no more use
     if settings.kind == "dns":
         found = FoundNeurons(settings, membership, fleet, pool, grace_secs=settings.grace_secs)
         dns = DnsDiscovery(settings, found)

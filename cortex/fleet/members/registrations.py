@@ -14,6 +14,7 @@ from cortex.config.neurons import NeuronEntry
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.roster import Registered, registered_until, registration_refusal
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import KeptRegistration, StateFile
 from cortex.upstream.address import parse_url
 from shared.errors import Conflict, InvalidRequest
 from shared.protocol import ErrorCode, Registration, RegistrationReply, first_problem
@@ -21,17 +22,35 @@ from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
 
+KEEP_SECS = 60.0
+"""How often renewed registrations are written to the state file, and how much longer they count there."""
+
 
 class Registrations:
     """Owns them, and tells the membership of each that comes, moves or has stopped coming."""
 
-    def __init__(self, membership: Membership, fleet: Fleet, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, membership: Membership, fleet: Fleet, state: StateFile, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._membership = membership
         self._fleet = fleet
+        self._state = state
         self._clock = clock
+        self._kept_at = clock()
         self._known: dict[str, Registered] = {}
         self._refused: dict[str, str] = {}  # the last refusal of each name, which is logged once
         self._changed = asyncio.Event()
+
+    def restore(self) -> None:
+        """Those of the previous cortex, which ended a moment ago: its neurons may be asked at once."""
+        for kept in self._state.registrations:
+            try:
+                entry = NeuronEntry(name=kept.name, endpoint=kept.endpoint, token=kept.token)
+            except ValidationError:  # written by another version
+                continue
+            until = self._clock() + kept.expires_at - time.time()
+            self._known[entry.name] = Registered(entry, kept.process, until)
+        self._tell()
 
     def register(self, wanted: Registration) -> RegistrationReply:
         """Accepts an announcement.
@@ -66,6 +85,8 @@ class Registrations:
         known = self._known.get(entry.name)
         if known is not None and known.entry == entry:
             self._known[entry.name] = Registered(known.entry, process, until)
+            if self._clock() - self._kept_at > KEEP_SECS:
+                self._keep()
             if until < known.expires_at:
                 self._changed.set()
             return
@@ -102,4 +123,20 @@ class Registrations:
             self._tell()
 
     def _tell(self) -> None:
+        self._keep()
         self._membership.use_found(each.entry for each in self._known.values())
+
+    def _keep(self) -> None:
+        """Not at each renewal: the file is written whole."""
+        now, wall = self._clock(), time.time()
+        self._kept_at = now
+        self._state.set_registrations(
+            KeptRegistration(
+                name=name,
+                endpoint=each.entry.endpoint,
+                token=each.entry.token,
+                process=each.process,
+                expires_at=wall + each.expires_at - now + KEEP_SECS,
+            )
+            for name, each in self._known.items()
+        )

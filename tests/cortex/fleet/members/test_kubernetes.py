@@ -18,7 +18,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from cortex.cli.doctor.findings import Verdict
+from cortex.cli.doctor.found import find_neurons
+from cortex.cli.doctor.this_host import DeploymentFiles
 from cortex.cli.serve import run_check
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
 from cortex.fleet.members import found
 from cortex.fleet.members.kubernetes import discovery, pod_api
 from cortex.fleet.members.kubernetes.pods import NO_PODS, Pod, PodMetadata, PodSpec, PodStatus, after_change, endpoints
@@ -153,6 +158,20 @@ async def test_a_missing_role_is_named(
     kubernetes.process.kill()
     await logged(caplog, "Cannot connect to host 127.0.0.1")
     assert list(cortex.parts.clients) == ["gpu-node-1"]
+
+
+async def test_doctor_finds_pods_too(kubernetes: ClusterProcess, tmp_path: Path) -> None:
+    """While cortex does not run; the neuron's own name is asked for afterwards."""
+    await kubernetes.tell(put=pod("neuron-a", "10.0.0.1"))
+    config = CortexConfig.model_validate({"discovery": {"kind": "kubernetes", "selector": SELECTOR}})
+    files = DeploymentFiles(tmp_path, config, Catalogue())
+    asked, (finding,) = await find_neurons(files, None)
+    (one,) = asked or []
+    assert (one.entry.endpoint, one.node, one.named) == ("http://10.0.0.1:13131", "gpu-node-1", False)
+    assert (finding.verdict, "10.0.0.1" in finding.text) == (Verdict.OK, True)
+    await kubernetes.tell(allow=[])
+    asked, (finding,) = await find_neurons(files, None)
+    assert (asked, finding.verdict) == (None, Verdict.FAULT)
 
 
 def test_only_in_a_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
