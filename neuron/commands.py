@@ -41,16 +41,20 @@ log = logging.getLogger("neuron")
 
 
 def run_serve(config_file: Path | None, *, fd: int | None, lifeline: int | None) -> int:
-    """Serves until stopped; returns the exit status. `fd` is a bound socket to listen on; the service also stops when
-    the pipe `lifeline` closes."""
+    """Serves until stopped; returns the exit status, EX_CONFIG after a mistake in the file. `fd` is a bound socket to
+    listen on; the service also stops when the pipe `lifeline` closes."""
     try:
         config = _load_config(config_file)
         configure_logging(config.log_level, config.log_format)
         warning = _tls_warning(config)
         if warning is not None:
             log.warning("%s", warning)
+        for name, program in _missing_programs(config):
+            log.warning("[harness.%s]: %s", name, _missing(program))
         asyncio.run(_serve(config, fd, lifeline))
-    except (SettingsError, TlsError, ListenError, StateDirError, ServiceError) as error:
+    except (SettingsError, TlsError) as error:
+        fail("neuron", error, status=os.EX_CONFIG)  # no restart mends it: RestartPreventExitStatus= of neuron.service
+    except (ListenError, StateDirError, ServiceError) as error:
         fail("neuron", error)
     return 0
 
@@ -73,8 +77,7 @@ def run_check(config_file: Path) -> int:
     if warning is not None:
         print(f"warning: {config_file}: {warning}", file=sys.stderr)
     for name, program in _missing_programs(config):
-        where = f"{config_file}: [harness.{name}]"
-        print(f"warning: {where}: this host has no executable {program!r}, so no engine starts here", file=sys.stderr)
+        print(f"warning: {config_file}: [harness.{name}]: {_missing(program)}", file=sys.stderr)
     print(f"ok: {config_file}: {config.host}:{config.port}; {harnesses}; {models}")
     return 0
 
@@ -91,6 +94,10 @@ def _missing_programs(config: NeuronConfig) -> Iterator[tuple[str, str]]:
         program = harness_of(name, config).program(settings)
         if program and shutil.which(program[0], path={**os.environ, **settings.env}.get("PATH")) is None:
             yield name, program[0]
+
+
+def _missing(program: str) -> str:
+    return f"this host has no executable {program!r}, so no engine starts here"
 
 
 def run_discover(config_file: Path | None, *, as_json: bool) -> int:
@@ -189,7 +196,7 @@ def _site(config: NeuronConfig, fd: int | None) -> Site:
     problem = _open_to_network(sock, config)
     if problem is not None:
         sock.close()
-        raise ListenError(problem)
+        raise SettingsError([problem])
     files = config.tls_files
     tls = None if files is None else RenewedContext(files, server_context)
     return Site(build_app(config, port=int(sock.getsockname()[1])), sock, tls)

@@ -74,6 +74,18 @@ def adapters_full(key: InstanceKey, limit: int, present: Sequence[str]) -> Confl
     )
 
 
+def cannot_start(program: str, error: OSError | ValueError) -> str:
+    """Why the program of an engine was not started, and what to do if the host lacks it."""
+    if isinstance(error, FileNotFoundError):
+        return (
+            f"this host has no executable {program!r}: install the engine, write the path of its program as `command` "
+            "into its [harness] table of neuron.toml, and restart neuron"
+        )
+    if isinstance(error, PermissionError):
+        return f"the user of neuron may not execute {program!r}: check the modes of the file and of its directories"
+    return f"cannot start {program!r}: {error}"
+
+
 def stalled(reason: str, lines: Sequence[str]) -> LoadFailed:
     """For a load that was ended because it did nothing. `lines` is its last output."""
     return LoadFailed(_with_last_line(reason, lines), extra={"cause": FailureCause.NODE.value})

@@ -33,6 +33,12 @@ class SettingsModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+def token_lines(text: str) -> list[str]:
+    """The tokens in a file: one in each line. Blank lines and those that begin with `#` are none."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 class SettingsError(Exception):
     """Problems in a configuration, one line each in `problems`."""
 

@@ -86,7 +86,7 @@ async def first_of(alternatives: Mapping[Key, Awaitable[Any]], *, timeout_secs: 
 
 
 class TaskSet:
-    """Owns detached tasks: keeps references, logs failures, and cancels the rest on `close`."""
+    """Owns detached tasks: keeps references, logs failures and refusals, and cancels the rest on `close`."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -101,10 +101,11 @@ class TaskSet:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()
-            # A ServiceError explains itself; any other error needs its traceback.
-            log.error(
-                "task %s failed: %s", task.get_name(), error, exc_info=not isinstance(error, ServiceError) and error
-            )
+            if isinstance(error, ServiceError):  # it explains itself, and a refusal (409, say) is not our fault
+                level = logging.INFO if error.status < 500 else logging.ERROR
+                log.log(level, "task %s failed: %s", task.get_name(), error)
+            else:
+                log.error("task %s failed: %s", task.get_name(), error, exc_info=error)
 
     async def close(self) -> None:
         """Cancels the tasks that still run and waits for them."""

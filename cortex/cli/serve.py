@@ -64,17 +64,22 @@ _OPEN_TO_NETWORK = (
 def run_serve(
     config_file: Path, *, workers: int | None, fd: int | None, lifeline: int | None, remove_state: bool = False
 ) -> int:
-    """Serves until told to stop; the exit status. `workers` overrides the file, `fd` is a bound socket to listen on,
-    and closing the other end of the pipe `lifeline` stops the service. `remove_state`: nothing is kept after that."""
+    """Serves until told to stop; the exit status, EX_CONFIG after a mistake in the files. `workers` overrides the file,
+    `fd` is a bound socket to listen on, and closing the other end of the pipe `lifeline` stops the service.
+    `remove_state`: nothing is kept after that."""
     try:
         files = ConfigurationFiles(config_file, workers=workers)
         config, catalogue = files.read()
         configure_logging(config.log_level, config.log_format)
-        for warning in tls_warnings(config, config_file):
+        for warning in (
+            *configuration_warnings(config, catalogue, config_file),
+            *catalogue_problems(catalogue, config.models_path(config_file)),
+            *tls_warnings(config, config_file),
+        ):
             log.warning("%s", warning)
         config.auth.oidc.secret()  # fails now if its file cannot be read, not at the first sign-in
-        if config.discovery.kind == "register":
-            config.discovery.registration_token()  # likewise
+        if problems := config.discovery.problems():  # likewise
+            raise SettingsError(problems)
         for inherited in (fd, lifeline):
             if inherited is not None:  # a worker that inherited them would keep the port open
                 os.set_inheritable(inherited, False)
@@ -83,7 +88,9 @@ def run_serve(
             run(serve(config, catalogue, files, sock=sock, lifeline=lifeline))
         if remove_state and (directory := state_directory(config, config_file)) is not None:
             shutil.rmtree(directory, ignore_errors=True)
-    except (SettingsError, ListenError, DatabaseError, OSError) as error:
+    except SettingsError as error:
+        fail("cortex", error, status=os.EX_CONFIG)  # no restart mends it: RestartPreventExitStatus= of cortex.service
+    except (ListenError, DatabaseError, OSError) as error:
         fail("cortex", error)
     return 0
 
@@ -157,7 +164,7 @@ async def serve(
         warn_of_absent(state, parts.fleet, config)
         usage, recorder = _recording(parts, directory)
         control = control_socket()
-        reloader = _reloader(parts, files, reload_asked)
+        reloader = reloader_of(parts, files, reload_asked)
         sites = [Site(build_control_app(parts, reloader), control), Site(build_metrics_app(parts), metrics)]
         async with serving(sites, drain_timeout_secs=settings.drain_timeout_secs) as closing:
             if settings.workers == 1:
@@ -243,7 +250,8 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
     )
 
 
-def _reloader(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> Reloader:
+def reloader_of(parts: Parts, files: ConfigurationFiles, asked: asyncio.Event) -> Reloader:
+    """Applies changes of these files to a running control. `asked`: as of Reloader."""
     return Reloader(
         files,
         asked,

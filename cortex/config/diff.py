@@ -87,6 +87,8 @@ RELOAD_OF: Mapping[str, Reload] = {
     "auth.oidc.redirect_url": Reload.NEEDS_RESTART,
     "discovery.kind": Reload.NEEDS_RESTART,
     "discovery.host": Reload.NEEDS_RESTART,
+    "discovery.selector": Reload.NEEDS_RESTART,
+    "discovery.namespace": Reload.NEEDS_RESTART,
     "discovery.port": Reload.NEEDS_RESTART,
     "discovery.tls": Reload.NEEDS_RESTART,
     "discovery.token": Reload.NEEDS_RESTART,

@@ -76,6 +76,7 @@ class ControlCore:
     shutdown: Shutdown
     fleet: Fleet
     counts: CountTotals
+    demand: Demand
     metrics: Metrics
     queue: AdmissionQueue
     routes: RouteTable
@@ -205,7 +206,7 @@ def build(
         clock=clock,
     )
     work = (loader, scheduler, resolver, GroupKeeper(neurons, clock=clock), adapters, room)
-    return ControlCore(live, state, shutdown, fleet, counts, metrics, queue, routes, *work)
+    return ControlCore(live, state, shutdown, fleet, counts, demand, metrics, queue, routes, *work)
 
 
 def _metrics(
@@ -283,7 +284,7 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         membership.moved.subscribe(core.routes.forget)
-        discovery = await open_discovery(config.discovery, membership, fleet, pool, broker)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool, state, broker)
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
         loops = {**core.loops, **keys.loops, **discovery.loops, **own}
@@ -352,6 +353,9 @@ def _use_keys(keys: KeyRing, core: ControlCore) -> None:
 
     def renew() -> None:
         limiter.use_keys(keys.limits)
+        names = {key.name for key in keys.keys}
+        core.counts.keep_callers(names)
+        core.demand.keep_callers(names)
 
     renew()
     keys.changes.subscribe(renew)

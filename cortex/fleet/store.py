@@ -1,5 +1,5 @@
-"""State that survives a restart: drained neurons, models held back, load times, context lengths, the device time of API
-keys, and which engine made a response."""
+"""State that survives a restart: drained and registered neurons, models held back, load times, context lengths, the
+device time of API keys, and which engine made a response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +72,18 @@ class _DeviceTime(BaseModel):
     accounts: dict[str, Secs] = {}
 
 
+class KeptRegistration(BaseModel):
+    """A neuron that has announced itself: `token` is what it expects from cortex, `process` its `instance_id`,
+    `dial_key` what its own connections show. Valid until a Unix time."""
+
+    name: str
+    endpoint: str
+    token: str | None = None
+    process: str | None = None
+    dial_key: str | None = None
+    expires_at: Secs
+
+
 class _State(BaseModel):
     """The file's contents. Load times, in seconds, and holds, until a Unix time, are by model and neuron."""
 
@@ -82,6 +94,7 @@ class _State(BaseModel):
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
     responses: _Responses = _Responses()
     device_time: _DeviceTime = _DeviceTime()
+    registrations: list[KeptRegistration] = []
 
 
 class DirectoryInUse(OSError):
@@ -89,7 +102,8 @@ class DirectoryInUse(OSError):
 
 
 class StateFile:
-    """Owns the file and its contents, and the lock of its directory. A file that cannot be read is renamed; one that
+    """Owns the file and its contents, and the lock of its directory. Only this user can read it: it has the tokens of
+    registered neurons. A file that cannot be read is renamed; one that
     cannot be written causes one warning. Neither stops cortex from serving.
 
     `problem` says why the file is out of date; None if it is current.
@@ -103,6 +117,7 @@ class StateFile:
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
         self._device_time = _DeviceTime()
+        self._registrations: list[KeptRegistration] = []
         self.response_owners = ResponseOwners()
         self._lock: int | None = None
         self._acquiring = threading.Lock()
@@ -177,6 +192,18 @@ class StateFile:
     def set_device_time(self, accounts: Mapping[str, float]) -> None:
         self._device_time = _DeviceTime(as_of=time.time(), accounts=dict(accounts))
         self._touch()
+
+    @property
+    def registrations(self) -> Sequence[KeptRegistration]:
+        """Those that have not expired."""
+        now = time.time()
+        return [each for each in self._registrations if each.expires_at > now]
+
+    def set_registrations(self, registrations: Iterable[KeptRegistration]) -> None:
+        kept = list(registrations)
+        if kept != self._registrations:
+            self._registrations = kept
+            self._touch()
 
     def add_response(self, response_id: str, maker: ResponseMaker) -> None:
         """This engine made the response."""
@@ -260,6 +287,7 @@ class StateFile:
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
         self._device_time = state.device_time
+        self._registrations = state.registrations
         self.response_owners = ResponseOwners(state.responses.owners)
 
     async def _write_changes(self) -> None:
@@ -278,6 +306,7 @@ class StateFile:
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,
                 device_time=self._device_time,
+                registrations=self._registrations,
                 responses=_Responses.of(self.response_owners.newest(STORED_IDS)),
             )
             problem = await asyncio.to_thread(self._write, self._directory, state.model_dump_json().encode())
@@ -302,6 +331,14 @@ class StateFile:
         except OSError as error:
             return _reason(error)
         return None
+
+
+def kept_registrations(directory: Path) -> Sequence[KeptRegistration]:
+    """What the state file there has of them; empty if it cannot be read. Changes nothing. Blocks."""
+    try:
+        return _State.model_validate_json((directory / NAME).read_bytes()).registrations
+    except (OSError, ValidationError):
+        return []
 
 
 def _reason(error: Exception) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import msgspec
 
+from cortex.accounts.caller import PEOPLE
 from cortex.metrics.counters import Counters, merged
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.routing.replica import ReplicaKey
@@ -32,7 +34,7 @@ class WorkerCounts(Protocol):
 
 
 class CountTotals:
-    """Sums over the workers. What a worker counted remains after it exits."""
+    """Sums over the workers. What a worker counted remains after it exits, for each key until that is gone."""
 
     def __init__(self) -> None:
         self.workers: list[WorkerCounts] = []
@@ -44,6 +46,11 @@ class CountTotals:
     def detach(self, worker: WorkerCounts) -> None:
         self.workers.remove(worker)
         self._ended = merged([self._ended, worker.collect(callers=True)])
+
+    def keep_callers(self, names: AbstractSet[str]) -> None:
+        """Forgets what workers that have exited counted for keys with other names: they are gone."""
+        for name in self._ended.callers.keys() - names - {PEOPLE}:
+            del self._ended.callers[name]
 
     async def refresh(self, *, callers: bool = False) -> None:
         await asyncio.gather(*(worker.refresh(callers=callers) for worker in self.workers))

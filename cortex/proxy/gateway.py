@@ -17,6 +17,7 @@ from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount, InFlight
 from cortex.metrics.requests.entries import SeenRequests
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.proxy.answers.own_answer import OwnAnswer, RefusedRequest
 from cortex.proxy.authentication import Authentication, Unidentified
 from cortex.proxy.body.form_scan import is_form
@@ -212,7 +213,9 @@ class Gateway:
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
             what = "-" if request is None else request.shown
-            context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
+            sender = "" if request is None else f" from={request.peer or '-'}"
+            text = f"{what} {error.status} refused={error.message!r}{sender} id={request_id}"
+            context.access_log.line(text, request_id)
         return request_id
 
     def collect(self, *, callers: bool = False) -> Counters:
@@ -227,8 +230,8 @@ class Gateway:
     def take_callers(self) -> Mapping[CallerAt, CallerCount]:
         return self._context.in_flight.take_callers()
 
-    async def requests_since(self, place: int) -> SeenRequests:
-        return self._context.requests.since(place)
+    async def requests_since(self, place: int, asked: RequestFilter, limit: int) -> SeenRequests:
+        return self._context.requests.since(place, asked, limit)
 
     async def refresh(self, *, callers: bool = False) -> None:
         """Does nothing: the counts are always current."""

@@ -153,7 +153,8 @@ async def listen(
 
 async def _told(question: Collect | AskRequests, gateway: Gateway) -> Counted | RequestsSeen:
     if isinstance(question, AskRequests):
-        return RequestsSeen(question.number, await gateway.requests_since(question.place))
+        seen = await gateway.requests_since(question.place, question.asked, question.limit)
+        return RequestsSeen(question.number, seen)
     await asyncio.sleep(0)  # lets requests that were just given an engine start, so that they count
     return _counted(question.number, gateway, callers=question.callers)
 

@@ -17,6 +17,7 @@ from cortex.config.aliases import Rewrite
 from cortex.metrics.counters import Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.metrics.requests.entries import SeenRequests
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.routing.control import Prospect
 from cortex.routing.replica import Failure, Replica, ReplicaKey, Route, WaitNote
 from cortex.routing.response_owners import OwnerList, ResponseMaker
@@ -178,10 +179,12 @@ class Collect(msgspec.Struct, frozen=True, tag=True):
 
 
 class AskRequests(msgspec.Struct, frozen=True, tag=True):
-    """Asks for a RequestsSeen with the same number: what has ended since a place."""
+    """Asks for a RequestsSeen with the same number, as of `metrics.requests.ring.RequestRing.since`."""
 
     number: int
     place: int
+    asked: RequestFilter
+    limit: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

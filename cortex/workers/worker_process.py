@@ -16,6 +16,7 @@ from cortex.control.resolver import Resolver
 from cortex.metrics.counters import CallerSeries, Counters
 from cortex.metrics.in_flight import CallerAt, CallerCount
 from cortex.metrics.requests.entries import SeenRequests
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.metrics.worker_counts import CountTotals
 from cortex.routing.replica import Replica, ReplicaKey
 from cortex.workers.channel import Channel
@@ -126,17 +127,17 @@ class WorkerProcess:
         finally:
             del self._collecting[number]
 
-    async def requests_since(self, place: int) -> SeenRequests:
+    async def requests_since(self, place: int, asked: RequestFilter, limit: int) -> SeenRequests:
         self._numbers += 1
         number = self._numbers
         future: asyncio.Future[SeenRequests] = asyncio.get_running_loop().create_future()
         self._looking[number] = future
-        self._channel.send(AskRequests(number, place))
+        self._channel.send(AskRequests(number, place, asked, limit))
         try:
             async with timeout(COLLECT_TIMEOUT_SECS):
                 return await future
         except asyncio.TimeoutError:
-            return SeenRequests(place, [], [])
+            return SeenRequests(place, [], [], 0)
         finally:
             del self._looking[number]
 
@@ -194,7 +195,7 @@ class WorkerProcess:
             _answered(waiting)  # no further report will come
         for looking in self._looking.values():
             if not looking.done():
-                looking.set_result(SeenRequests(0, [], []))
+                looking.set_result(SeenRequests(0, [], [], 0))
         if self._noting is not None:
             self._noting.cancel()
         await self._tasks.close()

@@ -1,13 +1,15 @@
 """`python deploy/debian/build.py`: a Debian package each for cortex and neuron, in dist/ (docs/install.md).
 
 Each holds an environment of its own with all dependencies, made for the Python of this Debian: no Debian release has
-all of them. It needs dpkg-deb and Debian's own python3 with its venv module.
+all of them. It needs dpkg-deb and Debian's own python3 with its venv module, and strip from binutils for packages half
+as large.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import gzip
 import os
 import py_compile
 import shutil
@@ -21,6 +23,8 @@ TOP = HERE.parents[1]
 PYTHON = Path("/usr/bin/python3")
 PACKAGES = ("cortex", "neuron")
 EXAMPLES = {"cortex": ["deploy/cortex.example.toml", "models.example.toml"], "neuron": ["deploy/neuron.example.toml"]}
+EXTRAS = "tokenizers,tracing"  # without pip, users cannot add them later
+ROCM = "/opt/rocm/share/amd_smi\n"  # amdsmi must be that of the installed ROCm; a path that does not exist is ignored
 DESCRIPTIONS = {
     "cortex": "one OpenAI-compatible address in front of many GPU hosts",
     "neuron": "runs inference engines on the GPUs of this host",
@@ -31,8 +35,7 @@ Version: {version}
 Architecture: {architecture}
 Maintainer: {maintainer}
 Installed-Size: {size}
-Depends: python3 (>= {python}), python3 (<< {next_python}), libc6, adduser,
- ca-certificates, procps
+Depends: python3 (>= {python}), python3 (<< {next_python}), libc6, adduser, ca-certificates, procps
 Section: net
 Priority: optional
 Description: {description}
@@ -46,9 +49,9 @@ Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: cortex-neuron
 
 Files: *
-Copyright: The contributors of cortex-neuron
+Copyright: 2026 The contributors of cortex-neuron
 License: GPL-3+
- /usr/share/common-licenses/GPL-3 has the text.
+ On Debian systems the text is in /usr/share/common-licenses/GPL-3.
 
 Files: usr/lib/{name}/lib/*
 Copyright: see the licences in the *.dist-info directories
@@ -62,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=TOP / "dist")
     parser.add_argument("--version", default=_version(), help="the packages' version")
-    parser.add_argument("--maintainer", default="cortex-neuron maintainers <maintainers@localhost>")
+    parser.add_argument("--maintainer", default=_maintainer(), help="default: $DEBFULLNAME <$DEBEMAIL>")
     parser.add_argument("--environment", type=Path, help="made before by this program; default: one made now")
     arguments = parser.parse_args()
     if shutil.which("dpkg-deb") is None or not PYTHON.exists():
@@ -76,7 +79,7 @@ def main() -> int:
             root = Path(directory, name)
             _fill(root, name, environment)
             _describe(root, name, arguments.version, arguments.maintainer)
-            _run("dpkg-deb", "--root-owner-group", "-Zzstd", "-z3", "--build", root, arguments.output)
+            _run("dpkg-deb", "--root-owner-group", "-Zzstd", "-z12", "--build", root, arguments.output)
             shutil.rmtree(root)
     return 0
 
@@ -85,19 +88,24 @@ def make_environment(directory: Path) -> None:
     """A virtual environment with this checkout and its dependencies, of Debian's Python. CORTEX_COMPILE says whether
     the request path is compiled (deploy/compile.py)."""
     _run(PYTHON, "-m", "venv", "--without-pip", "--symlinks", directory)
-    _run(sys.executable, "-m", "pip", "--python", directory / "bin/python", "install", "--quiet", "--no-compile", TOP)
+    pip = (sys.executable, "-m", "pip", "--python", directory / "bin/python", "install", "--quiet", "--no-compile")
+    _run(*pip, f"{TOP}[{EXTRAS}]")
 
 
 def _fill(root: Path, name: str, environment: Path) -> None:
     """Every file of the package except those below DEBIAN."""
     home = root / "usr/lib" / name
     packages = Path(*next(environment.glob("lib/python3.*/site-packages")).parts[-3:])
-    shutil.copytree(environment / packages, home / packages, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(environment / packages, home / packages, ignore=_unneeded)
     for program in ("RECORD", "INSTALLER", "direct_url.json"):  # pip's notes; they name paths of this machine
         for note in (home / packages).glob(f"*.dist-info/{program}"):
             note.unlink()
+    libraries = sorted(home.rglob("*.so"))
+    if libraries and shutil.which("strip"):
+        _run("strip", "--strip-unneeded", *libraries)  # wheels have their compilers' symbols
+    (home / packages / "rocm.pth").write_text(ROCM, "utf-8")
     (home / "bin").mkdir()
-    (home / "bin/python").symlink_to(PYTHON)
+    (home / "bin/python").symlink_to(os.path.relpath(PYTHON, f"/usr/lib/{name}/bin"))
     (home / "pyvenv.cfg").write_text(
         f"home = {PYTHON.parent}\ninclude-system-site-packages = false\nversion = {_python_version()}\n", "utf-8"
     )
@@ -124,6 +132,9 @@ def _fill(root: Path, name: str, environment: Path) -> None:
     for example in EXAMPLES[name]:
         _copy(TOP / example, documents / "examples" / Path(example).name)
     (documents / "copyright").write_text(COPYRIGHT.format(name=name), "utf-8")
+    _copy(HERE / name / "README.Debian", documents / "README.Debian")
+    # mtime: the same package from the same checkout.
+    (documents / "CHANGELOG.md.gz").write_bytes(gzip.compress((TOP / "CHANGELOG.md").read_bytes(), mtime=0))
     overrides = root / "usr/share/lintian/overrides" / name
     overrides.parent.mkdir(parents=True)
     overrides.write_text((HERE / "lintian-overrides").read_text("utf-8").replace("NAME", name), "utf-8")
@@ -155,6 +166,11 @@ def _describe(root: Path, name: str, version: str, maintainer: str) -> None:
         (about / script).chmod(0o755)
 
 
+def _unneeded(directory: str, names: list[str]) -> set[str]:
+    """Bytecode, and the tests of other projects."""
+    return {name for name in names if name == "__pycache__" or (name == "tests" and "site-packages/" in directory)}
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
@@ -177,6 +193,12 @@ def _version() -> str:
     """The version in pyproject.toml."""
     lines = (TOP / "pyproject.toml").read_text("utf-8").splitlines()
     return next(line.split('"')[1] for line in lines if line.startswith("version = "))
+
+
+def _maintainer() -> str:
+    """As for Debian's own tools."""
+    name = os.environ.get("DEBFULLNAME", "cortex-neuron maintainers")
+    return f"{name} <{os.environ.get('DEBEMAIL', 'maintainers@localhost')}>"
 
 
 def _run(*command: str | Path) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.settings import SettingsModel
+from shared.settings import SettingsModel, token_lines
 
 
 def _checked_url(value: str) -> str:
@@ -30,7 +30,8 @@ class AnnouncingSettings(SettingsModel):
     """The environment variable that holds their registration token; it must be set. Default: with `urls` it or the next
     key is required."""
     token_file: Path | None = None
-    """Instead, a file that holds it, relative to neuron.toml, read at each announcement. Default: none."""
+    """Instead, a file that holds it, relative to neuron.toml, read at each announcement. Of several lines the first is
+    sent that is not blank and does not begin with `#`. Default: none."""
     dial: Literal["in", "out"] = "in"
     """`"in"`: cortex connects to neuron and its engines. `"out"`: neuron keeps connections to cortex, which reaches it
     and its engines through them; the host needs [no open port](discovery.md#what-if-cortex-cannot-reach-the-host)."""
@@ -69,7 +70,10 @@ class AnnouncingSettings(SettingsModel):
         return self.dial == "out"
 
     def token(self) -> str:
-        """The registration token. Blocks. Raises OSError or ValueError if its file cannot be read."""
+        """The registration token. Blocks. Raises OSError or ValueError if its file cannot be read, or has none."""
         if self.token_file is None:
             return os.environ[self.token_env or ""]
-        return self.token_file.read_text(encoding="utf-8").strip()
+        found = token_lines(self.token_file.read_text(encoding="utf-8"))
+        if not found:
+            raise ValueError(f"{self.token_file} has no token: write the registration token into it")
+        return found[0]

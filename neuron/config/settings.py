@@ -74,7 +74,7 @@ class NeuronConfig(SettingsModel):
     A new neuron finds there what an earlier one left. Default: a directory of this user and port under the system's
     temporary directory, removed at the end."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """`debug`, `info`, `warning` or `error`."""
+    """`debug`, `info`, `warning` or `error`. Libraries log nothing below `info`."""
     log_format: Literal["text", "json"] = "text"
     """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
     `exception`."""

@@ -25,7 +25,7 @@ from neuron.engine.process import EngineProcess
 from neuron.engine.records import RunRecord
 from neuron.engine.session import Leader
 from neuron.engine.state_dir import EngineDir, FoundEngine, StateDir
-from neuron.errors import LoadFailed
+from neuron.errors import LoadFailed, cannot_start
 from neuron.gpu.discovery import usable_cores
 from neuron.gpu.topology import Topology, TopologySource
 from neuron.harness.base import EngineCommand, GroupNetwork, LaunchFacts, LaunchPlan
@@ -343,7 +343,7 @@ class Launcher:
             # A missing or unusable executable stays so until someone changes the host; a lack of memory does not.
             lasting = isinstance(error, ValueError) or error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
             extra = because(FailureCause.NODE, permanent=lasting)
-            raise LoadFailed(f"cannot start {command.argv[0]!r}: {error}", extra=extra) from error
+            raise LoadFailed(cannot_start(command.argv[0], error), extra=extra) from error
 
     async def _stop(self, engine: Engine) -> None:
         process = engine.process

@@ -75,7 +75,7 @@ def run_command(app: typer.Typer, program: str, argv: Sequence[str] | None) -> i
     return 0
 
 
-def fail(program: str, error: object) -> NoReturn:
-    """Ends the command with status 1 and `program: error` on standard error."""
+def fail(program: str, error: object, *, status: int = 1) -> NoReturn:
+    """Ends the command with this status and `program: error` on standard error."""
     print(f"{program}: {error}", file=sys.stderr)
-    raise typer.Exit(1)
+    raise typer.Exit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -54,6 +55,13 @@ def test_a_restart_keeps_the_listening_sockets() -> None:
     assert "KillSignal" not in service("cortex")  # SIGTERM
     assert service("cortex")["Type"] == "notify"
     assert int(service("cortex")["FileDescriptorStoreMax"]) >= most_workers()  # a socket each
+
+
+@pytest.mark.parametrize("name", ["cortex", "neuron"])
+def test_a_mistake_in_the_files_is_not_tried_again(name: str) -> None:
+    """Five starts would push what is wrong out of the lines that `systemctl status` shows."""
+    assert int(service(name)["RestartPreventExitStatus"]) == os.EX_CONFIG
+    assert "ExecStartPre" not in service(name)  # systemd ignores the exit status of such a command here
 
 
 @pytest.mark.parametrize("name", ["cortex", "neuron"])

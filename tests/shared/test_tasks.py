@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
 from shared import tasks
+from shared.errors import Conflict, ServiceError, Unavailable
+from shared.protocol import ErrorCode
 from shared.tasks import TaskSet, cancel_all, first_of, running
 
 
@@ -67,6 +70,24 @@ async def test_task_set_logs_failures_and_cancels_on_close(caplog: pytest.LogCap
     assert "task load org/model failed" in caplog.text
     await spawned.close()
     assert waiting.cancelled()
+
+
+async def test_a_refusal_is_not_logged_as_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A second restart of an engine is refused (409), which its client is told; a 503 may need someone."""
+    spawned, level_of = TaskSet(), {}
+    refusals = (Conflict("it is being started", code=ErrorCode.LOAD_IN_PROGRESS), Unavailable("down", retry_after=1))
+    caplog.set_level(logging.INFO)
+
+    async def refuse(error: ServiceError) -> None:
+        raise error
+
+    for error in refusals:
+        await asyncio.wait([spawned.spawn(refuse(error), name="restart")])
+        await asyncio.sleep(0)
+        (record,) = caplog.records
+        level_of[error.status] = record.levelname
+        caplog.clear()
+    assert level_of == {409: "INFO", 503: "ERROR"}
 
 
 async def test_cancel_all_waits_for_the_end() -> None:

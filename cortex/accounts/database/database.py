@@ -58,6 +58,13 @@ class Database:
         """Several cortexes may use it."""
         return self.source.path is None
 
+    @property
+    def remedy(self) -> str:
+        """What to do when it cannot be written."""
+        if self.is_postgresql:
+            return "make sure that PostgreSQL runs, that cortex can reach it and that it accepts changes"
+        return "make sure that cortex can write there (is the disk full or read-only?)"
+
     def __str__(self) -> str:
         return self.source.shown
 

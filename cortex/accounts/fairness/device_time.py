@@ -10,10 +10,11 @@ saves nothing up.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cortex.accounts.caller import ANONYMOUS, Caller
+from cortex.accounts.caller import ANONYMOUS, PEOPLE, Caller
 
 PRESENT_SECS = 30.0
 """A caller counts as a user of an engine for this long after its last request there, or after it last waited for its
@@ -60,7 +61,7 @@ class DeviceTime:
         self._store_at = 0.0
         self._accounts = dict(accounts or {})
         self._seen: dict[str, float] = {}
-        self._known: set[str] = set(self._accounts)
+        self._first_seen: set[str] = set(list(self._accounts)[:2])  # the key ids that were seen first
         self._used: dict[Hashable, dict[str, float]] = {}  # engine -> key id -> its last request
         self._waited: dict[str, dict[str, float]] = {}  # model -> key id -> when it last waited for it
         self._blamed: dict[str, frozenset[str]] = {}  # evicted model -> the keys that it was evicted for
@@ -69,8 +70,15 @@ class DeviceTime:
 
     @property
     def charged(self) -> Mapping[Charge, float]:
-        """Device-seconds charged since the process began, before weights and fading."""
+        """Device-seconds charged since the process began, before weights and fading. Those of a key that is gone
+        end."""
         return self._charged
+
+    def keep_callers(self, names: AbstractSet[str]) -> None:
+        """Forgets what keys with other names were charged: they are gone."""
+        self._charged = {
+            (label, kind): secs for (label, kind), secs in self._charged.items() if label in names or label == PEOPLE
+        }
 
     @property
     def accounts(self) -> Mapping[str, float]:
@@ -81,7 +89,7 @@ class DeviceTime:
     @property
     def several_callers(self) -> bool:
         """Whether more than one caller has been seen. Those without a key count as one."""
-        return len(self._known) > 1
+        return len(self._first_seen) > 1
 
     @property
     def kept(self) -> bool:
@@ -178,7 +186,8 @@ class DeviceTime:
             self._charged[charge] = self._charged.get(charge, 0.0) + secs
 
     def _see(self, key_id: str, now: float) -> None:
-        self._known.add(key_id)
+        if len(self._first_seen) < 2:
+            self._first_seen.add(key_id)
         if not key_id:
             return
         before, self._seen[key_id] = self._seen.get(key_id), now

@@ -33,7 +33,6 @@ LOOK_SECS = 1.0
 """How often the database and the file are checked for changes that others made."""
 STEADY_SECS = 0.2
 """A file that changes is read once it has been the same for this long: it may be written in pieces."""
-_REMEDY = "make sure that cortex can write there (is the disk full or read-only?), then repeat the command"
 
 
 class KeyRing:
@@ -170,8 +169,9 @@ class KeyRing:
             created_at=now,
             expires_at=expires_at,
         )
-        if key.name in self._provisioned or not await _written(store.add(key)):
+        if key.name in self._provisioned or not await _written(store, store.add(key)):
             raise Conflict(f"there is a key named {key.name!r}", code=ErrorCode.KEY_EXISTS, param="name")
+        log.info("created the API key %r with the role %s", key.name, key.role)
         await self._refresh()
         return self._named(key.name), secret
 
@@ -189,8 +189,9 @@ class KeyRing:
             await self._refresh()
             if was_stored and not self._is_stored(name):
                 return  # only the answer was lost
-            reason = f"the key {name!r} was not revoked and stays valid: {error}; {_REMEDY}" if was_stored else error
-            raise _unavailable(str(reason)) from error
+            if not was_stored:
+                raise _unavailable(str(error)) from error
+            raise _not_changed(f"the key {name!r} was not revoked and stays valid", store, error) from error
         if not found:
             raise self._not_stored(name)
         await self._refresh()
@@ -201,8 +202,8 @@ class KeyRing:
         Raises:
             ServiceError: there is none of that name in the database, or the database cannot be written.
         """
-        secret = new_secret()
-        if not await _written(self._writable().replace_secret(name, digest_of(secret), prefix_of(secret))):
+        secret, store = new_secret(), self._writable()
+        if not await _written(store, store.replace_secret(name, digest_of(secret), prefix_of(secret))):
             raise self._not_stored(name)
         await self._refresh()
         return self._named(name), secret
@@ -277,11 +278,15 @@ class KeyRing:
             self.changes.announce()
 
 
-async def _written(change: Awaitable[bool]) -> bool:
+async def _written(store: KeyStore, change: Awaitable[bool]) -> bool:
     try:
         return await change
     except DatabaseError as error:
-        raise _unavailable(f"the keys were not changed: {error}; {_REMEDY}") from error
+        raise _not_changed("the keys were not changed", store, error) from error
+
+
+def _not_changed(what: str, store: KeyStore, error: DatabaseError) -> ServiceError:
+    return _unavailable(f"{what}: {error}; {store.remedy}, then repeat the command")
 
 
 def _unavailable(message: str) -> ServiceError:

@@ -20,10 +20,12 @@ _VERSION = "SELECT coalesce(sum(revision), 0) FROM api_keys"
 
 
 class KeyStore:
-    """Reads and changes the keys that are not revoked. Its methods raise DatabaseError if the database fails."""
+    """Reads and changes the keys that are not revoked. Its methods raise DatabaseError if the database fails; `remedy`:
+    what to do then."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.remedy = database.remedy
 
     async def version(self) -> int:
         """A number that grows with each change of a key, whichever process makes it."""

@@ -24,13 +24,13 @@ async def register_neuron(request: web.Request) -> web.Response:
 
 
 async def _check_token(request: web.Request) -> None:
-    """The token is read each time, so that a new one in its file is used at once."""
+    """The tokens are read each time, so that a new one in their file is used at once."""
     try:
-        expected = await asyncio.to_thread(request.app[LIVE].config.discovery.registration_token)
+        expected = await asyncio.to_thread(request.app[LIVE].config.discovery.registration_tokens)
     except SettingsError as error:
         raise ServiceError(f"the registration token cannot be read: {error}") from error
-    given = bearer_token(request.headers) or ""
-    if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode()):
+    given = (bearer_token(request.headers) or "").encode("utf-8", "surrogateescape")
+    if not any([hmac.compare_digest(given, token.encode()) for token in expected]):  # noqa: C419 - all take the same time
         raise Unauthorized(
             "registering needs the registration token as bearer token: [discovery] in cortex.toml has it"
         )

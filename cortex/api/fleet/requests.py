@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -15,6 +15,7 @@ from cortex.api.app_keys import REQUESTS, TIMELINE
 from cortex.api.authorization import caller_of
 from cortex.metrics.counters import UNKNOWN
 from cortex.metrics.requests.entries import EndedRequest, LiveRequest
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.metrics.requests.waterfall import SpansByModel, waterfall
 from cortex.proxy.progress.account import CLIENT_DISCONNECTED
 from shared.errors import Forbidden, InvalidRequest, shortened
@@ -22,60 +23,39 @@ from shared.errors import Forbidden, InvalidRequest, shortened
 DEFAULT_REQUESTS, MOST_REQUESTS = 100, 1000
 
 
-class _Filter(NamedTuple):
-    """What is asked for. `own`: only of the key with this id. `status`: a status, or "error", which a client that has
-    left is not."""
-
-    own: str | None
-    model: str | None
-    key: str | None
-    node: str | None
-    status: str | None
-
-    def takes(self, each: EndedRequest | LiveRequest) -> bool:
-        """Of a live request the status is not known yet."""
-        about = each.record if isinstance(each, EndedRequest) else each
-        return (
-            self.own in (None, about.key_id)
-            and self.model in (None, about.model, each.asked)
-            and self.key in (None, about.key_id, about.key)
-            and self._is_at(each, about.node)
-            and (self.status is None or (isinstance(each, EndedRequest) and self._ended_so(each)))
-        )
-
-    def _is_at(self, each: EndedRequest | LiveRequest, node: str) -> bool:
-        return self.node in (None, node, *(attempt.node for attempt in each.attempts or ()))
-
-    def _ended_so(self, each: EndedRequest) -> bool:
-        if self.status == "error":
-            return each.record.status != CLIENT_DISCONNECTED and (bool(each.error) or each.record.status >= 400)
-        return self.status == str(each.record.status)
-
-
 async def show_requests(request: web.Request) -> web.Response:
     asked, limit = _filter(request), _limit(request)
-    now = await request.app[REQUESTS].since(request.query.get("since"))
-    ended = list(islice(filter(asked.takes, now.ended), limit))
-    live = list(filter(asked.takes, now.live))
-    spans = _spans(request, ended, live[:limit])
+    now = await request.app[REQUESTS].since(request.query.get("since"), asked, limit)
+    ended = list(islice((each for each in now.ended if _fits(asked, each)), limit))
+    spans = _spans(request, ended, now.live)
     body = {
         "place": now.place,
         "whole": now.whole,
-        "live_count": len(live),
-        "live": [_live(each, spans) for each in live[:limit]],
+        "live_count": now.live_count,
+        "live": [_live(each, spans) for each in now.live],
         "ended": [_ended(each, spans) for each in ended],
     }
     return web.Response(body=msgspec.json.encode(body), content_type="application/json", charset="utf-8")
 
 
-def _filter(request: web.Request) -> _Filter:
+def _fits(asked: RequestFilter, each: EndedRequest) -> bool:
+    """An error is asked for with the status "error". A client that has left is not one."""
+    record, status = each.record, asked.status
+    if not asked.fits(record.key_id, record.key, (record.model, each.asked), record.node, each.attempts):
+        return False
+    if status == "error":
+        return record.status != CLIENT_DISCONNECTED and (bool(each.error) or record.status >= 400)
+    return status in (None, str(record.status))
+
+
+def _filter(request: web.Request) -> RequestFilter:
     caller, query = caller_of(request), request.query
     status = query.get("status")
     if status is not None and status != "error" and not (status.isascii() and status.isdigit() and len(status) == 3):
         raise InvalidRequest(
             f"'status' is {shortened(status)!r}; it can be error or an HTTP status such as 503", param="status"
         )
-    return _Filter(_own(caller), query.get("model"), query.get("key"), query.get("node"), status)
+    return RequestFilter(_own(caller), query.get("model"), query.get("key"), query.get("node"), status)
 
 
 def _own(caller: Caller) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cortex.cli.client import CallFailed
 from cortex.cli.doctor.findings import Finding, as_json, has_fault, summary, warning
 from cortex.cli.doctor.neurons import check_neurons
-from cortex.cli.doctor.running_cortex import check_cortex
+from cortex.cli.doctor.running_cortex import check_cortex, fleet_of
 from cortex.cli.doctor.this_host import check_database, check_files, check_state, listen_url
 from cortex.cli.options import credential_for
 
@@ -36,13 +36,14 @@ def _checks(config_file: Path, url: str | None, model: str | None, tell: Callabl
         return
     yield check_state(files)
     yield asyncio.run(check_database(files))
-    yield from asyncio.run(check_neurons(files))
     address = url or listen_url(files.config)
     try:
-        key = credential_for(address)
+        key, no_key = credential_for(address), []
     except CallFailed as error:
-        yield warning("cortex", str(error))
-        key = None
+        key, no_key = None, [warning("cortex", str(error))]
+    fleet = fleet_of(address, key) if files.config.discovery.finds else None
+    yield from asyncio.run(check_neurons(files, fleet))
+    yield from no_key
     yield from check_cortex(address, files, model, key, tell)
 
 

@@ -8,19 +8,19 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from cortex.cli.doctor.findings import Finding, fault, ok, warning
+from cortex.cli.doctor.found import NeuronToAsk, find_neurons
 from cortex.cli.doctor.this_host import DeploymentFiles
 from cortex.config.catalogue import Catalogue
-from cortex.config.discovery import DiscoverySettings
 from cortex.config.neurons import NeuronEntry
 from cortex.fleet.engine_url import reachable_url
-from cortex.fleet.members.dns import resolve
-from cortex.fleet.neuron_client import NeuronClient, NeuronRefused, NeuronUnreachable
+from cortex.fleet.members.roster import name_of
+from cortex.fleet.neuron_client import NO_CREDENTIALS, NeuronClient, NeuronRefused, NeuronUnreachable
 from cortex.upstream.address import parse_url
 from cortex.upstream.pool import EnginePool
 from shared import __version__
@@ -44,43 +44,28 @@ class NeuronAnswers(NamedTuple):
     delay_secs: float
 
 
-async def check_neurons(files: DeploymentFiles) -> list[Finding]:
-    """All at the same time; the findings are in the order of the file."""
+async def check_neurons(files: DeploymentFiles, fleet: Any) -> list[Finding]:
+    """All at the same time; the findings are in the order of the file, then those of found neurons. `fleet`: the
+    running cortex's answer to `GET /fleet`, None without one."""
     try:
         pems = files.config.neuron_tls.files
         tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
     except TlsError as error:
         return [fault("neuron_tls", str(error))]
-    asked = await asyncio.gather(*(_check(entry, tls) for entry in files.config.neurons))
+    others, findings = await find_neurons(files, fleet)
+    wanted = [*(NeuronToAsk(entry) for entry in files.config.neurons), *(others or [])]
+    asked = await asyncio.gather(*(_check(each, tls) for each in wanted))
     answers = [answer for answer, _ in asked if answer is not None]
-    found = [finding for _, findings in asked for finding in findings]
-    found += await _discovery(files.config.discovery)
-    if not files.config.discovery.finds:  # else a found neuron may have the harness
+    found = [*(finding for _, lines in asked for finding in lines), *findings]
+    if others is not None:  # else an unknown neuron may have the harness
         found += check_harnesses(answers, files.catalogue)
-    return [*found, *check_twins(answers)]
+    # A neuron may have several addresses in DNS.
+    named = [answer for each, (answer, _) in zip(wanted, asked, strict=True) if answer is not None and each.named]
+    return [*found, *check_twins(named)]
 
 
-async def _discovery(settings: DiscoverySettings) -> list[Finding]:
-    """The neurons that cortex finds have names only there; here it is checked that it can find some."""
-    subject, elsewhere = "discovery", "they are not checked here: see `cortex status`"
-    if settings.kind == "register":
-        return [ok(subject, f"neurons register themselves; {elsewhere}")]
-    if settings.kind == "static" or settings.host is None:
-        return []
-    try:
-        async with timeout(ANSWER_SECS):
-            addresses = await resolve(settings.host, settings.port)
-    except (OSError, asyncio.TimeoutError) as error:
-        reason = str(error) or f"no answer within {ANSWER_SECS:g} s"
-        return [
-            fault(subject, f"{settings.host} cannot be looked up: {reason}", "check that this host can resolve names")
-        ]
-    if not addresses:
-        return [warning(subject, f"{settings.host} has no address", "set [discovery] host to the name of the neurons")]
-    return [ok(subject, f"{settings.host} has the addresses {', '.join(addresses)}; {elsewhere}")]
-
-
-async def _check(entry: NeuronEntry, tls: RenewedContext | None) -> tuple[NeuronAnswers | None, list[Finding]]:
+async def _check(asked: NeuronToAsk, tls: RenewedContext | None) -> tuple[NeuronAnswers | None, list[Finding]]:
+    entry = asked.entry
     with contextlib.closing(EnginePool(tls=tls)) as pool:
         client, began = NeuronClient(entry, pool), time.monotonic()
         try:
@@ -89,6 +74,9 @@ async def _check(entry: NeuronEntry, tls: RenewedContext | None) -> tuple[Neuron
                 delay = time.monotonic() - began
                 health, models = await client.health(), await client.models()
         except NeuronRefused as error:
+            if error.reason == NO_CREDENTIALS and not asked.has_token:
+                text = "it answers, but its token is known to cortex only, so that it cannot be examined"
+                return None, [warning(entry.name, text, "run doctor as cortex's user, on its host")]
             return None, [fault(entry.name, error.reason)]
         except (NeuronUnreachable, asyncio.TimeoutError) as error:
             reason = getattr(error, "reason", f"no answer within {ANSWER_SECS:g} s")
@@ -96,6 +84,8 @@ async def _check(entry: NeuronEntry, tls: RenewedContext | None) -> tuple[Neuron
                 f"is neuron running there (systemctl status neuron), and does a firewall let {entry.endpoint} pass?"
             )
             return None, [fault(entry.name, f"{entry.endpoint}: {reason}", advice)]
+    if not asked.named:
+        entry = entry.model_copy(update={"name": name_of(discovery, entry.endpoint, asked.node)})
     skew = await _skew(entry, tls)
     answers = NeuronAnswers(entry.name, discovery, health, models, skew, delay)
     return answers, [*examine(answers), *_token(entry), *await _engines(answers, entry)]

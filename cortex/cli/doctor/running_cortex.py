@@ -46,6 +46,15 @@ def check_cortex(
     yield check_completion(url, fleet, model, api_key, tell)
 
 
+def fleet_of(url: str, api_key: str | None) -> Any:
+    """What `GET /fleet` answers; None if this cannot be known. Blocks."""
+    try:
+        fleet = _ask(url, "/fleet", api_key)
+    except CallFailed:  # `check_cortex` says why
+        return None
+    return fleet if isinstance(fleet, dict) else None
+
+
 def _stranger(url: str, files: DeploymentFiles, said: str = "") -> Finding:
     """Another program has the address. `said`: its answer."""
     here = base_url(url) == listen_url(files.config)

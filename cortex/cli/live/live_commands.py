@@ -11,7 +11,6 @@ from cortex.cli.options import (
     DryRun,
     Json,
     Model,
-    On,
     Url,
     Watch,
     complete_model,
@@ -21,6 +20,11 @@ from cortex.cli.options import (
 )
 
 live_app = typer.Typer()
+OnAll = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=complete_node),
+]
+Engine = Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only this engine of the neuron.")]
 
 
 @live_app.command()
@@ -42,8 +46,8 @@ def logs(
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with each line that comes.")] = False,
     tail: Annotated[int, typer.Option(metavar="N", min=0, max=10_000, help="Lines from the end.")] = 100,
-    node: On = None,
-    instance: Annotated[str | None, typer.Option(metavar="NAME", help="Only this engine of the neuron.")] = None,
+    node: OnAll = None,
+    instance: Engine = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> int:
@@ -107,13 +111,6 @@ def config(
     from cortex.cli.live.configuration import run_config
 
     return run_config(url, check=check, reload=reload, as_json=as_json)
-
-
-OnAll = Annotated[
-    str | None,
-    typer.Option("--on", metavar="NODE", help="The neuron. Default: all.", autocompletion=complete_node),
-]
-Engine = Annotated[str | None, typer.Option("--instance", metavar="NAME", help="Only this engine of the neuron.")]
 
 
 @live_app.command()

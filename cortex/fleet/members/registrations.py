@@ -17,12 +17,16 @@ from cortex.fleet.members.dialled.broker_process import DialBroker
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.roster import Registered, registered_until, registration_refusal
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import KeptRegistration, StateFile
 from cortex.upstream.address import DIAL, parse_url
 from shared.errors import Conflict, InvalidRequest
 from shared.protocol import DialReply, ErrorCode, Registration, RegistrationReply, first_problem
 from shared.tasks import timeout
 
 log = logging.getLogger(__name__)
+
+KEEP_SECS = 60.0
+"""How often renewed registrations are written to the state file, and how much longer they count there."""
 
 
 class Registrations:
@@ -32,6 +36,7 @@ class Registrations:
         self,
         membership: Membership,
         fleet: Fleet,
+        state: StateFile,
         broker: DialBroker | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -39,11 +44,27 @@ class Registrations:
         """Without a broker neurons with `dial = "out"` are refused."""
         self._membership = membership
         self._fleet = fleet
+        self._state = state
         self._broker = broker
         self._clock = clock
+        self._kept_at = clock()
         self._known: dict[str, Registered] = {}
         self._refused: dict[str, str] = {}  # the last refusal of each name, which is logged once
         self._changed = asyncio.Event()
+
+    def restore(self) -> None:
+        """Those of the previous cortex, which ended a moment ago: its neurons may be asked at once."""
+        for kept in self._state.registrations:
+            try:
+                if kept.dial_key is not None and self._broker is not None:
+                    entry = NeuronEntry.dialling(kept.name, kept.token)
+                else:
+                    entry = NeuronEntry(name=kept.name, endpoint=kept.endpoint, token=kept.token)
+            except ValidationError:  # written by another version, or with another configuration
+                continue
+            until = self._clock() + kept.expires_at - time.time()
+            self._known[entry.name] = Registered(entry, kept.process, until, kept.dial_key)
+        self._tell()
 
     def register(self, wanted: Registration) -> RegistrationReply:
         """Accepts an announcement.
@@ -105,6 +126,8 @@ class Registrations:
             self._known[entry.name] = Registered(known.entry, process, until, key)
             if key != known.dial_key:
                 self._tell_broker()
+            if key != known.dial_key or self._clock() - self._kept_at > KEEP_SECS:
+                self._keep()
             if until < known.expires_at:
                 self._changed.set()
             return
@@ -145,5 +168,22 @@ class Registrations:
             self._broker.use({name: each.dial_key for name, each in self._known.items() if each.dial_key is not None})
 
     def _tell(self) -> None:
+        self._keep()
         self._tell_broker()
         self._membership.use_found(each.entry for each in self._known.values())
+
+    def _keep(self) -> None:
+        """Not at each renewal: the file is written whole."""
+        now, wall = self._clock(), time.time()
+        self._kept_at = now
+        self._state.set_registrations(
+            KeptRegistration(
+                name=name,
+                endpoint=each.entry.endpoint,
+                token=each.entry.token,
+                process=each.process,
+                dial_key=each.dial_key,
+                expires_at=wall + each.expires_at - now + KEEP_SECS,
+            )
+            for name, each in self._known.items()
+        )

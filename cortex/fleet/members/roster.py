@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from cortex.config.neurons import NeuronEntry, is_node_name
 from cortex.fleet.snapshot import NodeSnapshot
@@ -39,7 +40,7 @@ def combined(listed: Iterable[NeuronEntry], found: Iterable[NeuronEntry]) -> tup
 
 @dataclass(frozen=True)
 class FoundAddress:
-    """An endpoint that DNS has for the neurons' name. `name` and `process` (its `instance_id`) are what the neuron
+    """An endpoint that was found, by DNS for example. `name` and `process` (its `instance_id`) are what the neuron
     there has said; `name` is None until it has answered. `seen_at`: when DNS had it last, in monotonic seconds.
     `returned`: DNS had dropped it for a while, and it has not answered since. It may belong to another host now."""
 
@@ -52,6 +53,7 @@ class FoundAddress:
 
 Addresses = Mapping[str, FoundAddress]
 """By endpoint, in the order in which they were found."""
+NO_HINTS: Mapping[str, str] = MappingProxyType({})
 
 
 def after_lookup(known: Addresses, endpoints: Iterable[str] | None, *, now: float, grace_secs: float) -> Addresses:
@@ -86,11 +88,11 @@ def _is_another(address: FoundAddress, node: NodeSnapshot | None) -> bool:
     return node.discovery.instance_id != address.process
 
 
-def after_answers(known: Addresses, answers: Mapping[str, Discovery]) -> Addresses:
-    """The addresses with what their neurons have said, by endpoint."""
+def after_answers(known: Addresses, answers: Mapping[str, Discovery], hints: Mapping[str, str] = NO_HINTS) -> Addresses:
+    """The addresses with what their neurons have said, by endpoint. `hints`: names for those without one."""
 
     def answered(address: FoundAddress, said: Discovery) -> FoundAddress:
-        name = name_of(said, address.endpoint)
+        name = name_of(said, address.endpoint, hints.get(address.endpoint))
         return replace(address, name=name, process=said.instance_id, returned=False)
 
     return {
@@ -99,9 +101,14 @@ def after_answers(known: Addresses, answers: Mapping[str, Discovery]) -> Address
     }
 
 
-def name_of(discovery: Discovery, endpoint: str) -> str:
-    """The name of a found neuron: that of its neuron.toml, else its host's, else its address."""
-    for name in (discovery.name, discovery.hostname):
+def endpoint_of(address: str, port: int, *, tls: bool) -> str:
+    """The URL of a neuron at an IP address."""
+    return f"{'https' if tls else 'http'}://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+def name_of(discovery: Discovery, endpoint: str, hint: str | None = None) -> str:
+    """The name of a found neuron: that of its neuron.toml, else the hint, else its host's, else its address."""
+    for name in (discovery.name, hint, discovery.hostname):
         if name and is_node_name(name):
             return name
     plain = endpoint.partition("//")[2]

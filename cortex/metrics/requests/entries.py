@@ -67,9 +67,10 @@ class LiveRequest(msgspec.Struct, frozen=True):
 
 
 class SeenRequests(msgspec.Struct, frozen=True):
-    """What one worker has: requests that ended after a place, oldest first, and the live ones. `place`: how many have
-    ended until now."""
+    """What one worker has: requests that ended after a place, oldest first, and of the live ones that fit the oldest.
+    `place`: how many have ended until now. `live_count`: how many live ones fit."""
 
     place: int
     ended: list[EndedRequest]
     live: list[LiveRequest]
+    live_count: int

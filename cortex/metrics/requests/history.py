@@ -9,6 +9,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from cortex.metrics.requests.entries import EndedRequest, LiveRequest, SeenRequests
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.metrics.requests.ring import KEPT_REQUESTS
 
 _LONGEST_COUNT = 19
@@ -18,19 +19,21 @@ _LONGEST_COUNT = 19
 class RequestSource(Protocol):
     """A worker."""
 
-    async def requests_since(self, place: int) -> SeenRequests:
-        """Of this worker, what ended after the place that it told last, 0 at first. Without an answer in time nothing,
-        and the same place."""
+    async def requests_since(self, place: int, asked: RequestFilter, limit: int) -> SeenRequests:
+        """Of this worker, what ended after the place that it told last, 0 at first, and as of `RequestRing.since` what
+        goes on. Without an answer in time nothing, and the same place."""
 
 
 class RequestsNow(NamedTuple):
     """`place`: for the next look, which then has only what ended after it. `whole`: it has all that is known.
-    `ended`: newest first; `live`: oldest first."""
+    `ended`: newest first, whether they fit or not; `live`: the oldest of those that fit, oldest first, of
+    `live_count`."""
 
     place: str
     whole: bool
     ended: list[EndedRequest]
     live: list[LiveRequest]
+    live_count: int
 
 
 class RequestHistory:
@@ -50,25 +53,27 @@ class RequestHistory:
     def detach(self, worker: RequestSource) -> None:
         del self._places[worker]
 
-    async def since(self, place: str | None) -> RequestsNow:
-        """The requests that ended after this place; all that are known without one, or if it is not known any more."""
+    async def since(self, place: str | None, asked: RequestFilter, limit: int) -> RequestsNow:
+        """The requests that ended after this place; all that are known without one, or if it is not known any more. At
+        most `limit` live ones."""
         async with self._looking:  # or two would take the same requests from a worker
-            live = await self._ask()
+            answers = await self._ask(asked, limit)
         behind = self._behind(place)
-        whole = behind is None
         ended = list(islice(reversed(self._ended), behind))
-        return RequestsNow(f"{self._origin}-{self._count}", whole, ended, sorted(live, key=lambda each: each.since))
+        live = sorted((each for seen in answers for each in seen.live), key=lambda each: each.since)[:limit]
+        count = sum(seen.live_count for seen in answers)
+        return RequestsNow(f"{self._origin}-{self._count}", behind is None, ended, live, count)
 
-    async def _ask(self) -> list[LiveRequest]:
-        asked = list(self._places.items())
-        answers = await asyncio.gather(*(worker.requests_since(place) for worker, place in asked))
-        for (worker, _), seen in zip(asked, answers, strict=True):
+    async def _ask(self, asked: RequestFilter, limit: int) -> list[SeenRequests]:
+        workers = list(self._places.items())
+        answers = await asyncio.gather(*(worker.requests_since(place, asked, limit) for worker, place in workers))
+        for (worker, _), seen in zip(workers, answers, strict=True):
             if worker in self._places:
                 self._places[worker] = seen.place
         new = sorted((each for seen in answers for each in seen.ended), key=lambda each: each.record.ended_at)
         self._ended.extend(new)
         self._count += len(new)
-        return [each for seen in answers for each in seen.live]
+        return answers
 
     def _behind(self, place: str | None) -> int | None:
         """How many have ended since; None if not all of them are known."""

@@ -15,13 +15,15 @@ from cortex.accounts.usage.record import UsageRecord
 from cortex.http.request import Request
 from cortex.metrics.counters import UNKNOWN
 from cortex.metrics.requests.entries import FailedAttempt, LiveRequest, Wait
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.proxy.answers.answer import own_lines
 from cortex.proxy.body.request_fields import RequestFields
 from cortex.proxy.body.token_bound import token_bound
 from cortex.proxy.context import Choice, ProxyContext
 from cortex.proxy.paths import INFERENCE_TEXT, NAMING_PATHS, in_background, recorded_path
+from cortex.proxy.progress.state import SPANS, STAGES
 from cortex.proxy.relay import Relay
-from cortex.routing.replica import FailureKind, Replica, Route
+from cortex.routing.replica import FailureKind, Replica, ReplicaKey, Route
 from cortex.upstream.usage import Usage
 from shared.errors import MAX_SHOWN_CHARS, Forbidden, ServiceError, shortened
 from shared.protocol import ErrorCode
@@ -35,19 +37,6 @@ CLIENT_DISCONNECTED: Final = 499
 
 BYTES_PER_TOKEN: Final = 4
 """Of an answer whose tokens the engine has not told."""
-
-_STAGES: Final = {
-    "admission of": "waiting for its limits",
-    "resolve": "waiting for an engine",
-    "maker for": "looking for the previous response",
-    "owner for": "looking for the response",
-    "end": "asking why its engine ended",
-    "engine": "waiting for the first byte",
-    "answer": "answering",
-}
-"""By the name of the task that works on the request, or what the relay does."""
-_SPANS: Final = {"admission of": "admission", "maker for": "response", "owner for": "response"}
-"""Of waits in traces, by the same names."""
 
 _LOST: Final = ErrorCode.UPSTREAM_LOST.value
 
@@ -181,7 +170,7 @@ class RequestAccount:
             self.trace.sent_to(replica)
 
     def waits(self, stage: str, name: str) -> None:
-        """A task works on the request from now on: `stage` as of `_STAGES`, for the model `name`."""
+        """A task works on the request from now on: `stage` as of `STAGES`, for the model `name`."""
         self._stage, self._stage_since, self._waited_for = stage, monotonic(), name
 
     def has_waited(self, since: float) -> None:
@@ -192,7 +181,7 @@ class RequestAccount:
             self.for_engine += now - since
         self._waits = [*(self._waits or ()), (since - came, now - came)]
         if self.trace is not None:
-            self.trace.waited(_SPANS.get(self._stage, "queue"), since, now)
+            self.trace.waited(SPANS.get(self._stage, "queue"), since, now)
         self._stage = ""
 
     def found(self, route: Route) -> None:
@@ -212,8 +201,20 @@ class RequestAccount:
             self.trace.failed(reason, kind)
         self.relay = None
 
+    def fits(self, asked: RequestFilter) -> bool:
+        """Whether the request is asked for. As `shown`, implements `metrics.requests.ring.OngoingRequest`."""
+        if asked.status is not None:
+            return False
+        key = self._engine()
+        models = (self.model_id, self.asked)
+        return asked.fits(self.key_id, self.caller.name, models, "" if key is None else key.node, self._failed)
+
+    def _engine(self) -> ReplicaKey | None:
+        """Where it is, not where it has failed before."""
+        return None if self.replica is None or self._stage == "resolve" else self.replica.key
+
     def shown(self) -> LiveRequest:
-        """The request as it is now. Implements `metrics.requests.ring.OngoingRequest`."""
+        """The request as it is now."""
         now, came, relay, replica = monotonic(), self._request.received, self.relay, self.replica
         stage, note, waits = self._stage, None, self._waits or []
         if stage:
@@ -222,7 +223,7 @@ class RequestAccount:
         elif relay is not None:
             stage = "answer" if relay.status else "engine"
         head_at = None if relay is None else relay.first_byte_at
-        key = None if replica is None or stage == "resolve" else replica.key
+        key = self._engine()
         return LiveRequest(
             since=time.time() - (now - came),
             request_id=self.request_id,
@@ -234,7 +235,7 @@ class RequestAccount:
             node="" if key is None else key.node,
             instance="" if key is None else key.instance,
             path=recorded_path(self._request.path),
-            stage=_STAGES.get(stage, "starting"),
+            stage=STAGES.get(stage, "starting"),
             note="" if note is None else note.text,
             secs=now - came,
             first_byte_secs=None if head_at is None else head_at - came,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from time import monotonic
+from typing import Final
 
 from cortex.proxy.relay import Relay
 from cortex.routing.control import Control
@@ -12,6 +13,19 @@ from cortex.routing.replica import Failure, FailureKind, Replica, lost, stopped
 from shared.request_ids import request_scope
 
 log = logging.getLogger(__name__)
+
+STAGES: Final = {
+    "admission of": "waiting for its limits",
+    "resolve": "waiting for an engine",
+    "maker for": "looking for the previous response",
+    "owner for": "looking for the response",
+    "end": "asking why its engine ended",
+    "engine": "waiting for the first byte",
+    "answer": "answering",
+}
+"""By the name of the task that works on the request, or what the relay does."""
+SPANS: Final = {"admission of": "admission", "maker for": "response", "owner for": "response"}
+"""Of waits in traces, by the same names."""
 
 
 class Resolving:

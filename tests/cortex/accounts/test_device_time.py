@@ -64,6 +64,17 @@ def test_a_load_is_charged_to_those_that_caused_it() -> None:
     assert accounts.accounts == pytest.approx({"a": 12, "b": 10})  # its next load is its own
 
 
+def test_the_names_of_keys_that_are_gone_are_forgotten() -> None:
+    """Or a year of rotated keys would stay on the page of metrics. Accounts fade by themselves."""
+    people = [f"oidc:{number}@example.com" for number in range(9)]
+    accounts = DeviceTime(lambda: EVER)
+    for now in (0, 1):
+        accounts.sample([_engine("m", dict.fromkeys(["a", "b", *people], 1))], {}, now)
+    accounts.keep_callers({"b", "c"})
+    assert accounts.charged == pytest.approx({("b", "serving"): 1 / 11, ("oidc:people", "serving"): 9 / 11})
+    assert accounts.several_callers
+
+
 def test_accounts_fade() -> None:
     accounts = DeviceTime(lambda: 10.0, {"a": 8.0, "b": 0.015})
     accounts.sample([], {}, 0)

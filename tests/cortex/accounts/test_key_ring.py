@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -14,7 +16,9 @@ from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.keys.key_store import KeyStore
 from cortex.accounts.keys.key_terms import KeyTerms
 from cortex.accounts.limits.terms import KeyLimits, Limits
+from shared.errors import ServiceError
 from shared.tasks import cancel_all
+from tests.postgresql import PostgresServer
 
 
 @pytest.fixture
@@ -77,6 +81,26 @@ async def test_revoking_the_last_key_opens_nothing(tmp_path: Path) -> None:
     restarted = KeyRing(KeyStore(database), environ={})
     await restarted.load(None)
     assert not restarted.table.empty
+    await database.close()
+
+
+async def test_keys_in_a_postgresql_that_is_gone(
+    new_postgresql: Callable[[], str], postgresql_server: PostgresServer
+) -> None:
+    """What cannot be changed stays, and the advice is about PostgreSQL, not about a disk."""
+    url = new_postgresql()
+    source = database_source(url, None)
+    assert source is not None
+    database = await open_database(source)
+    keys = KeyRing(KeyStore(database), environ={})
+    await keys.load(None)
+    await keys.create(KeyTerms(name="alice"))
+    await asyncio.to_thread(postgresql_server.execute, f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
+    for change in (keys.create(KeyTerms(name="bob")), keys.rotate("alice"), keys.revoke("alice")):
+        with pytest.raises(ServiceError, match="make sure that PostgreSQL runs") as refused:
+            await change
+        assert "disk" not in refused.value.message
+    assert [key.name for key in keys.keys] == ["alice"]
     await database.close()
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from cortex.api import models
+from cortex.api.fleet import handlers
 from cortex.api.fleet.changes import KEPT_CHANGES, FleetChanges, merge_patch
 from cortex.api.fleet.view import MIN_INTERVAL_SECS, FleetView
 from cortex.api.models import ModelList
@@ -23,7 +22,8 @@ from cortex.config.catalogue import Catalogue
 from cortex.control.wiring import Parts
 from cortex.fleet.state import Fleet
 from shared.protocol import Device, Discovery, ModelView, NeuronHealth
-from shared.tasks import timeout
+from shared.tasks import first_of
+from tests.cortex.api.keyed_fleet import key_entry, keyed_fleet
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.cortex.raw_http import until
@@ -112,27 +112,38 @@ async def views(cortex: RunningCortex) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def test_first_change_is_sent_at_once_and_many_together(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """The current view, an event after the first change, and a few per second under constant change; the last event has
-    the last change."""
+class Pauses:
+    """In the place of the pauses between two events: each lasts until the test ends it."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Semaphore(0)
+        self.ended = asyncio.Semaphore(0)
+
+    async def pause(self, secs: float, closing: asyncio.Event) -> None:
+        assert secs == MIN_INTERVAL_SECS
+        self.began.release()
+        await first_of({"end": self.ended.acquire(), "closing": closing.wait()})
+
+
+async def test_first_change_is_sent_at_once_and_many_together(
+    start_cortex: StartCortex, benjy: V1Neuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current view, an event after the first change, and after a pause one for all changes in it."""
+    pauses = Pauses()
+    monkeypatch.setattr(handlers, "_closing_within", pauses.pause)
     cortex = await start_cortex([benjy], [], poll={"interval_secs": 30})
     fleet, heard = cortex.parts.fleet, views(cortex)
     assert (await anext(heard))["nodes"][0]["name"] == "benjy"
-    await asyncio.sleep(2 * MIN_INTERVAL_SECS)
-    began = time.monotonic()
+    pauses.ended.release()
+    await pauses.began.acquire()
     fleet.update_model("benjy", ModelView(id="m", status="loading"))
     assert [model["status"] for model in (await anext(heard))["nodes"][0]["models"]] == ["loading"]
-    assert time.monotonic() - began < MIN_INTERVAL_SECS
-    told = 0
-    while time.monotonic() - began < 1.0:
-        told += 1
+    await pauses.began.acquire()
+    for told in range(100):
         fleet.update_model("benjy", ModelView(id="m", status="loading", vram_used_mb=told))
-        await asyncio.sleep(0.005)
     fleet.update_model("benjy", ModelView(id="m", status="loaded"))
-    count, last = 0, ""
-    while last != "loaded":
-        count, last = count + 1, (await anext(heard))["nodes"][0]["models"][0]["status"]
-    assert count <= 1.5 / MIN_INTERVAL_SECS
+    pauses.ended.release()
+    assert [model["status"] for model in (await anext(heard))["nodes"][0]["models"]] == ["loaded"]
     await heard.aclose()  # type: ignore[attr-defined]
 
 
@@ -144,6 +155,7 @@ def view_of(parts: Parts) -> FleetView:
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        demand=parts.demand,
         storage=parts.storage,
     )
 
@@ -292,31 +304,6 @@ async def test_odd_query_of_events(start_cortex: StartCortex, benjy: V1Neuron) -
         assert "can be true or false" in (await response.json())["error"]["message"]
 
 
-class LoggingNeuron(V1Neuron):
-    """Has an engine of `m` that writes a line, and another one when `more` is set."""
-
-    def __init__(self, name: str, *vram_mb: int) -> None:
-        super().__init__(name, *vram_mb)
-        self.more = asyncio.Event()
-
-    def _routes(self) -> list[web.RouteDef]:
-        return [*super()._routes(), web.get("/models/m/logs", self._log)]
-
-    async def _log(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(b"data: starting\n\n")
-        await self.more.wait()
-        await response.write(b"data: secret\n\n")
-        await asyncio.Event().wait()
-        return response
-
-
-def key_entry(name: str, role: str, **fields: str) -> str:
-    given = {"name": name, "key": f"sk-{name}", "role": role, **fields}
-    return "\n".join(["[[keys]]", *(f"{field} = {value!r}" for field, value in given.items())]) + "\n"
-
-
 ALICE = {
     "revoked": "",
     "lower role": key_entry("alice", "user"),
@@ -333,22 +320,17 @@ async def test_a_stream_ends_with_its_key(
     """At the next sign of life. The streams of other keys go on."""
     for name in ("handlers.KEEPALIVE_SECS", "logs.KEEP_ALIVE_SECS"):
         monkeypatch.setattr(f"cortex.api.fleet.{name}", 0.05)
-    file, bob = tmp_path / "keys.toml", key_entry("bob", "operator")
-    async with LoggingNeuron("benjy", 24000).running() as benjy, timeout(60):
-        benjy.models["m"] = "loaded"
-        cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
-        keys, url = cortex.parts.keys, f"{cortex.url}/fleet/{query}"
-        file.write_text(bob + key_entry("alice", "operator"), encoding="utf-8")
-        await keys.load(file)
+    alice, bob = key_entry("alice", "operator"), key_entry("bob", "operator")
+    async with keyed_fleet(start_cortex, tmp_path, bob, alice) as fleet:
+        http, url = fleet.cortex.http, f"{fleet.cortex.url}/fleet/{query}"
         async with (
-            cortex.http.get(url, headers={"Authorization": "Bearer sk-alice"}) as hers,
-            cortex.http.get(url, headers={"Authorization": "Bearer sk-bob"}) as his,
+            http.get(url, headers={"Authorization": "Bearer sk-alice"}) as hers,
+            http.get(url, headers={"Authorization": "Bearer sk-bob"}) as his,
         ):
             for events in (hers, his):
                 while await events.content.readline() != b": keep-alive\n":
                     assert not events.content.at_eof()
-            file.write_text(bob + ALICE[fate], encoding="utf-8")
-            await keys.load(file)
+            await fleet.use_keys(bob, ALICE[fate])
             rest = await hers.content.read()
             assert (b'"end":"the API key or session was revoked' in rest) == query.startswith("logs")
             his.content.read_nowait()
@@ -358,17 +340,11 @@ async def test_a_stream_ends_with_its_key(
 
 async def test_a_revoked_key_gets_no_more_lines(start_cortex: StartCortex, tmp_path: Path) -> None:
     """Not even those that come first after its end."""
-    file, benjy = tmp_path / "keys.toml", LoggingNeuron("benjy", 24000)
-    async with benjy.running(), timeout(60):
-        benjy.models["m"] = "loaded"
-        cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
-        file.write_text(key_entry("alice", "operator"), encoding="utf-8")
-        await cortex.parts.keys.load(file)
-        url, headers = f"{cortex.url}/fleet/logs?model=m&follow=true", {"Authorization": "Bearer sk-alice"}
-        async with cortex.http.get(url, headers=headers) as lines:
+    async with keyed_fleet(start_cortex, tmp_path, key_entry("alice", "operator")) as fleet:
+        url, headers = f"{fleet.cortex.url}/fleet/logs?model=m&follow=true", {"Authorization": "Bearer sk-alice"}
+        async with fleet.cortex.http.get(url, headers=headers) as lines:
             while b"starting" not in await lines.content.readline():
                 assert not lines.content.at_eof()
-            file.write_text(key_entry("bob", "operator"), encoding="utf-8")
-            await cortex.parts.keys.load(file)
-            benjy.more.set()
+            await fleet.use_keys(key_entry("bob", "operator"))
+            fleet.benjy.more.set()
             assert b"secret" not in await lines.content.read()

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from cortex.cli.live.followed import FollowedFleet
 from cortex.cli.live.screen import screen
-from shared.tasks import timeout
-from tests.cortex.api.test_fleet import LoggingNeuron, key_entry
+from tests.cortex.api.keyed_fleet import key_entry, keyed_fleet
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import TOP, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -24,14 +23,9 @@ from tests.cortex.raw_http import until
 
 async def test_logs_of_a_key_that_is_revoked(start_cortex: StartCortex, tmp_path: Path) -> None:
     """The command says why it ends, and fails."""
-    file, benjy = tmp_path / "keys.toml", LoggingNeuron("benjy", 24000)
-    async with benjy.running(), timeout(60):
-        benjy.models["m"] = "loaded"
-        cortex = await start_cortex([benjy], [{"id": "m"}], poll={"interval_secs": 30})
-        file.write_text(key_entry("alice", "operator"), encoding="utf-8")
-        await cortex.parts.keys.load(file)
+    async with keyed_fleet(start_cortex, tmp_path, key_entry("alice", "operator")) as fleet:
         command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "cortex", "logs", "m", "-f", "--url", cortex.url),
+            *(sys.executable, "-m", "cortex", "logs", "m", "-f", "--url", fleet.cortex.url),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             cwd=TOP,
@@ -39,9 +33,8 @@ async def test_logs_of_a_key_that_is_revoked(start_cortex: StartCortex, tmp_path
         )
         assert command.stdout is not None
         assert await command.stdout.readline() == b"starting\n"
-        file.write_text(key_entry("bob", "operator"), encoding="utf-8")
-        await cortex.parts.keys.load(file)
-        benjy.more.set()
+        await fleet.use_keys(key_entry("bob", "operator"))
+        fleet.benjy.more.set()
         output, errors = await command.communicate()
     assert (command.returncode, output) == (1, b"")
     assert b"the API key or session was revoked" in errors

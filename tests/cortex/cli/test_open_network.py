@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -24,10 +25,10 @@ def command_for(directory: Path, gateway: dict[str, object], state_dir: str | No
 
 
 def test_no_key_and_the_network(tmp_path: Path) -> None:
-    """cortex does not start, and says what would make it."""
+    """cortex does not start, and says what would make it. systemd does not start it again."""
     command = command_for(tmp_path, {"listen": "0.0.0.0:0"})
     ended = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
+    assert ended.returncode == os.EX_CONFIG
     assert f"`cortex keys create NAME --admin --config {tmp_path}/cortex.toml`" in ended.stderr
     assert "[gateway] allow_anonymous = true" in ended.stderr
 

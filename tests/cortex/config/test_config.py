@@ -282,7 +282,7 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
         ({"kind": "register"}, "registration_token_env or registration_token_file"),
         ({"kind": "register", "registration_token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
         ({"kind": "dns", "host": "x", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE is not set"),
-        ({"kind": "kubernetes"}, "'static', 'dns' or 'register'"),
+        ({"kind": "kubernetes"}, "selector: with kind"),
         ({"kind": "dns", "host": "neurons..svc"}, "not a host name: "),
         ({"kind": "dns", "host": "x", "token": "two\nlines"}, "token: must not contain line breaks"),
     ],
@@ -298,12 +298,12 @@ def test_registration_token_file_is_beside_cortex_toml(tmp_path: Path) -> None:
     table = {"kind": "register", "registration_token_file": "token"}
     config = CortexConfig.model_validate({"discovery": table}).beside(tmp_path / "cortex.toml")
     with pytest.raises(SettingsError, match="No such file"):
-        config.discovery.registration_token()
+        config.discovery.registration_tokens()
     (tmp_path / "token").write_text("\n", encoding="utf-8")
-    with pytest.raises(SettingsError, match="is empty"):
-        config.discovery.registration_token()
-    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
-    assert config.discovery.registration_token() == "secret"
+    with pytest.raises(SettingsError, match="has no token"):
+        config.discovery.registration_tokens()
+    (tmp_path / "token").write_text("# new\nsecret 2 \n\n# old\nsecret\n", encoding="utf-8")
+    assert config.discovery.registration_tokens() == ["secret 2", "secret"]
 
 
 def test_check_and_doctor_read_the_registration_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

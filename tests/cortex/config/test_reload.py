@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import tomli_w
 
+from cortex.cli.serve import reloader_of
 from cortex.config.catalogue import Catalogue
 from cortex.config.diff import difference
 from cortex.config.files import ConfigurationFiles
 from cortex.config.settings import CortexConfig
-from cortex.control.reload import Reloader
 from tests.cortex.conftest import StartCortex
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.cortex.protocol_v1_neuron import V1Neuron
@@ -615,16 +615,7 @@ async def test_a_reload_whose_client_leaves_is_done_again(start_cortex: StartCor
     for name in ("cortex.toml", "models.toml"):
         (tmp_path / name).write_text("", encoding="utf-8")
     parts, files, asked = (await start_cortex([], [])).parts, HeldFiles(tmp_path / "cortex.toml"), asyncio.Event()
-    reloader = Reloader(
-        files,
-        asked,
-        live=parts.live,
-        fleet=parts.fleet,
-        membership=parts.membership,
-        routes=parts.routes,
-        state=parts.state,
-        foreign_budgets=parts.keys.foreign_budgets,
-    )
+    reloader = reloader_of(parts, files, asked)
     reloading = asyncio.create_task(reloader.reload())
     await asyncio.to_thread(files.reading.wait, 60)
     reloading.cancel()

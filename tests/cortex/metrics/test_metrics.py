@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
 from prometheus_client.parser import text_string_to_metric_families
 
+from cortex.accounts.keys.key_ring import KeyRing
+from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
+from cortex.control.wiring import running_control
 from cortex.fleet.state import Fleet
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.request_tally import RequestTally
@@ -76,3 +83,23 @@ def test_any_name_of_a_model_survives_the_page() -> None:
     page = made(counters).exposition()
     assert samples(made(counters))[key("cortex_requests_total", model=name, status="200")] == 1
     assert b"_created" not in page
+
+
+async def test_what_ended_workers_counted_for_a_key_goes_with_it(tmp_path: Path) -> None:
+    """Or a year of keys that are rotated and workers that are replaced would stay in memory."""
+    file, keys, tally = tmp_path / "keys.toml", KeyRing(environ={}), RequestTally()
+    tables = [f'[[keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in ("old", "new")]
+    file.write_text("".join(tables))
+    await keys.load(file)
+    async with running_control(CortexConfig(), Catalogue(), keys=keys) as parts:
+        for name in ("old", "new", "oidc:ann@example.com"):
+            tally.caller(name, "m", 200, None)
+        worker = Mock(collect=tally.collect)
+        parts.counts.attach(worker)
+        parts.counts.detach(worker)
+        (ended,) = parts.counts.counters(callers=True)
+        assert set(ended.callers) == {"old", "new", "oidc:people"}
+        file.write_text(tables[1])
+        await keys.load(file)
+        (ended,) = parts.counts.counters(callers=True)
+        assert set(ended.callers) == {"new", "oidc:people"}

@@ -7,29 +7,48 @@ import asyncio
 from cortex.accounts.usage.record import UsageRecord
 from cortex.fleet.timeline.spans import Phase, StatusSpan
 from cortex.metrics.requests.entries import FailedAttempt, LiveRequest, SeenRequests
+from cortex.metrics.requests.filter import RequestFilter
 from cortex.metrics.requests.history import RequestHistory
 from cortex.metrics.requests.ring import KEPT_REQUESTS, Note, RequestRing
 from cortex.metrics.requests.waterfall import SpansByModel, waterfall
 
+ALL = RequestFilter()
+
 
 class Ongoing:
+    """A request that came at `since`."""
+
+    def __init__(self, since: float, key: str = "anonymous") -> None:
+        self.since = since
+        self.key = key
+
+    def fits(self, asked: RequestFilter) -> bool:
+        return asked.fits("", self.key, ("m",), "n", None)
+
     def shown(self) -> LiveRequest:
-        raise AssertionError("it has ended")
+        model = ("m", "m", "", "n", "", "/v1/completions")
+        return LiveRequest(self.since, "r", "", self.key, *model, "answering", "", 1.0, None, False, False, "", [], [])
 
 
 class Worker:
-    """As a gateway."""
+    """As a gateway. `told`: how many live requests it has sent."""
 
     def __init__(self) -> None:
         self.ring = RequestRing()
+        self.told = 0
+
+    def begin(self, since: float, key: str = "anonymous") -> Ongoing:
+        request = Ongoing(since, key)
+        self.ring.began(request)
+        return request
 
     def end(self, number: int) -> None:
-        request = Ongoing()
-        self.ring.began(request)
-        self.ring.ended(request, note(number))
+        self.ring.ended(self.begin(number), note(number))
 
-    async def requests_since(self, place: int) -> SeenRequests:
-        return self.ring.since(place)
+    async def requests_since(self, place: int, asked: RequestFilter, limit: int) -> SeenRequests:
+        seen = self.ring.since(place, asked, limit)
+        self.told += len(seen.live)
+        return seen
 
 
 def note(number: int) -> Note:
@@ -48,19 +67,33 @@ async def test_looks_at_two_workers() -> None:
     history.attach(two)
     for number in range(4):
         (one, two)[number % 2].end(number)
-    first = await history.since(None)
+    first = await history.since(None, ALL, 1)
     assert (first.whole, [each.record.request_id for each in first.ended]) == (True, ["r3", "r2", "r1", "r0"])
     two.end(4)
-    two_looks = await asyncio.gather(history.since(first.place), history.since(first.place))
+    two_looks = await asyncio.gather(history.since(first.place, ALL, 1), history.since(first.place, ALL, 1))
     assert [[each.record.request_id for each in look.ended] for look in two_looks] == [["r4"], ["r4"]]
     assert not two_looks[0].whole
     history.detach(two)
     for number in range(5, 6 + KEPT_REQUESTS):
         one.end(number)
-    late = await history.since(first.place)
+    late = await history.since(first.place, ALL, 1)
     assert (late.whole, len(late.ended)) == (True, KEPT_REQUESTS)
-    assert (await RequestHistory().since(first.place)).whole
-    assert (await history.since(first.place + "9" * 5000)).whole
+    assert (await RequestHistory().since(first.place, ALL, 1)).whole
+    assert (await history.since(first.place + "9" * 5000, ALL, 1)).whole
+
+
+async def test_a_worker_tells_no_more_live_requests_than_are_asked_for() -> None:
+    """Of two workers the oldest that fit, and how many fit: there may be thousands."""
+    history, workers = RequestHistory(), (Worker(), Worker())
+    for worker in workers:
+        history.attach(worker)
+    begun = [workers[number % 2].begin(number, key=f"k{number // 4}") for number in range(12)]
+    workers[1].ring.ended(begun[1], note(1))
+    everything = await history.since(None, ALL, 3)
+    assert ([each.since for each in everything.live], everything.live_count) == ([0, 2, 3], 11)
+    of_key = await history.since(None, RequestFilter(key="k2"), 3)
+    assert ([each.since for each in of_key.live], of_key.live_count) == ([8, 9, 10], 4)
+    assert [worker.told for worker in workers] == [3 + 2, 3 + 2]
 
 
 def steps(*spans: StatusSpan, waits: list[tuple[float, float]], secs: float = 10.0) -> list[tuple[str, str, int, int]]:

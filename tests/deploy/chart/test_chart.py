@@ -32,6 +32,7 @@ EVERYTHING: dict[str, Any] = {
     "secret": {"existing": "fleet-secrets"},
     "imagePullSecrets": ["pull"],
     "clusterDomain": "example.internal",
+    "discovery": {"kind": "kubernetes"},
     "cortex": {
         "image": {"repository": "images/cortex"},
         "replicas": 3,
@@ -62,6 +63,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "neuronToken": {**USUAL, "secret": {"databaseUrl": "postgresql://db/x", "apiKeys": "a:b"}},
     "databaseUrl": {**USUAL, "secret": {**USUAL["secret"], "databaseUrl": "sqlite:///x"}},
     "apiKeys": {**USUAL, "secret": {**USUAL["secret"], "apiKeys": ""}},
+    "/discovery/kind": {**USUAL, "discovery": {"kind": "register"}},
     "neuron.image.repository": {**USUAL, "neuron": {}},
 }
 
@@ -112,7 +114,7 @@ def test_wrong_values_are_refused(results: list[Any], number: int, wrong: str) -
 def test_services_accept_their_files(
     results: list[Any], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cortex looks the neurons up at the name of the headless Service."""
+    """cortex looks the neurons up at the name of the headless Service, or selects the DaemonSet's pods."""
     monkeypatch.setenv("NEURON_TOKEN", "t")
     objects, domain = results[number]["objects"], ("cluster.local", "example.internal")[number]
     for component in ("cortex", "neuron"):
@@ -123,7 +125,11 @@ def test_services_accept_their_files(
     assert load_catalogue(cortex.models_path(tmp_path / "cortex.toml")).models
     service = found(objects, "Service", "prod-cortex-neuron-neurons")
     assert service["spec"]["clusterIP"] == "None"
-    assert cortex.discovery.host == f"{service['metadata']['name']}.gpu.svc.{domain}"
+    if number == 0:
+        assert cortex.discovery.host == f"{service['metadata']['name']}.gpu.svc.{domain}"
+    else:
+        wanted = dict(each.split("=") for each in (cortex.discovery.selector or "").split(","))
+        assert wanted == found(objects, "DaemonSet", "prod-cortex-neuron-neuron")["spec"]["selector"]["matchLabels"]
     ports = {port["containerPort"] for port in container(objects, "DaemonSet", "neuron")["ports"]}
     assert ports == {service["spec"]["ports"][0]["port"]} == {cortex.discovery.port} == {neuron.port}
     assert (cortex.gateway.workers, cortex.gateway.allowed_hosts) == ((1, []), (2, ["ai.example.com"]))[number]
@@ -164,7 +170,8 @@ def test_containers_run_with_few_rights(results: list[Any], number: int) -> None
     for kind, component in (("Deployment", "cortex"), ("DaemonSet", "neuron")):
         one = container(objects, kind, component)
         pod = found(objects, kind, f"prod-cortex-neuron-{component}")["spec"]["template"]["spec"]
-        assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
+        may_use_api = number == 1 and component == "cortex"
+        assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, may_use_api)
         security = one["securityContext"]
         assert (security["runAsNonRoot"], security["readOnlyRootFilesystem"]) == (True, True)
         assert security["capabilities"] == {"drop": ["ALL"]}
@@ -175,3 +182,16 @@ def test_containers_run_with_few_rights(results: list[Any], number: int) -> None
         }
         assert set(keys.values()) == {("prod-cortex-neuron", "fleet-secrets")[number]}
         assert "NEURON_TOKEN" in keys
+
+
+def test_cortex_may_read_pods_only_where_it_has_to(results: list[Any]) -> None:
+    """The role is bound to the account of cortex's pod, and allows no more than listing and watching pods."""
+    roles = [each for each in results[0]["objects"] if each["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    assert roles == []
+    objects = results[1]["objects"]
+    pod = found(objects, "Deployment", "prod-cortex-neuron-cortex")["spec"]["template"]["spec"]
+    account = found(objects, "ServiceAccount", pod["serviceAccountName"])["metadata"]["name"]
+    (binding,) = (each for each in objects if each["kind"] == "RoleBinding")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "gpu"}]
+    role = found(objects, "Role", binding["roleRef"]["name"])
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]

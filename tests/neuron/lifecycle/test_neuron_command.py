@@ -112,7 +112,7 @@ def test_wrong_configuration(tmp_path: Path) -> None:
         'prot = 1\n[harness.vllm]\nextra_args = ["--port", "1"]\n[[default_models]]\nmodel_id = "x"\nquantt = 1\n'
     )
     done = run("serve", "--config", str(path))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     for words in (f"{path}: prot: unknown key", "--port is set by neuron", "quantt: unknown key"):
         assert words in done.stderr
 
@@ -125,7 +125,7 @@ def test_default_models_and_simulated_devices_are_checked_before_the_start(tmp_p
         '[simulate]\ndevices = ["RTX 9999", { index = 5, name = "L4" }]\n'
     )
     done = run("serve", "--config", str(path))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     for words in ("default_models[0].model_id: '-bad'", "default_models[1].args", "'RTX 9999'", "devices[1].index = 5"):
         assert words in done.stderr
     assert all(line.removeprefix("neuron: ").startswith(str(path)) for line in done.stderr.splitlines())
@@ -158,7 +158,7 @@ def test_the_network_is_not_served_without_a_token(tmp_path: Path, host: str) ->
     """Anyone who reached the port could run code. The message names both ways out, and nothing is left behind."""
     config = toml_config(tmp_path, "port = 0", f'host = "{host}"')
     done = run("serve", "--config", str(config), TMPDIR=str(tmp_path))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert "token_env" in done.stderr
     assert "allow_anonymous = true" in done.stderr
     assert "Traceback" not in done.stderr
@@ -179,7 +179,7 @@ def test_an_inherited_socket_of_the_network_needs_a_token_too(tmp_path: Path) ->
             check=False,
             pass_fds=(sock.fileno(),),
         )
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert "allow_anonymous" in done.stderr
 
 

@@ -15,8 +15,11 @@ import pytest
 import tomli_w
 
 from cortex.cli.doctor.findings import Verdict
+from cortex.cli.doctor.found import of_fleet
 from cortex.cli.doctor.neurons import NeuronAnswers, check_harnesses, check_twins, examine
+from cortex.cli.doctor.this_host import DeploymentFiles
 from cortex.config.catalogue import Catalogue
+from cortex.config.settings import CortexConfig
 from shared import __version__
 from shared.protocol import Device, DeviceHealth, Discovery, ModelView, NeuronHealth
 from tests.cortex.cli.doctor.doctor_command import CATALOGUE, NEURON, TOP, command, config_file, doctor
@@ -74,6 +77,53 @@ def test_lines_for_people(fleet: Fleet, directory: Path) -> None:
     assert "completion: absent: " in wrong
     assert "`cortex explain absent`" in wrong
     assert lines[-1] == f"1 fault, 0 warnings, {len(lines) - 3} ok"
+
+
+def test_neurons_that_dns_finds(fleet: Fleet, tmp_path: Path) -> None:
+    """Under their own names, also while cortex does not run; their harnesses count."""
+    port = int(fleet.neuron.url.rpartition(":")[2])
+    table = {"kind": "dns", "host": "127.0.0.1", "port": port, "token_env": "NEURON_TOKEN"}
+    report = doctor(config_file(tmp_path, discovery=table))
+    assert report.of("fault") == []
+    assert any(line.startswith(f"{NODE}: answers in ") for line in report.of("ok"))
+    assert "discovery: 127.0.0.1 has the addresses 127.0.0.1" in report.of("ok")
+    table["host"] = "no.invalid"
+    found = doctor(config_file(tmp_path, discovery=table)).of("warning")
+    assert any(line.startswith("discovery: no.invalid has no address; set [discovery] host") for line in found)
+
+
+def test_neurons_that_have_registered(fleet: Fleet, tmp_path: Path) -> None:
+    """With the tokens in the state file."""
+    kept = {"name": "gpu1", "endpoint": fleet.neuron.url, "token": TOKEN, "expires_at": 4e9}
+    (tmp_path / "state").mkdir()
+    state = {"version": 1, "registrations": [kept]}
+    (tmp_path / "state" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (tmp_path / "token").write_text("registration", encoding="utf-8")
+    table = {"kind": "register", "registration_token_file": "token"}
+    report = doctor(config_file(tmp_path, discovery=table))
+    assert report.of("fault") == []
+    assert any(line.startswith("gpu1: answers in ") for line in report.of("ok"))
+    assert any(line.startswith("discovery: cortex cannot be asked") for line in report.of("warning"))
+
+
+def test_neurons_that_the_running_cortex_has_found(fleet: Fleet, tmp_path: Path) -> None:
+    """Without a token for it a registered neuron is not examined; that is a warning."""
+    (tmp_path / "token").write_text("registration", encoding="utf-8")
+    table = {"kind": "register", "registration_token_file": "token"}
+    report = doctor(config_file(tmp_path, discovery=table), "--url", fleet.cortex.url)
+    assert any(line.startswith(f"{NODE}: it answers, but its token is known") for line in report.of("warning"))
+    assert report.of("fault") == []
+
+
+def test_found_neurons_of_a_fleet(tmp_path: Path) -> None:
+    """Listed ones are left out; one that cannot be reached from here is not asked."""
+    listed = [{"name": "a", "endpoint": "http://a:1"}]
+    discovery = {"kind": "dns", "host": "n", "token": "t"}
+    config = CortexConfig.model_validate({"neurons": listed, "discovery": discovery})
+    nodes = [{"name": name, "endpoint": f"http://{name}:1"} for name in "ab"] + [{"name": "c", "endpoint": "dial://c"}]
+    asked, findings = of_fleet({"nodes": nodes}, DeploymentFiles(tmp_path, config, Catalogue()), {})
+    assert [(each.entry.name, each.entry.token) for each in asked] == [("b", "t")]
+    assert [(each.verdict, each.subject) for each in findings] == [(Verdict.OK, "c")]
 
 
 def test_a_wrong_token(fleet: Fleet, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import stat
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 from cortex.config.catalogue import Catalogue
 from cortex.config.settings import CortexConfig
 from cortex.control.wiring import running_control
-from cortex.fleet.members import dns
+from cortex.fleet.members import dns, found
 from cortex.fleet.members.dns import DnsDiscovery
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
 from cortex.upstream.pool import EnginePool
+from shared.protocol import Registration
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.protocol_v1_neuron import V1Neuron
 from tests.neuron.neurons import config_of, neuron_here
@@ -42,7 +46,8 @@ async def register(cortex: RunningCortex, bearer: str | None = SECRET, **fields:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """DNS and neurons may take as long as a busy machine needs."""
-    monkeypatch.setattr(dns, "TIMEOUT_SECS", 60.0)
+    for module in (dns, found):
+        monkeypatch.setattr(module, "TIMEOUT_SECS", 60.0)
 
 
 def no_neuron(cortex: RunningCortex) -> bool:
@@ -73,6 +78,31 @@ async def test_a_registered_neuron_serves_until_it_stops_registering(
     assert cortex.parts.clients == {}
 
 
+async def test_registered_neurons_survive_a_restart_of_cortex(
+    benjy: V1Neuron, registering: dict[str, Any], tmp_path: Path
+) -> None:
+    """With their tokens, in a file that is this user's alone; not after they have expired, nor with another kind."""
+    config = CortexConfig.model_validate({"discovery": registering})
+    wanted = Registration(name="benjy", endpoint=benjy.url, token="its own", instance_id="p", interval_secs=10)
+    async with running_control(config, Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert parts.registrations is not None
+        parts.registrations.register(wanted)
+        parts.registrations.register(wanted.model_copy(update={"name": "gone", "endpoint": "http://127.0.0.1:9"}))
+    path = tmp_path / "state.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["registrations"][1]["expires_at"] = 1.0
+    path.write_text(json.dumps(stored), encoding="utf-8")
+
+    async with running_control(config, Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert list(parts.clients) == ["benjy"]
+        (kept,) = parts.state.registrations
+        assert (kept.token, kept.process) == ("its own", "p")
+    async with running_control(CortexConfig(), Catalogue(), state=StateFile(tmp_path)) as parts:
+        assert parts.clients == {}
+    assert "its own" not in path.read_text(encoding="utf-8")
+
+
 async def test_what_is_not_registered(start_cortex: StartCortex, registering: dict[str, Any]) -> None:
     """A wrong token, also where clients need keys, and what cannot be an entry: nothing of it reaches the fleet."""
     cortex = await start_cortex([], [MODEL], discovery=registering, keys="me:user:sk-cortex-0123456789abcdef")
@@ -85,6 +115,22 @@ async def test_what_is_not_registered(start_cortex: StartCortex, registering: di
     assert (await register(cortex, **good))[0] == 200
 
 
+async def test_the_registration_token_is_renewed_without_a_gap(start_cortex: StartCortex, tmp_path: Path) -> None:
+    """While cortex's file has both, each of them is good."""
+    file, wanted = tmp_path / "tokens", {"name": "a", "endpoint": "http://127.0.0.1:9"}
+    table = {"kind": "register", "registration_token_file": str(file)}
+    file.write_text("old\nnew\n", encoding="utf-8")
+    cortex = await start_cortex([], [], discovery=table)
+    assert [(await register(cortex, token, **wanted))[0] for token in ("old", "new", "oldnew", "")] == [
+        200,
+        200,
+        401,
+        401,
+    ]
+    file.write_text("new\n", encoding="utf-8")
+    assert [(await register(cortex, token, **wanted))[0] for token in ("old", "new")] == [401, 200]
+
+
 async def test_registration_has_to_be_turned_on(start_cortex: StartCortex) -> None:
     """404, which neuron's log shows with the setting to change."""
     status, answer = await register(await start_cortex([], [MODEL]), name="a", endpoint="http://127.0.0.1:9")
@@ -93,8 +139,9 @@ async def test_registration_has_to_be_turned_on(start_cortex: StartCortex) -> No
 
 
 async def test_neuron_announces_itself(start_cortex: StartCortex, registering: dict[str, Any], tmp_path: Path) -> None:
-    """With its name and the token that it expects, to each cortex that it knows; when it has ended, they forget it."""
-    (tmp_path / "token").write_text(f"{SECRET}\n", encoding="utf-8")
+    """With its name and the token that it expects, to each cortex that it knows; when it has ended, they forget it. Of
+    several registration tokens it sends the first."""
+    (tmp_path / "token").write_text(f"# today's\n\n{SECRET}\nyesterday's\n", encoding="utf-8")
     cortexes = [await start_cortex([], [], discovery=registering) for _ in range(2)]
     cortex_table = {
         "urls": [cortex.url for cortex in cortexes],
@@ -135,7 +182,8 @@ async def test_neurons_come_and_go_with_their_addresses(benjy: V1Neuron, caplog:
     settings = CortexConfig.model_validate({"discovery": {"kind": "dns", "host": "neurons", "port": port}}).discovery
     fleet, pool = Fleet([], unhealthy_after=3), EnginePool(5)
     membership = Membership(pool, fleet)
-    discovery = DnsDiscovery(settings, membership, fleet, pool, resolve=scripted, clock=lambda: now)
+    neurons = found.FoundNeurons(settings, membership, fleet, pool, grace_secs=60, clock=lambda: now)
+    discovery = DnsDiscovery(settings, neurons, resolve=scripted)
     try:
         benjy.rewrite = lambda answer: []
         await discovery.look()

@@ -12,6 +12,7 @@ from cortex.config.settings import PollSettings
 from cortex.fleet.members.membership import Membership
 from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.state import Fleet
+from cortex.fleet.store import StateFile
 from cortex.upstream.pool import EnginePool
 from shared.errors import Conflict
 from shared.protocol import Registration
@@ -30,7 +31,8 @@ class Registering:
         self.told = 0
         self.fleet = Fleet([], unhealthy_after=3)
         self.membership = Membership(pool, self.fleet)
-        self.registrations = Registrations(self.membership, self.fleet, clock=lambda: self.now)
+        self.state = StateFile()
+        self.registrations = Registrations(self.membership, self.fleet, self.state, clock=lambda: self.now)
         self._use_found = self.membership.use_found
 
     def count(self, entries: Iterable[NeuronEntry]) -> None:
@@ -76,6 +78,19 @@ async def test_a_renewal_changes_nothing(cortex: Registering, endpoint: str) -> 
     assert cortex.told == 1
     assert cortex.endpoints() == {"a": endpoint}
     expiring.cancel()
+
+
+async def test_renewals_are_kept_now_and_then(cortex: Registering, endpoint: str) -> None:
+    """The state file is written whole; what it has is valid until the next time."""
+    cortex.registrations.register(announcement("a", endpoint))
+    (first,) = cortex.state.registrations
+    cortex.now = 60
+    cortex.registrations.register(announcement("a", endpoint))
+    assert cortex.state.registrations == [first]
+    cortex.now = 61
+    cortex.registrations.register(announcement("a", endpoint))
+    (second,) = cortex.state.registrations
+    assert second.expires_at >= first.expires_at
 
 
 async def test_a_refusal_is_logged_once(cortex: Registering, endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
