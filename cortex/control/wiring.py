@@ -284,7 +284,7 @@ async def running_control(
         membership.configure(config.neurons, config.poll)
         core.metrics.polls = lambda: {name: poller.counts for name, poller in membership.pollers.items()}
         membership.moved.subscribe(core.routes.forget)
-        discovery = await open_discovery(config.discovery, membership, fleet, pool, state, broker)
+        discovery = await open_discovery(config.discovery, membership, fleet, pool, state, broker=broker)
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
         loops = {**core.loops, **keys.loops, **discovery.loops, **own}

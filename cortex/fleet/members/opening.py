@@ -35,6 +35,7 @@ async def open_discovery(
     fleet: Fleet,
     pool: EnginePool,
     state: StateFile,
+    *,
     broker: DialBroker | None = None,
 ) -> NeuronDiscovery:
     """Returns when the neurons that can be found now are in the fleet, so that the first request finds them. `broker`:
