@@ -41,6 +41,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
+from cortex.fleet.members.decisions import Decisions, open_decisions
 from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.members.opening import open_discovery
 from cortex.fleet.members.registrations import Registrations
@@ -127,6 +128,7 @@ class Parts(ControlCore):
     requests: RequestHistory
     sign_in: SignIn | None
     registrations: Registrations | None
+    decisions: Decisions
     storage: Storage
 
     @property
@@ -266,6 +268,7 @@ async def running_control(
     tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
     with contextlib.closing(EnginePool(IDLE_SECS, tls)) as pool:
         membership = Membership(pool, fleet, lambda: state.drained)
+        decisions = await open_decisions(state, fleet, database)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
@@ -278,7 +281,7 @@ async def running_control(
         discovery = await open_discovery(config.discovery, membership, fleet, pool, state)
         _use_keys(keys, core)
         own = {"state file": state.write_loop, "limits": limiter.run}
-        loops = {**core.loops, **keys.loops, **discovery.loops, **own}
+        loops = {**core.loops, **keys.loops, **discovery.loops, **decisions.loops, **own}
         if sign_in is not None:
             loops["sign-out"] = sign_in.run
         if tls is not None:
@@ -300,6 +303,7 @@ async def running_control(
                     requests=RequestHistory(),
                     sign_in=sign_in,
                     registrations=discovery.registrations,
+                    decisions=decisions,
                     storage=storage,
                 )
         finally:
