@@ -107,6 +107,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        demand=parts.demand,
         storage=parts.storage,
     )
     app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])

@@ -146,7 +146,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             device_watch=device_watch,
             meter=meter,
             home=state.home,
-            ledger=memory.ledger,
+            memory=memory,
             registry=registry,
             adapters=adapters,
             v1=ProtocolV1(registry, keys),

@@ -280,17 +280,14 @@ async def running_control(
         membership.moved.subscribe(core.routes.forget)
         discovery = await open_discovery(config.discovery, membership, fleet, pool, state)
         _use_keys(keys, core)
-        own = {"state file": state.write_loop, "limits": limiter.run}
-        loops = {**core.loops, **keys.loops, **discovery.loops, **decisions.loops, **own}
-        if sign_in is not None:
-            loops["sign-out"] = sign_in.run
+        loops = {**core.loops, **keys.loops, **discovery.loops, **decisions.loops}
+        timeline, storage = _timeline(core), _storage(state, database)
+        loops |= {"state file": state.write_loop, "limits": limiter.run, "storage": storage.run}
+        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
+        books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
+        loops |= {name: each.run for name, each in (("sign-out", sign_in), ("energy", books)) if each is not None}
         if tls is not None:
             loops["TLS files"] = tls.watch_loop
-        timeline, storage = _timeline(core), _storage(state, database)
-        loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
-        books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
-        if books is not None:
-            loops["energy"] = books.run
         try:
             async with running(loops):
                 yield Parts(

@@ -50,6 +50,18 @@ def test_top(dev: Dev) -> None:
         assert terminal.ended() == 0
 
 
+def test_top_on_a_small_terminal(dev: Dev) -> None:
+    """No figure is cut and no row takes two lines; arrows scroll, which Escape alone ends."""
+    with on_a_terminal(*CORTEX, "top", size=(8, 80), CORTEX_URL=dev.url) as terminal:
+        terminal.until(" of 24 GiB", "TEMP  POWER", "scroll, lines 1 to 7 of 9")
+        terminal.press("\x1b[B")
+        terminal.until("scroll, lines 2 to 8 of 9")
+        terminal.press("\x1b[A\x1bOBs")
+        terminal.until("now by running   ↑ ↓ scroll, lines 2 to 8 of 9")
+        terminal.press("\x1b")
+        assert terminal.ended() == 0
+
+
 def test_top_needs_a_terminal(dev: Dev) -> None:
     done = piped(dev, "top")
     assert (done.returncode, "top needs a terminal" in done.stderr) == (1, True)
