@@ -8,11 +8,12 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from cortex.accounts.database.database import Database
 from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.storage import marked_as_running
@@ -39,6 +40,7 @@ from cortex.config.files import (
 from cortex.config.settings import CortexConfig
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
+from cortex.fleet.members.dialled.broker_process import open_broker
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
@@ -156,9 +158,7 @@ async def serve(
             on_forced_exit=kill_workers,
         ) as stop,
         opened_accounts(config, files.path, directory) as (database, keys),
-        running_control(
-            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
-        ) as parts,
+        _controlling(config, catalogue, files, state=state, database=database, keys=keys) as parts,
     ):
         _check_keys(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet, config)
@@ -178,6 +178,27 @@ async def serve(
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 await _until_stopped(stop, restarting, url, len(parts.membership.clients))
                 closing.set()  # first: event streams are requests in flight, too
+
+
+@asynccontextmanager
+async def _controlling(
+    config: CortexConfig,
+    catalogue: Catalogue,
+    files: ConfigurationFiles,
+    *,
+    state: StateFile,
+    database: Database | None,
+    keys: KeyRing,
+) -> AsyncIterator[Parts]:
+    """The control, and the broker that it may need. Raises ListenError."""
+    broker, paths = open_broker(config), [str(path) for path in files.paths]
+    async with (
+        nullcontext() if broker is None else broker.running(),
+        running_control(
+            config, catalogue, files=paths, state=state, database=database, keys=keys, broker=broker
+        ) as parts,
+    ):
+        yield parts
 
 
 async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, neurons: int) -> None:
@@ -225,6 +246,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         people=parts.sign_in,
         usage_directory=usage,
         requests=parts.requests,
+        broker=parts.broker_address,
     )
 
 

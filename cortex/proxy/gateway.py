@@ -213,7 +213,9 @@ class Gateway:
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
             what = "-" if request is None else request.shown
-            context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
+            sender = "" if request is None else f" from={request.peer or '-'}"
+            text = f"{what} {error.status} refused={error.message!r}{sender} id={request_id}"
+            context.access_log.line(text, request_id)
         return request_id
 
     def collect(self, *, callers: bool = False) -> Counters:
