@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -92,10 +93,15 @@ async def test_without_the_database_nothing_changes(
     """The operator is told, and what holds goes on holding; a load of a model that nothing holds back needs none."""
     url = new_postgresql()
     name = url.partition("@/")[2].partition("?")[0]
+
+    async def execute(statement: str) -> None:
+        """In a thread: it waits for the transactions of this loop."""
+        await asyncio.to_thread(postgresql_server.execute, statement, database=name)
+
     async with cortex(url, benjy, tmp_path) as a:
         await a.decisions.hold_back(("m", ANY_NODE), time.time() + 3600)
         for table in ("drained_nodes", "held_models"):
-            postgresql_server.execute(f"ALTER TABLE {table} RENAME TO {table}_away", database=name)
+            await execute(f"ALTER TABLE {table} RENAME TO {table}_away")
         with pytest.raises(Unavailable, match=r"benjy was not drained: .*repeat the command once"):
             await a.decisions.set_drained("benjy", True)
         with pytest.raises(Unavailable, match="m is still held back"):
@@ -106,7 +112,7 @@ async def test_without_the_database_nothing_changes(
         with pytest.raises(DatabaseError):
             await a.decisions.look()
         for table in ("drained_nodes", "held_models"):
-            postgresql_server.execute(f"ALTER TABLE {table}_away RENAME TO {table}", database=name)
+            await execute(f"ALTER TABLE {table}_away RENAME TO {table}")
         await a.decisions.end_holds("m", None)
         await a.decisions.set_drained("benjy", True)
         assert (a.state.holds, a.fleet.node("benjy").draining) == ({}, True)
