@@ -107,7 +107,7 @@ class FleetView:
             "in_flight": _by_place(self._in_flight()),
             "waiting": {each["model"]: each for each in self._waiting()},
             "last_used": self._last_used(),
-            "rates": {model: rate._asdict() for model, rate in self._rates.rates().items()},
+            "rates": {model: rate._asdict() for model, rate in self._rates.rates(time.monotonic()).items()},
             "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
             "warnings": self._storage.warnings,
             "configuration": self._configuration(),
