@@ -73,13 +73,14 @@ class _DeviceTime(BaseModel):
 
 
 class KeptRegistration(BaseModel):
-    """A neuron that has announced itself: `token` is what it expects from cortex, `process` its `instance_id`. Valid
-    until a Unix time."""
+    """A neuron that has announced itself: `token` is what it expects from cortex, `process` its `instance_id`,
+    `dial_key` what its own connections show. Valid until a Unix time."""
 
     name: str
     endpoint: str
     token: str | None = None
     process: str | None = None
+    dial_key: str | None = None
     expires_at: Secs
 
 

@@ -120,6 +120,11 @@ class NeuronConfig(SettingsModel):
             raise ValueError("tls_cert and tls_key: set both, or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca: needs tls_cert and tls_key")
+        if self.tls_cert is not None and self.cortex.dials:
+            raise ValueError(
+                'tls_cert: cannot be used with [cortex] dial = "out": the connections to cortex are encrypted if its '
+                "URL begins with https://"
+            )
         if len({entry.variable for entry in self.accelerators}) > 1:
             raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:
