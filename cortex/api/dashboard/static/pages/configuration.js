@@ -45,8 +45,8 @@ function Settings({ found, all, setAll, search }) {
     <p class="small">From ${found.files.map((file, index) => html`${index ? " and " : ""}<code>${file}</code>`)}, loaded ${ago(found.loaded_at)}.${found.environment.length ? ` Overridden by ${found.environment.join(", ")}.` : ""}</p>
     <label><input type="checkbox" checked=${all} onChange=${(event) => setAll(event.target.checked)} /> also keys with their default</label>
     ${settings.length ? html`<div class="wide" tabindex="0" role="region" aria-label="Keys"><table>
-      <thead><tr><th scope="col">Key</th><th scope="col">Value</th><th scope="col">A change</th></tr></thead>
-      <tbody>${settings.map((setting) => html`<tr><th scope="row">${setting.key}</th><td>${shown(setting.value)}${setting.default ? html` <span class="small">(default)</span>` : ""}</td><td>${setting.needs_restart ? "needs a restart" : "applies"}</td></tr>`)}</tbody>
+      <thead><tr><th scope="col" class="text">Key</th><th scope="col" class="text">Value</th><th scope="col" class="text">A change</th></tr></thead>
+      <tbody>${settings.map((setting) => html`<tr><th scope="row">${setting.key}</th><td class="text">${shown(setting.value)}${setting.default ? html` <span class="small">(default)</span>` : ""}</td><td class="text">${setting.needs_restart ? "needs a restart" : "applies"}</td></tr>`)}</tbody>
     </table></div>` : html`<p>No key differs from its default.</p>`}
     <${Entries} title="Neurons" entries=${found.neurons} nameOf=${(entry) => entry.name} />
     <${Entries} title="Models" entries=${found.models} nameOf=${(entry) => entry.id} />

@@ -84,7 +84,7 @@ function Picture({ rows, since, until, choose }) {
   </div>`;
 }
 
-function Chart({ minutes, what, title }) {
+function Chart({ minutes, what, title, since, until }) {
   const box = useRef(null);
   const models = useMemo(() => [...new Set(minutes.flatMap((minute) => Object.keys(minute[what] ?? {})))].sort(), [minutes, what]);
   useEffect(() => {
@@ -93,14 +93,14 @@ function Chart({ minutes, what, title }) {
     const colours = getComputedStyle(document.documentElement);
     const series = models.map((model) => ({ label: model, stroke: colours.getPropertyValue(`--${modelClass(model)}`), width: 2 }));
     const axis = { stroke: colours.getPropertyValue("--text"), grid: { stroke: colours.getPropertyValue("--line"), width: 1 } };
-    const chart = new uPlot({ width: box.current.clientWidth || 600, height: HEIGHT, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
+    const chart = new uPlot({ width: box.current.clientWidth || 600, height: HEIGHT, scales: { x: { range: () => [since, until] } }, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
     const resized = new ResizeObserver(() => chart.setSize({ width: box.current.clientWidth, height: HEIGHT }));
     resized.observe(box.current);
     return () => {
       resized.disconnect();
       chart.destroy();
     };
-  }, [minutes, models, what]);
+  }, [minutes, models, what, since, until]);
   if (!models.length) return null;
   return html`<h2>${title}</h2><div class="chart" ref=${box} role="img" aria-label=${`${title}: ${models.join(", ")}`}></div>`;
 }
@@ -126,7 +126,7 @@ export function TimelinePage({ fleet }) {
     <${Problem} error=${error} />
     ${picture}
     <p class="chosen" aria-live="polite">${chosen ? html`<${Status} status=${chosen.status} /> ${told(chosen, timeline?.to ?? chosen.since)}` : "Choose a span to read about it."}</p>
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="waiting" title="Requests that waited, at most in each minute" />`}
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="requests" title="Requests in each minute" />`}
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} what="errors" title="Errors in each minute" />`}`;
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="waiting" title="Requests that waited, at most in each minute" />`}
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="requests" title="Requests in each minute" />`}
+    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="errors" title="Errors in each minute" />`}`;
 }

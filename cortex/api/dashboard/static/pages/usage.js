@@ -27,7 +27,7 @@ export function UsagePage() {
     <fieldset class="row"><legend>Group by</legend>${GROUPS.map((group) => html`<label><input type="checkbox" checked=${groups.includes(group)} onChange=${() => toggle(group)} /> ${group}</label>`)}</fieldset>
     <${Problem} error=${error} />
     ${report && html`<div class="wide" tabindex="0" role="region" aria-label="Usage table"><table>
-      <thead><tr>${report.group_by.map((group) => html`<th scope="col">${group}</th>`)}<th scope="col">requests</th><th scope="col">errors</th><th scope="col">prompt tokens</th><th scope="col">of them cached</th><th scope="col">completion tokens</th><th scope="col">cost</th><th scope="col">energy</th><th scope="col">first byte, p95</th></tr></thead>
+      <thead><tr>${report.group_by.map((group) => html`<th scope="col" class="text">${group}</th>`)}<th scope="col">requests</th><th scope="col">errors</th><th scope="col">prompt tokens</th><th scope="col">of them cached</th><th scope="col">completion tokens</th><th scope="col">cost</th><th scope="col">energy</th><th scope="col">first byte, p95</th></tr></thead>
       <tbody>${report.rows.map((row) => html`<tr>${report.group_by.map((group) => html`<th scope="row">${row[group] === "" ? "none" : String(row[group])}</th>`)}${cells(row)}</tr>`)}</tbody>
       <tfoot><tr>${report.group_by.length ? html`<th scope="row" colspan=${report.group_by.length}>all</th>` : null}${cells(report.totals)}</tr></tfoot>
     </table></div>`}`;
