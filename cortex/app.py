@@ -24,6 +24,7 @@ from cortex.api.app_keys import (
     CLIENTS,
     COUNTS,
     CREATED,
+    DECISIONS,
     FLEET,
     KEYS,
     LIVE,
@@ -35,7 +36,6 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
-    STATE,
     STORAGE,
     TIMELINE,
     USAGE_REPORTS,
@@ -82,7 +82,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[LIVE] = parts.live
     app[FLEET] = parts.fleet
     app[CLIENTS] = parts.clients
-    app[STATE] = parts.state
+    app[DECISIONS] = parts.decisions
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader
     app[ADAPTERS] = parts.adapters
@@ -98,7 +98,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[RELOADER] = reloader
     app[USAGE_REPORTS] = usage_reports(parts.database, parts.live)
     app[MODEL_LIST] = ModelList()
-    app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients)
+    app[CONTEXT_LENGTHS] = ContextLengths(parts.fleet, parts.state, parts.clients, parts.broker_address)
     app.cleanup_ctx.append(following)
     app[FLEET_VIEW] = FleetView(
         live=parts.live,
@@ -107,6 +107,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        demand=parts.demand,
         storage=parts.storage,
     )
     app[FLEET_CHANGES] = FleetChanges(app[FLEET_VIEW])
@@ -128,7 +129,9 @@ def build_metrics_app(parts: Parts) -> web.Application:
     app[COUNTS] = parts.counts
     app[METRICS] = parts.metrics
     app[FLEET] = parts.fleet
-    app[ENGINE_SCRAPES] = EngineScrapes(parts.fleet, EngineQuestions(parts.clients), parts.metrics)
+    app[ENGINE_SCRAPES] = EngineScrapes(
+        parts.fleet, EngineQuestions(parts.clients, parts.broker_address), parts.metrics
+    )
     app.cleanup_ctx.append(asking_engines)
     app.add_routes(METRICS_ROUTES)
     return app
@@ -171,15 +174,17 @@ async def working(
     people: People | None = None,
     prices: PriceList = NO_PRICES,
     usage_directory: Path | None = None,
+    broker: str | None = None,
 ) -> AsyncIterator[Gateway]:
     """A worker: serves clients on `socks` inside the body, and lets them finish after it. `address` is the control
     app's, `keys` are those of clients, `people` knows those that sign in. Usage is written to `usage_directory`, and
-    lost without one."""
+    lost without one. `broker` as for `EnginePool`."""
     info = logging.getLogger().isEnabledFor(logging.INFO)
     context = ProxyContext(
         control,
         config,
         access_log=AccessLog(sys.stderr.write if info else None, as_json=config.log_format == "json"),
+        broker=broker,
     )
     context.tracing = open_tracing(config.tracing)
     if usage_directory is not None:
@@ -225,6 +230,7 @@ async def serving_here(
         people=parts.sign_in,
         prices=prices,
         usage_directory=usage_directory,
+        broker=parts.broker_address,
     ) as gateway:
         parts.counts.attach(gateway)
         parts.requests.attach(gateway)

@@ -130,13 +130,13 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             launcher=launcher,
             new_supervisor=new_supervisor,
         )
-        meter.residents = functools.partial(_residents, registry)
+        meter.residents, ports = functools.partial(_residents, registry), functools.partial(_engine_ports, registry)
         stack.push_async_callback(registry.stop_all)
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
         device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
-        announcer = Announcer(config, http, port=port, instance_id=own_id)
+        announcer = Announcer(config, http, port=port, instance_id=own_id, engine_ports=ports)
         stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
         yield Services(
             config=config,
@@ -146,7 +146,7 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             device_watch=device_watch,
             meter=meter,
             home=state.home,
-            ledger=memory.ledger,
+            memory=memory,
             registry=registry,
             adapters=adapters,
             v1=ProtocolV1(registry, keys),
@@ -188,6 +188,10 @@ async def _meter(state: StateDir) -> EnergyMeter:
 def _residents(registry: Registry) -> list[Resident]:
     found = (model.resident() for model in registry.models)
     return [resident for resident in found if resident is not None]
+
+
+def _engine_ports(registry: Registry) -> set[int]:
+    return {model.engine.port for model in registry.models if model.engine is not None}
 
 
 async def _load_history(state: StateDir) -> LoadHistory:

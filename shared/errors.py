@@ -33,7 +33,7 @@ class ServiceError(Exception):
 
     `retry_after` is in seconds; it becomes the Retry-After header (`shared.retry_after`). `param` names the field.
     `status` replaces that of the class. `headers` are further headers of the answer, names in lower case. `permanent`:
-    retrying is useless until someone changes something; the client libraries of OpenAI and Anthropic then do not retry.
+    retrying is useless, at least for a long time; the client libraries of OpenAI and Anthropic then do not retry.
     """
 
     status = 500
@@ -73,8 +73,9 @@ class ServiceError(Exception):
 
     def anthropic_body(self) -> dict[str, Any]:
         """Anthropic's error envelope."""
-        # Claude Code retries an `overloaded_error` ten times, whatever the headers say.
-        kind = "api_error" if self.permanent else anthropic_error_type(self.status)
+        kind = anthropic_error_type(self.status)
+        if self.permanent and kind == _OVERLOADED:  # Claude Code retries it ten times, whatever the headers say
+            kind = "api_error"
         return {"type": "error", "error": {"type": kind, "message": self.message, "code": self.code}}
 
 
@@ -133,6 +134,7 @@ def error_type(status: int) -> str:
     return "invalid_request_error" if status < 500 else "api_error"
 
 
+_OVERLOADED = "overloaded_error"
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -140,7 +142,7 @@ _ANTHROPIC_TYPES = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    503: "overloaded_error",
+    503: _OVERLOADED,
 }
 
 

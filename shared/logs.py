@@ -11,6 +11,8 @@ from typing import Any, Literal
 from shared.request_ids import current_request_id
 
 LogFormat = Literal["text", "json"]
+OWN_LOGGERS = ("cortex", "neuron", "shared", "__main__")
+"""Only these log below INFO: libraries would log each statement that they send to the database, with its values."""
 
 
 def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
@@ -25,6 +27,10 @@ def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    if root.level < logging.INFO:
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).setLevel(root.level)
+        root.setLevel(logging.INFO)
 
 
 def add_request_id(record: logging.LogRecord) -> bool:

@@ -29,6 +29,9 @@ LIMITS_UNKNOWN_SECS: Final = 2
 """The database with the limits does not answer."""
 RUNNING_REQUEST_SECS: Final = 1
 """A limit is taken by requests that run: it is unknown when one ends."""
+LONGEST_CLIENT_WAIT_SECS: Final = 60
+"""A client should report a longer wait instead of sitting it out. Client packages do not agree on it: Anthropic's
+sleeps for as long as it is told, even weeks, and older ones of OpenAI repeat the request at once."""
 GPU_UNUSABLE_SECS: Final = 60
 """A host's driver refuses its GPUs: an operator has to act."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -15,8 +16,10 @@ from cortex.api.app_keys import KEYS, SIGN_IN
 from cortex.api.sign_in import session_of
 from cortex.http.headers import CALLER_NAME
 from cortex.proxy.paths import INFERENCE_PATHS
-from shared.errors import Forbidden, ServiceError, Unauthorized
+from shared.errors import Forbidden, ServiceError, Unauthorized, shortened
 from shared.http import Handler
+
+log = logging.getLogger(__name__)
 
 NEEDED_ROLES: Mapping[tuple[str, str], Role | None] = {
     **{("POST", path): "user" for path in INFERENCE_PATHS},
@@ -79,17 +82,25 @@ def caller_of(request: web.Request) -> Caller:
 
 @web.middleware
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuses callers whose role does not suffice."""
+    """Refuses callers whose role does not suffice, and logs what operators and admins change."""
     needed = _needed(request)
     if needed is None:
         return await handler(request)
     caller = caller_of(request)
+    acts = needed != "user" and request.method not in ("GET", "HEAD")
     if not may(caller.role, needed):
+        if acts:  # without what stands for {name}: it may be anything, even a key
+            log.warning("%s %s refused: %s has the role %s", request.method, _route(request), caller.name, caller.role)
         key = f"the API key {caller.name!r} has" if caller.key_id else "without an API key you have"
         who = f"{caller.name} has" if caller.is_person else key
         hint = "" if caller.key_id else _hint(request)
         raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}{hint}")
-    return await handler(request)
+    response = await handler(request)
+    if acts:
+        dry_run = request.query.get("dry_run")
+        details = "" if dry_run is None else f"?dry_run={shortened(dry_run)!r}"
+        log.info("%s %s%s by %s", request.method, request.path, details, caller.name)
+    return response
 
 
 def _hint(request: web.Request) -> str:
@@ -159,8 +170,14 @@ def _credential(request: web.Request) -> bytes:
 
 def _needed(request: web.Request) -> Role | None:
     """The role of the route. For an unknown route any key will do, and only the 404 follows."""
-    resource = request.match_info.route.resource
-    if resource is None:
+    route = _route(request)
+    if not route:
         return "user"
     method = "GET" if request.method == "HEAD" else request.method
-    return NEEDED_ROLES.get((method, resource.canonical), "admin")
+    return NEEDED_ROLES.get((method, route), "admin")
+
+
+def _route(request: web.Request) -> str:
+    """Its path as in `NEEDED_ROLES`, "" if it is unknown."""
+    resource = request.match_info.route.resource
+    return "" if resource is None else resource.canonical

@@ -65,11 +65,11 @@ def serve(
 
 
 @app.command()
-def check(config: ConfigFile) -> int:
+def check(config: ConfigFile, *, as_json: Json = False) -> int:
     """Validate cortex.toml and models.toml, and print every problem."""
     from cortex.cli.serve import run_check
 
-    return run_check(config)
+    return run_check(config, as_json=as_json)
 
 
 @app.command()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from cortex.accounts.database.database import Database
 from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.storage import marked_as_running
@@ -39,6 +41,7 @@ from cortex.config.files import (
 from cortex.config.settings import CortexConfig
 from cortex.control.reload import Reloader, warn_of_absent
 from cortex.control.wiring import Parts, running_control
+from cortex.fleet.members.dialled.broker_process import open_broker
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address
 from cortex.workers.supervisor import Supervisor
@@ -93,13 +96,14 @@ def run_serve(
     return 0
 
 
-def run_check(config_file: Path) -> int:
+def run_check(config_file: Path, *, as_json: bool = False) -> int:
     """Prints the problems of the files, or how many neurons and models they have; the exit status."""
+    warnings: list[str] = []
     try:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
         problems += [*key_problems(config, config_file), *config.discovery.problems()]
-        warnings = configuration_warnings(config, catalogue, config_file)
+        warnings += configuration_warnings(config, catalogue, config_file)
         try:
             warnings += tls_warnings(config, config_file)
         except SettingsError as error:
@@ -107,8 +111,14 @@ def run_check(config_file: Path) -> int:
         if problems:
             raise SettingsError(problems)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        if as_json:
+            _print_found(error.problems, warnings)
+        else:
+            print(error, file=sys.stderr)
         return 1
+    if as_json:
+        _print_found([], warnings)
+        return 0
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     neurons, models = counted(len(config.neurons), "neuron"), counted(len(catalogue.models), "model")
@@ -116,6 +126,10 @@ def run_check(config_file: Path) -> int:
         neurons += f" and those that {config.discovery.kind!r} finds"
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
+
+
+def _print_found(errors: Sequence[str], warnings: Sequence[str]) -> None:
+    print(json.dumps({"ok": not errors, "errors": list(errors), "warnings": list(warnings)}, indent=2))
 
 
 async def serve(
@@ -156,9 +170,7 @@ async def serve(
             on_forced_exit=kill_workers,
         ) as stop,
         opened_accounts(config, files.path, directory) as (database, keys),
-        running_control(
-            config, catalogue, files=[str(path) for path in files.paths], state=state, database=database, keys=keys
-        ) as parts,
+        _controlling(config, catalogue, files, state=state, database=database, keys=keys) as parts,
     ):
         _check_keys(socks[0], config, keys, files.path)
         warn_of_absent(state, parts.fleet, config)
@@ -178,6 +190,27 @@ async def serve(
             async with recorder, front, running({"configuration": reloader.watch_loop}):
                 await _until_stopped(stop, restarting, url, len(parts.membership.clients))
                 closing.set()  # first: event streams are requests in flight, too
+
+
+@asynccontextmanager
+async def _controlling(
+    config: CortexConfig,
+    catalogue: Catalogue,
+    files: ConfigurationFiles,
+    *,
+    state: StateFile,
+    database: Database | None,
+    keys: KeyRing,
+) -> AsyncIterator[Parts]:
+    """The control, and the broker that it may need. Raises ListenError."""
+    broker, paths = open_broker(config), [str(path) for path in files.paths]
+    async with (
+        nullcontext() if broker is None else broker.running(),
+        running_control(
+            config, catalogue, files=paths, state=state, database=database, keys=keys, broker=broker
+        ) as parts,
+    ):
+        yield parts
 
 
 async def _until_stopped(stop: asyncio.Event, restarting: asyncio.Event, url: str, neurons: int) -> None:
@@ -225,6 +258,7 @@ def _supervisor(parts: Parts, socks: Sequence[socket.socket], address: Address, 
         people=parts.sign_in,
         usage_directory=usage,
         requests=parts.requests,
+        broker=parts.broker_address,
     )
 
 

@@ -97,6 +97,7 @@ RELOAD_OF: Mapping[str, Reload] = {
     "discovery.grace_secs": Reload.NEEDS_RESTART,
     "discovery.registration_token_env": Reload.NEEDS_RESTART,
     "discovery.registration_token_file": Reload.NEEDS_RESTART,
+    "discovery.dial_listen": Reload.NEEDS_RESTART,
     "neuron_tls.ca": Reload.NEEDS_RESTART,
     "neuron_tls.cert": Reload.NEEDS_RESTART,
     "neuron_tls.key": Reload.NEEDS_RESTART,

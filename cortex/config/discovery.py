@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cortex.config.gateway import parse_listen
 from cortex.config.neurons import check_token
 from shared.settings import SettingsError, SettingsModel, token_lines
 from shared.system.cluster import NotInCluster, cluster_here
@@ -49,6 +50,18 @@ class DiscoverySettings(SettingsModel):
     registration_token_file: Path | None = None
     """`register`: instead, a file that holds it, relative to cortex.toml, read at each registration. Each line is a
     token that is accepted, except blank ones and those that begin with `#`. Default: none."""
+
+    dial_listen: str | None = None
+    """`register`: the address for the connections of neurons with [`dial =
+    "out"`](discovery.md#what-if-cortex-cannot-reach-the-host), `HOST:PORT` or `[IPV6]:PORT`, such as
+    `"0.0.0.0:31315"`. It speaks TLS with `[gateway] tls_cert`. Default: none: such a neuron is refused."""
+
+    @field_validator("dial_listen")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_listen(value)
+        return value
 
     @field_validator("host")
     @classmethod

@@ -78,6 +78,13 @@ class NeuronEntry(SettingsModel):
         check_token(self.bearer_token)
         return self
 
+    @classmethod
+    def dialling(cls, name: str, token: str | None) -> NeuronEntry:
+        """The entry of a neuron that keeps connections to cortex. Its endpoint cannot be written into cortex.toml: such
+        a neuron has to register. Raises ValueError."""
+        checked = cls(name=name, endpoint="http://localhost", token=token)
+        return checked.model_copy(update={"endpoint": f"dial://{name}"})
+
     @property
     def bearer_token(self) -> str | None:
         """The token to send to this neuron; None when it needs none."""

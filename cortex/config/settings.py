@@ -204,7 +204,7 @@ class CortexConfig(SettingsModel):
     `#` as `%23`, `?` as `%3F` and `@` as `%40`. Default: SQLite in `cortex.db` in the state
     directory."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """`debug`, `info`, `warning` or `error`; the log goes to standard error."""
+    """`debug`, `info`, `warning` or `error`; the log goes to standard error. Libraries log nothing below `info`."""
     log_format: Literal["text", "json"] = "text"
     """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
     `exception`."""

@@ -190,6 +190,13 @@ class Demand:
         """A request will be sent there in a moment."""
         self._last_used[key] = self._clock()
 
+    def last_uses(self) -> dict[str, float]:
+        """When each model was last used, in Unix seconds, as far as `sample` has seen it."""
+        offset, found = time.time() - self._clock(), dict[str, float]()
+        for key, at in self._last_used.items():
+            found[key.model_id] = max(found.get(key.model_id, 0.0), at + offset)
+        return found
+
     def least_recent_first(self, keys: Iterable[ReplicaKey]) -> list[ReplicaKey]:
         """In the order of their last use as far as `sample` has seen it, those never used first."""
         _ = self._collect(self._clock())

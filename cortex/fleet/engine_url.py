@@ -6,7 +6,7 @@ import ipaddress
 from functools import lru_cache
 from urllib.parse import urlsplit, urlunsplit
 
-from cortex.upstream.address import parse_url
+from cortex.upstream.address import DIAL, parse_url
 from shared.protocol import EndpointReply
 
 
@@ -19,20 +19,31 @@ def reachable(endpoint: EndpointReply, neuron_url: str) -> EndpointReply:
 
 
 def reachable_url(url: str, neuron_url: str) -> str:
-    """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too.
+    """An engine's URL with a loopback or wildcard host replaced by the neuron's, unless that is loopback too. The
+    engines of a neuron that dials are reached through it.
 
     Raises:
-        ValueError: `url` is not an absolute http URL.
+        ValueError: `url` is not an absolute http URL, or cannot be reached so.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is not an absolute URL")
-    neuron_host = urlsplit(neuron_url).hostname or ""
+    neuron = urlsplit(neuron_url)
+    if neuron.scheme == DIAL:  # only there can it be connected to, whichever address it has
+        if parts.scheme != "http" or parts.port is None:
+            raise ValueError(f"{url!r} cannot be reached through a neuron that dials: it needs http:// and a port")
+        return urlunsplit((DIAL, f"{neuron.netloc}:{parts.port}", parts.path, "", "")).rstrip("/")
+    neuron_host = neuron.hostname or ""
     if not _is_local(parts.hostname) or _reaches_itself(neuron_host, parts.hostname):
         return url.rstrip("/")
     host = f"[{neuron_host}]" if ":" in neuron_host else neuron_host
     netloc = host if parts.port is None else f"{host}:{parts.port}"
     return urlunsplit((parts.scheme, netloc, parts.path, "", "")).rstrip("/")
+
+
+def dials(neuron_url: str) -> bool:
+    """Whether the neuron keeps connections to cortex: nothing else can be expected to reach its host."""
+    return neuron_url.startswith(f"{DIAL}:")
 
 
 def _reaches_itself(neuron_host: str, engine_host: str) -> bool:

@@ -51,23 +51,25 @@ class Rates:
                     before.answers + sum(series.first_byte.counts),
                     before.first_byte_secs + series.first_byte.secs,
                 )
+        if self._looks and now - self._looks[-1][0] > WINDOW_SECS:
+            self._looks.clear()  # the mean of hours without a look is not the rate of now
         self._looks.append((now, sums))
         while len(self._looks) > 2 and now - self._looks[1][0] >= WINDOW_SECS:
             self._looks.popleft()
 
-    def rates(self) -> dict[str, ModelRate]:
-        """Of each model that had requests in the window. The counts of a worker that has just exited may be missing for
-        a moment: no rate is negative."""
-        if len(self._looks) < 2:
+    def rates(self, now: float) -> dict[str, ModelRate]:
+        """Of each model that had requests in the window; none if the last look is older. The counts of a worker that
+        has just exited may be missing for a moment: no rate is negative."""
+        if len(self._looks) < 2 or now - self._looks[-1][0] > WINDOW_SECS:
             return {}
-        (since, before), (now, sums) = self._looks[0], self._looks[-1]
+        (since, before), (until, sums) = self._looks[0], self._looks[-1]
         found: dict[str, ModelRate] = {}
         for model, after in sums.items():
             first = before.get(model, _Sums())
             requests, errors, prompt, completion, answers, first_byte_secs = (
                 max(0, one - two) for one, two in zip(after, first, strict=True)
             )
-            secs = max(now - since, 0.001)
+            secs = max(until - since, 0.001)
             if requests or completion:
                 found[model] = ModelRate(
                     round(requests / secs, 2),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 from cortex.config.profile import ModelProfile
+from cortex.fleet.engine_url import dials
 from cortex.fleet.snapshot import FleetSnapshot, NodeSnapshot
 from cortex.placement.devices import as_version, eligible_devices
 from cortex.placement.spans import spans_of
@@ -62,6 +63,13 @@ def _infeasible_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
 
 def _too_few_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     """Why its devices are not enough."""
+    reason = _too_few_devices_reason(profile, node)
+    if reason is not None and profile.span_nodes and dials(node.endpoint):
+        return f'{reason}; with dial = "out" it shares no engine with other hosts, which cannot connect to it'
+    return reason
+
+
+def _too_few_devices_reason(profile: ModelProfile, node: NodeSnapshot) -> str | None:
     needed, usable = profile.device_count, len(node.devices)
     if not usable:
         gpus = "a GPU" if needed == 1 else f"{needed} GPUs"
@@ -120,7 +128,12 @@ def is_feasible(profile: ModelProfile, node: NodeSnapshot) -> bool:
 
 def can_hold_part(part: ModelProfile, node: NodeSnapshot) -> bool:
     """True when the node's topology is known and can hold this part of an engine that spans several nodes."""
-    return node.discovery is not None and node.discovery.groups and is_feasible(part, node)
+    return _can_span(node) and is_feasible(part, node)
+
+
+def _can_span(node: NodeSnapshot) -> bool:
+    """Whether other hosts can connect to its part of an engine."""
+    return node.discovery is not None and node.discovery.groups and not dials(node.endpoint)
 
 
 def possible_nodes(profile: ModelProfile, fleet: FleetSnapshot) -> list[NodeSnapshot]:
@@ -285,7 +298,7 @@ def _topology(node: NodeSnapshot) -> _Topology | None:
     return _Topology(
         frozenset(node.discovery.harnesses),
         _knows_parallel(node.discovery),
-        node.discovery.groups,
+        _can_span(node),
         devices,
         None if node.ram is None else node.ram.vram_total_mb,
     )

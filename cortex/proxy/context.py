@@ -60,13 +60,14 @@ class ProxyContext:
         config: CortexConfig,
         *,
         access_log: AccessLog,
+        broker: str | None = None,
     ) -> None:
-        """Needs a running loop."""
+        """Needs a running loop. `broker` as for `EnginePool`."""
         self.control = control
         self.access_log = access_log
         self.has_keys = False  # as `Gateway` says
         self.configure(config)
-        self.pool = EnginePool()
+        self.pool = EnginePool(broker=broker)
         self._hinted: set[str] = set()  # models whose operator knows why they refuse tools
         self.in_flight = InFlight()
         self.missing_paths = MissingPaths()

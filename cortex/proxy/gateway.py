@@ -192,7 +192,8 @@ class Gateway:
         path = meant_path(request.raw_path, reads=False)
         if path == REALTIME:
             request.use_path(path)
-            return RealtimeRequest(self._context, client, request, caller)
+            is_current = partial(self._authentication.is_current, request.api_key, caller)
+            return RealtimeRequest(self._context, client, request, caller, is_current=is_current)
         return self._refuse(client, request, _no_websocket(request))
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:
@@ -213,7 +214,9 @@ class Gateway:
             context.counters.request(UNKNOWN, UNKNOWN, error.status, monotonic() - request.received, None)
         if context.access_log.on:
             what = "-" if request is None else request.shown
-            context.access_log.line(f"{what} {error.status} refused={error.message!r} id={request_id}", request_id)
+            sender = "" if request is None else f" from={request.peer or '-'}"
+            text = f"{what} {error.status} refused={error.message!r}{sender} id={request_id}"
+            context.access_log.line(text, request_id)
         return request_id
 
     def collect(self, *, callers: bool = False) -> Counters:

@@ -13,6 +13,7 @@ from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from shared.serve import detect_vanished_server
+from shared.system.tunnel import OK, REFUSED
 from shared.tasks import timeout
 from shared.tls import RenewedContext
 
@@ -23,6 +24,8 @@ CONNECT_TIMEOUT_SECS: Final = 5.0
 RESOLVED_SECS: Final = 10.0
 """How long resolved host names are cached."""
 _SWEEP_SECS: Final = 1.0
+_ANSWER_BYTES: Final = 1024
+"""Read at once of the broker's answer, which is one line."""
 
 
 class NoConnection(Exception):
@@ -38,8 +41,11 @@ class NoConnection(Exception):
 class EnginePool:
     """Owns the connections to all engines; a second pool owns those to the neurons."""
 
-    def __init__(self, idle_secs: float = IDLE_SECS, tls: RenewedContext | None = None) -> None:
-        """Without `tls`, https URLs need a certificate of one of the system's authorities."""
+    def __init__(
+        self, idle_secs: float = IDLE_SECS, tls: RenewedContext | None = None, *, broker: str | None = None
+    ) -> None:
+        """Without `tls`, https URLs need a certificate of one of the system's authorities. `broker` is the Unix socket
+        of the process that has the connections of neurons with `dial = "out"`; without it they cannot be reached."""
         self._loop = asyncio.get_running_loop()
         self._idle_secs = idle_secs
         self._idle: dict[Address, list[EngineConnection]] = {}
@@ -47,6 +53,7 @@ class EnginePool:
         self._retired: set[EngineConnection] = set()  # of `_open`: not kept after their request
         self._resolved: dict[tuple[str, int], tuple[float, list[str]]] = {}
         self._tls = tls
+        self._broker = broker
         self._system_tls: ssl.SSLContext | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -89,7 +96,9 @@ class EnginePool:
 
         try:
             async with timeout(CONNECT_TIMEOUT_SECS):
-                if address.port:
+                if address.dialled:
+                    await self._connect_dialled(address, factory)
+                elif address.port:
                     await self._connect_tcp(address, factory)
                 else:
                     await self._connect_unix(address, factory)
@@ -97,6 +106,27 @@ class EnginePool:
             raise NoConnection(f"no connection within {CONNECT_TIMEOUT_SECS:g} s", "timeout") from error
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
             raise NoConnection(_no_connection(address, error), "refused") from error
+
+    async def _connect_dialled(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
+        if self._broker is None:
+            raise OSError('neurons with dial = "out" need [discovery] dial_listen in cortex.toml')
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            sock.connect(self._broker)
+            await self._loop.sock_sendall(sock, f"{address.host} {address.port}\n".encode())
+            answer = b""
+            while not answer.endswith(b"\n"):
+                arrived = await self._loop.sock_recv(sock, _ANSWER_BYTES)
+                if not arrived:
+                    raise OSError("the process that keeps the connections of neurons was restarted")
+                answer += arrived
+            if answer.strip() != OK:
+                raise OSError(answer.removeprefix(REFUSED).decode("utf-8", "replace").strip())
+            await self._loop.create_unix_connection(factory, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
 
     async def _connect_unix(self, address: Address, factory: Callable[[], asyncio.Protocol]) -> None:
         sock = socket.socket(socket.AF_UNIX)

@@ -91,6 +91,7 @@ async def work(channel_fd: int, listen_fds: list[int]) -> None:
         people=control if config.auth.oidc.on else None,
         prices=setup.prices,
         usage_directory=directory,
+        broker=setup.broker,
     ) as gateway:
         _report_in_flight(gateway, channel)
         listening = loop.create_task(listen(messages, channel, control, gateway, stop), name="control")

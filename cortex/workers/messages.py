@@ -41,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     keys: KeyTable = NO_KEYS
     prices: PriceList = NO_PRICES
     usage_directory: str | None = None
+    broker: str | None = None  # as for `EnginePool`
 
 
 class TableChanged(msgspec.Struct, frozen=True, tag=True):

@@ -70,8 +70,9 @@ class Supervisor:
         people: People | None,
         usage_directory: Path | None,
         requests: RequestHistory,
+        broker: str | None = None,
     ) -> None:
-        """A worker for each of `socks`; `address` is the control app's."""
+        """A worker for each of `socks`; `address` is the control app's, `broker` as for `EnginePool`."""
         self._socks = socks
         self._address = address
         self._live = live
@@ -83,6 +84,7 @@ class Supervisor:
         self._keys = keys
         self._people = people
         self._usage_directory = usage_directory
+        self._broker = broker
         self._requests = requests
         self._workers: dict[int, WorkerProcess] = {}
         self._ready = [asyncio.Event() for _ in socks]
@@ -229,4 +231,5 @@ class Supervisor:
             keys=self._keys.table,
             prices=price_list(self._live),
             usage_directory=None if self._usage_directory is None else str(self._usage_directory),
+            broker=self._broker,
         )

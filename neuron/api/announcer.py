@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import random
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from neuron.api.dialling import Dialler, Targets, shown
 from neuron.config import NeuronConfig
-from shared.protocol import Registration
+from shared.protocol import Registration, RegistrationReply
 from shared.tasks import keep_running, timeout
 from shared.tls import TlsError, TlsFiles, client_context
 
@@ -24,19 +24,27 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_SECS = 5.0
 _READ_BYTES = 4096
-_SHOWN_CHARS = 500
-"""Of an answer that is not an error of cortex."""
 
 
 class Announcer:
-    """Runs until cancelled. `port` is the one that neuron listens on."""
+    """Runs until cancelled. `port` is the one that neuron listens on; `engine_ports` gives those of its engines."""
 
-    def __init__(self, config: NeuronConfig, http: aiohttp.ClientSession, *, port: int, instance_id: str) -> None:
+    def __init__(
+        self,
+        config: NeuronConfig,
+        http: aiohttp.ClientSession,
+        *,
+        port: int,
+        instance_id: str,
+        engine_ports: Callable[[], Collection[int]] = tuple,
+    ) -> None:
         self._config = config
         self._settings = config.cortex
         self._http = http
         self._port = port
         self._instance_id = instance_id
+        self._name = config.name or socket.gethostname()
+        self._targets = Targets(config.host, port, engine_ports)
 
     async def run(self) -> None:
         """Each cortex by itself: one that does not answer must not delay the others."""
@@ -44,9 +52,18 @@ class Announcer:
         await asyncio.gather(*(keep_running(name, loop) for name, loop in loops.items()))
 
     async def _keep_announcing(self, url: str) -> None:
+        """If neuron dials, it also keeps connections there."""
+        if not self._settings.dials:
+            await self._announce_again(url, lambda _: None)
+            return
+        dialler = Dialler(url, self._name, self._targets, self._context)
+        async with dialler.running():
+            await self._announce_again(url, dialler.use)
+
+    async def _announce_again(self, url: str, accepted: Callable[[RegistrationReply], None]) -> None:
         problem: str | None = ""  # the last one; None: it was accepted
         while True:
-            found = await self._announce(url)
+            found = await self._announce(url, accepted)
             if found != problem:
                 if found is None:
                     log.info("registered with cortex at %s", url)
@@ -55,27 +72,36 @@ class Announcer:
             problem = found
             await asyncio.sleep(self._settings.interval_secs * random.uniform(0.9, 1.0))  # noqa: S311 - spreads load
 
-    async def _announce(self, url: str) -> str | None:
+    async def _announce(self, url: str, accepted: Callable[[RegistrationReply], None]) -> str | None:
         """Why the cortex has not accepted it; None if it has."""
         try:
             async with timeout(TIMEOUT_SECS):
                 token = await asyncio.to_thread(self._settings.token)
-                endpoint = await asyncio.to_thread(endpoint_for, self._config, self._port, url)
+                endpoint = f"dial://{self._name}"
+                if not self._settings.dials:
+                    endpoint = await asyncio.to_thread(endpoint_for, self._config, self._port, url)
                 tls = await asyncio.to_thread(self._context) if url.startswith("https:") else True
                 wanted = Registration(
-                    name=self._config.name or socket.gethostname(),
+                    name=self._name,
                     endpoint=endpoint,
                     token=self._config.bearer_token,
                     instance_id=self._instance_id,
                     interval_secs=self._settings.interval_secs,
                 )
-                return await self._send(url, wanted, token, tls)
+                return await self._send(url, wanted, token, tls, accepted)
         except asyncio.TimeoutError:
             return f"no answer within {TIMEOUT_SECS:g} s"
         except (aiohttp.ClientError, OSError, TlsError, ValueError) as error:
             return str(error) or type(error).__name__
 
-    async def _send(self, url: str, wanted: Registration, token: str, tls: ssl.SSLContext | bool) -> str | None:
+    async def _send(
+        self,
+        url: str,
+        wanted: Registration,
+        token: str,
+        tls: ssl.SSLContext | bool,
+        accepted: Callable[[RegistrationReply], None],
+    ) -> str | None:
         request = self._http.post(
             f"{url}/fleet/register",
             json=wanted.model_dump(mode="json", exclude_none=True),
@@ -84,20 +110,14 @@ class Announcer:
             ssl=tls,
         )
         async with request as answer:
-            if answer.status == 200:
-                return None
-            return f"HTTP {answer.status}: {shown(await answer.content.read(_READ_BYTES))}"
+            body = await answer.content.read(_READ_BYTES)
+            if answer.status != 200:
+                return f"HTTP {answer.status}: {shown(body)}"
+            accepted(RegistrationReply.model_validate_json(body))
+            return None
 
     def _context(self) -> ssl.SSLContext:
         return client_context(TlsFiles(ca=self._settings.ca))
-
-
-def shown(body: bytes) -> str:
-    """What a refusal says: the message of cortex's error, or the beginning of another server's answer."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return body.decode("utf-8", "replace")[:_SHOWN_CHARS]
 
 
 def endpoint_for(config: NeuronConfig, port: int, url: str) -> str:

@@ -16,12 +16,12 @@ from neuron.gpu.energy.meter import EnergyMeter
 from neuron.gpu.topology import TopologySource
 from neuron.harness.home import EngineHome
 from neuron.lifecycle.default_models import DefaultModels
+from neuron.lifecycle.engine_memory import EngineMemory
 from neuron.lifecycle.events import EventHub
 from neuron.lifecycle.group_network import GroupListeners, link_mbps
 from neuron.lifecycle.registry import Registry
 from neuron.lifecycle.serving.engine_adapters import EngineAdapters
 from neuron.lifecycle.spare.spares import Spares
-from neuron.memory.ledger import Ledger
 from neuron.metrics import NeuronMetrics
 from shared.protocol import Discovery
 
@@ -37,7 +37,7 @@ class Services:
     device_watch: DeviceWatch
     meter: EnergyMeter
     home: EngineHome
-    ledger: Ledger
+    memory: EngineMemory
     registry: Registry
     adapters: EngineAdapters
     v1: ProtocolV1

@@ -236,7 +236,8 @@ async def _figures(services: Services) -> tuple[Sequence[Device], list[DeviceHea
     """The devices, with what the driver measures and this neuron has booked on each now; the same of the host's RAM."""
     reading = await services.device_watch.read()
     topology, live = reading.topology, reading.health
-    capacities = services.ledger.capacities(topology, live)
+    await services.memory.measure_filling()  # after the reading, so that what an engine takes in between is its own
+    capacities = services.memory.ledger.capacities(topology, live)
     return topology.devices, with_capacities(live, capacities), host_memory_health(live, capacities)
 
 

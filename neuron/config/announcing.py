@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +32,9 @@ class AnnouncingSettings(SettingsModel):
     token_file: Path | None = None
     """Instead, a file that holds it, relative to neuron.toml, read at each announcement. Of several lines the first is
     sent that is not blank and does not begin with `#`. Default: none."""
+    dial: Literal["in", "out"] = "in"
+    """`"in"`: cortex connects to neuron and its engines. `"out"`: neuron keeps connections to cortex, which reaches it
+    and its engines through them; the host needs [no open port](discovery.md#what-if-cortex-cannot-reach-the-host)."""
     endpoint: str | None = None
     """The URL at which they reach this neuron. Default: `host` and `port`; where `host` means all addresses, the one
     that connections to the cortex come from."""
@@ -54,9 +58,16 @@ class AnnouncingSettings(SettingsModel):
     def _token_is_there(self) -> AnnouncingSettings:
         if self.urls and (self.token_env is None) == (self.token_file is None):
             raise ValueError("with urls, set either token_env or token_file, for the cortexes' registration token")
+        if self.dials and self.endpoint is not None:
+            raise ValueError('endpoint: with dial = "out" cortex does not connect to neuron: remove one of the two')
         if self.token_env is not None and not os.environ.get(self.token_env):
             raise ValueError(f"token_env: the environment variable {self.token_env} is not set")
         return self
+
+    @property
+    def dials(self) -> bool:
+        """Whether neuron keeps connections to the cortexes."""
+        return self.dial == "out"
 
     def token(self) -> str:
         """The registration token. Blocks. Raises OSError or ValueError if its file cannot be read, or has none."""

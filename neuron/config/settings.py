@@ -74,7 +74,7 @@ class NeuronConfig(SettingsModel):
     A new neuron finds there what an earlier one left. Default: a directory of this user and port under the system's
     temporary directory, removed at the end."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """`debug`, `info`, `warning` or `error`."""
+    """`debug`, `info`, `warning` or `error`. Libraries log nothing below `info`."""
     log_format: Literal["text", "json"] = "text"
     """`text`, or `json`: one object a line with `time` (ISO 8601, UTC), `level`, `logger`, `message`, `request_id` and
     `exception`."""
@@ -120,6 +120,11 @@ class NeuronConfig(SettingsModel):
             raise ValueError("tls_cert and tls_key: set both, or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca: needs tls_cert and tls_key")
+        if self.tls_cert is not None and self.cortex.dials:
+            raise ValueError(
+                'tls_cert: cannot be used with [cortex] dial = "out": the connections to cortex are encrypted if its '
+                "URL begins with https://"
+            )
         if len({entry.variable for entry in self.accelerators}) > 1:
             raise ValueError("accelerators: all entries must have the same variable: indices count over all of them")
         for root in self.model_roots:

@@ -24,6 +24,7 @@ from shared.protocol import Device
 from shared.tasks import timeout
 
 _MEMORY_POLL_SECS = 0.1
+_MEASURE_SECS = 2.0
 
 
 class StartLocks:
@@ -193,8 +194,7 @@ class EngineMemory:
         held = await measure(engines, self._source)
         for engine in engines:
             grows = engine.harness.keeps_booking and engine.placement.share_mb is not None
-            filling = engine.ready_at is None or engine.waking or grows
-            update = self.ledger.update_held if filling else self.ledger.settle
+            update = self.ledger.update_held if _fills(engine) or grows else self.ledger.settle
             file_mb = 0 if engine.ram is None else engine.ram.file_mb
             update(engine.placement.number, held[engine.placement.number], file_mb=file_mb)
             if engine.ready_at is not None and engine.ram is not None and engine.placement.ram_mb is not None:
@@ -202,6 +202,12 @@ class EngineMemory:
 
     async def measure_all(self) -> None:
         await self.measure(self.engines)
+
+    async def measure_filling(self) -> None:
+        """Measures the engines that load or wake: what they have taken since the last time would count as foreign."""
+        with contextlib.suppress(asyncio.TimeoutError):  # a stuck driver must not delay an answer
+            async with timeout(_MEASURE_SECS):
+                await self.measure([engine for engine in self.engines if _fills(engine)])
 
     def _requirement(self, spec: EngineSpec, share_mb: int | None, reading: DeviceReading) -> MemoryRequirement:
         """With `share_mb` None by the harness's default. That is a part of a whole device, and no engine may take the
@@ -220,6 +226,11 @@ class EngineMemory:
     async def held_by(self, engine: Engine) -> dict[int, int]:
         """Measures one engine, without updating its booking: MiB by device index."""
         return (await measure([engine], self._source))[engine.placement.number]
+
+
+def _fills(engine: Engine) -> bool:
+    """Whether it takes more memory from moment to moment."""
+    return engine.ready_at is None or engine.waking
 
 
 def _uses_ram(spec: EngineSpec, topology: Topology) -> bool:

@@ -47,7 +47,7 @@ from shared.protocol.interconnect import Link, LinkKind
 from shared.protocol.models import ModelFacts, ModelStatus, ModelView, Progress, Transition
 from shared.protocol.parallel import Parallelism
 from shared.protocol.refusal import DeviceFigures, FailureCause
-from shared.protocol.registration import Registration, RegistrationReply
+from shared.protocol.registration import DialReply, Registration, RegistrationReply
 from shared.protocol.topology import RAM, Device, Discovery, HostResources
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "Device",
     "DeviceFigures",
     "DeviceHealth",
+    "DialReply",
     "Discovery",
     "EndpointReply",
     "ErrorCode",

@@ -1,1 +1,2 @@
-"""What Linux tells of files and processes: atomic replacement, changes of files, /proc."""
+"""Files, processes and connections as the system has them: atomic replacement, changes of files, /proc, children that
+are kept running, tunnels through two connections."""

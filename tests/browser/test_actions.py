@@ -25,7 +25,7 @@ def test_displacement_sleep_wake_and_restart(page: Page, tmp_path: Path) -> None
         expect(engine).to_contain_text("loaded")
 
         second.get_by_role("button", name="Load", exact=True).click()
-        expect(dialog).to_contain_text("Displaces org/a.")
+        expect(dialog).to_contain_text(f"Displaces org/a on {NODE}")
         dialog.get_by_role("button", name="Cancel").click()
 
         def act(verb: str, effect: str) -> None:

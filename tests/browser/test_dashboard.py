@@ -57,6 +57,23 @@ def test_a_load_from_click_to_answer(page: Page, dev: Dev) -> None:
     expect(page.get_by_role("rowheader", name=MODEL)).to_be_visible()
 
 
+def test_what_is_chosen_stands_in_the_address(page: Page, dev: Dev) -> None:
+    """A model links to its requests and its log; back, forward and a reload keep what was chosen."""
+    post(dev, "/fleet/load", {"model": MODEL})
+    opened(page, dev, "models")
+    page.get_by_role("link", name=f"Logs of {MODEL}").click()
+    expect(page.get_by_role("log", name=f"Log of {MODEL}")).to_contain_text("Application startup complete")
+    page.go_back()
+    page.get_by_role("link", name=f"Requests for {MODEL}").click()
+    page.get_by_label("Only errors").check()
+    page.go_back()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Models")
+    page.go_forward()
+    page.reload()
+    expect(page.get_by_label("Only errors")).to_be_checked()
+    expect(page.get_by_role("combobox", name="Model")).to_have_value(MODEL)
+
+
 def test_a_cold_start_in_the_playground(page: Page, dev: Dev) -> None:
     """It says what is being done for the request before the answer comes."""
     opened(page, dev, "playground")
@@ -111,6 +128,7 @@ def test_a_drain(page: Page, dev: Dev) -> None:
     opened(page, dev, "fleet")
     host = page.get_by_role("listitem", name="Host one")
     host.get_by_role("button", name="Drain").click()
+    expect(page.get_by_role("dialog")).to_contain_text(re.compile(r"goes on: \d+ requests? now"))
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("dialog")).to_have_count(0)
     host.get_by_role("button", name="Drain").click()
@@ -220,6 +238,10 @@ def test_models_that_do_not_load(page: Page, tmp_path: Path) -> None:
     neuron = {"harnesses": [{"name": "sim"}], "simulate": {"devices": ["RTX 4090"]}}
     (tmp_path / "file").touch()
     with running_fleet(tmp_path, neuron, {"state_dir": "file/state"}, {"models": models}) as fleet:
+        page.goto(f"{fleet.cortex.url}/#/logs")
+        expect(page.get_by_text("No host has an engine")).to_be_visible()
+        assert fleet.cortex.request("/fleet/load", {"model": "org/broken"}).status != 200
+        expect(page.get_by_role("log", name="Log of org/broken")).to_contain_text("CUDA out of memory")
         page.goto(f"{fleet.cortex.url}/#/models")
         expect(page.get_by_role("alert")).to_contain_text("file/state cannot be written: Not a directory")
         broken = page.get_by_role("region", name="Model org/broken")

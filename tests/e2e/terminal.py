@@ -21,9 +21,9 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]")
 class Terminal:
     """Owns the command's process and its side of the terminal. `text`: all that it has shown, without escapes."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], size: tuple[int, int]) -> None:
         self._ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         environment = {**os.environ, "TERM": "xterm-256color", **environment}
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
@@ -61,9 +61,9 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def on_a_terminal(*command: str, **environment: str) -> Iterator[Terminal]:
-    """The command, killed at the end if it still runs."""
-    terminal = Terminal(list(command), environment)
+def on_a_terminal(*command: str, size: tuple[int, int] = (40, 140), **environment: str) -> Iterator[Terminal]:
+    """The command, killed at the end if it still runs. `size`: lines and columns."""
+    terminal = Terminal(list(command), environment, size)
     try:
         yield terminal
     finally:

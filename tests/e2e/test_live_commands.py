@@ -50,6 +50,18 @@ def test_top(dev: Dev) -> None:
         assert terminal.ended() == 0
 
 
+def test_top_on_a_small_terminal(dev: Dev) -> None:
+    """No figure is cut and no row takes two lines; arrows scroll, which Escape alone ends."""
+    with on_a_terminal(*CORTEX, "top", size=(8, 80), CORTEX_URL=dev.url) as terminal:
+        terminal.until(" of 24 GiB", "TEMP  POWER", "scroll, lines 1 to 7 of 9")
+        terminal.press("\x1b[B")
+        terminal.until("scroll, lines 2 to 8 of 9")
+        terminal.press("\x1b[A\x1bOBs")
+        terminal.until("now by running   ↑ ↓ scroll, lines 2 to 8 of 9")
+        terminal.press("\x1b")
+        assert terminal.ended() == 0
+
+
 def test_top_needs_a_terminal(dev: Dev) -> None:
     done = piped(dev, "top")
     assert (done.returncode, "top needs a terminal" in done.stderr) == (1, True)
@@ -65,6 +77,10 @@ def test_chat(dev: Dev) -> None:
     done = piped(dev, "chat", "small", "Hello")
     assert (done.returncode, "Hello" in done.stdout, done.stderr) == (0, True, "")
     assert "made up" in piped(dev, "chat", "small", text="Hello\n").stdout
+    told = json.loads(piped(dev, "chat", "small", "Hello", "--json").stdout)
+    assert (told["model"], told["finish_reason"], told["stopped"]) == ("small", "stop", False)
+    assert "made up" in told["answer"]
+    assert 0 < told["first_token_secs"] <= told["secs"]
     done = piped(dev, "chat", "nope", "Hello")
     assert (done.returncode, "does not exist" in done.stderr) == (1, True)
 

@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -94,6 +95,23 @@ def test_configure_logging_chooses_the_format(monkeypatch: pytest.MonkeyPatch) -
     configure_logging("info", "json")
     root.info("hello")
     assert json.loads(stream.getvalue())["message"] == "hello"
+
+
+def test_debug_is_for_our_own_loggers() -> None:
+    """aiosqlite would log every statement with its values: digests of keys, names, usage."""
+    script = (
+        "import logging; from shared.logs import configure_logging; configure_logging('debug')\n"
+        "for name in ('aiosqlite', 'cortex.accounts', 'neuron.engine', '__main__'):\n"
+        "    logging.getLogger(name).debug('of %s', name)\n"
+        "logging.getLogger('aiosqlite').info('of a library')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=True)
+    assert [line.partition("of ")[2] for line in done.stderr.splitlines()] == [
+        "cortex.accounts",
+        "neuron.engine",
+        "__main__",
+        "a library",
+    ]
 
 
 def test_version_names_the_build() -> None:

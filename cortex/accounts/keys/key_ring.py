@@ -171,6 +171,7 @@ class KeyRing:
         )
         if key.name in self._provisioned or not await _written(store, store.add(key)):
             raise Conflict(f"there is a key named {key.name!r}", code=ErrorCode.KEY_EXISTS, param="name")
+        log.info("created the API key %r with the role %s", key.name, key.role)
         await self._refresh()
         return self._named(key.name), secret
 

@@ -6,7 +6,7 @@ from cortex.accounts.limits.scope import Refusal, Scope
 from cortex.accounts.limits.terms import NO_RATES, RateState
 from shared.errors import TooManyRequests
 from shared.protocol import ErrorCode
-from shared.retry_after import RUNNING_REQUEST_SECS, whole_seconds
+from shared.retry_after import LONGEST_CLIENT_WAIT_SECS, RUNNING_REQUEST_SECS, whole_seconds
 
 
 class LimitExceeded(TooManyRequests):
@@ -26,7 +26,7 @@ def limit_exceeded(refusal: Refusal, rates: RateState, *, made_of: str, advice: 
         f"{refusal.scope.label} {_reason(refusal, wait, made_of, advice)}",
         code=code,
         retry_after=wait,
-        permanent=wait is None,
+        permanent=wait is None or whole_seconds(wait) > LONGEST_CLIENT_WAIT_SECS,
     )
     error.rates = rates
     return error

@@ -37,7 +37,7 @@ NICENESS: Final = 10
 """It gives way to requests."""
 LOCK: Final = "recorder.lock"
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cortex.accounts.usage")
 
 
 class _Process:

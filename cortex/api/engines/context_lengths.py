@@ -57,6 +57,7 @@ class ContextLengths:
         fleet: Fleet,
         state: StateFile,
         clients: Mapping[str, NeuronClient],
+        broker: str | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,7 +66,7 @@ class ContextLengths:
         self._clock = clock
         self._asked: dict[ReplicaKey, tuple[object, float]] = {}  # the load that was asked about, when to ask again
         self._seen: FleetSnapshot | None = None
-        self._questions = EngineQuestions(clients)
+        self._questions = EngineQuestions(clients, broker)
         self._tasks = TaskSet()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
         self.known = KnownLengths({}, dict(state.max_model_len))

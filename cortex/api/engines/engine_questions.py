@@ -18,11 +18,11 @@ class NoAnswer(Exception):
 
 
 class EngineQuestions:
-    """Owns the connections for them. `clients` are those of the neurons, by name."""
+    """Owns the connections for them. `clients` are those of the neurons, by name; `broker` as for `EnginePool`."""
 
-    def __init__(self, clients: Mapping[str, NeuronClient]) -> None:
+    def __init__(self, clients: Mapping[str, NeuronClient], broker: str | None = None) -> None:
         self._clients = clients
-        self._pool = EnginePool()
+        self._pool = EnginePool(broker=broker)
 
     async def ask(
         self, engine: EngineSnapshot, path: bytes, *, accept: bytes = b"*/*", max_bytes: int | None = None

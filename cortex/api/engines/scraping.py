@@ -12,6 +12,7 @@ from aiohttp import web
 from cortex.api.app_keys import COUNTS, FLEET, METRICS
 from cortex.api.engines.engine_questions import EngineQuestions, NoAnswer
 from cortex.api.engines.metrics_pages import MetricsPages
+from cortex.fleet.engine_url import dials
 from cortex.fleet.neuron_client import NeuronRefused, NeuronUnreachable
 from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot
 from cortex.fleet.state import Fleet
@@ -137,11 +138,11 @@ def loaded_engines(fleet: FleetSnapshot) -> Iterator[EngineSnapshot]:
 
 
 async def show_targets(request: web.Request) -> web.Response:
-    """Where there are metrics, as Prometheus reads it (`http_sd_configs`)."""
+    """Where there are metrics, as Prometheus reads it (`http_sd_configs`). It cannot reach a neuron that dials."""
     targets = [
         _target("cortex", "http", request.host, "/metrics"),
         _target("engines", "http", request.host, "/metrics/engines"),
-        *(_neuron_target(node) for node in request.app[FLEET].snapshot().nodes.values()),
+        *(_neuron_target(node) for node in request.app[FLEET].snapshot().nodes.values() if not dials(node.endpoint)),
     ]
     return web.json_response(targets)
 

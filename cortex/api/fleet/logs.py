@@ -74,11 +74,12 @@ async def _last_lines(client: NeuronClient, key: ReplicaKey, tail: int) -> dict[
 
 async def _follow(request: web.Request, engines: list[ReplicaKey], tail: int) -> web.StreamResponse:
     response, access = web.StreamResponse(headers=EVENT_STREAM_HEADERS), StreamAccess(request)
+    sources = [(request.app[CLIENTS][key.node], key) for key in engines]  # now: a neuron may leave while we wait
     await response.prepare(request)
     closing, followed, tasks = request.app[CLOSING], _Followed(len(engines)), TaskSet()
     try:
-        for key in engines:
-            _ = tasks.spawn(followed.follow(request.app[CLIENTS][key.node], key, tail), name=f"follow {key.name}")
+        for client, key in sources:
+            _ = tasks.spawn(followed.follow(client, key, tail), name=f"follow {key.name}")
         while followed.goes_on and not closing.is_set():
             waits = {"came": followed.came.wait(), "closing": closing.wait()}
             came = await first_of(waits, timeout_secs=KEEP_ALIVE_SECS)

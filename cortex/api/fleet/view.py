@@ -13,6 +13,7 @@ from cortex.api.model_shapes import told_facts
 from cortex.config.catalogue import Catalogue
 from cortex.config.live import LiveConfig
 from cortex.control.admission_queue import AdmissionQueue
+from cortex.control.demand import Demand
 from cortex.control.loads.loader import Loader
 from cortex.control.scheduler import Scheduler
 from cortex.fleet.snapshot import NodeSnapshot
@@ -23,6 +24,9 @@ from cortex.routing.replica import ANY_NODE, ReplicaKey
 
 MIN_INTERVAL_SECS = 0.25
 """Minimum time between two events for one listener: a large fleet changes hundreds of times a second."""
+
+USE_STEP_SECS = 10
+"""The last use of a model is told in these steps: a busy one is used all the time, and each step is a change."""
 
 SAME_START_SECS = 5.0
 """A neuron whose start seems to differ by less was not started again: polls take time."""
@@ -40,6 +44,7 @@ class FleetView:
         scheduler: Scheduler,
         queue: AdmissionQueue,
         counts: CountTotals,
+        demand: Demand,
         storage: Storage,
     ) -> None:
         self._live = live
@@ -48,6 +53,7 @@ class FleetView:
         self._scheduler = scheduler
         self._queue = queue
         self._counts = counts
+        self._demand = demand
         self._storage = storage
         self._nodes: dict[str, tuple[NodeSnapshot, dict[str, msgspec.Raw]]] = {}
         self._catalogue: tuple[Catalogue, dict[str, msgspec.Raw]] | None = None
@@ -67,6 +73,7 @@ class FleetView:
             "loads": self._loads(),
             "in_flight": self._in_flight(),
             "waiting": self._waiting(),
+            "last_used": self._last_used(),
             "held": held,
             "warnings": self._storage.warnings,
             "configuration": self._configuration(),
@@ -99,7 +106,8 @@ class FleetView:
             "loads": _by_place(self._loads()),
             "in_flight": _by_place(self._in_flight()),
             "waiting": {each["model"]: each for each in self._waiting()},
-            "rates": {model: rate._asdict() for model, rate in self._rates.rates().items()},
+            "last_used": self._last_used(),
+            "rates": {model: rate._asdict() for model, rate in self._rates.rates(time.monotonic()).items()},
             "held": {f"{each['model']}@{each['node'] or ''}": each for each in self._held()},
             "warnings": self._storage.warnings,
             "configuration": self._configuration(),
@@ -132,6 +140,11 @@ class FleetView:
             {"model": model, "count": waiting.count, "for": self._scheduler.wait_reason(model)}
             for model, waiting in sorted(self._queue.waiting().items())
         ]
+
+    def _last_used(self) -> dict[str, int]:
+        return {
+            model: USE_STEP_SECS * int(at / USE_STEP_SECS) for model, at in sorted(self._demand.last_uses().items())
+        }
 
     def _held(self) -> list[dict[str, Any]]:
         return [

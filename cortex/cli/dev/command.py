@@ -151,5 +151,6 @@ def _announce(url: str, neurons: list[tuple[str, int]], models: list[dict[str, A
         print(f"  {model['id']}{alias}  (can run on {', '.join(model['feasible_on'])})")
     example = models[0]["id"] if models else "MODEL"
     body = f'{{"model": "{example}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    print(f"\nTry:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"\nTry: open {url}/ in a browser, or")
+    print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     print("\nCtrl-C stops everything.", flush=True)

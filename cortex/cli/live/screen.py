@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+T = TypeVar("T")
 Order = Literal["name", "running", "waiting", "tokens"]
 ORDERS: tuple[Order, ...] = get_args(Order)
-BAR_CELLS = 20
+BAR_CELLS, NARROW_BAR_CELLS = 20, 10
+NARROW_CELLS = 100
+"""A terminal with fewer columns gets the narrow bars."""
 SILENT_SECS = 20.0
 """Longer than cortex is silent when nothing changes: it sends a sign of life every 15 s."""
 _STATUS_COLOURS = {"loaded": "green", "loading": "cyan", "recovering": "yellow", "failed": "red"}
@@ -34,20 +37,38 @@ class _ModelRow:
 
 
 def screen(
-    fleet: dict[str, Any], *, problem: str | None, order: Order, now: float, age_secs: float = 0.0
+    fleet: dict[str, Any],
+    *,
+    problem: str | None,
+    order: Order,
+    now: float,
+    age_secs: float = 0.0,
+    width: int = NARROW_CELLS,
 ) -> RenderableType:
-    """`fleet`: as `/fleet/events?changes=true` keeps it. `now`: Unix time. `age_secs`: since cortex sent anything."""
+    """`fleet`: as `/fleet/events?changes=true` keeps it. `now`: Unix time. `age_secs`: since cortex sent anything.
+    `width`: columns of the terminal."""
     rows = _model_rows(fleet)
     parts: list[RenderableType] = [_summary(fleet, rows)]
     if problem is not None or age_secs > SILENT_SECS:
         why = problem or "cortex does not answer"
         parts.append(Text(f"✕ {why}: what you see is {age_secs:.0f} s old", style="bold red"))
     parts += [Text(f"! {each}", style="yellow") for each in fleet.get("warnings", ())]
-    parts += [Text(), _hosts(fleet), Text(), _models(rows, order)]
     if fleet["loads"]:
         parts += [Text(), _loads(fleet, now)]
-    parts += [Text(), Text(f"q quits   s sorts models, now by {order}", style="dim")]
-    return Group(*parts)
+    bar_cells = BAR_CELLS if width >= NARROW_CELLS else NARROW_BAR_CELLS
+    return Group(*parts, Text(), _hosts(fleet, bar_cells), *_silent(fleet), Text(), _models(rows, order))
+
+
+def visible(lines: list[T], *, first: int, height: int) -> tuple[list[T], int]:
+    """The lines that fit into `height` from number `first` on, and the number of the first one shown."""
+    first = max(0, min(first, len(lines) - height))
+    return lines[first : first + height], first
+
+
+def footer(order: Order, *, first: int, shown: int, total: int) -> Text:
+    """The last line: the keys, and which lines are shown if not all."""
+    where = f"   ↑ ↓ scroll, lines {first + 1} to {first + shown} of {total}" if shown < total else ""
+    return Text(f"q quits   s sorts models, now by {order}{where}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _summary(fleet: dict[str, Any], rows: list[_ModelRow]) -> Text:
@@ -64,35 +85,41 @@ def _summary(fleet: dict[str, Any], rows: list[_ModelRow]) -> Text:
     )
 
 
-def _hosts(fleet: dict[str, Any]) -> Table:
-    table = _table(("HOST", "left"), ("STATE", "left"), ("GPU", "left"), ("MEMORY", "left"))
-    for name in ("BUSY", "TEMP", "POWER"):
-        table.add_column(name, justify="right")
+def _hosts(fleet: dict[str, Any], bar_cells: int) -> Table:
+    table = _table("HOST", "STATE", "GPU", "MEMORY", figures=("BUSY", "TEMP", "POWER"))
+    table.columns[3].no_wrap = True  # nor is its figure cut
     for node in fleet["nodes"].values():
         state = _state(node)
         for device in node.get("devices", {}).values() or [None]:
-            cells = [Text("-")] * 5 if device is None else _device(device)
-            table.add_row(*(Text(node["name"], style="bold"), state) if state is not None else ("", ""), *cells)
+            cells = [Text("-")] * 5 if device is None else _device(device, bar_cells)
+            where = [Text(node["name"], style="bold"), state] if state is not None else [Text(), Text()]
+            _add(table, *where, *cells)
             state = None
     return table
 
 
 def _state(node: dict[str, Any]) -> Text | None:
     if not node["healthy"]:
-        return Text(f"✕ down: {node.get('last_error') or 'no answer yet'}", style="red")
+        return Text("✕ down", style="red")
     return Text("◌ draining", style="yellow") if node["draining"] else Text("● healthy", style="green")
 
 
-def _device(device: dict[str, Any]) -> list[Text]:
+def _silent(fleet: dict[str, Any]) -> list[Text]:
+    """Why hosts are down."""
+    down = [node for node in fleet["nodes"].values() if not node["healthy"]]
+    return [Text(f"✕ {node['name']}: {node.get('last_error') or 'no answer yet'}", style="red") for node in down]
+
+
+def _device(device: dict[str, Any], bar_cells: int) -> list[Text]:
     wrong = device.get("lost") or device.get("fault")
     total, used = device.get("vram_total_mb") or 0, device.get("vram_used_mb") or 0
     booked = max(used, device.get("vram_booked_mb") or 0)
-    full = round(BAR_CELLS * used / total) if total else 0
-    reserved = round(BAR_CELLS * booked / total) - full if total else 0
+    full = round(bar_cells * used / total) if total else 0
+    reserved = round(bar_cells * booked / total) - full if total else 0
     bar = Text.assemble(
         ("█" * full, "cyan"),
         ("▒" * max(0, reserved), "cyan"),
-        ("·" * (BAR_CELLS - full - max(0, reserved)), "dim"),
+        ("·" * (bar_cells - full - max(0, reserved)), "dim"),
         f" {used / 1024:.0f} of {total / 1024:.0f} GiB",
     )
     name = Text(f"{device['index']} {device['name']}")
@@ -132,9 +159,7 @@ def _model_rows(fleet: dict[str, Any]) -> list[_ModelRow]:
 
 
 def _models(rows: list[_ModelRow], order: Order) -> Table:
-    table = _table(("MODEL", "left"), ("WHERE", "left"))
-    for name in ("RUNNING", "WAITING", "REQUESTS/S", "TOKENS/S", "FIRST BYTE"):
-        table.add_column(name, justify="right")
+    table = _table("MODEL", "WHERE", figures=("RUN", "WAIT", "REQ/S", "TOKENS/S", "TTFB"))
     by: dict[Order, Any] = {
         "name": lambda row: row.name,
         "running": lambda row: (-row.running, row.name),
@@ -143,29 +168,41 @@ def _models(rows: list[_ModelRow], order: Order) -> Table:
     }
     for row in sorted(rows, key=by[order]):
         first_byte = row.rate.get("first_byte_secs")
-        table.add_row(
+        _add(
+            table,
             Text(row.name, style="bold"),
             Text(", ").join(row.places) if row.places else Text("-", style="dim"),
-            str(row.running or "-"),
+            Text(str(row.running or "-")),
             Text(str(row.waiting or "-"), style="yellow" if row.waiting else ""),
-            f"{row.rate['requests_per_sec']:.1f}" if row.rate else "-",
-            f"{row.tokens:.0f}" if row.rate else "-",
-            "-" if first_byte is None else f"{first_byte:.2f} s",
+            Text(f"{row.rate['requests_per_sec']:.1f}" if row.rate else "-"),
+            Text(f"{row.tokens:.0f}" if row.rate else "-"),
+            Text("-" if first_byte is None else f"{first_byte:.2f} s"),
         )
     return table
 
 
 def _loads(fleet: dict[str, Any], now: float) -> Table:
-    table = _table(("LOADING", "left"), ("ON", "left"), ("SINCE", "right"), ("PHASE", "left"), ("WHY", "left"))
+    table = _table("LOADING", "ON", "PHASE", "WHY", figures=("SINCE",))
     for load in fleet["loads"].values():
         displaced = f", displaces {', '.join(load['evict'])}" if load["evict"] else ""
         since = f"{max(0.0, now - load['started']):.0f} s"
-        table.add_row(load["model"], load["node"], since, load["phase"], f"{load['because']}{displaced}")
+        why = f"{load['because']}{displaced}"
+        _add(table, *(Text(each) for each in (load["model"], load["node"], load["phase"], why, since)))
     return table
 
 
-def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="ellipsis", no_wrap=True)
+def _table(*texts: str, figures: tuple[str, ...]) -> Table:
+    """Where the terminal is too narrow, texts are cut and figures are not."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+    for name in texts:
+        table.add_column(name)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _add(table: Table, *cells: Text) -> None:
+    """A row of one line."""
+    for cell in cells:
+        cell.no_wrap, cell.overflow = True, "ellipsis"
+    table.add_row(*cells)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from cortex.config.discovery import DiscoverySettings
+from cortex.fleet.members.dialled.broker_process import DialBroker
 from cortex.fleet.members.dns import DnsDiscovery
 from cortex.fleet.members.found import FoundNeurons
 from cortex.fleet.members.kubernetes.discovery import KubernetesDiscovery
@@ -29,15 +30,22 @@ class NeuronDiscovery:
 
 
 async def open_discovery(
-    settings: DiscoverySettings, membership: Membership, fleet: Fleet, pool: EnginePool, state: StateFile
+    settings: DiscoverySettings,
+    membership: Membership,
+    fleet: Fleet,
+    pool: EnginePool,
+    state: StateFile,
+    *,
+    broker: DialBroker | None = None,
 ) -> NeuronDiscovery:
-    """Returns when the neurons that can be found now are in the fleet, so that the first request finds them.
+    """Returns when the neurons that can be found now are in the fleet, so that the first request finds them. `broker`:
+    None unless neurons may keep connections to this cortex.
 
     Raises:
         NotInCluster: with `kind = "kubernetes"`, outside a cluster.
     """
     if settings.kind == "register":
-        registrations = Registrations(membership, fleet, state)
+        registrations = Registrations(membership, fleet, state, broker)
         registrations.restore()
         return NeuronDiscovery({"registrations": registrations.run}, registrations)
     state.set_registrations([])  # they have tokens, and are of no more use

@@ -137,11 +137,13 @@ def named(known: Addresses) -> tuple[list[FoundAddress], list[str]]:
 
 @dataclass(frozen=True)
 class Registered:
-    """A neuron that has announced itself. `expires_at`: monotonic seconds."""
+    """A neuron that has announced itself. `expires_at`: monotonic seconds. `dial_key` is what its connections must
+    show, None if cortex connects to it."""
 
     entry: NeuronEntry
     process: str | None
     expires_at: float
+    dial_key: str | None = None
 
 
 def registration_refusal(
@@ -150,9 +152,11 @@ def registration_refusal(
     listed: Mapping[str, NeuronEntry],
     registered: Mapping[str, Registered],
     node: NodeSnapshot | None,
+    connected: bool = False,
 ) -> str | None:
     """Why a neuron must not have the name that it announces; None if it may. `node` is what is known of the neuron
-    that has this name now. Another endpoint takes the name over once the neuron at the old one no longer answers."""
+    that has this name now. Another endpoint takes the name over once the neuron at the old one no longer answers, and
+    another process that dials once that one is no longer `connected`."""
     if wanted.name in listed:
         if listed[wanted.name].endpoint == wanted.endpoint:
             return None
@@ -161,10 +165,12 @@ def registration_refusal(
             "there, or give this neuron another name"
         )
     other = registered.get(wanted.name)
-    if other is None or other.entry.endpoint == wanted.endpoint or node is None or not node.healthy:
+    if other is None or (wanted.instance_id is not None and wanted.instance_id == other.process):
+        return None  # the same process, perhaps under another address
+    if other.entry.endpoint == wanted.endpoint and (other.dial_key is None or not connected):
         return None
-    if wanted.instance_id is not None and wanted.instance_id == other.process:
-        return None  # the same process under another address
+    if node is None or not node.healthy:
+        return None
     return (
         f"{wanted.name!r} is the name of another neuron, at {other.entry.endpoint}, which answers: give this one a "
         "name of its own in neuron.toml"

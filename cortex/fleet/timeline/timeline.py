@@ -69,6 +69,9 @@ class Timeline:
         self._ended: dict[StatusSpanId, StatusSpan] = {span.id: span for span in kept.spans}  # oldest end first
         self._minutes: deque[Minute] = deque(kept.minutes, maxlen=int(HOURS * 60))
         self._interrupted = {span.key: span for span in kept.interrupted}
+        if file is not None:
+            for span in kept.interrupted:
+                file.add(span)  # otherwise the next cortex would let it end later, with the file's last line then
         self._most_waiting: dict[str, int] = {}
         self._counted = ModelCounts({}, {})
         self._minute_ends = clock() + MINUTE_SECS
@@ -127,9 +130,14 @@ class Timeline:
         before, found = self._open.get(node.name, {}), seen(node)
         for key in found.keys() & self._interrupted.keys() - before.keys():
             interrupted = self._interrupted.pop(key)
-            if continues(interrupted, found[key]):
+            # Since when a node is silent this cortex knows only from its own start.
+            now_told = found[key] if key.model_id else found[key]._replace(since=interrupted.told_since)
+            if continues(interrupted, now_told):
                 self._ended.pop(interrupted.id, None)  # it is gone after a day
-                before[key] = msgspec.structs.replace(interrupted, until=None)
+                again = msgspec.structs.replace(interrupted, until=None, told_since=found[key].since)
+                before[key] = again
+                if self._file is not None:
+                    self._file.add(again)
         ended, still = follow(before, found, now, self._causes)
         self._open[node.name] = still
         self._end(ended)

@@ -46,6 +46,7 @@ class SpansByModel:
         return [
             step
             for span in self._spans.get(model, ())
+            if span.since < now and (span.until is None or span.until > started)  # most of a day's spans are not
             for step in (_load(span, started, now) if span.model == model else _unload(span, started, now))
         ]
 

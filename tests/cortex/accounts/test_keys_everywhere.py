@@ -86,7 +86,7 @@ def written(directory: Path, **config: Any) -> Path:
 
 async def test_the_life_of_a_key(tmp_path: Path, benjy: V1Neuron, engine: RawEngine) -> None:
     """The first key is made without a cortex; it makes another one, which is used, rotated and revoked with effect in
-    both workers. No secret is in a log or in the database."""
+    both workers. No secret is in a log or in the database; the log says who changed what, and who could not."""
     file = written(tmp_path, state_dir="state")
     admin = (await made("create", "root", "--admin", "--config", str(file)))["key"]
     async with cortex_process(tmp_path, [benjy], [{"id": MODEL}], state_dir="state", workers=2) as cortex:
@@ -97,6 +97,7 @@ async def test_the_life_of_a_key(tmp_path: Path, benjy: V1Neuron, engine: RawEng
         assert (alice["role"], alice["rpm"], alice["budget"]) == ("user", 600, ["20EUR/month"])
         await every_worker(url, alice["key"], 200)
         assert await status_of(url, alice["key"], "/fleet") == 403
+        assert (await keys("create", "mallory", "--admin", url=url, key=alice["key"]))[0] == 1
         assert await status_of(url, admin, "/fleet") == 200
         rotated = await made("rotate", "alice", url=url, key=admin)
         assert rotated["id"] == alice["id"]
@@ -108,7 +109,17 @@ async def test_the_life_of_a_key(tmp_path: Path, benjy: V1Neuron, engine: RawEng
         assert [(key["name"], key["source"]) for key in listed["keys"]] == [("root", "database")]
         again = await made("create", "alice", url=url, key=admin)  # a revoked name is free
         assert again["id"] != alice["id"]
-        log = cortex.log()
+    log = cortex.log()
+    assert "refused='invalid API key: it is unknown, expired or revoked' from=127.0.0.1 id=" in log
+    audit = [line.partition(": ")[2].partition(" id=")[0] for line in log.splitlines() if "cortex.api.auth" in line]
+    assert audit == [
+        "POST /keys by root",
+        "POST /keys refused: alice has the role user",
+        "POST /keys/alice/rotate by root",
+        "DELETE /keys/alice by root",
+        "POST /keys by root",
+    ]
+    assert log.count("created the API key 'alice' with the role user") == 2
     stored = b"".join(path.read_bytes() for path in (tmp_path / "state").iterdir() if path.is_file())
     for secret in (admin, alice["key"], rotated["key"], again["key"]):
         assert secret not in log

@@ -155,6 +155,7 @@ def view_of(parts: Parts) -> FleetView:
         scheduler=parts.scheduler,
         queue=parts.queue,
         counts=parts.counts,
+        demand=parts.demand,
         storage=parts.storage,
     )
 

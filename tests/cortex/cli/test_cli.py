@@ -100,8 +100,8 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
-    keys = {"nodes", "loads", "in_flight", "waiting", "held", "models", "aliases", "configuration", "warnings"}
-    assert set(result.json) == keys
+    keys = {"nodes", "loads", "in_flight", "waiting", "last_used", "held", "models", "aliases", "configuration"}
+    assert set(result.json) == keys | {"warnings"}
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: V1Neuron) -> None:

@@ -94,6 +94,17 @@ def test_a_request_between_two_samples_is_counted(demand: Demand, counts: CountT
     assert demand.usages()[KEY].in_flight == 0
 
 
+def test_the_last_use_of_a_model_in_unix_time(demand: Demand, counts: CountTotals, clock: Moment) -> None:
+    """The later one of its engines."""
+    assert demand.last_uses() == {}
+    demand.record_use(replica_key("m", "b"))
+    clock.now += 100
+    demand.record_use(KEY)
+    first = demand.last_uses()["m"]
+    clock.now += 5000
+    assert first - demand.last_uses()["m"] == pytest.approx(5000, abs=600)
+
+
 def test_each_request_is_counted_once_over_many_samples(demand: Demand, counts: CountTotals, clock: Moment) -> None:
     worker = attached(counts)
     for _ in range(3):

@@ -212,14 +212,34 @@ async def test_a_restart_continues_the_spans(tmp_path: Path) -> None:
         file.write(b'{"span": {"node": "n", "sta')  # killed meanwhile
     bench = Bench(tmp_path, now=AT + 100)
     assert {span.until for span in bench.spans()} == {AT + 10}
-    bench.poll(view("loaded", since=AT - 9), view("sleeping", "again"))
+    bench.poll(
+        view("loaded", since=AT - 9), view("sleeping", "again", since=AT + 9), view("loaded", "new", since=AT + 90)
+    )
     spans = {(span.model, span.status): span for span in await bench.look()}
     assert (spans["m", "loaded"].since, spans["m", "loaded"].until) == (AT - 9, None)
     assert spans["gone", "loaded"].until == AT + 10
     assert spans["again", "sleeping"].until is None
     await bench.timeline.flush()
-    assert {span.model for span in Bench(tmp_path, now=AT + 200).spans()} == {"m", "gone", "again"}
+    later = {span.model: span for span in Bench(tmp_path, now=AT + 200).spans()}
+    assert later.keys() == {"m", "gone", "again", "new"}
+    assert later["gone"].until == AT + 10  # not the file's last line then
     assert Bench(tmp_path, now=AT + 48 * 3600).spans() == []
+
+
+async def test_a_node_that_is_down_before_and_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown once, although each cortex knows only of the silence since its own start."""
+    found: list[list[StatusSpan]] = []
+    for restart in range(3):
+        bench = Bench(tmp_path, now=AT + 100 * restart)
+        monkeypatch.setattr("cortex.fleet.state.time.time", lambda bench=bench: bench.now)
+        bench.fleet.record_miss("n", f"refused to cortex {restart}")
+        found.append(await bench.look())
+        await bench.timeline.flush()
+        await bench.state.close()
+    assert [len(spans) for spans in found] == [1, 1, 1]
+    assert found[0][0].since == found[2][0].since
+    assert found[2][0].until is None
+    assert found[2][0].error == "refused to cortex 2"
 
 
 async def test_one_cortex_writes_at_a_time(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import aiohttp
 import pytest
 
-from neuron.api.announcer import Announcer, endpoint_towards, shown
+from neuron.api.announcer import Announcer, endpoint_towards
+from neuron.api.dialling import shown
 from neuron.config import NeuronConfig
 from shared import tasks
+from shared.protocol import RegistrationReply
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
 
@@ -52,7 +55,7 @@ async def test_announcements_go_on_after_an_unforeseen_failure(
     settings = {"urls": ["http://a:1", "http://b:1"], "token_file": "token", "interval_secs": 0.1}
 
     class Failing(Announcer):
-        async def _announce(self, url: str) -> str | None:
+        async def _announce(self, url: str, accepted: Callable[[RegistrationReply], None]) -> str | None:
             tries[url] = tries.get(url, 0) + 1
             if len(tries) == 2 and min(tries.values()) > 1:
                 again.set()

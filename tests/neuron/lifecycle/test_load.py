@@ -46,6 +46,19 @@ async def test_view_of_a_loaded_model(neuron: Neuron) -> None:
     assert [device["vram_used_mb"] for device in devices] == [10_000, 10_000]
 
 
+async def test_memory_of_a_load_is_not_foreign(neuron: Neuron) -> None:
+    """What an engine takes while it loads is its own, also when no call asks for the models meanwhile."""
+    await neuron.load(MODEL, "--load-secs", "2", wait=False, vram_mb=20_000)
+    before = 0
+    while before < 20_000:
+        (device,) = (each for each in (await neuron.call("GET", "/health")).body["devices"] if each["index"] == 0)
+        assert device["vram_foreign_mb"] == 0, device
+        if before == 0 < device["vram_used_mb"]:
+            await neuron.model(MODEL)
+        before = device["vram_used_mb"]
+    assert (await neuron.load(MODEL, "--load-secs", "2", vram_mb=20_000)).status == 200
+
+
 async def test_fifty_loads_at_once_start_one_engine(neuron: Neuron, mark: str) -> None:
     """Concurrent loads of one model start one process, and every caller gets the answer."""
     answers = await asyncio.gather(*(neuron.load(MODEL) for _ in range(50)))

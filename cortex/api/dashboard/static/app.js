@@ -27,7 +27,10 @@ const PAGES = {
 const STALE_SECS = 30;
 const store = new Store();
 
-const pageOf = (hash) => (Object.hasOwn(PAGES, hash.replace(/^#\//, "")) ? hash.replace(/^#\//, "") : "fleet");
+const pageOf = (hash) => {
+  const name = hash.replace(/^#\//, "").replace(/\?.*/, "");
+  return Object.hasOwn(PAGES, name) ? name : "fleet";
+};
 
 function useHash() {
   const [hash, setHash] = useState(location.hash);
@@ -123,9 +126,11 @@ function App() {
   const [theme, setTheme] = useTheme();
   const page = pageOf(useHash());
   const field = useRef(null);
+  const wasLost = useRef(false);
+  const askWho = () => get("/dashboard/me").then(setWho, () => null);
   const start = () => {
     setWho(null);
-    get("/dashboard/me").then(setWho, () => setWho({ name: null, role: null }));
+    askWho();
     store.follow();
   };
   useEffect(() => {
@@ -149,6 +154,11 @@ function App() {
   }, [title]);
 
   const { fleet, problem } = store;
+  // A cortex that is back may have been started with other keys, or did not answer when the page was opened.
+  useEffect(() => {
+    if (wasLost.current && !problem) askWho();
+    wasLost.current = Boolean(problem);
+  }, [problem]);
   if (problem && (problem.status === 401 || problem.status === 403)) return html`<${SignIn} problem=${problem} start=${start} />`;
   // Not a reload: cortex would send the browser to the issuer, whose session signs it in again.
   const leave = async () => {

@@ -48,6 +48,29 @@ export function Problem({ error }) {
   return html`<p class="problem" role="alert"><span aria-hidden="true">✕ </span>${error.message}</p>`;
 }
 
+const chosenIn = (hash) => new URLSearchParams(hash.split("?")[1] ?? "");
+
+export const linkTo = (page, choices) => `#/${page}?${new URLSearchParams(choices)}`;
+
+// A choice that stands in the address, so that it can be linked to and outlives a reload. Gives [value, set]; "" is none.
+export function useChoice(name, usual = "") {
+  const [value, setValue] = useState(chosenIn(location.hash).get(name) ?? usual);
+  useEffect(() => {
+    const changed = () => setValue(chosenIn(location.hash).get(name) ?? usual);
+    addEventListener("hashchange", changed);
+    return () => removeEventListener("hashchange", changed);
+  }, []);
+  const set = (chosen) => {
+    const choices = chosenIn(location.hash);
+    if (chosen === usual) choices.delete(name);
+    else choices.set(name, chosen);
+    const page = location.hash.split("?")[0] || "#/";
+    history.replaceState(null, "", choices.size ? `${page}?${choices}` : page);
+    setValue(chosen);
+  };
+  return [value, set];
+}
+
 // Runs `read` now and whenever `inputs` change. Gives [result, error, again].
 export function useRead(read, inputs) {
   const [state, setState] = useState({ result: null, error: null });

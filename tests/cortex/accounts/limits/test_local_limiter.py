@@ -22,6 +22,7 @@ from cortex.accounts.limits.local_limiter import LocalLimiter
 from cortex.accounts.limits.opening import kept_states
 from cortex.accounts.limits.terms import UNLIMITED, WHOLE_CONTEXT, Budget, KeyLimits, Limits, RateState, TokenBound
 from cortex.proxy.body.token_bound import token_bound
+from shared.errors import render
 from shared.protocol import ErrorCode
 from shared.tasks import timeout
 from tests.cortex.accounts.limits.owners import ALICE, BOB, DAY, SMALL, Clock, granted, refused, terms
@@ -48,10 +49,25 @@ def test_a_refusal_says_which_limit_and_when_to_retry() -> None:
     assert "model 'org/m', for all API keys together, has reached its limit of 3 parallel requests" in error.message
     limiter.settle(first, 5, 1, 0)
     error = refused(limiter, BOB, TokenBound(90, 10))
-    assert (error.code, error.permanent) == (ErrorCode.INSUFFICIENT_QUOTA, False)
+    assert error.code == ErrorCode.INSUFFICIENT_QUOTA
     assert "'bob' does not have enough left of its budget of 100 tokens per day" in error.message
     error = refused(limiter, BOB, TokenBound(100, 10))
     assert (error.retry_after, error.permanent) == (None, True)
+
+
+def test_clients_are_not_to_sit_out_a_long_wait() -> None:
+    """Anthropic's package would sleep until the day is over. A minute it waits, as all others do."""
+    clock = Clock()
+    limiter = LocalLimiter(terms(), clock=clock)
+    limiter.use_keys({"b": KeyLimits(Limits(budgets=(DAY,)))})
+    limiter.settle(granted(limiter, BOB, bound=TokenBound(90)), 90, 0, 0)
+    for left, permanent in ((61.0, True), (60.0, False)):
+        clock.now = (clock.now // 86400 + 1) * 86400 - left
+        error = refused(limiter, BOB, TokenBound(90))
+        assert (error.retry_after, error.permanent) == (left, permanent)
+        rendered = render(error, "r", anthropic=True)
+        assert json.loads(rendered.body)["error"]["type"] == "rate_limit_error"
+        assert rendered.headers.get("x-should-retry") == ("false" if permanent else None)
 
 
 FIELD = "tokens (max_tokens; in /v1/responses max_output_tokens)"

@@ -218,7 +218,7 @@ async def test_a_recorder_that_cannot_be_started_is_told(tmp_path: Path, monkeyp
     told: asyncio.Queue[str] = asyncio.Queue()
     live = LiveConfig(CortexConfig(), Catalogue())
     async with RecorderProcess(live, DatabaseSource(tmp_path / "db", "", ""), tmp_path, told.put_nowait).running():
-        assert await told.get() == "the recorder cannot be started: No such file or directory"
+        assert await told.get() == "the usage recorder cannot be started: No such file or directory"
 
 
 async def test_a_new_reason_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,13 +67,28 @@ function Node({ node, mayAct, ask }) {
     ${node.host && html`<p class="small">RAM ${mib(node.host.ram_used_mb)} of ${mib(node.host.ram_total_mb)}</p>`}
     ${links(node)}
     <ul class="engines">
-      ${engines.map((view) => html`<li><${Status} status=${node.healthy ? view.status : "unknown"} title=${view.error ?? view.reason} /> ${view.id}${view.variant ? ` (${view.variant})` : ""}${view.progress ? ` – ${view.progress.phase} ${percent((view.progress.overall ?? view.progress.fraction ?? 0) * 100)}` : ""}</li>`)}
+      ${engines.map((view) => html`<li><${Status} status=${node.healthy ? view.status : "unknown"} title=${view.error ?? view.reason} /> ${view.id}${view.variant ? ` (${view.variant})` : ""}${view.progress ? ` – ${view.progress.phase} ${percent((view.progress.overall ?? view.progress.fraction ?? 0) * 100)}` : ""}${view.error ? html` <span class="small line">${view.error.split("\n")[0]}</span>` : ""}</li>`)}
     </ul>
   </section>`;
 }
 
+// The requests that run on the host, and the models of which no other host that takes requests has an engine.
+function onlyOn(node, fleet) {
+  const has = (other) => Object.values(other.models ?? {}).filter((view) => view.status !== "unloaded" && view.status !== "failed").map((view) => view.id);
+  const others = new Set(Object.values(fleet.nodes).filter((other) => other.name !== node.name && other.healthy && !other.draining).flatMap(has));
+  const here = [...new Set(has(node))];
+  const running = Object.values(fleet.in_flight).filter((each) => each.node === node.name && here.includes(each.model)).reduce((sum, each) => sum + each.count, 0);
+  return { running, models: here.filter((model) => !others.has(model)) };
+}
+
+function Drained({ node, fleet }) {
+  const { running, models } = onlyOn(node, fleet);
+  return html`<p>New loads go to other hosts, and requests too where another host can serve them. What runs on <strong>${node.name}</strong> goes on: ${plural(running, "request")} now.</p>
+    ${models.length ? html`<p>No other host has ${models.join(", ")}. Their requests still go to ${node.name}, until one that is busy has been loaded elsewhere.</p>` : null}`;
+}
+
 const CONSEQUENCES = {
-  Drain: (node) => html`<p>New loads go to other hosts, and requests too where another host can serve them. What runs on <strong>${node.name}</strong> goes on.</p>`,
+  Drain: (node, fleet) => html`<${Drained} node=${node} fleet=${fleet} />`,
   Resume: (node) => html`<p><strong>${node.name}</strong> takes loads and requests again.</p>`,
 };
 
@@ -85,5 +100,5 @@ export function FleetPage({ fleet, mayAct, search }) {
   return html`<h1>Fleet</h1>
     <p class="small">${plural(nodes.length, "host")}, ${healthy} healthy</p>
     <div role="list" aria-label="Hosts">${nodes.map((node) => html`<${Node} key=${node.name} node=${node} mayAct=${mayAct} ask=${ask} />`)}</div>
-    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.node.name}?`} verb=${asked.verb} consequence=${CONSEQUENCES[asked.verb](asked.node)} act=${() => post(`/fleet/nodes/${encodeURIComponent(asked.node.name)}/${asked.verb.toLowerCase()}`)} onClose=${() => ask(null)} />`}`;
+    ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.node.name}?`} verb=${asked.verb} consequence=${CONSEQUENCES[asked.verb](asked.node, fleet)} act=${() => post(`/fleet/nodes/${encodeURIComponent(asked.node.name)}/${asked.verb.toLowerCase()}`)} onClose=${() => ask(null)} />`}`;
 }

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "../html.js";
 import { events } from "../api.js";
-import { Problem } from "../parts.js";
+import { Problem, useChoice } from "../parts.js";
 
 const MOST_LINES = 2000;
 const TAIL = 200;
@@ -52,7 +52,8 @@ function useLines(model) {
 
 export function LogsPage({ fleet, search }) {
   const models = [...new Set(Object.values(fleet.nodes).flatMap((node) => Object.values(node.models ?? {}).map((view) => view.id)))].sort();
-  const [model, setModel] = useState(models[0] ?? "");
+  const [chosen, choose] = useChoice("model");
+  const model = models.includes(chosen) ? chosen : (models[0] ?? "");
   const [lines, error] = useLines(model);
   const [follows, setFollows] = useState(true);
   const box = useRef(null);
@@ -65,7 +66,7 @@ export function LogsPage({ fleet, search }) {
   return html`<h1>Logs</h1>
     <div class="row">
       <label for="model">Model</label>
-      <select id="model" value=${model} onChange=${(event) => setModel(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select>
+      <select id="model" value=${model} onChange=${(event) => choose(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select>
       <label><input type="checkbox" checked=${follows} onChange=${(event) => setFollows(event.target.checked)} /> Follow</label>
       ${wanted && html`<span class="small">${shown.length} of ${lines.length} lines</span>`}
     </div>

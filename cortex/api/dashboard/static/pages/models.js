@@ -3,12 +3,12 @@
 import { html, useState } from "../html.js";
 import { post } from "../api.js";
 import { ago, clock, compareNames, plural, secs } from "../format.js";
-import { Confirm, Problem, Status, modelClass, useRead } from "../parts.js";
+import { Confirm, Problem, Status, linkTo, modelClass, useRead } from "../parts.js";
 
 export function modelsOf(fleet) {
   const rows = new Map();
   const row = (id) => {
-    if (!rows.has(id)) rows.set(id, { id, profile: fleet.models[id] ?? null, engines: [], loads: [], inFlight: 0, waiting: null, held: [], rate: fleet.rates?.[id] ?? null });
+    if (!rows.has(id)) rows.set(id, { id, profile: fleet.models[id] ?? null, engines: [], loads: [], inFlight: 0, waiting: null, held: [], rate: fleet.rates?.[id] ?? null, lastUsed: fleet.last_used?.[id] ?? null });
     return rows.get(id);
   };
   Object.keys(fleet.models).forEach(row);
@@ -64,10 +64,12 @@ function Model({ row, aliases, mayAct, ask }) {
       <h2><span class="swatch ${modelClass(row.id)}" aria-hidden="true"></span>${row.id}</h2>
       <span class="small">${names.length ? `also ${names.join(", ")}` : ""}</span>
       <span class="grow"></span>
+      <a href=${linkTo("requests", { model: row.id })} aria-label=${`Requests for ${row.id}`}>Requests</a>
+      ${mayAct && present.length ? html`<a href=${linkTo("logs", { model: row.id })} aria-label=${`Logs of ${row.id}`}>Logs</a>` : null}
       ${mayAct && html`<button class="quiet" onClick=${() => ask({ verb: "Load", row })}>Load</button>`}
       ${mayAct && isThere && html`<button class="quiet" onClick=${() => ask({ verb: "Unload", row })}>Unload</button>`}
     </div>
-    <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${present.length ? "" : ", on no host"}${row.rate ? html`. ${rateText(row.rate)}` : ""}</p>
+    <p class="small">${plural(row.inFlight, "request")} running${row.waiting ? html`, <strong>${row.waiting.count} waiting</strong>${row.waiting.for ? ` ${row.waiting.for}` : ""}` : ""}${row.lastUsed && !row.inFlight ? `, last used ${ago(row.lastUsed)}` : ""}${present.length ? "" : ", on no host"}${row.rate ? html`. ${rateText(row.rate)}` : ""}</p>
     <ul class="engines">${present.map(({ node, view }) => html`<${Engine} key=${`${node.name} ${view.instance}`} node=${node} view=${view} row=${row} mayAct=${mayAct} ask=${ask} />`)}</ul>
     ${row.loads.map((load) => html`<p class="small">Loading on ${load.node}, begun ${ago(load.started)}: ${load.phase}. ${load.because ? `Why: ${load.because}.` : ""} ${load.evict.length ? `Displaces ${load.evict.join(", ")}.` : ""}</p>`)}
     ${row.held.map((held) => html`<p class="small">Held back${held.node ? ` on ${held.node}` : ""} until ${clock(held.until)}.</p>`)}
@@ -82,8 +84,8 @@ function Effects({ asked }) {
   const [plan, error] = useRead((signal) => post(`/fleet/${verb.toLowerCase()}?dry_run=true`, bodyOf(asked), signal), [verb, row.id, node?.name, view?.instance]);
   if (error) return html`<${Problem} error=${error} />`;
   if (!plan) return html`<p>Asking cortex …</p>`;
-  return html`${plan.evict.length ? html`<p><strong>Displaces ${plan.evict.join(", ")}.</strong></p>` : null}
-    <ul>${plan.effects.map((effect) => html`<li>${effect}</li>`)}</ul>`;
+  const displaces = (effect) => plan.evict.some((model) => effect.startsWith(`Displaces ${model} `));
+  return html`<ul>${plan.effects.map((effect) => html`<li>${displaces(effect) ? html`<strong>${effect}</strong>` : effect}</li>`)}</ul>`;
 }
 
 const WITHOUT_WAIT = ["Load", "Restart"];

@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "../html.js";
 import { CallError, events, post } from "../api.js";
 import { secs } from "../format.js";
-import { Problem } from "../parts.js";
+import { Problem, useChoice } from "../parts.js";
 
 const KINDS = ["chat", "embeddings", "rerank"];
 
@@ -46,7 +46,8 @@ function Message({ role, text, reasoning, note, facts }) {
 export function PlaygroundPage({ fleet }) {
   const models = [...new Set([...Object.keys(fleet.models), ...Object.keys(fleet.aliases), ...Object.values(fleet.nodes).flatMap((node) => Object.values(node.models ?? {}).map((view) => view.id))])].sort();
   const [kind, setKind] = useState("chat");
-  const [model, setModel] = useState(models[0] ?? "");
+  const [chosen, choose] = useChoice("model");
+  const model = models.includes(chosen) ? chosen : (models[0] ?? "");
   const [messages, setMessages] = useState([]);
   const [answer, setAnswer] = useState(null);
   const [result, setResult] = useState(null);
@@ -114,7 +115,7 @@ export function PlaygroundPage({ fleet }) {
     <div class="row">
       <div class="row" role="group" aria-label="Kind of request">${KINDS.map((name) => html`<button class=${name === kind ? "" : "quiet"} aria-pressed=${name === kind} onClick=${() => pick(name)}>${name}</button>`)}</div>
       <label for="model">Model</label>
-      <select id="model" value=${model} onChange=${(event) => setModel(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select>
+      <select id="model" value=${model} onChange=${(event) => choose(event.target.value)}>${models.map((name) => html`<option value=${name}>${name}</option>`)}</select>
       ${kind === "chat" && messages.length ? html`<button class="quiet" onClick=${() => setMessages([])}>New chat</button>` : null}
     </div>
     ${kind === "chat" && html`<div class="messages" aria-live="polite">

@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "../html.js";
 import { get } from "../api.js";
 import { clock, count, plural, secs } from "../format.js";
-import { Problem } from "../parts.js";
+import { Problem, useChoice } from "../parts.js";
 
 // Asked again each second while the page is seen, and only for what is new. Not a stream of events: workers would have
 // to tell of each request, thousands a second, for a page that people read once a second.
@@ -119,7 +119,7 @@ function Row({ name, each, open, toggle }) {
       <span class="numbers">${clock(each.started)}</span>
       <span class="status ${kind}"><span aria-hidden="true">${sign} </span>${words}</span>
       <span class="model">${each.model || "no model"}</span>
-      <span>${[each.node || "no engine", each.cold && "cold start", failed].filter(Boolean).join(", ")}</span>
+      <span class="place">${[each.node || "no engine", each.cold && "cold start", failed].filter(Boolean).join(", ")}</span>
       <span>${each.key}</span>
       <span class="numbers">${secs(each.secs)}</span>
     </button>
@@ -140,8 +140,9 @@ function named(list) {
 const matches = (each, wanted) => !wanted || [each.id, each.model, each.asked, each.node, each.key, each.path, each.error, each.status].some((text) => String(text ?? "").toLowerCase().includes(wanted));
 
 export function RequestsPage({ fleet, search }) {
-  const [model, setModel] = useState("");
-  const [errors, setErrors] = useState(false);
+  const [model, setModel] = useChoice("model");
+  const [status, setStatus] = useChoice("status");
+  const errors = status === "error";
   const [open, setOpen] = useState(null);
   const query = new URLSearchParams({ limit: SHOWN, ...(model ? { model } : {}), ...(errors ? { status: "error" } : {}) });
   const [{ live, liveCount, ended, known }, error] = useRequests(query.toString());
@@ -152,9 +153,9 @@ export function RequestsPage({ fleet, search }) {
     <div class="row">
       <label for="requests-model">Model</label>
       <select id="requests-model" value=${model} onChange=${(event) => setModel(event.target.value)}>
-        <option value="">all</option>${Object.keys(fleet.models).sort().map((name) => html`<option value=${name}>${name}</option>`)}
+        <option value="">all</option>${[...new Set([...Object.keys(fleet.models), ...(model ? [model] : [])])].sort().map((name) => html`<option value=${name}>${name}</option>`)}
       </select>
-      <label><input type="checkbox" checked=${errors} onChange=${(event) => setErrors(event.target.checked)} /> Only errors</label>
+      <label><input type="checkbox" checked=${errors} onChange=${(event) => setStatus(event.target.checked ? "error" : "")} /> Only errors</label>
     </div>
     <${Problem} error=${error} />
     ${errors ? null : html`<h2>Live</h2>

@@ -3,7 +3,7 @@
 import { html, useEffect, useMemo, useRef, useState } from "../html.js";
 import { get } from "../api.js";
 import { clock, compareNames, secs } from "../format.js";
-import { Problem, Status, modelClass, useRead } from "../parts.js";
+import { Problem, Status, modelClass, useChoice, useRead } from "../parts.js";
 import uPlot from "../vendor/uplot.js";
 
 const RANGES = { "15 min": 900, "1 h": 3600, "6 h": 21600, "24 h": 86400 };
@@ -11,16 +11,18 @@ const REFRESH_MS = 5000;
 const WIDTH = 1000;
 const ROW = 22;
 const HEIGHT = 180;
+const STEPS = [1, 2, 5].flatMap((step) => [0, 1, 2, 3, 4, 5].map((power) => step * 10 ** power)).sort((one, two) => one - two);
 
 const labelsOf = (nodes) => nodes.flatMap((node) => Object.keys(node.devices ?? {}).map((index) => `${node.name} ${index}`));
 
-// Rows of the picture: node and GPU, each with its spans. Spans without a GPU stand in the node's own row.
+// Rows of the picture: node and GPU, each with its spans. What held for the whole node, and engines without a GPU, such as
+// failed ones, have rows of their own.
 export function rowsOf(spans, labels) {
   const rows = new Map(labels.map((label) => [label, { label, spans: [] }]));
   for (const span of spans) {
-    const devices = span.model && span.devices?.length ? span.devices : [""];
+    const devices = !span.model ? ["host"] : span.devices?.length ? span.devices : ["no GPU"];
     for (const device of devices) {
-      const label = `${span.node} ${device}`.trim();
+      const label = `${span.node} ${device}`;
       if (!rows.has(label)) rows.set(label, { label, spans: [] });
       rows.get(label).spans.push(span);
     }
@@ -64,7 +66,7 @@ function Picture({ rows, since, until, choose }) {
   return html`<div class="timeline">
     ${rows.map(
       (row) => html`<div class="timeline-row" key=${row.label}>
-        <span class="label">${row.label}</span>
+        <span class="label" title=${row.label}><span class="host">${row.label.slice(0, row.label.indexOf(" "))}</span><span>${row.label.slice(row.label.indexOf(" "))}</span></span>
         <svg style=${{ height: `${row.lanes * ROW}px` }} viewBox=${`0 0 ${WIDTH} ${row.lanes * ROW}`} preserveAspectRatio="none" role="group" aria-label=${row.label}>
           ${row.placed.map(({ span, lane }) => {
             const y = lane * ROW + 2;
@@ -84,8 +86,9 @@ function Picture({ rows, since, until, choose }) {
   </div>`;
 }
 
-function Chart({ minutes, what, title, since, until }) {
+function Chart({ timeline, what, title }) {
   const box = useRef(null);
+  const { minutes, from, to } = timeline;
   const models = useMemo(() => [...new Set(minutes.flatMap((minute) => Object.keys(minute[what] ?? {})))].sort(), [minutes, what]);
   useEffect(() => {
     if (!minutes.length || !models.length) return undefined;
@@ -93,20 +96,23 @@ function Chart({ minutes, what, title, since, until }) {
     const colours = getComputedStyle(document.documentElement);
     const series = models.map((model) => ({ label: model, stroke: colours.getPropertyValue(`--${modelClass(model)}`), width: 2 }));
     const axis = { stroke: colours.getPropertyValue("--text"), grid: { stroke: colours.getPropertyValue("--line"), width: 1 } };
-    const chart = new uPlot({ width: box.current.clientWidth || 600, height: HEIGHT, scales: { x: { range: () => [since, until] } }, series: [{}, ...series], axes: [axis, axis] }, data, box.current);
+    // The same time as the picture above, also if there are figures of its last minute only; counts begin at 0.
+    const scales = { x: { range: [from, to] }, y: { range: (chart, least, most) => [0, Math.max(1, most)] } };
+    const chart = new uPlot({ width: box.current.clientWidth || 600, height: HEIGHT, scales, series: [{}, ...series], axes: [axis, { ...axis, incrs: STEPS }] }, data, box.current);
     const resized = new ResizeObserver(() => chart.setSize({ width: box.current.clientWidth, height: HEIGHT }));
     resized.observe(box.current);
     return () => {
       resized.disconnect();
       chart.destroy();
     };
-  }, [minutes, models, what, since, until]);
+  }, [minutes, from, to, models, what]);
   if (!models.length) return null;
   return html`<h2>${title}</h2><div class="chart" ref=${box} role="img" aria-label=${`${title}: ${models.join(", ")}`}></div>`;
 }
 
 export function TimelinePage({ fleet }) {
-  const [range, setRange] = useState("1 h");
+  const [asked, setRange] = useChoice("range", "1 h");
+  const range = Object.hasOwn(RANGES, asked) ? asked : "1 h";
   const [chosen, choose] = useState(null);
   const [timeline, error, again] = useRead((signal) => get(`/fleet/timeline?from=${Math.floor(Date.now() / 1000) - RANGES[range]}`, signal), [range]);
   useEffect(() => {
@@ -126,7 +132,7 @@ export function TimelinePage({ fleet }) {
     <${Problem} error=${error} />
     ${picture}
     <p class="chosen" aria-live="polite">${chosen ? html`<${Status} status=${chosen.status} /> ${told(chosen, timeline?.to ?? chosen.since)}` : "Choose a span to read about it."}</p>
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="waiting" title="Requests that waited, at most in each minute" />`}
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="requests" title="Requests in each minute" />`}
-    ${timeline && html`<${Chart} minutes=${timeline.minutes} since=${timeline.from} until=${timeline.to} what="errors" title="Errors in each minute" />`}`;
+    ${timeline && html`<${Chart} timeline=${timeline} what="waiting" title="Requests that waited, at most in each minute" />`}
+    ${timeline && html`<${Chart} timeline=${timeline} what="requests" title="Requests in each minute" />`}
+    ${timeline && html`<${Chart} timeline=${timeline} what="errors" title="Errors in each minute" />`}`;
 }
