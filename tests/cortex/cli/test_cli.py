@@ -162,6 +162,17 @@ async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
     assert result.out.startswith("org/unknown: refuse: the model 'org/unknown' does not exist")
 
 
+async def test_explain_of_an_unknown_model_without_a_neuron(start_cortex: StartCortex) -> None:
+    """It exits with 1 too; of a model of the catalogue it explains that no neuron is healthy, and exits with 0."""
+    async with V1Neuron("gone", 1000).running() as gone:
+        pass
+    cortex = await start_cortex([gone], [SMALL], wait_healthy=False)
+    await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["gone"].misses > 0)
+    for model, status in (("org/unknown", 1), ("org/small", 0)):
+        result = await run("explain", model, "--url", cortex.url)
+        assert (result.status, "no neuron is healthy" in result.out) == (status, True)
+
+
 async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:
     """A model is loaded where the planner chooses or on the named neuron; an alias works too."""
     result = await run("load", "small", "--url", cortex.url)
