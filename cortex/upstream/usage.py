@@ -111,12 +111,11 @@ def _fields_at(rest: bytes) -> UsageFields:
     """Of the JSON object at the start, whatever follows it. Raises ValueError, or RecursionError."""
     # The object usually ends at the first closing brace (the second if it has nested details). Try that slice first:
     # Python's parser must copy the rest of the answer and takes six times as long.
-    written, end, more = rest.partition(b"}")
-    if _BRACE in written[1:]:
-        details, end, _ = more.partition(b"}")
-        written = b"%b}%b" % (written, details)
+    end, nested = rest.find(b"}"), rest.find(b"{", 1)
+    if 0 < nested < end:
+        end = rest.find(b"}", end + 1)
     try:
-        return decode_fields(written + end)
+        return decode_fields(rest[: end + 1])
     except (msgspec.DecodeError, ValueError, RecursionError):
         found: dict[str, Any] = _read_json(rest.decode("utf-8", "replace"))[0]
         return msgspec.convert(found, UsageFields)

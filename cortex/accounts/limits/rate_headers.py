@@ -15,6 +15,8 @@ _MILLIS: Final = [b"%dms" % number for number in range(1000)]
 _REQUESTS: Final[dict[int, bytes]] = {}  # by limit
 _TOKENS: Final[dict[int, bytes]] = {}
 _MAX_STARTS: Final = 1000
+_REQUESTS_RESET: Final = b"\r\nx-ratelimit-reset-requests: "
+_TOKENS_RESET: Final = b"\r\nx-ratelimit-reset-tokens: "
 
 
 def rate_lines(rates: RateState, now: float, *, anthropic: bool) -> bytes:
@@ -31,12 +33,10 @@ def rate_lines(rates: RateState, now: float, *, anthropic: bool) -> bytes:
     else:
         if requests is not None:
             start = _REQUESTS.get(requests) or _start(_REQUESTS, "requests", requests)
-            left, reset = str(requests_left).encode(), _duration(requests_reset)
-            lines = b"%b%b\r\nx-ratelimit-reset-requests: %b" % (start, left, reset)
+            lines = start + str(requests_left).encode() + _REQUESTS_RESET + _duration(requests_reset)
         if tokens is not None:
             start = _TOKENS.get(tokens) or _start(_TOKENS, "tokens", tokens)
-            left, reset = str(tokens_left).encode(), _duration(tokens_reset)
-            lines = b"%b%b%b\r\nx-ratelimit-reset-tokens: %b" % (lines, start, left, reset)
+            lines = lines + start + str(tokens_left).encode() + _TOKENS_RESET + _duration(tokens_reset)
     return lines
 
 

@@ -120,10 +120,10 @@ class Answer:
 
 def own_lines(request: Request, request_id: bytes) -> bytes:
     """The header lines that cortex adds to every answer, without the final CRLF."""
-    lines = b"x-request-id: %b%b" % (request_id, request.rates)
+    lines = b"x-request-id: " + request_id + request.rates
     if request.anthropic:  # Anthropic's clients read this one
-        lines = b"%b\r\nrequest-id: %b" % (lines, request_id)
-    return b"%b\r\n%b" % (lines, request.cors) if request.cors else lines
+        lines += b"\r\nrequest-id: " + request_id
+    return lines + b"\r\n" + request.cors if request.cors else lines
 
 
 class DirectAnswer(Answer):

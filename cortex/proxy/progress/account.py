@@ -38,6 +38,8 @@ CLIENT_DISCONNECTED: Final = 499
 BYTES_PER_TOKEN: Final = 4
 """Of an answer whose tokens the engine has not told."""
 
+_COLD: Final = b"\r\nx-cortex-cold-start: true"
+_WARM: Final = b"\r\nx-cortex-cold-start: false"
 _LOST: Final = ErrorCode.UPSTREAM_LOST.value
 
 _POSTED: Final = {path: f"POST {path}" for path in INFERENCE_TEXT.values()}
@@ -248,11 +250,9 @@ class RequestAccount:
 
     def head_lines(self) -> bytes:
         """The header lines of cortex for the engine's answer, without the final CRLF."""
-        return b"%b\r\nx-cortex-node: %b\r\nx-cortex-cold-start: %b" % (
-            own_lines(self._request, self.request_id.encode()),
-            self.node.encode(),
-            b"true" if self.cold else b"false",
-        )
+        lines = own_lines(self._request, self.request_id.encode())
+        # Compiled, formatting with `%` takes several times as long as adding.
+        return lines + b"\r\nx-cortex-node: " + self.node.encode() + (_COLD if self.cold else _WARM)
 
     def close(self, status: int, relay: Relay | None, *, left: bool = False, error: ServiceError | None = None) -> None:
         """Counts the request and writes its access line. `relay` is the one whose answer the client got, if any;
