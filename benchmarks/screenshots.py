@@ -36,8 +36,6 @@ _CALLERS = {
     "support-bot": (_LARGE, _LARGE, _LARGE, "gpt-4"),
 }
 """What each key asks for, in turn; the catalogue has no gpt-4."""
-
-
 _UNLOAD_SECS = 100
 """How often an operator unloads a model, for half as long; after 8 minutes all three are loaded."""
 
