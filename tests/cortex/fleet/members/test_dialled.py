@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import socket
 import ssl
@@ -26,6 +25,7 @@ from cortex.fleet.state import Fleet
 from cortex.fleet.store import StateFile
 from cortex.upstream.address import Address, parse_url
 from cortex.upstream.pool import EnginePool, NoConnection
+from neuron.api import dialling
 from neuron.api.dialling import IDLE_CONNECTIONS, Dialler, Targets
 from shared.errors import Conflict, InvalidRequest
 from shared.protocol import DialReply, NeuronHealth, Registration, RegistrationReply
@@ -192,34 +192,58 @@ async def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             await until(lambda: "does not speak TLS" in caplog.text)
 
 
-async def test_a_receiver_that_does_not_read_stops_the_sender() -> None:
-    """All that is in between are buffers of limited size. When it leaves, the sender notices."""
-    sent = itertools.count()
-    written = 0
-    left = asyncio.Event()
+class Flood:
+    """Sends without end. `pieces`: how many of 64 KiB so far. `left` is set when the receiver has gone."""
 
-    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal written
+    def __init__(self) -> None:
+        self.pieces = 0
+        self.left = asyncio.Event()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 writer.write(bytes(1 << 16))
                 await writer.drain()
-                written = next(sent)
+                self.pieces += 1
         except ConnectionError:
-            left.set()
+            self.left.set()
 
-    server = await asyncio.start_server(flood, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, brokered() as cortex, cortex.dialled(own=port):
-        reader, writer = await asyncio.open_unix_connection(cortex.address, limit=1 << 10)
-        writer.write(f"{NAME} 0\n".encode())
-        assert await reader.readuntil(b"\n") == b"ok\n"
-        assert await settled(lambda: written) < (32 << 20) >> 16
-        stopped_at = written
-        while written == stopped_at:
+    @contextlib.asynccontextmanager
+    async def received(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """What it sends, at cortex's end."""
+        server = await asyncio.start_server(self, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, brokered() as cortex, cortex.dialled(own=port):
+            reader, writer = await asyncio.open_unix_connection(cortex.address, limit=1 << 10)
+            writer.write(f"{NAME} 0\n".encode())
+            assert await reader.readuntil(b"\n") == b"ok\n"
+            try:
+                yield reader, writer
+            finally:
+                writer.transport.abort()
+
+
+async def test_a_receiver_that_does_not_read_stops_the_sender() -> None:
+    """All that is in between are buffers of limited size. When it leaves, the sender notices."""
+    flood = Flood()
+    async with flood.received() as (reader, writer):
+        stopped_at = await settled(lambda: flood.pieces)
+        assert stopped_at < (32 << 20) >> 16
+        while flood.pieces == stopped_at:
             assert await reader.read(1 << 16)
         writer.transport.abort()
-        await left.wait()
+        await flood.left.wait()
+
+
+async def test_streams_of_a_cortex_that_has_vanished_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an engine would work for it until TCP gives up, a quarter of an hour later."""
+    monkeypatch.setattr(dialling, "UNANSWERED_CHECK_SECS", 0.01)
+    monkeypatch.setattr(dialling, "is_unanswered", lambda _: True)
+    flood = Flood()
+    async with flood.received() as (reader, _):
+        await flood.left.wait()
+        while await reader.read(1 << 16):
+            pass
 
 
 def test_urls_of_a_neuron_that_dials() -> None:
