@@ -6,6 +6,7 @@
 #   make bench-cold          time that cortex and neuron add to an engine's start (ARGS="--engine vllm": real vLLM)
 #   make bench-fleet         cortex with 1, 10, 100 and 1000 neurons (ARGS="--protocol-v1": protocol v1 neurons)
 #   make bench-dashboard     what an open dashboard of 200 neurons costs cortex, and how smoothly it scrolls
+#   make screenshots         the pictures of docs/dashboard.md again, of a simulated fleet (needs Chromium)
 #   make bench-instructions  instructions per request and per chunk, compared with the record (ARGS="--record")
 #   make test-compiled       the tests of the request path, compiled
 #   make audit               known vulnerabilities of what is installed (pip-audit)
@@ -34,7 +35,7 @@ define INSTALL_VENV
 	fi
 endef
 
-.PHONY: help dev docs test test-compiled test-gpu audit wheel wheels deb bench bench-cold bench-fleet bench-dashboard bench-instructions check lint types fmt install clean clean-cache
+.PHONY: help dev docs test test-compiled test-gpu audit wheel wheels deb bench bench-cold bench-fleet bench-dashboard bench-instructions screenshots check lint types fmt install clean clean-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -105,6 +106,9 @@ bench-fleet: $(DEV_STAMP)
 
 bench-dashboard: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.dashboard $(ARGS)
+
+screenshots: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.screenshots $(ARGS)
 
 bench-instructions: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.instructions $(ARGS)

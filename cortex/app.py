@@ -24,6 +24,7 @@ from cortex.api.app_keys import (
     CLIENTS,
     COUNTS,
     CREATED,
+    DECISIONS,
     FLEET,
     KEYS,
     LIVE,
@@ -35,7 +36,6 @@ from cortex.api.app_keys import (
     SCHEDULER,
     SHUTDOWN,
     SIGN_IN,
-    STATE,
     STORAGE,
     TIMELINE,
     USAGE_REPORTS,
@@ -82,7 +82,7 @@ def build_control_app(parts: Parts, reloader: Reloader | None = None) -> web.App
     app[LIVE] = parts.live
     app[FLEET] = parts.fleet
     app[CLIENTS] = parts.clients
-    app[STATE] = parts.state
+    app[DECISIONS] = parts.decisions
     app[SCHEDULER] = parts.scheduler
     app[LOADER] = parts.loader
     app[ADAPTERS] = parts.adapters

@@ -21,6 +21,11 @@ PEOPLE: Final = f"{PERSON_PREFIX}people"
 """Stands for all people who sign in on pages of metrics: their addresses are not for such a page."""
 
 
+def label_of(name: str) -> str:
+    """The caller of this name in metrics."""
+    return PEOPLE if name.startswith(PERSON_PREFIX) else name
+
+
 class Caller(msgspec.Struct, frozen=True, gc=False):
     """One API key, or one person who signs in, as requests see it. `key_id` is "" for a client without a key.
 
@@ -45,7 +50,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     @property
     def label(self) -> str:
         """The caller in metrics."""
-        return PEOPLE if self.is_person else self.name
+        return label_of(self.name)
 
     def may_use(self, model_id: str) -> bool:
         """`model_id`: as in the catalogue, without a variant."""

@@ -16,10 +16,10 @@ from cortex.control.loads.loader import Loader
 from cortex.control.reload import Reloader
 from cortex.control.scheduler import Scheduler
 from cortex.control.shutdown import Shutdown
+from cortex.fleet.members.decisions import Decisions
 from cortex.fleet.members.registrations import Registrations
 from cortex.fleet.neuron_client import NeuronClient
 from cortex.fleet.state import Fleet
-from cortex.fleet.store import StateFile
 from cortex.fleet.timeline.timeline import Timeline
 from cortex.metrics.exporter import Metrics
 from cortex.metrics.requests.history import RequestHistory
@@ -29,7 +29,7 @@ LIVE = web.AppKey("live", LiveConfig)
 CLIENTS: web.AppKey[Mapping[str, NeuronClient]] = web.AppKey("clients")
 """By the name of the neuron."""
 FLEET = web.AppKey("fleet", Fleet)
-STATE = web.AppKey("state", StateFile)
+DECISIONS = web.AppKey("decisions", Decisions)
 SCHEDULER = web.AppKey("scheduler", Scheduler)
 ADAPTERS = web.AppKey("adapters", AdapterLoads)
 LOADER = web.AppKey("loader", Loader)

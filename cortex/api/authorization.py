@@ -98,7 +98,7 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
     response = await handler(request)
     if acts:
         dry_run = request.query.get("dry_run")
-        details = "" if dry_run is None else f"?dry_run={shortened(dry_run)}"
+        details = "" if dry_run is None else f"?dry_run={shortened(dry_run)!r}"
         log.info("%s %s%s by %s", request.method, request.path, details, caller.name)
     return response
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cortex.api.app_keys import ADAPTERS, FLEET, LIVE, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.app_keys import ADAPTERS, DECISIONS, FLEET, LIVE, SCHEDULER, SHUTDOWN
 from cortex.api.fleet.dry_run import dry_run_answer, is_dry_run
 from cortex.api.fleet.view import place
 from cortex.api.operator import (
@@ -72,7 +72,7 @@ async def wake_model(request: web.Request) -> web.Response:
         plans = [_wake_plan(app, each) for each in engines]
         effects = [effect for plan in plans for effect in load_effects(plan)]
         return dry_run_answer(action.model, effects, _displaced(plans))
-    _end_holds(app, engines)
+    await _end_holds(app, engines)
     works = (_error_of(each, _wake(app, each), ErrorCode.WAKE_FAILED) for each in engines)
     return await _answer(app, action, "loaded", engines, works)
 
@@ -86,7 +86,7 @@ async def restart_model(request: web.Request) -> web.Response:
         _check_comes_back(app, each)
     if is_dry_run(request):
         return _would_restart(app, action, engines)
-    _end_holds(app, engines)
+    await _end_holds(app, engines)
     works = (_error_of(each, _restart(app, each, action.drain), ErrorCode.UNLOAD_FAILED) for each in engines)
     # Not the handler's own work: an engine that has ended must come back even if the client leaves.
     restarting = app[ADAPTERS].in_background(
@@ -170,10 +170,9 @@ def _displaced(plans: Iterable[LoadPlan | None]) -> list[str]:
     return [name for plan in plans if plan is not None for name in plan.displaces]
 
 
-def _end_holds(app: web.Application, engines: Iterable[EngineSnapshot]) -> None:
+async def _end_holds(app: web.Application, engines: Iterable[EngineSnapshot]) -> None:
     for each in engines:
-        if app[STATE].end_holds(each.view.id, each.node.name):
-            app[FLEET].notify()
+        await app[DECISIONS].end_holds(each.view.id, each.node.name)
 
 
 async def _wake(app: web.Application, engine: EngineSnapshot) -> None:

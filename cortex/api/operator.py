@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
-from cortex.api.app_keys import ADAPTERS, COUNTS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN, STATE
+from cortex.api.app_keys import ADAPTERS, COUNTS, DECISIONS, FLEET, LIVE, LOADER, SCHEDULER, SHUTDOWN
 from cortex.api.fleet.dry_run import dry_run_answer, is_dry_run
 from cortex.api.fleet.view import place
 from cortex.config.durations import MAX_SECS, duration_text
@@ -70,8 +70,7 @@ async def load_model(request: web.Request) -> web.Response:
     requested, adapter = app[LIVE].catalogue.requested(model_id), _adapter(app, model_id)
     if is_dry_run(request):
         return _would_load(app, model_id, action, serving)
-    if app[STATE].end_holds(requested.model_id, action.node):
-        app[FLEET].notify()
+    await app[DECISIONS].end_holds(requested.model_id, action.node)
     if serving is not None:
         return web.json_response({"status": "loaded", "model": model_id, **place(serving)})
     started, job, able = time.monotonic(), None, _attachable(app, model_id, action)
@@ -307,14 +306,12 @@ def _is_known(app: web.Application, model_id: str) -> bool:
 
 async def _hold_back(app: web.Application, model_id: str, action: UnloadAction) -> dict[str, Any]:
     """Begins the hold that the action asks for, before anything is unloaded, so that nothing loads it meanwhile.
-    Returns the fields of the answer, once the state file is written."""
+    Returns the fields of the answer, once that is written."""
     if action.for_secs is None:
         return {"held_until": None}
-    state, until = app[STATE], time.time() + action.for_secs
-    state.hold_back((model_id, ANY_NODE if action.node is None else action.node), until)
-    app[FLEET].notify()
-    await state.flush()
-    return {"held_until": until, **({} if state.problem is None else {"warning": _not_saved(state.problem)})}
+    decisions, until = app[DECISIONS], time.time() + action.for_secs
+    await decisions.hold_back((model_id, ANY_NODE if action.node is None else action.node), until)
+    return {"held_until": until, **({} if decisions.problem is None else {"warning": _not_saved(decisions.problem)})}
 
 
 def _not_saved(problem: str) -> str:
@@ -359,21 +356,17 @@ async def drain_node(request: web.Request) -> web.Response:
 async def resume_node(request: web.Request) -> web.Response:
     """Also forgets a drained neuron that has left the configuration."""
     name = request.match_info["name"]
-    if name not in request.app[STATE].drained:
+    if name not in request.app[DECISIONS].drained:
         _node_named(request.app[FLEET].snapshot(), name)
     return await _set_draining(request.app, name, draining=False)
 
 
 async def _set_draining(app: web.Application, name: str, *, draining: bool) -> web.Response:
-    """Answers once the state file is written, so the confirmed state survives a restart."""
-    fleet, state = app[FLEET], app[STATE]
-    if name in fleet.snapshot().nodes:
-        fleet.set_draining(name, draining)
-    state.set_drained(name, draining)
-    await state.flush()
+    """Answers once that is written, so the confirmed state survives a restart."""
+    await app[DECISIONS].set_drained(name, draining)
     answer: dict[str, Any] = {"node": name, "draining": draining}
-    if state.problem is not None:
-        answer["warning"] = _not_saved(state.problem)
+    if (problem := app[DECISIONS].problem) is not None:
+        answer["warning"] = _not_saved(problem)
     return web.json_response(answer)
 
 

@@ -65,11 +65,11 @@ def serve(
 
 
 @app.command()
-def check(config: ConfigFile) -> int:
+def check(config: ConfigFile, *, as_json: Json = False) -> int:
     """Validate cortex.toml and models.toml, and print every problem."""
     from cortex.cli.serve import run_check
 
-    return run_check(config)
+    return run_check(config, as_json=as_json)
 
 
 @app.command()
@@ -283,7 +283,12 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 
     plan = ask(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
     print_answer(url, plan, as_json, explain_table)
-    return int(isinstance(plan, dict) and plan.get("decision", {}).get("code") == ErrorCode.MODEL_NOT_FOUND)
+    if not isinstance(plan, dict):
+        return 0
+    decision = plan.get("decision", {})
+    # Without a healthy neuron, a model that the catalogue lacks is refused for that.
+    unlisted = decision.get("action") == "refuse" and not plan.get("in_catalogue", True)
+    return int(unlisted or decision.get("code") == ErrorCode.MODEL_NOT_FOUND)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -95,13 +96,14 @@ def run_serve(
     return 0
 
 
-def run_check(config_file: Path) -> int:
+def run_check(config_file: Path, *, as_json: bool = False) -> int:
     """Prints the problems of the files, or how many neurons and models they have; the exit status."""
+    warnings: list[str] = []
     try:
         config, catalogue = read_configuration(config_file)
         problems = catalogue_problems(catalogue, config.models_path(config_file))
         problems += [*key_problems(config, config_file), *config.discovery.problems()]
-        warnings = configuration_warnings(config, catalogue, config_file)
+        warnings += configuration_warnings(config, catalogue, config_file)
         try:
             warnings += tls_warnings(config, config_file)
         except SettingsError as error:
@@ -109,8 +111,14 @@ def run_check(config_file: Path) -> int:
         if problems:
             raise SettingsError(problems)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        if as_json:
+            _print_found(error.problems, warnings)
+        else:
+            print(error, file=sys.stderr)
         return 1
+    if as_json:
+        _print_found([], warnings)
+        return 0
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     neurons, models = counted(len(config.neurons), "neuron"), counted(len(catalogue.models), "model")
@@ -118,6 +126,10 @@ def run_check(config_file: Path) -> int:
         neurons += f" and those that {config.discovery.kind!r} finds"
     print(f"ok: {config_file}: {neurons}; {config.models_path(config_file)}: {models}")
     return 0
+
+
+def _print_found(errors: Sequence[str], warnings: Sequence[str]) -> None:
+    print(json.dumps({"ok": not errors, "errors": list(errors), "warnings": list(warnings)}, indent=2))
 
 
 async def serve(

@@ -41,6 +41,7 @@ from cortex.control.route_table import RouteTable
 from cortex.control.scheduler import PLANNER, Policy, Scheduler
 from cortex.control.shutdown import Shutdown
 from cortex.fleet.load_leases import LoadLeases
+from cortex.fleet.members.decisions import Decisions, open_decisions
 from cortex.fleet.members.dialled.broker_process import DialBroker, address_of
 from cortex.fleet.members.membership import Membership, NeuronCommands, Refreshable
 from cortex.fleet.members.opening import open_discovery
@@ -129,6 +130,7 @@ class Parts(ControlCore):
     requests: RequestHistory
     sign_in: SignIn | None
     registrations: Registrations | None
+    decisions: Decisions
     storage: Storage
 
     @property
@@ -271,10 +273,10 @@ async def running_control(
     live, state = LiveConfig(config, catalogue, files), state or StateFile()
     listed = [(entry.name, entry.endpoint) for entry in config.neurons]
     fleet = Fleet(listed, unhealthy_after=config.poll.unhealthy_after, drained=state.drained)
-    pems = config.neuron_tls.files
-    tls = await asyncio.to_thread(RenewedContext, pems, client_context) if pems.paths else None
+    tls = await asyncio.to_thread(_neuron_tls, config)
     with contextlib.closing(EnginePool(IDLE_SECS, tls, broker=address_of(broker))) as pool:
         membership = Membership(pool, fleet, lambda: state.drained)
+        decisions = await open_decisions(state, fleet, database)
         leases = LoadLeases(fleet, membership.clients, membership.pollers)
         limiter = await open_limiter(_model_terms(live, fleet), database)
         live.changes.subscribe(limiter.models_changed)
@@ -286,14 +288,13 @@ async def running_control(
         membership.moved.subscribe(core.routes.forget)
         discovery = await open_discovery(config.discovery, membership, fleet, pool, state, broker=broker)
         _use_keys(keys, core)
-        own = {"state file": state.write_loop, "limits": limiter.run}
-        loops = {**core.loops, **keys.loops, **discovery.loops, **own}
-        if tls is not None:
-            loops["TLS files"] = tls.watch_loop
+        loops = {**core.loops, **keys.loops, **discovery.loops, **decisions.loops}
         timeline, storage = _timeline(core), _storage(state, database)
-        loops |= {"storage": storage.run, "timeline": timeline.run, "timeline file": timeline.write_loop}
+        loops |= {"state file": state.write_loop, "limits": limiter.run, "storage": storage.run}
+        loops |= {"timeline": timeline.run, "timeline file": timeline.write_loop}
         books = energy_books(database, live, fleet, core.counts.all_in_flight, core.metrics.energy)
-        loops |= {name: owner.run for name, owner in (("energy", books), ("sign-out", sign_in)) if owner is not None}
+        loops |= {name: each.run for name, each in (("sign-out", sign_in), ("energy", books)) if each is not None}
+        loops |= {} if tls is None else {"TLS files": tls.watch_loop}
         try:
             async with running(loops):
                 yield Parts(
@@ -307,6 +308,7 @@ async def running_control(
                     requests=RequestHistory(),
                     sign_in=sign_in,
                     registrations=discovery.registrations,
+                    decisions=decisions,
                     storage=storage,
                 )
         finally:
@@ -315,6 +317,12 @@ async def running_control(
             await asyncio.gather(membership.close(), core.close(), limiter.close())
             await timeline.flush()
             await state.close()
+
+
+def _neuron_tls(config: CortexConfig) -> RenewedContext | None:
+    """Blocks. Raises TlsError."""
+    pems = config.neuron_tls.files
+    return RenewedContext(pems, client_context) if pems.paths else None
 
 
 def _storage(state: StateFile, database: Database | None) -> Storage:

@@ -89,6 +89,7 @@ class _State(BaseModel):
 
     version: Literal[1]
     drained: list[str] = []
+    decisions_shared: bool = False
     holds: dict[str, dict[str, Secs]] = {}
     load_secs: dict[str, dict[str, Secs]] = {}
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
@@ -113,6 +114,7 @@ class StateFile:
         """Reads the state in the directory, which is created on the first write. None: keeps no state. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
+        self._decisions_shared = False
         self._holds: dict[ModelOnNode, float] = {}
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
@@ -145,6 +147,17 @@ class StateFile:
             self._touch()
 
     @property
+    def decisions_shared(self) -> bool:
+        """Whether drains and holds are also in a database that several cortexes use."""
+        return self._decisions_shared
+
+    @decisions_shared.setter
+    def decisions_shared(self, shared: bool) -> None:
+        if shared != self._decisions_shared:
+            self._decisions_shared = shared
+            self._touch()
+
+    @property
     def holds(self) -> Mapping[ModelOnNode, float]:
         """Until when operators hold models back, in Unix time, by model and neuron (or ANY_NODE)."""
         now = time.time()
@@ -153,6 +166,11 @@ class StateFile:
     def hold_back(self, key: ModelOnNode, until: float) -> None:
         """The model is not to be loaded there before this Unix time."""
         self._holds = {**self.holds, key: until}
+        self._touch()
+
+    def replace_holds(self, holds: Mapping[ModelOnNode, float]) -> None:
+        """These are all."""
+        self._holds = dict(holds)
         self._touch()
 
     def end_holds(self, model_id: str, node: str | None) -> bool:
@@ -283,6 +301,7 @@ class StateFile:
             )
             return
         self._drained = set(state.drained)
+        self._decisions_shared = state.decisions_shared
         self._holds = {(model, node): until for model, nodes in state.holds.items() for node, until in nodes.items()}
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
@@ -302,6 +321,7 @@ class StateFile:
             state = _State(
                 version=1,
                 drained=sorted(self._drained),
+                decisions_shared=self._decisions_shared,
                 holds=holds,
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,

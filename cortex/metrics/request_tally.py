@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Set as AbstractSet
 
-from cortex.accounts.caller import PEOPLE, PERSON_PREFIX
+from cortex.accounts.caller import PEOPLE, label_of
 from cortex.metrics.counters import (
     FIRST_BYTE_BUCKETS,
     REQUEST_BUCKETS,
@@ -157,12 +157,12 @@ class RequestTally:
 
     def caller(self, name: str, model: str, status: int, usage: Usage | None) -> None:
         """Counts a request for the API key, or the person, of this name."""
-        if name.startswith(PERSON_PREFIX):
-            name = PEOPLE
         models = self._callers.get(name)
-        counts = None if models is None else models.get(model)
+        if models is None:
+            models = self._callers.setdefault(label_of(name), {})
+        counts = models.get(model)
         if counts is None:
-            counts = self._callers.setdefault(name, {})[model] = _CallerCounts()
+            counts = models[model] = _CallerCounts()
         counts.statuses[status] = counts.statuses.get(status, 0) + 1
         if usage is not None:
             counts.answers += 1

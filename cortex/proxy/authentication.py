@@ -74,6 +74,14 @@ class Authentication:
                     return self._remembered(session)
         return self._without_key(request)
 
+    def is_current(self, api_key: bytes | None, caller: Caller) -> bool:
+        """Whether the key by which this caller was found still is that caller's. Always for people and without a
+        key."""
+        if not caller.key_id or caller.is_person:
+            return True
+        found = None if api_key is None else self._keys.find(api_key)
+        return found is not None and found[0].key_id == caller.key_id
+
     async def identify(self, request: Request, credential: bytes) -> Caller:
         """Who sent this request, which has raised Unidentified with this credential.
 

@@ -192,7 +192,8 @@ class Gateway:
         path = meant_path(request.raw_path, reads=False)
         if path == REALTIME:
             request.use_path(path)
-            return RealtimeRequest(self._context, client, request, caller)
+            is_current = partial(self._authentication.is_current, request.api_key, caller)
+            return RealtimeRequest(self._context, client, request, caller, is_current=is_current)
         return self._refuse(client, request, _no_websocket(request))
 
     def _refuse(self, client: ClientConnection, request: Request, error: ServiceError) -> Handler:

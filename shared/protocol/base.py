@@ -41,6 +41,7 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
 
 
 _PLAIN: Final = {
+    "extra_forbidden": "unknown field",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "dict_type": "must be a table",

@@ -61,6 +61,8 @@ def test_what_is_chosen_stands_in_the_address(page: Page, dev: Dev) -> None:
     """A model links to its requests and its log; back, forward and a reload keep what was chosen."""
     post(dev, "/fleet/load", {"model": MODEL})
     opened(page, dev, "models")
+    page.get_by_label("Only those on a host").check()
+    expect(page).to_have_url(re.compile("only=present$"))
     page.get_by_role("link", name=f"Logs of {MODEL}").click()
     expect(page.get_by_role("log", name=f"Log of {MODEL}")).to_contain_text("Application startup complete")
     page.go_back()

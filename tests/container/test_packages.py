@@ -61,6 +61,7 @@ def test_from_a_fresh_debian_to_nothing_left(system: System, tmp_path: Path) -> 
 
     remove_and_install(system)
     first_answer(system, tmp_path)
+    mistake_in_a_file(system)
     upgrade_under_load(system)
     purge(system)
     left = set(system.shell(FILES).splitlines()) - files_before
@@ -99,6 +100,19 @@ def first_answer(system: System, scratch: Path) -> None:
     assert "choices" in system.run("python3", "-c", ask)
 
 
+def mistake_in_a_file(system: System) -> None:
+    """The service stays down at once, and its status says why."""
+    system.run("sed", "-i", "s/^listen/lisen/", "/etc/cortex/cortex.toml")
+    status = system.shell("systemctl restart cortex || systemctl status --lines=10 cortex || true")
+    assert "/etc/cortex/cortex.toml: gateway.lisen: unknown key" in status
+    assert system.run("systemctl", "show", "--value", "--property=NRestarts,Result", "cortex").split() == [
+        "exit-code",
+        "0",
+    ]
+    system.run("sed", "-i", "s/^lisen/listen/", "/etc/cortex/cortex.toml")
+    system.run("systemctl", "start", "cortex")
+
+
 def upgrade_under_load(system: System) -> None:
     """Streams and requests go on over the upgrade of both; the engine is the same process after it."""
     engine = "pgrep -u neuron -o -f 'neuron[.]sim'"
@@ -121,6 +135,6 @@ def upgrade_under_load(system: System) -> None:
 
 
 def purge(system: System) -> None:
-    created = system.shell("runuser -u cortex -- cortex keys create k --config /etc/cortex/cortex.toml")
+    created = system.shell("cortex keys create k --config /etc/cortex/cortex.toml")
     assert "sk-cortex-" in created
     system.run("dpkg", "--purge", "cortex", "neuron", timeout=300)

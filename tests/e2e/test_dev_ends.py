@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -149,16 +150,16 @@ def test_failed_start_leaves_no_state(tmp_path: Path) -> None:
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert found.returncode == 1
-    assert "neuron b exited with status 1 before the fleet was ready" in found.stderr
+    assert f"neuron b exited with status {os.EX_CONFIG} before the fleet was ready" in found.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_port_in_use_is_said() -> None:
-    """A second fleet on the same port exits with a message, not with a traceback."""
-    with running_dev("--fleet", "one=1xRTX3060") as dev:
-        port = dev.url.rpartition(":")[2]
+    """It exits with a message, not with a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
         second = subprocess.run(
-            [sys.executable, "-m", "cortex", "dev", "--port", port],
+            [sys.executable, "-m", "cortex", "dev", "--port", str(port)],
             check=False,
             capture_output=True,
             text=True,

@@ -77,6 +77,10 @@ def test_chat(dev: Dev) -> None:
     done = piped(dev, "chat", "small", "Hello")
     assert (done.returncode, "Hello" in done.stdout, done.stderr) == (0, True, "")
     assert "made up" in piped(dev, "chat", "small", text="Hello\n").stdout
+    told = json.loads(piped(dev, "chat", "small", "Hello", "--json").stdout)
+    assert (told["model"], told["finish_reason"], told["stopped"]) == ("small", "stop", False)
+    assert "made up" in told["answer"]
+    assert 0 < told["first_token_secs"] <= told["secs"]
     done = piped(dev, "chat", "nope", "Hello")
     assert (done.returncode, "does not exist" in done.stderr) == (1, True)
 

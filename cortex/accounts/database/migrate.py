@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
 
-HEAD = "0005"
+HEAD = "0006"
 """The last migration."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 

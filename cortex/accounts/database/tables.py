@@ -63,6 +63,18 @@ SESSIONS = Table(
 )
 """Browsers that people have signed in with (`cortex.accounts.sign_in.person.Person`)."""
 
+DRAINED_NODES = Table("drained_nodes", METADATA, Column("node", String, primary_key=True))
+"""Neurons that operators have taken out of use, for all cortexes. PostgreSQL only; else the state file has them."""
+
+HELD_MODELS = Table(
+    "held_models",
+    METADATA,
+    Column("model", String, primary_key=True),
+    Column("node", String, primary_key=True),  # `*`: all
+    Column("until", Double, nullable=False),
+)
+"""Models that operators hold back, as above."""
+
 LIMIT_STATES = Table(
     "limit_states",
     METADATA,

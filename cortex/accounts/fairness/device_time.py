@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cortex.accounts.caller import ANONYMOUS, PEOPLE, Caller
+from cortex.accounts.caller import ANONYMOUS, PEOPLE, PERSON_PREFIX, Caller
 
 PRESENT_SECS = 30.0
 """A caller counts as a user of an engine for this long after its last request there, or after it last waited for its
@@ -51,10 +51,11 @@ class DeviceTime:
         half_life_secs: Callable[[], float],
         accounts: Mapping[str, float] | None = None,
         store: Callable[[Mapping[str, float]], None] = lambda _: None,
-        caller_of: Callable[[str], Caller | None] = lambda _: None,
+        caller_of: Callable[[str], Caller | None] = lambda key_id: Caller(key_id, key_id),
     ) -> None:
         """`half_life_secs`: 0 keeps no accounts. `store` gets them every `STORE_SECS` while they change. `caller_of`
-        finds the caller with a key id; one that is not found has priority 0 and weight 1."""
+        finds the caller with a key id, None for people and for a key that is gone: these have priority 0 and weight
+        1."""
         self._half_life_secs = half_life_secs
         self._store = store
         self._caller_of = caller_of
@@ -181,7 +182,8 @@ class DeviceTime:
         self._accounts[key_id] = self._accounts.get(key_id, 0.0) + secs / self._caller(key_id).weight
 
     def _count(self, key_id: str, kind: ChargeKind, secs: float) -> None:
-        if secs:
+        gone = self._caller_of(key_id) is None and not key_id.startswith(PERSON_PREFIX)
+        if secs and not gone:  # or it would be in metrics by its id
             charge = self._caller(key_id).label, kind
             self._charged[charge] = self._charged.get(charge, 0.0) + secs
 

@@ -7,26 +7,33 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cortex.cli.client import LOAD_TIMEOUT_SECS, CallFailed, stream
 from cortex.cli.options import credential_for
 from shared.terminal.command_line import fail
 
+_INTERRUPTED = 130
 _HELP = "/quit or Ctrl-D ends, /new begins again, Ctrl-C stops an answer"
 
 
-def run_chat(url: str, model: str, prompt: str | None, system: str | None) -> int:
-    """One answer to `prompt`, or to what stands in a pipe; otherwise a conversation. Exit 1 if a request fails."""
+def run_chat(url: str, model: str, prompt: str | None, system: str | None, *, as_json: bool = False) -> int:
+    """One answer to `prompt`, or to what stands in a pipe; otherwise a conversation. Exit 1 if a request fails, 130 if
+    Ctrl-C stops the one answer. `as_json`: the one answer and its figures."""
     chat = _Chat(url, model, system)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     if prompt is not None:
         try:
-            chat.say(prompt)
+            answer = chat.say(prompt, prints=not as_json)
         except CallFailed as error:
             fail("cortex", error)
-        return 0
+        if as_json:
+            print(json.dumps({"model": model, **asdict(answer)}))
+        return _INTERRUPTED if answer.stopped else 0
+    if as_json:
+        fail("cortex", "chat --json needs a prompt, as an argument or in a pipe")
     with contextlib.suppress(ImportError):  # for editing and recalling lines
         import readline  # noqa: F401
     sys.stderr.write(f"{model}: {_HELP}\n")
@@ -49,40 +56,55 @@ def run_chat(url: str, model: str, prompt: str | None, system: str | None) -> in
                 sys.stderr.write(f"cortex: {error}\n")
 
 
+@dataclass
+class _Answer:
+    """`usage`: as the engine counts, None if it has not. `stopped`: by Ctrl-C."""
+
+    answer: str = ""
+    reasoning: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    first_token_secs: float | None = None
+    secs: float = 0.0
+    stopped: bool = False
+
+
 class _Chat:
     def __init__(self, url: str, model: str, system: str | None) -> None:
         self._url = url
         self._model = model
         self._messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, prints: bool = True) -> _Answer:
         """Prints the answer as it comes. Ctrl-C stops it. What failed is forgotten. Raises CallFailed."""
         asked = [*self._messages, {"role": "user", "content": text}]
-        told, usage, began, first = "", None, time.monotonic(), None
-        status = _Status()
+        answer, status, began = _Answer(), _Status(), time.monotonic()
         try:
             for chunk in self._chunks(asked, status):
-                usage = chunk.get("usage") or usage
+                answer.usage = chunk.get("usage") or answer.usage
                 for choice in chunk.get("choices", ()):
-                    piece = (choice.get("delta") or {}).get("content") or ""
-                    if piece:
-                        first = first or time.monotonic()
+                    piece = _take(choice, answer)
+                    if answer.first_token_secs is None and (piece or answer.reasoning):
+                        answer.first_token_secs = time.monotonic() - began
+                    if piece and prints:
                         status.clear()
                         sys.stdout.write(piece)
                         sys.stdout.flush()
-                        told += piece
+                    elif answer.reasoning and not answer.answer:
+                        status.show("thinking ...")
         except KeyboardInterrupt:
+            answer.stopped = True
             status.clear()
             sys.stderr.write("\nstopped")
         finally:
             status.clear()
-        sys.stdout.write("\n")
-        if sys.stderr.isatty() and usage is not None and first is not None:
-            secs = time.monotonic() - first
-            speed = f", {usage['completion_tokens'] / secs:.0f} tokens/s" if secs > 0 else ""
-            sys.stderr.write(f"({first - began:.1f} s to the first token{speed})\n")
-        if told:
-            self._messages = [*asked, {"role": "assistant", "content": told}]
+        answer.secs = time.monotonic() - began
+        if prints:
+            sys.stdout.write("\n")
+            _show_speed(answer)
+        if answer.answer:
+            self._messages = [*asked, {"role": "assistant", "content": answer.answer}]
+        return answer
 
     def _chunks(self, messages: list[dict[str, str]], status: _Status) -> Iterator[dict[str, Any]]:
         body = {
@@ -104,6 +126,23 @@ class _Chat:
                 if "error" in chunk:
                     raise CallFailed(str(chunk["error"].get("message", chunk["error"])))
                 yield chunk
+
+
+def _take(choice: dict[str, Any], answer: _Answer) -> str:
+    """Adds to the answer what has come; what of it is to be printed."""
+    delta = choice.get("delta") or {}
+    piece = str(delta.get("content") or "")
+    answer.answer += piece
+    answer.reasoning += delta.get("reasoning_content") or delta.get("reasoning") or ""
+    answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+    return piece
+
+
+def _show_speed(answer: _Answer) -> None:
+    if sys.stderr.isatty() and answer.usage is not None and answer.first_token_secs is not None:
+        secs = answer.secs - answer.first_token_secs
+        speed = f", {answer.usage['completion_tokens'] / secs:.0f} tokens/s" if secs > 0 else ""
+        sys.stderr.write(f"({answer.first_token_secs:.1f} s to the first token{speed})\n")
 
 
 class _Status:

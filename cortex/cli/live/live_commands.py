@@ -89,11 +89,13 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="Ask this and end. Default: a conversation.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
     url: Url = DEFAULT_URL,
+    *,
+    as_json: Json = False,
 ) -> int:
     """Try a model. It is loaded first if need be, and the line below says how far that is."""
     from cortex.cli.live.chat import run_chat
 
-    return run_chat(url, model, prompt, system)
+    return run_chat(url, model, prompt, system, as_json=as_json)
 
 
 @live_app.command()

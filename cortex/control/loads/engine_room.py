@@ -2,7 +2,8 @@
 
 A neuron may limit its engines. Others queue requests by themselves, in the order of arrival: once such an engine has a
 queue, requests are held back here, with a few in the engine's queue so that its batch stays full. How many an engine
-works on at once is learned from the neuron's reports. Nothing is held back while there is one caller, or no queue.
+works on at once is learned from the neuron's reports. Nothing is held back while there is one caller, or while no
+engine of the model has had a queue for a minute.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ GROWTH = 4
 QUEUED_SHARE = 8
 """Of a batch, one in so many waits in the engine."""
 LOOK_SECS = 1.0
+CALM_LOOKS = 60
+"""After so many looks without a queue an engine has no limit any more. Without limit, all requests of a burst would be
+in its queue before the next report tells of it."""
 
 
 class EngineRoom:
@@ -39,6 +43,7 @@ class EngineRoom:
         self._requests = RequestLimits()
         self._learned: dict[ReplicaKey, int] = {}
         self._had_queue: set[ReplicaKey] = set()
+        self._calm: dict[ReplicaKey, int] = {}  # looks since an engine's last queue
         self._reports: dict[ReplicaKey, object] = {}  # the last one that was looked at
         self._limits: dict[ReplicaKey, int | None] = {}  # as of the last look
         self.changes: Subscribers[[Iterable[str]]] = Subscribers()
@@ -51,7 +56,7 @@ class EngineRoom:
         if not self._demand.several_callers:
             return reported
         has_queue = activity is not None and activity.queue_depth > 0
-        if not has_queue and not self._queue.count(*self._names(engine.key)):
+        if not has_queue and engine.key not in self._calm and not self._queue.count(*self._names(engine.key)):
             return reported
         learned = self._learned.get(engine.key, FIRST_REQUESTS)
         return learned if reported is None else min(learned, reported)
@@ -83,6 +88,7 @@ class EngineRoom:
             for engine in node.every_engine():
                 if engine.view.servable_now:
                     self._learn(node, engine)
+                    self._note_queue(engine)
                     limits[engine.key] = limit = self.limit(engine)
                     before = self._limits.get(engine.key)
                     self._requests.count_others(
@@ -112,11 +118,20 @@ class EngineRoom:
         ):
             self._learned[key] = limit + max(1, limit // 2) if key in self._had_queue else limit * GROWTH
 
+    def _note_queue(self, engine: EngineSnapshot) -> None:
+        if engine.activity is not None and engine.activity.queue_depth > 0:
+            self._calm[engine.key] = 0
+        elif engine.key in self._calm:
+            self._calm[engine.key] += 1
+            if self._calm[engine.key] > CALM_LOOKS:
+                del self._calm[engine.key]
+
     def _forget(self, key: ReplicaKey) -> None:
         """Its neuron no longer lists the engine."""
         del self._reports[key]
         self._learned.pop(key, None)
         self._had_queue.discard(key)
+        self._calm.pop(key, None)
         self._requests.count_others(key, 0, more=False)
 
     def _let_go(self, key: ReplicaKey, limit: int | None) -> None:

@@ -25,7 +25,7 @@ def _engine(
 def test_engines_are_charged_to_the_callers_they_serve() -> None:
     """By devices, requests and weight; clients without a key pay nothing, and no key pays for them."""
     heavy = Caller("h", "h", weight=2)
-    accounts = DeviceTime(lambda: EVER, caller_of={"h": heavy}.get)
+    accounts = DeviceTime(lambda: EVER, caller_of={"a": A, "b": B, "h": heavy}.get)
     engines = [
         _engine("m", {"a": 3, "b": 1}, devices=2),
         _engine("n", {"h": 1}),
@@ -67,11 +67,15 @@ def test_a_load_is_charged_to_those_that_caused_it() -> None:
 def test_the_names_of_keys_that_are_gone_are_forgotten() -> None:
     """Or a year of rotated keys would stay on the page of metrics. Accounts fade by themselves."""
     people = [f"oidc:{number}@example.com" for number in range(9)]
-    accounts = DeviceTime(lambda: EVER)
+    known = {"a": A, "b": B}
+    accounts = DeviceTime(lambda: EVER, caller_of=known.get)
+    engines = [_engine("m", dict.fromkeys(["a", "b", *people], 1))]
     for now in (0, 1):
-        accounts.sample([_engine("m", dict.fromkeys(["a", "b", *people], 1))], {}, now)
+        accounts.sample(engines, {}, now)
+    del known["a"]
     accounts.keep_callers({"b", "c"})
-    assert accounts.charged == pytest.approx({("b", "serving"): 1 / 11, ("oidc:people", "serving"): 9 / 11})
+    accounts.sample(engines, {}, 2)  # with a request of a key that is gone
+    assert accounts.charged == pytest.approx({("b", "serving"): 2 / 11, ("oidc:people", "serving"): 18 / 11})
     assert accounts.several_callers
 
 

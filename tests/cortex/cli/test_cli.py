@@ -100,8 +100,8 @@ async def test_status_as_json(cortex: RunningCortex) -> None:
     result = await run("status", "--json", "--url", cortex.url)
     assert result.status == 0
     assert [node["name"] for node in result.json["nodes"]] == ["beast", "benjy"]
-    keys = {"nodes", "loads", "in_flight", "waiting", "held", "models", "aliases", "configuration", "warnings"}
-    assert set(result.json) == keys
+    keys = {"nodes", "loads", "in_flight", "waiting", "last_used", "held", "models", "aliases", "configuration"}
+    assert set(result.json) == keys | {"warnings"}
 
 
 async def test_status_shows_loads_and_lost_neurons(start_cortex: StartCortex, benjy: V1Neuron) -> None:
@@ -160,6 +160,17 @@ async def test_explain_of_an_unknown_model(cortex: RunningCortex) -> None:
     result = await run("explain", "org/unknown", "--url", cortex.url)
     assert result.status == 1
     assert result.out.startswith("org/unknown: refuse: the model 'org/unknown' does not exist")
+
+
+async def test_explain_of_an_unknown_model_without_a_neuron(start_cortex: StartCortex) -> None:
+    """It exits with 1 too; of a model of the catalogue it explains that no neuron is healthy, and exits with 0."""
+    async with V1Neuron("gone", 1000).running() as gone:
+        pass
+    cortex = await start_cortex([gone], [SMALL], wait_healthy=False)
+    await cortex.until(lambda: cortex.parts.fleet.snapshot().nodes["gone"].misses > 0)
+    for model, status in (("org/unknown", 1), ("org/small", 0)):
+        result = await run("explain", model, "--url", cortex.url)
+        assert (result.status, "no neuron is healthy" in result.out) == (status, True)
 
 
 async def test_load_and_unload(cortex: RunningCortex, beast: V1Neuron, benjy: V1Neuron) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -199,6 +200,21 @@ def test_check_of_good_files(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"warning: {tmp_path}/models.toml: models[0].pinned_on: 'a' is pinned on 'benjy'")
 
 
+def test_check_prints_json(tmp_path: Path) -> None:
+    """And nothing else; the exit status is the same."""
+    path = tmp_path / "cortex.toml"
+    path.write_text(NEURON, encoding="utf-8")
+    (tmp_path / "models.toml").write_text("[[models]]\nid = 'a'\npinned_on = ['benjy']", encoding="utf-8")
+    good = cortex("check", "--config", str(path), "--json")
+    path.write_text(f"bogus = 1\n{NEURON}", encoding="utf-8")
+    bad = cortex("check", "--config", str(path), "--json")
+    found = json.loads(good.stdout)
+    assert (good.returncode, good.stderr, found["ok"], found["errors"]) == (0, "", True, [])
+    assert "'a' is pinned on 'benjy'" in found["warnings"][0]
+    assert (bad.returncode, bad.stderr) == (1, "")
+    assert json.loads(bad.stdout)["errors"] == [f"{path}: bogus: unknown key (value 1)"]
+
+
 def test_check_warns_of_a_variant_pinned_to_an_unlisted_neuron(tmp_path: Path) -> None:
     """It names the variant's entry; what variants inherit is named once."""
     (tmp_path / "cortex.toml").write_text(NEURON, encoding="utf-8")
@@ -270,7 +286,7 @@ def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
     """The service does not start with invalid files."""
     (tmp_path / "cortex.toml").write_text("wrong = 1", encoding="utf-8")
     done = cortex("serve", "--config", str(tmp_path / "cortex.toml"))
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert f"{tmp_path}/cortex.toml: wrong: unknown key (value 1)" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -12,7 +12,7 @@ from cortex.config.live import LiveConfig
 from cortex.config.settings import CortexConfig
 from cortex.control.admission_queue import AdmissionQueue, Ticket
 from cortex.control.demand import Demand
-from cortex.control.loads.engine_room import FIRST_REQUESTS, EngineRoom
+from cortex.control.loads.engine_room import CALM_LOOKS, FIRST_REQUESTS, EngineRoom
 from cortex.fleet.snapshot import FleetSnapshot
 from cortex.fleet.state import Fleet
 from cortex.metrics.worker_counts import CountTotals
@@ -104,6 +104,26 @@ def test_a_queue_in_the_engine_is_kept_short_and_its_batch_full() -> None:
     engine.fill()
     assert engine.at_work == 18
     assert sum(ticket.notified for ticket in waiting) >= 8
+
+
+def test_the_next_burst_after_a_queue_is_held_back_from_its_first_request_on() -> None:
+    """Without a limit all of it would be in the engine, ahead of everyone, before a report tells of the queue. After a
+    minute without a queue workers send by themselves again."""
+    engine = Engine(16, A, B)
+    for _ in range(40):
+        assert engine.send()
+    engine.report()
+    for _ in range(40):
+        engine.worker.in_flight.remove(KEY)
+    for _ in range(CALM_LOOKS):
+        engine.report()
+        assert engine.limit == 18
+    engine.fill()
+    assert engine.at_work == 18
+    for _ in range(18):
+        engine.worker.in_flight.remove(KEY)
+    engine.report()
+    assert engine.limit is None
 
 
 def test_what_an_engine_works_on_is_learned_from_its_reports() -> None:

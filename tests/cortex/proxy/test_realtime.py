@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from urllib.parse import quote
 
 import aiohttp
@@ -199,3 +200,28 @@ async def test_other_paths_are_not_upgraded(cortex: RunningCortex) -> None:
     async with connected(cortex.url) as client:
         answer = await client.ask(request(b"", *HANDSHAKE, method="GET", target="/v1/responses"), "GET")
     assert answer.status == 426
+
+
+async def test_a_websocket_ends_with_its_key(start_cortex: StartCortex, benjy: V1Neuron, tmp_path: Path) -> None:
+    """It could stay open for days, long after the key was revoked. Those of other keys stay."""
+    benjy.models[MODEL] = "loaded"
+    benjy.engine.answer = repeat
+    cortex = await start_cortex([benjy], [{"id": MODEL}], keys="bob:sk-bob")
+    file, ring = tmp_path / "keys.toml", cortex.parts.keys
+    file.write_text('[[keys]]\nname = "alice"\nkey = "sk-alice"\n', encoding="utf-8")
+    ring.configure(file, "EUR")
+    await until(lambda: len(ring.table.callers) == 2)
+    url = f"{cortex.url}/v1/realtime?model={quote(MODEL, safe='')}"
+    async with contextlib.AsyncExitStack() as stack:
+        alice, bob = [
+            await stack.enter_async_context(cortex.http.ws_connect(url, headers={"x-api-key": key}))
+            for key in ("sk-alice", "sk-bob")
+        ]
+        for socket in (alice, bob):
+            assert await socket.receive_str(timeout=10) == "hello"
+        file.write_text("", encoding="utf-8")
+        ended = await alice.receive(timeout=10)
+        assert ended.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
+        await bob.send_str("still here")
+        assert await bob.receive_str(timeout=10) == "still here"
+    await until(lambda: idle(cortex))

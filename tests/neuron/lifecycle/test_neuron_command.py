@@ -106,7 +106,7 @@ async def test_inherited_socket_and_lifeline(mark: str, tmp_path: Path) -> None:
 
 
 def test_wrong_configuration(tmp_path: Path) -> None:
-    """Exit status 1; each problem on standard error with file, key and value."""
+    """EX_CONFIG; each problem on standard error with file, key and value."""
     path = tmp_path / "neuron.toml"
     path.write_text(
         'prot = 1\n[harness.vllm]\nextra_args = ["--port", "1"]\n[[default_models]]\nmodel_id = "x"\nquantt = 1\n'

@@ -9,7 +9,7 @@ import contextlib
 from cortex.config.discovery import DiscoverySettings
 from cortex.fleet.members.found import FoundNeurons
 from cortex.fleet.members.kubernetes.pod_api import PodApi, PodChange, PodsUnavailable, WatchExpired
-from cortex.fleet.members.kubernetes.pods import Pods, after_change, endpoints
+from cortex.fleet.members.kubernetes.pods import NO_PODS, Pods, after_change, endpoints
 from shared.tasks import TaskSet
 
 PAUSE_SECS = 1.0
@@ -88,7 +88,7 @@ class KubernetesDiscovery:
     def _apply(self, change: PodChange) -> None:
         self._version = change.version
         if change.pod is not None:
-            self._pods = after_change(self._pods or {}, change.kind, change.pod)
+            self._pods = after_change(self._pods or NO_PODS, change.kind, change.pod)
             self._ask_soon()
 
     def _ask_soon(self) -> None:

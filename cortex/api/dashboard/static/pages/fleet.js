@@ -98,7 +98,7 @@ export function FleetPage({ fleet, mayAct, search }) {
   const nodes = Object.values(fleet.nodes).filter((node) => !wanted || node.name.toLowerCase().includes(wanted) || Object.values(node.models ?? {}).some((view) => view.id.toLowerCase().includes(wanted)));
   const healthy = nodes.filter((node) => node.healthy).length;
   return html`<h1>Fleet</h1>
-    <p class="small">${plural(nodes.length, "host")}, ${healthy} healthy</p>
+    <p class="small">${plural(nodes.length, "host")}, ${healthy} healthy${Object.keys(fleet.nodes).length ? "" : ". List neurons in cortex.toml, or let cortex find them ([discovery])"}</p>
     <div role="list" aria-label="Hosts">${nodes.map((node) => html`<${Node} key=${node.name} node=${node} mayAct=${mayAct} ask=${ask} />`)}</div>
     ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.node.name}?`} verb=${asked.verb} consequence=${CONSEQUENCES[asked.verb](asked.node, fleet)} act=${() => post(`/fleet/nodes/${encodeURIComponent(asked.node.name)}/${asked.verb.toLowerCase()}`)} onClose=${() => ask(null)} />`}`;
 }

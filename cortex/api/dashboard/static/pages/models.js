@@ -3,7 +3,7 @@
 import { html, useState } from "../html.js";
 import { post } from "../api.js";
 import { ago, clock, compareNames, plural, secs } from "../format.js";
-import { Confirm, Problem, Status, linkTo, modelClass, useRead } from "../parts.js";
+import { Confirm, Problem, Status, linkTo, modelClass, useChoice, useRead } from "../parts.js";
 
 export function modelsOf(fleet) {
   const rows = new Map();
@@ -93,10 +93,14 @@ const WITHOUT_WAIT = ["Load", "Restart"];
 export function ModelsPage({ fleet, mayAct, search }) {
   const [asked, ask] = useState(null);
   const wanted = search.toLowerCase();
-  const rows = modelsOf(fleet).filter((row) => row.id.toLowerCase().includes(wanted));
+  const [only, setOnly] = useChoice("only");
+  const isPresent = (row) => row.loads.length || row.waiting || row.engines.some(({ view }) => view.status !== "unloaded");
+  const all = modelsOf(fleet);
+  const rows = all.filter((row) => row.id.toLowerCase().includes(wanted) && (only !== "present" || isPresent(row)));
   const act = (action) => post(`/fleet/${action.verb.toLowerCase()}${WITHOUT_WAIT.includes(action.verb) ? "?wait=false" : ""}`, bodyOf(action));
   return html`<h1>Models</h1>
-    ${rows.length ? null : html`<p>No model matches.</p>`}
+    <label><input type="checkbox" checked=${only === "present"} onChange=${(event) => setOnly(event.target.checked ? "present" : "")} /> Only those on a host or waited for</label>
+    <p class="small">${rows.length === all.length ? plural(all.length, "model") : `${rows.length} of ${plural(all.length, "model")}`}${all.length ? "" : ": models.toml lists none, and no host has one"}</p>
     ${rows.map((row) => html`<${Model} key=${row.id} row=${row} aliases=${fleet.aliases} mayAct=${mayAct} ask=${ask} />`)}
     ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.row.id}${asked.node ? ` on ${asked.node.name}` : ""}?`} verb=${asked.verb} consequence=${html`<${Effects} asked=${asked} />`} act=${() => act(asked)} onClose=${() => ask(null)} />`}`;
 }

@@ -130,7 +130,8 @@ export function PlaygroundPage({ fleet }) {
       ${kind === "rerank" && html`<label for="documents">Documents, one per line</label><textarea id="documents" ref=${documents} rows="5"></textarea>`}
       <div class="row end">
         ${running && html`<button type="button" class="quiet" onClick=${() => running.abort()}>Stop</button>`}
-        <button type="submit" disabled=${Boolean(running)}>Send</button>
+        ${models.length ? null : html`<p class="small">There is no model: models.toml lists none, and no host has one.</p>`}
+        <button type="submit" disabled=${Boolean(running) || !models.length}>Send</button>
       </div>
     </form>
     ${kind === "embeddings" && result && html`<p>${result.data.length} vector, ${result.data[0].embedding.length} dimensions: ${result.data[0].embedding.slice(0, 6).map((value) => Number(value).toFixed(4)).join(", ")} …</p>`}

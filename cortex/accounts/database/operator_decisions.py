@@ -1,0 +1,57 @@
+"""What operators have decided, for all cortexes that use one PostgreSQL: drained neurons and models held back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.postgresql import insert
+
+from cortex.accounts.database.tables import DRAINED_NODES, HELD_MODELS
+
+if TYPE_CHECKING:
+    from cortex.accounts.database.database import Database
+
+Holds = Mapping[tuple[str, str], float]
+"""Until when models are held back, in Unix time, by model and neuron."""
+
+
+class OperatorDecisions:
+    """The two tables. Every method raises DatabaseError if the database cannot be used now."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def all(self) -> tuple[set[str], Holds]:
+        """The drained neurons, and the holds that have not ended."""
+        async with self._database.reading() as connection:
+            drained = await connection.execute(select(DRAINED_NODES.c.node))
+            held = await connection.execute(select(HELD_MODELS).where(HELD_MODELS.c.until > time.time()))
+            return {str(node) for (node,) in drained}, {(str(model), str(node)): until for model, node, until in held}
+
+    async def add(self, drained: Iterable[str], holds: Holds) -> None:
+        """Adds these; a hold of the same model and neuron ends when the new one does."""
+        nodes = [{"node": name} for name in drained]
+        held = [{"model": model, "node": node, "until": until} for (model, node), until in holds.items()]
+        async with self._database.writing() as connection:
+            if nodes:
+                await connection.execute(insert(DRAINED_NODES).on_conflict_do_nothing(), nodes)
+            if held:
+                row = insert(HELD_MODELS)
+                await connection.execute(
+                    row.on_conflict_do_update(index_elements=["model", "node"], set_={"until": row.excluded.until}),
+                    held,
+                )
+                await connection.execute(delete(HELD_MODELS).where(HELD_MODELS.c.until <= time.time()))
+
+    async def resume(self, name: str) -> None:
+        async with self._database.writing() as connection:
+            await connection.execute(delete(DRAINED_NODES).where(DRAINED_NODES.c.node == name))
+
+    async def end_holds(self, model_id: str, nodes: Iterable[str] | None) -> None:
+        """Of this model on these neurons, with None on all."""
+        ended = delete(HELD_MODELS).where(HELD_MODELS.c.model == model_id)
+        async with self._database.writing() as connection:
+            await connection.execute(ended if nodes is None else ended.where(HELD_MODELS.c.node.in_(list(nodes))))
