@@ -283,6 +283,8 @@ def explain(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> int:
 
     plan = ask(url, "GET", f"/fleet/explain?model={quote(model, safe='')}")
     print_answer(url, plan, as_json, explain_table)
+    if not isinstance(plan, dict):
+        return 0
     decision = plan.get("decision", {})
     # Without a healthy neuron, a model that the catalogue lacks is refused for that.
     unlisted = decision.get("action") == "refuse" and not plan.get("in_catalogue", True)

@@ -70,14 +70,13 @@ def _shown(console: Console, followed: FollowedFleet, order: Order, first: int) 
 
 
 def _keys(secs: float) -> list[str]:
-    """The keys that are pressed within this time. Not by `sys.stdin`, which would keep some in its buffer; the keys
-    with arrows send several characters, of which the first alone is Escape."""
+    """The keys that are pressed within this time. Read from the descriptor, because `sys.stdin` would keep some of them
+    in its buffer. An arrow key sends several characters, of which the first alone is Escape."""
     ready, _, _ = select.select([sys.stdin], [], [], secs)
     if not ready:
         return []
-    return _KEY.findall(os.read(sys.stdin.fileno(), 1024).decode(errors="replace")) or [
-        "\x04"
-    ]  # its end: the terminal is gone
+    pressed = os.read(sys.stdin.fileno(), 1024).decode(errors="replace")
+    return _KEY.findall(pressed) if pressed else ["\x04"]  # the terminal is gone
 
 
 @contextlib.contextmanager

@@ -130,11 +130,11 @@ class Timeline:
         before, found = self._open.get(node.name, {}), seen(node)
         for key in found.keys() & self._interrupted.keys() - before.keys():
             interrupted = self._interrupted.pop(key)
-            # Since when a node is silent this cortex knows only from its own start.
-            now_told = found[key] if key.model_id else found[key]._replace(since=interrupted.told_since)
-            if continues(interrupted, now_told):
+            if not key.model_id:  # since when a node is silent, this cortex knows only from its own start
+                interrupted = msgspec.structs.replace(interrupted, told_since=found[key].since)
+            if continues(interrupted, found[key]):
                 self._ended.pop(interrupted.id, None)  # it is gone after a day
-                again = msgspec.structs.replace(interrupted, until=None, told_since=found[key].since)
+                again = msgspec.structs.replace(interrupted, until=None)
                 before[key] = again
                 if self._file is not None:
                     self._file.add(again)

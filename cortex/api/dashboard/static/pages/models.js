@@ -99,7 +99,7 @@ export function ModelsPage({ fleet, mayAct, search }) {
   const rows = all.filter((row) => row.id.toLowerCase().includes(wanted) && (only !== "present" || isPresent(row)));
   const act = (action) => post(`/fleet/${action.verb.toLowerCase()}${WITHOUT_WAIT.includes(action.verb) ? "?wait=false" : ""}`, bodyOf(action));
   return html`<h1>Models</h1>
-    <label><input type="checkbox" checked=${only === "present"} onChange=${(event) => setOnly(event.target.checked ? "present" : "")} /> Only those on a host, loading or wanted</label>
+    <label><input type="checkbox" checked=${only === "present"} onChange=${(event) => setOnly(event.target.checked ? "present" : "")} /> Only those on a host or waited for</label>
     <p class="small">${rows.length === all.length ? plural(all.length, "model") : `${rows.length} of ${plural(all.length, "model")}`}${all.length ? "" : ": models.toml lists none, and no host has one"}</p>
     ${rows.map((row) => html`<${Model} key=${row.id} row=${row} aliases=${fleet.aliases} mayAct=${mayAct} ask=${ask} />`)}
     ${asked && html`<${Confirm} title=${`${asked.verb} ${asked.row.id}${asked.node ? ` on ${asked.node.name}` : ""}?`} verb=${asked.verb} consequence=${html`<${Effects} asked=${asked} />`} act=${() => act(asked)} onClose=${() => ask(null)} />`}`;
