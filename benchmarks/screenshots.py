@@ -28,7 +28,7 @@ from benchmarks.scale.services import Child
 _HOST = "127.0.0.1"
 _CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 _DOCS = Path(__file__).parents[1] / "docs"
-_WIDTH, _HEIGHT = 1320, 860
+_WIDTH, _HEIGHT = 1200, 860
 _SMALL, _MIDDLE, _LARGE = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen3.6-27B"
 _CALLERS = {
     "alice": (_MIDDLE, _LARGE, _MIDDLE, _SMALL),
@@ -36,8 +36,6 @@ _CALLERS = {
     "support-bot": (_LARGE, _LARGE, _LARGE, "gpt-4"),
 }
 """What each key asks for, in turn; the catalogue has no gpt-4."""
-
-
 _UNLOAD_SECS = 100
 """How often an operator unloads a model, for half as long; after 8 minutes all three are loaded."""
 

@@ -71,7 +71,8 @@ def far_host(*, mtu: int = 1500) -> Iterator[FarHost]:
         _ip("address", "add", f"{host.near_address}/30", "dev", near)
         _ip("link", "set", near, "up")
         _ip("-netns", name, "address", "add", f"{host.address}/30", "dev", "eth0")
-        _ip("-netns", name, "link", "set", "eth0", "up")
+        for device in ("eth0", "lo"):
+            _ip("-netns", name, "link", "set", device, "up")
         yield host
     finally:
         _ip("netns", "delete", name)

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from shared.protocol import DialReply, RegistrationReply
 from shared.protocol.registration import DIAL_PATH, DIAL_PROTOCOL, NAME_HEADER
-from shared.serve import detect_vanished_clients
+from shared.serve import UNANSWERED_CHECK_SECS, detect_vanished_clients, is_unanswered
 from shared.system.tunnel import OK, TunnelEnd
-from shared.tasks import TaskSet, keep_running, timeout
+from shared.tasks import TaskSet, cancel_all, keep_running, timeout
 from shared.tls import TlsError
 
 IDLE_CONNECTIONS: Final = 4
@@ -67,19 +67,18 @@ class Dialler:
         self._context: ssl.SSLContext | None = None  # made again after each registration: its file may be new
         self._problem: str | None = None  # the last one that was logged
         self._streams = TaskSet()
-        self._joined: set[TunnelEnd] = set()
+        self._joined: set[TunnelEnd] = set()  # the ends towards cortex
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Connections are kept inside the body, from the first reply on."""
         name = f"connections to {self._url}"
-        loops = [asyncio.create_task(keep_running(name, self._keep_one), name=name) for _ in range(IDLE_CONNECTIONS)]
+        work = [*[self._keep_one] * IDLE_CONNECTIONS, self._end_unanswered]
+        loops = [asyncio.create_task(keep_running(name, each), name=name) for each in work]
         try:
             yield
         finally:
-            for loop in loops:
-                loop.cancel()
-            await asyncio.wait(loops)
+            await cancel_all(loops)
             await self._streams.close()
             for end in list(self._joined):
                 end.transport.abort()
@@ -167,9 +166,22 @@ class Dialler:
             end.transport.abort()
             raise
         end.say(OK)
-        self._joined.add(there)
-        there.on_lost = lambda: self._joined.discard(there)
+        if not end.closed:
+            self._joined.add(end)
+            end.on_lost = lambda: self._joined.discard(end)
         end.join(there)
+
+    async def _end_unanswered(self) -> None:
+        """Ends the streams of a cortex that has vanished, so that the engines stop: its kernel acknowledges nothing.
+        Never returns."""
+        before: set[TunnelEnd] = set()
+        while True:
+            await asyncio.sleep(UNANSWERED_CHECK_SECS)
+            now = {end for end in self._joined if is_unanswered(end.transport.get_extra_info("socket"))}
+            for end in now & before:
+                log.warning("cortex at %s no longer answers on a connection: closed", self._url)
+                end.transport.abort()
+            before = now
 
     def _report(self, problem: str | None) -> None:
         if problem == self._problem:

@@ -38,7 +38,7 @@ class TunnelEnd(asyncio.Protocol):
             return
         self._arrived += data
         if len(self._arrived) > MOST_BYTES:
-            self.transport.abort()
+            self.transport.pause_reading()  # until it is joined
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -70,15 +70,16 @@ class TunnelEnd(asyncio.Protocol):
         """What arrives before `mark`.
 
         Raises:
-            ConnectionError: the connection is closed.
+            ConnectionError: the connection is closed, or too much arrives.
         """
         while True:
             found, marked, rest = self._arrived.partition(mark)
             if marked:
                 self._arrived = rest
                 return found
-            if self.closed:
-                raise ConnectionError("the connection was closed")
+            if self.closed or len(self._arrived) > MOST_BYTES:
+                self.transport.abort()
+                raise ConnectionError("the connection was closed" if self.closed else "the line is too long")
             self._more = asyncio.get_running_loop().create_future()
             await self._more
 
@@ -90,6 +91,9 @@ class TunnelEnd(asyncio.Protocol):
     def join(self, other: TunnelEnd) -> None:
         """From now on bytes pass in both directions, each as fast as its receiver takes them, until one end closes."""
         self._other, other._other = other, self
+        for end in (self, other):
+            if not end.transport.is_closing():
+                end.transport.resume_reading()
         for here, there in ((self, other), (other, self)):
             if arrived := here.take_arrived():
                 there.transport.write(arrived)

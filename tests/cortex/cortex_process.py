@@ -96,12 +96,13 @@ async def cortex_process(
     keys: Mapping[str, Any] | None = None,
     auth: Mapping[str, Any] | None = None,
     discovery: Mapping[str, Any] | None = None,
+    host: str = "127.0.0.1",
     port: int = 0,
     **gateway: Any,
 ) -> AsyncIterator[CortexProcess]:
     """Runs inside the body, every neuron healthy; killed after it if it still runs. `gateway` and the others are
-    sections of cortex.toml."""
-    sock = bind("127.0.0.1", port)
+    sections of cortex.toml; `host` is what it listens on."""
+    sock = bind(host, port)
     url = f"{'https' if 'tls_cert' in gateway else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
     config: dict[str, Any] = {
         "gateway": {"metrics_listen": "127.0.0.1:0", **gateway},

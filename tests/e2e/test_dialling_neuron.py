@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +17,7 @@ import pytest
 
 from neuron.api.dialling import IDLE_CONNECTIONS
 from tests.cortex.cortex_process import CortexProcess, cortex_process
+from tests.far_host import far_host
 from tests.neuron.conftest import mark
 from tests.neuron.neurons import NeuronProcess, neuron_process, toml_config, until
 from tests.ports import free_port
@@ -47,6 +48,7 @@ class Host:
 
     directory: Path
     port: int
+    address: str = "127.0.0.1"  # cortex's, for the neuron
 
     @contextlib.asynccontextmanager
     async def cortex(self, **options: Any) -> AsyncIterator[CortexProcess]:
@@ -54,25 +56,34 @@ class Host:
         discovery = {
             "kind": "register",
             "registration_token_file": str(self.directory / "token"),
-            "dial_listen": "127.0.0.1:0",
+            "dial_listen": "0.0.0.0:0",
         }
         async with cortex_process(
-            self.directory, [], MODELS, port=self.port, discovery=discovery, unhealthy_after=2, **options
+            self.directory,
+            [],
+            MODELS,
+            host="0.0.0.0",
+            port=self.port,
+            discovery=discovery,
+            unhealthy_after=2,
+            allow_anonymous=True,
+            **options,
         ) as started:
             yield started
 
     @contextlib.asynccontextmanager
-    async def neuron(self, *lines: str, on_stop: str = "stop_engines") -> AsyncIterator[NeuronProcess]:
+    async def neuron(self, *prefix: str, on_stop: str = "stop_engines") -> AsyncIterator[NeuronProcess]:
+        """Started by the command `prefix`."""
         directory = self.directory / "gpu"
         directory.mkdir(exist_ok=True)
         file = toml_config(
             directory, 'name = "Far.Host"', "port = 0", f'state_dir = "{directory / "state"}"', f'on_stop = "{on_stop}"'
         )
         with file.open("a", encoding="utf-8") as toml:
-            urls = f'urls = ["http://127.0.0.1:{self.port}"]'
+            urls = f'urls = ["http://{self.address}:{self.port}"]'
             token = f'token_file = "{self.directory / "token"}"'
-            toml.write("\n".join(("[cortex]", urls, token, 'dial = "out"', "interval_secs = 0.3", *lines)))
-        async with neuron_process(file) as started:
+            toml.write("\n".join(("[cortex]", urls, token, 'dial = "out"', "interval_secs = 0.3")))
+        async with neuron_process(file, prefix=prefix) as started:
             yield started
 
 
@@ -149,6 +160,21 @@ async def test_restarts_of_either_side(host: Host) -> None:
             assert (await neuron.model(MODEL))["pid"] == pid
 
 
+async def test_a_host_without_an_open_port_vanishes_and_comes_back(host: Host) -> None:
+    """It listens on its own loopback only. While it has vanished, all its connections stay open."""
+    with far_host() as far:
+        host = replace(host, address=far.near_address)
+        prefix = ("ip", "netns", "exec", far.name)
+        async with aiohttp.ClientSession() as http, host.cortex() as cortex, host.neuron(*prefix):
+            await until(lambda: _is_known(http, cortex))
+            await completion(http, cortex.url)
+            far.vanish()
+            await until(lambda: _is_away(http, cortex))
+            far.come_back()
+            await until(lambda: _is_known(http, cortex))
+            await completion(http, cortex.url)
+
+
 async def test_a_cortex_without_the_key_says_which_one_is_missing(host: Host) -> None:
     (host.directory / "token").write_text(TOKEN, encoding="utf-8")
     discovery = {"kind": "register", "registration_token_file": str(host.directory / "token")}
@@ -165,6 +191,11 @@ async def _is_known(http: aiohttp.ClientSession, cortex: CortexProcess) -> bool:
     return [(node["name"], node["endpoint"], node["healthy"]) for node in nodes] == [
         ("Far.Host", "dial://Far.Host", True)
     ]
+
+
+async def _is_away(http: aiohttp.ClientSession, cortex: CortexProcess) -> bool:
+    async with http.get(f"{cortex.url}/fleet") as response:
+        return not any(node["healthy"] for node in (await response.json())["nodes"])
 
 
 async def _in_flight(neuron: NeuronProcess, count: int) -> bool:

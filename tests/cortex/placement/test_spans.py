@@ -292,3 +292,13 @@ def test_a_minimum_protects_every_part() -> None:
     assert planned(kept, "other") is None
     evicting = plan_for(view(fleet(*nodes), wide(), other), "other")
     assert evicting.fit is Fit.AFTER_EVICTION
+
+
+def test_a_host_that_dials_holds_no_part() -> None:
+    """Other hosts cannot connect to it. `explain` says so."""
+    whole = pair()
+    both = replace(whole, nodes={**whole.nodes, "a": replace(whole.nodes["a"], endpoint="dial://a")})
+    assert FeasibilityCache().nodes(wide(), whole) == ("a", "b")
+    assert FeasibilityCache().nodes(wide(), both) == ()
+    [reason] = [each.reason for each in all_verdicts(view(both), wide()) if each.node == "a"]
+    assert 'with dial = "out" it shares no engine with other hosts' in str(reason)

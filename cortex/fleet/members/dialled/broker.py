@@ -63,16 +63,15 @@ class Broker:
         self._open: defaultdict[str, set[TunnelEnd]] = defaultdict(set)  # by name; idle and in use
         self._idle: defaultdict[str, deque[TunnelEnd]] = defaultdict(deque)  # longest idle first
         self._asked: set[TunnelEnd] = set()  # of the idle ones: pinged, and no answer yet
-        self._arrived: defaultdict[str, asyncio.Condition] = defaultdict(asyncio.Condition)
+        self._arrived = asyncio.Condition()  # another idle connection, of any neuron
         self._greetings: dict[asyncio.Task[None], None] = {}  # oldest first
         self._tasks = TaskSet()
 
     def use(self, keys: Mapping[str, str]) -> None:
         """These neurons are registered, with the keys that they must show. Idle connections of others are closed."""
         before, self._keys = self._keys, keys
-        for name in [name for name in self._idle if before.get(name) != keys.get(name)]:
-            for end in list(self._idle[name]):
-                end.transport.abort()
+        for end in [end for name, ends in self._idle.items() if before.get(name) != keys.get(name) for end in ends]:
+            end.transport.abort()
 
     async def accept_neurons(self, listening: socket.socket, tls: Callable[[], ssl.SSLContext | None]) -> None:
         """Accepts the connections of neurons. `tls` is asked for each. Never returns."""
@@ -150,7 +149,7 @@ class Broker:
         given = fields.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             raise _Refused(HTTPStatus.UNAUTHORIZED, f"the key is not that of the last registration of {name!r}")
-        if len(self._idle[name]) >= MAX_IDLE:
+        if len(self._idle.get(name, ())) >= MAX_IDLE:
             raise _Refused(HTTPStatus.CONFLICT, f"{name!r} has {MAX_IDLE} connections that wait for requests already")
         return name
 
@@ -162,16 +161,16 @@ class Broker:
         self._idle[name].append(end)
         if len(self._open[name]) == 1:
             self._on_connected(sorted(self._open))
-        async with self._arrived[name]:
-            self._arrived[name].notify()
+        async with self._arrived:
+            self._arrived.notify_all()
 
     def _lost(self, name: str, end: TunnelEnd) -> None:
         self._asked.discard(end)
-        with suppress(ValueError):
+        with suppress(ValueError):  # it is in use
             self._idle[name].remove(end)
         self._open[name].discard(end)
         if not self._open[name]:
-            del self._open[name]
+            del self._open[name], self._idle[name]
             self._on_connected(sorted(self._open))
 
     async def _serve(self, client: socket.socket) -> None:
@@ -216,8 +215,8 @@ class Broker:
     async def _taken(self, name: str) -> TunnelEnd:
         """The idle connection of this neuron that has opened last. Raises _NotThere."""
         try:
-            async with timeout(WAIT_SECS), self._arrived[name]:
-                await self._arrived[name].wait_for(lambda: bool(self._idle[name]))
+            async with timeout(WAIT_SECS), self._arrived:
+                await self._arrived.wait_for(lambda: bool(self._idle.get(name)))
                 end = self._idle[name].pop()
         except asyncio.TimeoutError:
             raise _NotThere(f"the neuron {name!r} has no free connection to this cortex") from None

@@ -63,9 +63,14 @@ class DialBroker:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """It passes bytes inside the body."""
-        with self._listening, self._requests:
+        with contextlib.closing(self):
             async with self._process.running():
                 yield
+
+    def close(self) -> None:
+        """Closes its sockets."""
+        self._listening.close()
+        self._requests.close()
 
     def use(self, keys: Mapping[str, str]) -> None:
         """These neurons are registered, by name, with the keys that their connections must show."""
