@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cortex.accounts.database.database import Database
 from cortex.accounts.database.source import DatabaseError, database_source
 from cortex.accounts.keys.key_ring import KeyRing
 from cortex.accounts.storage import marked_as_running
@@ -53,6 +53,9 @@ from shared.system.service_manager import notify_ready
 from shared.tasks import running
 from shared.terminal.command_line import fail
 from shared.terminal.wording import counted
+
+if TYPE_CHECKING:
+    from cortex.accounts.database.database import Database  # it needs SQLAlchemy, which starts slowly
 
 log = logging.getLogger(__name__)
 
