@@ -131,13 +131,16 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
             new_supervisor=new_supervisor,
         )
         meter.residents, ports = functools.partial(_residents, registry), functools.partial(_engine_ports, registry)
+        announcements = TaskSet()
+        stack.push_async_callback(announcements.close)  # after stop_all: with dial = "out" they carry running answers
         stack.push_async_callback(registry.stop_all)
         await registry.adopt(found)
         state.keep = False  # only now: a start that fails must not lose running engines
         default_models = DefaultModels(registry, config.default_commands)
         device_watch, own_id = DeviceWatch(source, hub.publish, meter), str(uuid.uuid4())
         announcer = Announcer(config, http, port=port, instance_id=own_id, engine_ports=ports)
-        stack.push_async_callback(_running(default_models, spares, device_watch, announcer).close)
+        _ = announcements.spawn(announcer.run(), name="announcements")
+        stack.push_async_callback(_running(default_models, spares, device_watch).close)
         yield Services(
             config=config,
             instance_id=own_id,
@@ -168,14 +171,13 @@ async def _held_state(config: NeuronConfig, port: int, stack: contextlib.AsyncEx
     return state
 
 
-def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch, announcer: Announcer) -> TaskSet:
+def _running(default_models: DefaultModels, spares: Spares, device_watch: DeviceWatch) -> TaskSet:
     """What runs beside the requests, until `TaskSet.close`."""
     tasks = TaskSet()
     _ = tasks.spawn(default_models.load_all(), name="default models")
     _ = tasks.spawn(spares.run(), name="spare processes")
     watched = "condition of the GPUs"
     _ = tasks.spawn(keep_running(watched, device_watch.run), name=watched)
-    _ = tasks.spawn(announcer.run(), name="announcements")
     return tasks
 
 

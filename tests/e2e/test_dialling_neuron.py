@@ -141,6 +141,19 @@ async def test_everything_goes_through_the_connections_of_the_neuron(host: Host)
     assert "Traceback" not in neuron.log.read_text()
 
 
+async def test_a_stopping_neuron_lets_answers_finish(host: Host) -> None:
+    """They pass through its process, which waits for them as it does for those of any engine."""
+    long = {"model": MODEL, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    async with aiohttp.ClientSession() as http, host.cortex() as cortex, host.neuron() as neuron:
+        await until(lambda: _is_known(http, cortex))
+        async with http.post(f"{cortex.url}/v1/completions", json=long) as response:
+            first = await response.content.readany()
+            neuron.process.send_signal(signal.SIGTERM)
+            stream = (first + await response.read()).decode()
+        assert len(texts_of(stream)) == 400
+        assert stream.endswith("data: [DONE]\n\n")
+
+
 async def test_restarts_of_either_side(host: Host) -> None:
     """The engine outlives its neuron, and both sides find each other again."""
     async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as stack:

@@ -80,11 +80,17 @@ def of_fleet(
         try:
             entry = NeuronEntry(name=name, endpoint=endpoint, token=token)
         except ValidationError:
-            text = "it connects to cortex, and cannot be asked from here: see `cortex status`"
-            findings.append(ok(name, text))
+            findings.append(_dials(name, healthy=bool(node.get("healthy", True))))
             continue
         asked.append(NeuronToAsk(entry, has_token=not registers or endpoint in tokens))
     return asked, findings
+
+
+def _dials(name: str, *, healthy: bool) -> Finding:
+    """Of a neuron that connects to cortex, and cannot be asked from here."""
+    if healthy:
+        return ok(name, "it connects to cortex, which finds it healthy")
+    return warning(name, "it connects to cortex, and cannot be asked from here", "read neuron's log on its host")
 
 
 def _registered(files: DeploymentFiles) -> list[NeuronEntry]:

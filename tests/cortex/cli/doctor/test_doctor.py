@@ -120,10 +120,11 @@ def test_found_neurons_of_a_fleet(tmp_path: Path) -> None:
     listed = [{"name": "a", "endpoint": "http://a:1"}]
     discovery = {"kind": "dns", "host": "n", "token": "t"}
     config = CortexConfig.model_validate({"neurons": listed, "discovery": discovery})
-    nodes = [{"name": name, "endpoint": f"http://{name}:1"} for name in "ab"] + [{"name": "c", "endpoint": "dial://c"}]
+    nodes: list[dict[str, object]] = [{"name": name, "endpoint": f"http://{name}:1"} for name in "ab"]
+    nodes += [{"name": name, "endpoint": f"dial://{name}", "healthy": name == "c"} for name in "cd"]
     asked, findings = of_fleet({"nodes": nodes}, DeploymentFiles(tmp_path, config, Catalogue()), {})
     assert [(each.entry.name, each.entry.token) for each in asked] == [("b", "t")]
-    assert [(each.verdict, each.subject) for each in findings] == [(Verdict.OK, "c")]
+    assert [(each.verdict, each.subject) for each in findings] == [(Verdict.OK, "c"), (Verdict.WARNING, "d")]
 
 
 def test_a_wrong_token(fleet: Fleet, tmp_path: Path) -> None:
