@@ -13,7 +13,7 @@ from cortex.routing.replica import FailureKind
 from cortex.upstream.address import Address
 from cortex.upstream.connection import EngineConnection
 from shared.serve import detect_vanished_server
-from shared.system.tunnel import OK, REFUSED
+from shared.system.tunnel import BUSY, OK, REFUSED
 from shared.tasks import timeout
 from shared.tls import RenewedContext
 
@@ -121,6 +121,8 @@ class EnginePool:
                 if not arrived:
                     raise OSError("the process that keeps the connections of neurons was restarted")
                 answer += arrived
+            if answer.startswith(BUSY):
+                raise NoConnection(answer.removeprefix(BUSY).decode("utf-8", "replace").strip(), "timeout")
             if answer.strip() != OK:
                 raise OSError(answer.removeprefix(REFUSED).decode("utf-8", "replace").strip())
             await self._loop.create_unix_connection(factory, sock=sock)

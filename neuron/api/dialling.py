@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 from shared.protocol import DialReply, RegistrationReply
 from shared.protocol.registration import DIAL_PATH, DIAL_PROTOCOL, NAME_HEADER
 from shared.serve import UNANSWERED_CHECK_SECS, detect_vanished_clients, is_unanswered
-from shared.system.tunnel import OK, TunnelEnd
+from shared.system.tunnel import BUSY, OK, TunnelEnd
 from shared.tasks import TaskSet, cancel_all, keep_running, timeout
 from shared.tls import TlsError
 
-IDLE_CONNECTIONS: Final = 4
-"""Kept for requests to come. One more is opened for each that is used."""
+IDLE_CONNECTIONS: Final = 8
+"""Kept for requests to come. One more is opened for each that is used, which takes two round trips, three with TLS: a
+burst of 150 at 100 ms gets its connections within the time that cortex waits."""
 GREETING_SECS: Final = 10.0
 """From the connection to cortex's answer."""
 SILENCE_SECS: Final = 45.0
@@ -127,8 +128,9 @@ class Dialler:
             )
         tls = await self._tls_context() if offer.tls else None
         async with timeout(GREETING_SECS):
-            _, end = await asyncio.get_running_loop().create_connection(
-                TunnelEnd, host, offer.port, ssl=tls, server_hostname=None if tls is None else host
+            end = TunnelEnd()
+            _ = await asyncio.get_running_loop().create_connection(
+                lambda: end, host, offer.port, ssl=tls, server_hostname=None if tls is None else host
             )
             try:
                 detect_vanished_clients(end.transport.get_extra_info("socket"))
@@ -159,7 +161,10 @@ class Dialler:
         try:
             async with timeout(CONNECT_SECS):
                 _, there = await asyncio.get_running_loop().create_connection(TunnelEnd, *address)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11; the second is an OSError
+            end.refuse(f"port {port or self._targets.port} has not answered within {CONNECT_SECS:g} s", BUSY)
+            return
+        except OSError as error:
             end.refuse(f"connection refused: nothing answers on port {port or self._targets.port}: {error}")
             return
         except asyncio.CancelledError:

@@ -15,7 +15,9 @@ MOST_BYTES: Final = 8192
 """Of what is said before the ends are joined."""
 OK: Final = b"ok"
 REFUSED: Final = b"no "
-"""What the reason follows."""
+"""What the reason follows: nothing listens there."""
+BUSY: Final = b"busy "
+"""What the reason follows: it may work a moment later."""
 
 
 class TunnelEnd(asyncio.Protocol):
@@ -24,7 +26,7 @@ class TunnelEnd(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport  # set by connection_made
         self.closed = False
-        self.on_lost: Callable[[], None] | None = None
+        self.on_lost: Callable[[], object] | None = None
         self._arrived = b""
         self._more: asyncio.Future[None] | None = None
         self._other: TunnelEnd | None = None
@@ -34,7 +36,8 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._other is not None:
-            self._other.transport.write(data)
+            if not self._other.closed:  # uvloop's transports raise RuntimeError then
+                self._other.transport.write(data)
             return
         self._arrived += data
         if len(self._arrived) > MOST_BYTES:
@@ -50,20 +53,27 @@ class TunnelEnd(asyncio.Protocol):
             self.on_lost()
 
     def pause_writing(self) -> None:
-        if self._other is not None and not self._other.transport.is_closing():
+        if self._other is not None and self._other.reads:
             self._other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._other is not None and not self._other.transport.is_closing():
+        if self._other is not None and self._other.reads:
             self._other.transport.resume_reading()
 
-    def say(self, line: bytes) -> None:
-        """Sends a line."""
-        self.transport.write(line + b"\n")
+    @property
+    def reads(self) -> bool:
+        """Whether its transport can be paused and resumed."""
+        return not self.closed and not self.transport.is_closing()  # 3.10's TLS transport does not know that it is lost
 
-    def refuse(self, reason: str) -> None:
-        """Says why the other side does not get what it asks for, and closes the connection."""
-        self.say(REFUSED + " ".join(reason.split()).encode())
+    def say(self, line: bytes) -> None:
+        """Sends a line; to one that has left, nothing."""
+        if not self.closed:
+            self.transport.write(line + b"\n")
+
+    def refuse(self, reason: str, kind: bytes = REFUSED) -> None:
+        """Says why the other side does not get what it asks for, `kind` being REFUSED or BUSY, and closes the
+        connection."""
+        self.say(kind + " ".join(reason.split()).encode())
         self.transport.close()
 
     async def read_until(self, mark: bytes) -> bytes:
@@ -92,10 +102,11 @@ class TunnelEnd(asyncio.Protocol):
         """From now on bytes pass in both directions, each as fast as its receiver takes them, until one end closes."""
         self._other, other._other = other, self
         for end in (self, other):
-            if not end.transport.is_closing():
+            if end.reads:
                 end.transport.resume_reading()
         for here, there in ((self, other), (other, self)):
-            if arrived := here.take_arrived():
+            arrived = here.take_arrived()
+            if arrived and not there.closed:
                 there.transport.write(arrived)
             if here.closed:
                 there.transport.close()

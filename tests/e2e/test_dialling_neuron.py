@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from neuron.api.dialling import IDLE_CONNECTIONS
+from tests.certificates import authority_file, pair, trusting
 from tests.cortex.cortex_process import CortexProcess, cortex_process
 from tests.far_host import far_host
 from tests.neuron.conftest import mark
@@ -31,8 +32,11 @@ BROKER = "cortex.fleet.members.dialled"
 
 
 def broker_of(cortex: CortexProcess) -> psutil.Process | None:
-    children = psutil.Process(cortex.process.pid).children()
-    return next((child for child in children if BROKER in child.cmdline()), None)
+    for child in psutil.Process(cortex.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie, which was just killed
+            if BROKER in child.cmdline():
+                return child
+    return None
 
 
 def connected_ports(cortex: CortexProcess) -> set[int]:
@@ -49,6 +53,7 @@ class Host:
     directory: Path
     port: int
     address: str = "127.0.0.1"  # cortex's, for the neuron
+    tls: bool = False
 
     @contextlib.asynccontextmanager
     async def cortex(self, **options: Any) -> AsyncIterator[CortexProcess]:
@@ -58,6 +63,8 @@ class Host:
             "registration_token_file": str(self.directory / "token"),
             "dial_listen": "0.0.0.0:0",
         }
+        if self.tls:
+            options |= pair(self.directory).gateway
         async with cortex_process(
             self.directory,
             [],
@@ -80,9 +87,10 @@ class Host:
             directory, 'name = "Far.Host"', "port = 0", f'state_dir = "{directory / "state"}"', f'on_stop = "{on_stop}"'
         )
         with file.open("a", encoding="utf-8") as toml:
-            urls = f'urls = ["http://{self.address}:{self.port}"]'
+            urls = f'urls = ["{"https" if self.tls else "http"}://{self.address}:{self.port}"]'
             token = f'token_file = "{self.directory / "token"}"'
-            toml.write("\n".join(("[cortex]", urls, token, 'dial = "out"', "interval_secs = 0.3")))
+            ca = f'ca = "{authority_file(self.directory)}"'
+            toml.write("\n".join(("[cortex]", urls, token, ca, 'dial = "out"', "interval_secs = 0.3")))
         async with neuron_process(file, prefix=prefix) as started:
             yield started
 
@@ -142,9 +150,11 @@ async def test_everything_goes_through_the_connections_of_the_neuron(host: Host)
 
 
 async def test_a_stopping_neuron_lets_answers_finish(host: Host) -> None:
-    """They pass through its process, which waits for them as it does for those of any engine."""
+    """They pass through its process, which waits for them as it does for those of any engine. Here with TLS."""
+    host = replace(host, tls=True)
+    trusts = aiohttp.TCPConnector(ssl=trusting())
     long = {"model": MODEL, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    async with aiohttp.ClientSession() as http, host.cortex() as cortex, host.neuron() as neuron:
+    async with aiohttp.ClientSession(connector=trusts) as http, host.cortex() as cortex, host.neuron() as neuron:
         await until(lambda: _is_known(http, cortex))
         async with http.post(f"{cortex.url}/v1/completions", json=long) as response:
             first = await response.content.readany()

@@ -18,7 +18,7 @@ from typing import Final
 
 from shared.protocol.registration import DIAL_PATH, DIAL_PROTOCOL, NAME_HEADER
 from shared.serve import detect_vanished_server
-from shared.system.tunnel import OK, REFUSED, TunnelEnd
+from shared.system.tunnel import BUSY, OK, REFUSED, TunnelEnd
 from shared.tasks import TaskSet, timeout
 
 GREETING_SECS: Final = 10.0
@@ -30,8 +30,9 @@ MAX_IDLE: Final = 16
 PING_SECS: Final = 15.0
 """A router forgets a connection that is silent for 30 to 60 s. One whose neuron has not answered by the next time is
 dead."""
-WAIT_SECS: Final = 2.0
-"""How long a request waits for a connection of its neuron, which opens one whenever one was used."""
+WAIT_SECS: Final = 4.5
+"""How long a request waits for a connection of its neuron, which opens one whenever one was used. Shorter than cortex
+waits, which would not learn the reason."""
 ASK_SECS: Final = 8.0
 """For all that precedes a request. Longer than cortex waits."""
 NO_FILES_SECS: Final = 1.0
@@ -128,13 +129,14 @@ class Broker:
             log.info("a connection on dial_listen failed: %s", str(error) or f"incomplete after {GREETING_SECS:g} s")
             if end is not None:
                 end.transport.abort()
-        except asyncio.CancelledError:
+        except BaseException:
             if end is not None:
                 end.transport.abort()
             raise
         else:
-            end.transport.write(_WELCOME)
-            await self._keep(name, end)
+            if not end.closed:
+                end.transport.write(_WELCOME)
+                await self._keep(name, end)
 
     def _named(self, head: bytes) -> str:
         """The name of the neuron that has sent this request. Raises _Refused."""
@@ -154,8 +156,6 @@ class Broker:
         return name
 
     async def _keep(self, name: str, end: TunnelEnd) -> None:
-        if end.closed:
-            return
         end.on_lost = lambda: self._lost(name, end)
         self._open[name].add(end)
         self._idle[name].append(end)
@@ -176,20 +176,24 @@ class Broker:
     async def _serve(self, client: socket.socket) -> None:
         """Joins a connection of cortex with one of the neuron that it names, once that has connected to the port."""
         here: TunnelEnd | None = None
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async with timeout(ASK_SECS):
                 here = await _end_of(client, None)
+                here.on_lost = task.cancel  # what it has asked for must not be left open
                 name, _, port = (await here.read_until(b"\n")).decode().partition(" ")
                 there = await self._at_port(name, port.encode())
         except _NotThere as error:
             assert here is not None
-            here.refuse(str(error))
+            here.refuse(str(error), error.kind)
         except (asyncio.TimeoutError, asyncio.CancelledError, OSError, UnicodeError) as error:
             if here is not None:
                 here.transport.abort()
             if isinstance(error, asyncio.CancelledError):
                 raise
         else:
+            here.on_lost = None
             here.say(OK)
             here.join(there)
 
@@ -210,7 +214,8 @@ class Broker:
             if answer == OK:
                 return end
             end.transport.abort()
-            raise _NotThere(answer.removeprefix(REFUSED).decode("utf-8", "replace"))
+            kind = BUSY if answer.startswith(BUSY) else REFUSED
+            raise _NotThere(answer.removeprefix(kind).decode("utf-8", "replace"), kind)
 
     async def _taken(self, name: str) -> TunnelEnd:
         """The idle connection of this neuron that has opened last. Raises _NotThere."""
@@ -219,13 +224,18 @@ class Broker:
                 await self._arrived.wait_for(lambda: bool(self._idle.get(name)))
                 end = self._idle[name].pop()
         except asyncio.TimeoutError:
-            raise _NotThere(f"the neuron {name!r} has no free connection to this cortex") from None
+            reason = f"the neuron {name!r} has no free connection to this cortex"
+            raise _NotThere(reason, BUSY if name in self._open else REFUSED) from None
         self._asked.discard(end)
         return end
 
 
 class _NotThere(Exception):
-    """A port cannot be connected to; the message says why."""
+    """A port cannot be connected to. The message says why, `kind` (REFUSED or BUSY) whether to try again."""
+
+    def __init__(self, reason: str, kind: bytes) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 async def _accepted(listening: socket.socket) -> socket.socket:
@@ -243,8 +253,9 @@ async def _accepted(listening: socket.socket) -> socket.socket:
 async def _end_of(client: socket.socket, tls: ssl.SSLContext | None) -> TunnelEnd:
     """The socket as a tunnel's end, after the TLS handshake. Closes it if that fails."""
     client.setblocking(False)
-    try:
-        _, end = await asyncio.get_running_loop().connect_accepted_socket(TunnelEnd, client, ssl=tls)
+    end = TunnelEnd()
+    try:  # with TLS, uvloop returns a protocol of its own
+        _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: end, client, ssl=tls)
     except BaseException:
         client.close()
         raise

@@ -50,6 +50,12 @@ class Broken:
     broker: Broker
     told: list[list[str]] = field(default_factory=list)
 
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of cortex that has not asked for anything."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(self.address)  # uvloop itself does not know Linux's abstract namespace
+        return await asyncio.open_unix_connection(sock=sock, limit=1 << 10)
+
     async def ask(self, port: int) -> bytes:
         answer = await fetch(self.pool, Address(NAME, port, dialled=True), HEAD, again=False)
         return answer.body
@@ -179,6 +185,36 @@ async def test_connections_that_are_dead_or_of_an_old_registration_are_closed(mo
             assert await cortex.ask(0) == b"ok"
 
 
+async def test_a_request_that_leaves_while_its_connection_opens_leaves_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The neuron's connection ends too, and nothing is written to one that has ended."""
+    async with brokered() as cortex, cortex.greeted() as (_, neuron):
+        reader, writer = await cortex.open()
+        writer.write(f"{NAME} 0\n".encode())
+        assert await neuron.readline() == b"0\n"
+        writer.close()
+        assert await neuron.read() == b""
+        assert await reader.read() == b""
+        await until(lambda: cortex.told == [[NAME], []])
+    assert "Traceback" not in caplog.text
+
+
+async def test_no_free_connection_does_not_mean_that_the_engine_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is called refused is not asked again until its neuron has been polled."""
+    monkeypatch.setattr(broker_module, "WAIT_SECS", 0.01)
+    async with brokered() as cortex:
+        with pytest.raises(NoConnection, match="no free connection") as unknown:
+            await cortex.ask(0)
+        async with cortex.greeted() as (_, neuron):
+            first = asyncio.create_task(cortex.ask(0))
+            assert await neuron.readline() == b"0\n"
+            with pytest.raises(NoConnection, match="no free connection") as busy:
+                await cortex.ask(0)
+            first.cancel()
+    assert (unknown.value.kind, busy.value.kind) == ("refused", "timeout")
+
+
 async def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The certificate is checked, and a neuron that registers over https sends nothing without TLS."""
     files = pair(tmp_path)
@@ -214,7 +250,7 @@ class Flood:
         server = await asyncio.start_server(self, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server, brokered() as cortex, cortex.dialled(own=port):
-            reader, writer = await asyncio.open_unix_connection(cortex.address, limit=1 << 10)
+            reader, writer = await cortex.open()
             writer.write(f"{NAME} 0\n".encode())
             assert await reader.readuntil(b"\n") == b"ok\n"
             try:
