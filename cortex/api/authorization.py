@@ -82,7 +82,7 @@ def caller_of(request: web.Request) -> Caller:
 
 @web.middleware
 async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuses callers whose role does not suffice, and logs what operators and admins change."""
+    """Refuses callers whose role does not suffice, and logs what operators and admins change, or try to."""
     needed = _needed(request)
     if needed is None:
         return await handler(request)
@@ -95,12 +95,36 @@ async def authorize(request: web.Request, handler: Handler) -> web.StreamRespons
         who = f"{caller.name} has" if caller.is_person else key
         hint = "" if caller.key_id else _hint(request)
         raise Forbidden(f"{request.method} {request.path} needs the role {needed}; {who} the role {caller.role}{hint}")
-    response = await handler(request)
-    if acts:
-        dry_run = request.query.get("dry_run")
-        details = "" if dry_run is None else f"?dry_run={shortened(dry_run)!r}"
-        log.info("%s %s%s by %s", request.method, request.path, details, caller.name)
+    if not acts:
+        return await handler(request)
+    try:
+        response = await handler(request)
+    except BaseException as error:
+        outcome = _outcome(request, error)
+        # What stands for {name} in a refused request may be anything, even a key.
+        path = _route(request) if outcome.startswith("4") else shortened(request.rel_url.raw_path)
+        _log_act(request, path, caller, f": {outcome}")
+        raise
+    _log_act(request, request.path, caller)
     return response
+
+
+def _log_act(request: web.Request, path: str, caller: Caller, outcome: str = "") -> None:
+    """`outcome`: why it was not done, or perhaps not all of it."""
+    dry_run = request.query.get("dry_run")
+    details = "" if dry_run is None else f"?dry_run={shortened(dry_run)!r}"
+    log.info("%s %s%s by %s%s", request.method, path, details, caller.name, outcome)
+
+
+def _outcome(request: web.Request, error: BaseException) -> str:
+    """The status that the client gets, unless it does not get any."""
+    if isinstance(error, (ServiceError, web.HTTPException)):
+        return str(error.status)
+    if isinstance(error, ConnectionError) or request.transport is None or request.transport.is_closing():
+        return "client left"
+    if isinstance(error, web.RequestPayloadError):
+        return str(HTTPStatus.BAD_REQUEST.value)
+    return str(HTTPStatus.INTERNAL_SERVER_ERROR.value) if isinstance(error, Exception) else "cancelled"
 
 
 def _hint(request: web.Request) -> str:

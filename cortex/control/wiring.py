@@ -314,7 +314,7 @@ async def running_control(
         finally:
             if sign_in is not None:
                 await sign_in.close()
-            await asyncio.gather(membership.close(), core.close(), limiter.close())
+            await asyncio.gather(membership.close(), core.close(), limiter.close(), decisions.close())
             await timeline.flush()
             await state.close()
 

@@ -89,7 +89,7 @@ class _State(BaseModel):
 
     version: Literal[1]
     drained: list[str] = []
-    decisions_shared: bool = False
+    decisions_version: tuple[str, int] | None = None
     holds: dict[str, dict[str, Secs]] = {}
     load_secs: dict[str, dict[str, Secs]] = {}
     max_model_len: dict[str, Annotated[int, Field(gt=0)]] = {}
@@ -114,7 +114,7 @@ class StateFile:
         """Reads the state in the directory, which is created on the first write. None: keeps no state. Blocks."""
         self._directory = directory
         self._drained: set[str] = set()
-        self._decisions_shared = False
+        self._decisions_version: tuple[str, int] | None = None
         self._holds: dict[ModelOnNode, float] = {}
         self._load_secs: dict[str, dict[str, float]] = {}
         self._max_model_len: dict[str, int] = {}
@@ -147,14 +147,15 @@ class StateFile:
             self._touch()
 
     @property
-    def decisions_shared(self) -> bool:
-        """Whether drains and holds are also in a database that several cortexes use."""
-        return self._decisions_shared
+    def decisions_version(self) -> tuple[str, int] | None:
+        """Which database that several cortexes use has these drains and holds: its id, and how often they had changed
+        there. None if there is none."""
+        return self._decisions_version
 
-    @decisions_shared.setter
-    def decisions_shared(self, shared: bool) -> None:
-        if shared != self._decisions_shared:
-            self._decisions_shared = shared
+    @decisions_version.setter
+    def decisions_version(self, version: tuple[str, int] | None) -> None:
+        if version != self._decisions_version:
+            self._decisions_version = version
             self._touch()
 
     @property
@@ -301,7 +302,7 @@ class StateFile:
             )
             return
         self._drained = set(state.drained)
-        self._decisions_shared = state.decisions_shared
+        self._decisions_version = state.decisions_version
         self._holds = {(model, node): until for model, nodes in state.holds.items() for node, until in nodes.items()}
         self._load_secs = state.load_secs
         self._max_model_len = state.max_model_len
@@ -321,7 +322,7 @@ class StateFile:
             state = _State(
                 version=1,
                 drained=sorted(self._drained),
-                decisions_shared=self._decisions_shared,
+                decisions_version=self._decisions_version,
                 holds=holds,
                 load_secs=self._load_secs,
                 max_model_len=self._max_model_len,

@@ -9,9 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
-from shared.tasks import cancel_all, timeout
+from shared.errors import shortened
+from shared.tasks import cancel_all, keep_running, timeout
 
-RESTART_SECS: Final = 1.0
+LINE_BYTES: Final = 1 << 24
+"""A longer line is not read whole."""
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class KeptProcess:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """It runs inside the body; this ends once it has ended, or after `stop_secs`."""
-        keeper = asyncio.create_task(self._keep_running(), name=self._name)
+        keeper = asyncio.create_task(keep_running(self._name, self._run), name=self._name)
         try:
             yield
         finally:
@@ -60,28 +62,52 @@ class KeptProcess:
             if process is not None and process.stdin is not None:
                 process.stdin.write(line + b"\n")
 
-    async def _keep_running(self) -> None:
-        while True:
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C is for cortex
-                    pass_fds=self._pass_fds,
-                )
-            except OSError as error:
-                log.warning("%s cannot be started: %s", self._name, error.strerror)
-                self._on_failure(f"{self._name} cannot be started: {error.strerror}")
-            else:
-                self.tell(self._first_line())
-                assert self._process.stdout is not None
-                async for line in self._process.stdout:
-                    self._on_line(line.decode("utf-8", "replace").strip())
-                status = await self._process.wait()
-                log.error("%s exited with status %d; restarting", self._name, status)
-                self._on_failure(f"{self._name} exited with status {status}")
-            await asyncio.sleep(RESTART_SECS)
+    async def _run(self) -> None:
+        """Starts it, and returns once it has exited."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES,
+                start_new_session=True,  # Ctrl-C is for cortex
+                pass_fds=self._pass_fds,
+            )
+        except OSError as error:
+            log.warning("%s cannot be started: %s", self._name, error.strerror)
+            self._on_failure(f"{self._name} cannot be started: {error.strerror}")
+            return
+        self._process = process
+        assert process.stdout is not None
+        try:
+            self.tell(self._first_line())
+            while await self._use_line(process.stdout):
+                pass
+            status = await process.wait()
+        except Exception:  # `keep_running` logs it and starts another one
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            self._on_failure(f"{self._name} failed")
+            raise
+        log.error("%s exited with status %d; restarting", self._name, status)
+        self._on_failure(f"{self._name} exited with status {status}")
+
+    async def _use_line(self, output: asyncio.StreamReader) -> bool:
+        """False at the end. What cannot be used is logged: the next line can be."""
+        try:
+            line = await output.readline()
+        except ValueError as error:
+            log.error("%s: a line of its output is too long: %s", self._name, error)  # noqa: TRY400 - the text says all
+            return True
+        if not line:
+            return False
+        text = line.decode("utf-8", "replace").strip()
+        try:
+            self._on_line(text)
+        except Exception:
+            log.exception("%s: cannot use this line of its output: %r", self._name, shortened(text))
+        return True
 
     async def _end(self) -> None:
         process = self._process

@@ -75,6 +75,14 @@ HELD_MODELS = Table(
 )
 """Models that operators hold back, as above."""
 
+DECISIONS_VERSION = Table(
+    "decisions_version",
+    METADATA,
+    Column("id", String, primary_key=True),  # random, of this database
+    Column("changes", BigInteger, nullable=False),
+)
+"""One row: how often the two tables above have changed. A copy that is older than another has a lower number."""
+
 LIMIT_STATES = Table(
     "limit_states",
     METADATA,

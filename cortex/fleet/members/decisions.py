@@ -14,6 +14,7 @@ from cortex.routing.replica import ANY_NODE, ModelOnNode
 from shared.errors import Unavailable
 from shared.protocol import ErrorCode
 from shared.retry_after import CONTROL_PROCESS_SECS
+from shared.tasks import TaskSet
 
 if TYPE_CHECKING:  # imports SQLAlchemy
     from cortex.accounts.database.database import Database
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECS = 1.0
 """How often the database is read for what other cortexes were told."""
+END_HOLDS_SECS = 3.0
+"""How long a load of a model that is held back waits for the database."""
 
 
 class Decisions:
@@ -35,6 +38,7 @@ class Decisions:
         self._tables = tables
         self._changing = asyncio.Lock()  # what was read before a change must not undo it
         self._failing = False
+        self._tasks = TaskSet()
 
     @property
     def drained(self) -> Collection[str]:
@@ -70,17 +74,28 @@ class Decisions:
         await self._state.flush()
 
     async def end_holds(self, model_id: str, node: str | None) -> None:
-        """The model may be loaded on this neuron again, with None on all. Raises Unavailable if it is held back and the
-        database cannot be used."""
-        async with self._changing:
-            if self._tables is not None:
-                try:
-                    await self._tables.end_holds(model_id, None if node is None else (node, ANY_NODE))
-                except DatabaseError as error:
-                    if any(held == model_id for held, _ in self._state.holds):
-                        raise _not_changed(f"{model_id} is still held back", error) from error
-            if self._state.end_holds(model_id, node):
-                self._fleet.notify()
+        """The model may be loaded on this neuron again, with None on all. Raises Unavailable if it is held back there
+        and the database cannot be used, or does not answer soon. Does not wait for the database if it is not."""
+        if self._tables is None:
+            self._end_known_holds(model_id, node)
+            return
+        places = None if node is None else (node, ANY_NODE)
+        held = any(model == model_id and (places is None or at in places) for model, at in self._state.holds)
+        # Not the caller's own work: a command that hangs cannot be cancelled quickly. Another cortex may have begun a
+        # hold that has not been read yet, so the database is told even if none is known.
+        ending = self._tasks.spawn(self._end_holds(self._tables, model_id, node), name=f"end of holds of {model_id}")
+        if not held:
+            return
+        await asyncio.wait([ending], timeout=END_HOLDS_SECS)
+        error = (
+            ending.result() if ending.done() else DatabaseError(f"no answer from PostgreSQL in {END_HOLDS_SECS:g} s")
+        )
+        if error is not None:
+            raise _not_changed(f"{model_id} is still held back", error) from error
+
+    async def close(self) -> None:
+        """Ends what still waits for the database."""
+        await self._tasks.close()
 
     async def follow_loop(self) -> None:
         """Takes over what other cortexes were told; while the database cannot be read nothing changes. Never
@@ -99,20 +114,41 @@ class Decisions:
                 self._failing = False
 
     async def look(self) -> None:
-        """Reads the tables once; those of a new database first get what the state file has. Raises DatabaseError."""
+        """Reads the tables once. Those of another database than before, or of an older copy of it, first get what the
+        state file has. Raises DatabaseError."""
         if self._tables is None:
-            self._state.decisions_shared = False
+            self._state.decisions_version = None
             return
         async with self._changing:
-            if not self._state.decisions_shared:
-                await self._tables.add(self._state.drained, self._state.holds)
-                self._state.decisions_shared = True
-            drained, holds = await self._tables.all()
+            known = self._state.decisions_version
+            version, drained, holds = await self._tables.all()
+            same = known is not None and known[0] == version[0]
+            seen = known[1] if known is not None and same else 0
+            if not same or version[1] < seen:
+                if self._state.drained or self._state.holds:
+                    log.info("the database is new or an older copy: it gets the drains and holds of the state file")
+                await self._tables.add(self._state.drained, self._state.holds, seen=seen)
+                version, drained, holds = await self._tables.all()
+            self._state.decisions_version = version
             for name in drained ^ set(self._state.drained):
                 self._drain(name, name in drained)
             if holds != self._state.holds:
                 self._state.replace_holds(holds)
                 self._fleet.notify()
+
+    async def _end_holds(self, tables: OperatorDecisions, model_id: str, node: str | None) -> DatabaseError | None:
+        """Returns why it failed, or None."""
+        async with self._changing:
+            try:
+                await tables.end_holds(model_id, None if node is None else (node, ANY_NODE))
+            except DatabaseError as error:
+                return error
+            self._end_known_holds(model_id, node)
+            return None
+
+    def _end_known_holds(self, model_id: str, node: str | None) -> None:
+        if self._state.end_holds(model_id, node):
+            self._fleet.notify()
 
     def _drain(self, name: str, drained: bool) -> None:
         if name in self._fleet.snapshot().nodes:

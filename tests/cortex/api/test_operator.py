@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from tests.cortex.api.keyed_fleet import key_entry
 from tests.cortex.conftest import RunningCortex, StartCortex
 from tests.cortex.cortex_process import cortex_process
 from tests.cortex.fleets import replica_key
 from tests.cortex.protocol_v1_neuron import V1Neuron
+from tests.cortex.raw_http import until
 
 MODEL = {"id": "org/small", "vram_mb": 4000}
 
@@ -270,3 +273,26 @@ async def test_explain_says_until_when_a_failed_load_is_not_tried_again(
     nodes = {node["node"]: node for node in (await got(cortex, "/fleet/explain?model=org/small"))["nodes"]}
     assert 8 < nodes["benjy"]["retry_in_secs"] <= 10
     assert nodes["beast"]["retry_in_secs"] is None
+
+
+async def test_what_did_not_end_well_is_in_the_log(
+    start_cortex: StartCortex, benjy: V1Neuron, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who asked for it, and what became of it. What stands for a name that is unknown may be a key."""
+    caplog.set_level(logging.INFO, "cortex.api.authorization")
+    cortex = await start_cortex([benjy], [MODEL], keys=key_entry("root", "admin"))
+    admin = {"Authorization": "Bearer sk-root"}
+    async with cortex.http.post(f"{cortex.url}/fleet/nodes/sk-secret/drain", headers=admin, json={}) as response:
+        assert response.status == 404
+    benjy.load_gate.clear()
+    loading = asyncio.create_task(
+        cortex.http.post(f"{cortex.url}/fleet/load", headers=admin, json={"model": "org/small"})
+    )
+    await benjy.load_started.wait()
+    loading.cancel()
+    await until(lambda: len(caplog.messages) == 2)
+    benjy.load_gate.set()
+    assert caplog.messages == [
+        "POST /fleet/nodes/{name}/drain by root: 404",
+        "POST /fleet/load by root: client left",
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -79,7 +78,7 @@ class DialBroker:
             self._process.tell(self._settings())
 
     def _told(self, line: str) -> None:
-        connected = frozenset(json.loads(line))
+        connected = msgspec.json.decode(line, type=frozenset[str])
         for name in sorted(connected - self.connected):
             log.info("neuron %s keeps connections to this cortex", name)
         for name in sorted(self.connected - connected):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from cortex.accounts.database.database import open_database
@@ -82,6 +84,53 @@ async def test_a_state_file_is_taken_over_once(
         await b.decisions.set_drained("benjy", False)
     async with cortex(url, benjy, tmp_path / "a") as a:
         assert not a.fleet.node("benjy").draining
+
+
+async def test_another_database_gets_the_drains(
+    new_postgresql: Callable[[], str], postgresql_server: PostgresServer, benjy: V1Neuron, tmp_path: Path
+) -> None:
+    """A new one, and a backup from before the drain; what was resumed since then stays resumed. Also from a state file
+    of an earlier version."""
+    file, first = tmp_path / "state.json", new_postgresql()
+    file.write_text(json.dumps({"version": 1, "drained": ["benjy", "gone"], "decisions_shared": True}))
+    async with cortex(first, benjy, tmp_path) as a:
+        assert a.fleet.node("benjy").draining
+        await a.decisions.set_drained("benjy", False)
+        await a.decisions.set_drained("gone", False)
+    name = first.partition("@/")[2].partition("?")[0]
+    await asyncio.to_thread(postgresql_server.execute, f"CREATE DATABASE {name}_backup TEMPLATE {name}")
+    async with cortex(first, benjy, tmp_path) as a:
+        await a.decisions.set_drained("benjy", True)
+        await a.decisions.look()
+    async with cortex(postgresql_server.url(f"{name}_backup"), benjy, tmp_path) as a:
+        assert a.decisions.drained == {"benjy"}
+    async with cortex(new_postgresql(), benjy, tmp_path) as a:
+        assert a.decisions.drained == {"benjy"}
+        async with cortex(first, benjy, tmp_path / "b") as b:
+            assert b.fleet.node("benjy").draining
+
+
+async def test_a_load_does_not_wait_for_a_database_that_hangs(
+    new_postgresql: Callable[[], str], benjy: V1Neuron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at all if nothing holds the model back there, else not for long; the hold ends once the database answers."""
+    monkeypatch.setattr(decisions, "END_HOLDS_SECS", 0.05)
+    url = new_postgresql()
+    async with cortex(url, benjy, tmp_path) as a:
+        await a.decisions.hold_back(("m", "benjy"), time.time() + 3600)
+        other = await asyncpg.connect(url)
+        try:
+            async with other.transaction():
+                await other.execute("LOCK TABLE held_models")
+                for model, node in (("other", None), ("m", "beast")):
+                    with pytest.raises(StopIteration):  # it ends without waiting for anything
+                        a.decisions.end_holds(model, node).send(None)
+                with pytest.raises(Unavailable, match="m is still held back: no answer from PostgreSQL in"):
+                    await a.decisions.end_holds("m", None)
+                assert a.state.holds
+        finally:
+            await other.close()
+        await until(a, lambda: not a.state.holds)
 
 
 async def test_without_the_database_nothing_changes(

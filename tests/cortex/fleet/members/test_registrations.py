@@ -90,6 +90,7 @@ async def test_renewals_are_kept_now_and_then(cortex: Registering, endpoint: str
     cortex.now = 61
     cortex.registrations.register(announcement("a", endpoint))
     (second,) = cortex.state.registrations
+    assert second is not first
     assert second.expires_at >= first.expires_at
 
 

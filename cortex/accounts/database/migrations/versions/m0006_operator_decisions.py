@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -10,7 +12,7 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Creates the tables."""
+    """Creates the tables, and gives the database an id."""
     op.create_table("drained_nodes", sa.Column("node", sa.String, nullable=False), sa.PrimaryKeyConstraint("node"))
     op.create_table(
         "held_models",
@@ -19,3 +21,10 @@ def upgrade() -> None:
         sa.Column("until", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("model", "node"),
     )
+    version = op.create_table(
+        "decisions_version",
+        sa.Column("id", sa.String, nullable=False),
+        sa.Column("changes", sa.BigInteger, nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.bulk_insert(version, [{"id": uuid.uuid4().hex, "changes": 0}])
