@@ -123,12 +123,9 @@ async def _services(config: NeuronConfig, port: int) -> AsyncIterator[Services]:
         new_supervisor = functools.partial(
             InstanceSupervisor, config=config, launcher=launcher, tools=tools, events=ModelEvents(hub, metrics)
         )
+        admission = Admission(config, source, history, state.home)
         registry = Registry(
-            config,
-            admission=Admission(config, source, history, state.home),
-            memory=memory,
-            launcher=launcher,
-            new_supervisor=new_supervisor,
+            config, admission=admission, memory=memory, launcher=launcher, new_supervisor=new_supervisor
         )
         meter.residents, ports = functools.partial(_residents, registry), functools.partial(_engine_ports, registry)
         announcements = TaskSet()
