@@ -201,7 +201,7 @@ async def test_the_migration_sums_what_there_is(source: DatabaseSource, tmp_path
     asked = select(USAGE_DAYS).order_by(*USAGE_DAYS.primary_key)
     async with database.writing() as connection:
         before = (await connection.execute(asked)).all()
-        for table in ("usage_days", "drained_nodes", "held_models"):  # of this migration and the later one
+        for table in ("usage_days", "drained_nodes", "held_models", "decisions_version"):  # of this migration and later
             await connection.execute(text(f"DROP TABLE {table}"))
         await connection.execute(text("UPDATE alembic_version SET version_num = '0004'"))
     await database.close()
