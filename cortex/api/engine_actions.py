@@ -28,7 +28,7 @@ from cortex.control.loads.operator_plan import (
     without_pauses,
 )
 from cortex.fleet.neuron_client import CommandAbandoned, NeuronRefused, NeuronUnreachable
-from cortex.fleet.snapshot import EngineSnapshot, Reservation
+from cortex.fleet.snapshot import EngineSnapshot, FleetSnapshot, NodeSnapshot, Reservation
 from cortex.fleet.state import NodeRemoved
 from cortex.placement.load_plan import LoadPlan
 from shared.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unavailable, UpstreamError, shortened
@@ -131,13 +131,21 @@ def _engines(
         if each.node.healthy and is_meant(action, each) and each.view.known_status in statuses
     ]
     if not found:
-        where = "any healthy neuron" if node is None else node.name
-        message = f"{shortened(name)!r} is not {wanted} on {where}"
-        raise NotFound(message, code=ErrorCode.MODEL_NOT_FOUND, param="model")
+        raise _not_there(fleet, name, node, wanted)
     if any(each.view.group is not None for each in found):
         message = f"{shortened(name)!r} spans several neurons: unload it and load it again instead"
         raise Conflict(message, code=ErrorCode.SLEEP_UNSUPPORTED)
     return found
+
+
+def _not_there(fleet: FleetSnapshot, name: str, node: NodeSnapshot | None, wanted: str) -> ServiceError:
+    reserved, loading = fleet.reservation_of(name), fleet.loading_on(name)
+    nodes = {*([reserved.node] if reserved else []), *([loading.node.name] if loading else [])}
+    if nodes and (node is None or node.name in nodes):
+        message = f"{shortened(name)!r} is being started on {', '.join(sorted(nodes))}: wait until it is loaded"
+        return Conflict(message, code=ErrorCode.LOAD_IN_PROGRESS)
+    where = "any healthy neuron" if node is None else node.name
+    return NotFound(f"{shortened(name)!r} is not {wanted} on {where}", code=ErrorCode.MODEL_NOT_FOUND, param="model")
 
 
 def _name(app: web.Application, engine: EngineSnapshot) -> str:

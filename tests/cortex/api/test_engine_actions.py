@@ -58,16 +58,22 @@ async def test_a_restart(start_cortex: StartCortex, benjy: V1Neuron) -> None:
 
 
 async def test_two_restarts_at_once(start_cortex: StartCortex, benjy: V1Neuron) -> None:
-    """The second one is refused, and the first one goes on."""
+    """The others are refused, whether the engine is ending or starting, and the first one goes on."""
     benjy.models = {"org/small": "loaded"}
     cortex = await start_cortex([benjy], [SMALL])
     benjy.unload_gate.clear()
+    benjy.load_gate.clear()
     first = asyncio.create_task(act(cortex, "restart"))
     await cortex.until(lambda: bool(benjy.unloads))
     status, answer = await act(cortex, "restart")
     assert (status, answer["error"]["code"]) == (409, "load_in_progress")
     assert answer["error"]["message"] == "'org/small' on benjy is being started already: wait until it is loaded"
     benjy.unload_gate.set()
+    await cortex.until(lambda: bool(benjy.loads))
+    status, answer = await act(cortex, "restart")
+    assert (status, answer["error"]["code"]) == (409, "load_in_progress")
+    assert answer["error"]["message"] == "'org/small' is being started on benjy: wait until it is loaded"
+    benjy.load_gate.set()
     assert (await first)[0] == 200
     assert (benjy.unloads, len(benjy.loads)) == (["org/small"], 1)
 
