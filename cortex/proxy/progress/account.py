@@ -251,7 +251,7 @@ class RequestAccount:
     def head_lines(self) -> bytes:
         """The header lines of cortex for the engine's answer, without the final CRLF."""
         lines = own_lines(self._request, self.request_id.encode())
-        # Compiled, formatting with `%` takes several times as long as adding.
+        # Compiled, adding takes fewer instructions than formatting with `%`.
         return lines + b"\r\nx-cortex-node: " + self.node.encode() + (_COLD if self.cold else _WARM)
 
     def close(self, status: int, relay: Relay | None, *, left: bool = False, error: ServiceError | None = None) -> None:

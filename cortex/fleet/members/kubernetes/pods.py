@@ -43,8 +43,9 @@ NO_PODS: Pods = MappingProxyType({})
 
 def after_change(pods: Pods, kind: str, pod: Pod) -> Pods:
     """The pods after an event of a watch. `kind` is ADDED, MODIFIED or DELETED."""
-    others = {uid: each for uid, each in pods.items() if uid != pod.metadata.uid or kind != "DELETED"}
-    return others if kind == "DELETED" else {**others, pod.metadata.uid: pod}
+    if kind == "DELETED":
+        return {uid: each for uid, each in pods.items() if uid != pod.metadata.uid}
+    return {**pods, pod.metadata.uid: pod}
 
 
 def endpoints(pods: Pods, *, port: int, tls: bool) -> dict[str, str | None]:
